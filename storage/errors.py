@@ -1,0 +1,67 @@
+"""Every way a cache can refuse: one class each, with a `reason` code that does not change.
+
+A message reads: what failed where: expected X, found Y. Consequence. One thing to do.
+Programs and tests match `reason`; people read the message.
+"""
+
+from typing import ClassVar
+
+
+class CacheError(Exception):
+    """Base of all refusals of a cache."""
+
+    reason: ClassVar[str] = "cache-error"
+
+
+class NotACache(CacheError):
+    """The path holds no cache at all."""
+
+    reason = "not-a-cache"
+
+
+class UnsupportedFormat(CacheError):
+    """A format version or feature flag that this version of the program does not know."""
+
+    reason = "unsupported-format"
+
+
+class CorruptCache(CacheError):
+    """Stored bytes are missing, truncated, altered or contradict each other."""
+
+    reason = "corrupt"
+
+
+class IncompleteCache(CacheError):
+    """Precompute was interrupted: committed shards may exist, the contents were never finalised."""
+
+    reason = "incomplete"
+
+
+class IdentityMismatch(CacheError):
+    """The cache belongs to another model, tokenizer or capture setting."""
+
+    reason = "identity-mismatch"
+
+
+class SampleNotCached(CacheError):
+    """No cached sample equals, or starts with, the token ids asked for."""
+
+    reason = "sample-not-cached"
+
+
+class PositionNotCaptured(CacheError):
+    """The sample is cached, but not at a position asked for."""
+
+    reason = "position-not-captured"
+
+
+class CacheLocked(CacheError):
+    """Another process is writing to the cache."""
+
+    reason = "locked"
+
+
+class InvalidRecord(CacheError):
+    """A record breaks an invariant of `BaseLogprobs`; it is neither written nor returned."""
+
+    reason = "invalid-record"

@@ -1,0 +1,115 @@
+"""What a cache belongs to: content hashes of samples, weights and tokenizers, and the capture settings.
+
+Identity is content, never a path, an ordinal or a time. Owns the hashes; must not import torch.
+Trade-off: weights are hashed in full (about 1 GB/s a core), so that a renamed or re-sharded copy is the same model.
+"""
+
+import hashlib
+import json
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_COSMETIC_CONFIG_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"})
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+def sample_id(token_ids: NDArray[np.uint32]) -> bytes:
+    """128-bit BLAKE2b of the token ids as little-endian uint32: the address of a sample."""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, dtype="<u4").tobytes(), digest_size=16).digest()
+
+
+def digest(data: bytes) -> str:
+    """128-bit BLAKE2b as 32 hexadecimal digits: the checksum of files and the fingerprint of meanings."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """`digest` of the canonical JSON of a value (sorted keys, no spaces)."""
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which distributions the cache holds.
+
+    weights, config: fingerprints of the tensors and of config.json; vocab_size: width of the logits (V), which may
+    differ from the tokenizer's; dtype, attention: how the base was run, equal within a cache, free in training.
+    """
+
+    weights: str
+    config: str
+    vocab_size: int
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """How text became token ids: the tokenizer itself and its chat template."""
+
+    fingerprint: str
+    chat_template: str
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What was kept of each distribution: K alternatives at most, samples cut at max_length tokens."""
+
+    top_k: int
+    max_length: int
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Fingerprint of every tensor in the folder's safetensors files: name, dtype, shape, bytes; not of the sharding.
+
+    Raises FileNotFoundError where there are none, ValueError where a file is not safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    jobs = [(file, name, meta, start) for file in files for name, meta, start in _tensors(file)]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_tensor_digest, jobs)
+        entries = sorted(zip([job[1] for job in jobs], digests, strict=True))
+    return digest_json(entries)
+
+
+def config_fingerprint(folder: Path) -> str:
+    """Fingerprint of config.json without the keys that do not change what the model computes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return digest_json({k: v for k, v in config.items() if k not in _COSMETIC_CONFIG_KEYS})
+
+
+def _tensors(file: Path) -> list[tuple[str, dict[str, Any], int]]:
+    with file.open("rb") as f:
+        prefix = f.read(8)
+        (size,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+        if not 2 <= size <= min(_MAX_HEADER_BYTES, file.stat().st_size - 8):
+            raise ValueError(f"{file} is not a safetensors file, or is cut short")
+        header = json.loads(f.read(size))
+    end = max((meta["data_offsets"][1] for name, meta in header.items() if name != "__metadata__"), default=0)
+    if file.stat().st_size != 8 + size + end:
+        raise ValueError(f"{file} is cut short: expected {8 + size + end} bytes, found {file.stat().st_size}")
+    return [(name, meta, 8 + size) for name, meta in header.items() if name != "__metadata__"]
+
+
+def _tensor_digest(job: tuple[Path, str, dict[str, Any], int]) -> str:
+    file, _, meta, start = job
+    begin, end = meta["data_offsets"]
+    state = hashlib.blake2b(f"{meta['dtype']}{meta['shape']}".encode(), digest_size=16)
+    with file.open("rb") as f:
+        f.seek(start + begin)
+        remaining = end - begin
+        while remaining:
+            block = f.read(min(remaining, 1 << 24))
+            if not block:
+                raise ValueError(f"{file} is cut short")
+            state.update(block)
+            remaining -= len(block)
+    return state.hexdigest()
