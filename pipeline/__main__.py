@@ -1,0 +1,5 @@
+"""`python -m logitcache.pipeline` is `logitcache`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""PEFT configurations by name, and whether the adapter is the identity at its start.
+
+Owns nothing of the adapters themselves: PEFT does. A closed table, one row an adapter.
+"""
+
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+ADAPTERS = ("lora",)
+IDENTITY_AT_START = {"lora": True}
+"""Whether base + untrained adapter computes what the base does, so that KL(base || adapted) is 0 before step 1."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """rank r; alpha (scale = alpha / rank); dropout on the adapter's input; target_modules as PEFT understands it:
+    'all-linear' (every linear layer but the output head) or names separated by commas."""
+
+    kind: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+
+def attach(model: PreTrainedModel, settings: AdapterSettings, base_name: str) -> PeftModel:
+    """The model with an untrained adapter; its base weights are frozen. base_name: where PEFT finds the base again.
+
+    The factors are drawn from torch's generator: seed it before.
+    """
+    names = settings.target_modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names if names == "all-linear" else names.split(","),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted

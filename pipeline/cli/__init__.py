@@ -1,0 +1,85 @@
+"""The command line: `logitcache VERB`. The only place that prints, and exits.
+
+Owns exit statuses: 0 done; 1 failed; 2 wrong usage; 3 corrupt data; 4 the cache does not belong to this model,
+tokenizer or data; 5 cache incomplete; 130 interrupted. One file a verb; torch is imported when a verb runs.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from logitcache.storage import (
+    CacheError,
+    CorruptCache,
+    IdentityMismatch,
+    IncompleteCache,
+    NotACache,
+    PositionNotCaptured,
+    SampleNotCached,
+)
+
+from ..errors import InputNotFound, NotTheBase, PipelineError
+from .demo import demo
+from .evaluate import evaluate
+from .inspect import inspect
+from .precompute import precompute
+from .train import train
+from .verify import verify
+
+STATUSES: dict[type[Exception], int] = {
+    CorruptCache: 3,
+    IdentityMismatch: 4,
+    SampleNotCached: 4,
+    PositionNotCaptured: 4,
+    NotTheBase: 4,
+    IncompleteCache: 5,
+    NotACache: 2,
+    InputNotFound: 2,
+}
+"""Exit status by class; every other refusal is 1."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="logitcache")
+def cli() -> None:
+    """Fine-tune with LoRA against a cache of the base model's own predictions.
+
+    \b
+    Exit status: 0 done; 1 failed; 2 wrong usage; 3 corrupt data; 4 the cache does not belong
+    to this model, tokenizer or data; 5 cache incomplete; 130 interrupted.
+    """
+
+
+for _verb in (precompute, inspect, verify, train, evaluate, demo):
+    cli.add_command(_verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return its status; a refusal is one sentence on stderr, never a traceback."""
+    try:
+        status = cli.main(args=arguments, prog_name="logitcache", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "logitcache: interrupted. What was committed is kept; run the same command again to go on.", err=True
+        )
+        return 130
+    except (CacheError, PipelineError) as error:
+        click.echo(f"logitcache: {error}", err=True)
+        return STATUSES.get(type(error), 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        click.echo(f"logitcache: {error.strerror or error}{where}. What was committed is kept.", err=True)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+__all__ = ["STATUSES", "cli", "main", "run"]

@@ -1,0 +1,124 @@
+"""What the verbs share: the --config file, quiet libraries, progress bars, and options that recur.
+
+Owns the presentation of work in progress: bars with tokens/s and time left, on stderr, silent when it is no terminal.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def config_option(function: F) -> F:
+    """--config FILE: defaults for the other flags, by their names; an unknown key is an error."""
+    option: Callable[[F], F] = click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help="YAML file with the same names as these flags; a flag on the line wins.",
+    )
+    return option(function)
+
+
+def model_option(function: F) -> F:
+    """--model M."""
+    option: Callable[[F], F] = click.option(
+        "--model", required=True, metavar="M", help="Base model: a local folder or a hub id."
+    )
+    return option(function)
+
+
+def runtime_options(function: F) -> F:
+    """--dtype and --device."""
+    dtype: Callable[[F], F] = click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Number format of the weights; auto: that of the checkpoint.",
+    )
+    device: Callable[[F], F] = click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to run; auto: CUDA where there is one.",
+    )
+    return dtype(device(function))
+
+
+def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", ctx) from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise click.UsageError(f"{path}: expected a mapping of flag names to values.", ctx)
+    known = {p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name != "config"}
+    given = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        names = ", ".join(sorted(str(name).replace("_", "-") for name in known if name != "help"))
+        raise click.UsageError(f"{path}: unknown key {unknown[0]!r}. Known keys: {names}.", ctx)
+    nested = [key for key, value in given.items() if isinstance(value, (dict, list)) or value is None]
+    if nested:
+        raise click.UsageError(f"{path}: expected one plain value for {nested[0]!r}.", ctx)
+    ctx.default_map = {**(ctx.default_map or {}), **given}
+
+
+def quiet_libraries() -> None:
+    """Let only this program speak: no library's bars, advice or load reports on the user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets)(\.|$)")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+@contextmanager
+def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` tokens with tokens/s and time left; yields the function that advances it."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=description, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=True
+    ) as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+
+        yield advance
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal, on stderr; results go to stdout."""
+    click.echo(text, err=True)
+
+
+def human_bytes(count: float) -> str:
+    """123456 -> '120.6 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

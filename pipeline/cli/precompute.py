@@ -1,0 +1,110 @@
+"""`logitcache precompute`: run the base once and store its predictions."""
+
+from pathlib import Path
+
+import click
+
+from .common import config_option, human_bytes, model_option, note, quiet_libraries, runtime_options, token_bar
+
+
+@click.command(short_help="Run the base once and store its log-probabilities.")
+@config_option
+@model_option
+@click.option(
+    "--data", required=True, metavar="D", help="JSONL or Parquet file, a folder of them, or a hub data set id."
+)
+@click.option(
+    "--cache", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the cache to fill."
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
+)
+@click.option(
+    "--store",
+    type=click.Choice(["zarr", "arrow"]),
+    default="zarr",
+    show_default=True,
+    help="File layout of the shards.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens a sample; longer ones are cut at the end, counted and reported.",
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Tokens in one forward of the base, padding included. Lower it if memory runs out.",
+)
+@click.option(
+    "--shard-positions",
+    type=click.IntRange(min=1),
+    default=32_768,
+    show_default=True,
+    help="Positions a shard: what an interruption can lose at most.",
+)
+@runtime_options
+@click.option("--dry-run", is_flag=True, help="Read the data, print the plan and its size, and stop.")
+def precompute(
+    model: str,
+    data: str,
+    cache: Path,
+    top_k: int,
+    store: str,
+    max_length: int,
+    batch_tokens: int,
+    shard_positions: int,
+    dtype: str,
+    device: str,
+    dry_run: bool,
+) -> None:
+    """Run the base once over a data set and store, for every supervised token, its top-k log-probabilities.
+
+    Rows: text; prompt + completion; messages (assistant turns are supervised); or input_ids (+ labels, -100 where not
+    supervised). Interrupted, the same command goes on where it stopped. A finished cache gains what it lacks.
+    """
+    quiet_libraries()
+    from .. import precompute as job
+    from ..models import configured_vocab_size, find_model, load_base, load_tokenizer, pick_device
+    from ..rows import read_rows
+    from ..samples import make_samples
+
+    settings = job.PrecomputeSettings(top_k, max_length, batch_tokens, shard_positions, store)
+    source = find_model(model)
+    where = pick_device(device)
+    tokenizer = load_tokenizer(source)
+    rows = read_rows(data)
+    if dry_run:
+        vocab_size = configured_vocab_size(source)
+    else:
+        base = load_base(source, dtype, where)
+        vocab_size = base.identity.vocab_size
+    found = make_samples(rows, tokenizer, max_length, vocab_size)
+    plan = job.make_plan(found.samples, settings)
+    top_k = min(top_k, vocab_size - 1)
+    note(
+        f"{found.num_rows:,} rows: {plan.num_samples:,} distinct samples, {plan.num_tokens:,} tokens, "
+        f"{plan.num_positions:,} supervised positions."
+    )
+    if found.num_truncated:
+        note(
+            f"{found.num_truncated:,} rows are longer than {max_length} tokens and were cut "
+            f"({found.num_tokens_cut:,} tokens lost); {found.num_without_labels:,} of them kept no supervised token "
+            "and are left out."
+        )
+    if dry_run:
+        click.echo(
+            f"Would run {source.name} over {plan.num_tokens:,} tokens into {len(plan.shards):,} shards, keeping "
+            f"{top_k} of {vocab_size:,} alternatives a position: {human_bytes(plan.num_bytes(top_k))} before "
+            "compression. Nothing was written."
+        )
+        return
+    manifest = job.manifest_for(base, tokenizer, settings)
+    with token_bar("precompute", plan.num_tokens) as progress:
+        report = job.precompute(base, manifest, plan, cache, progress)
+    already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""
+    click.echo(f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {cache}.{already}")

@@ -1,0 +1,155 @@
+"""`logitcache train`: an adapter, regularised by a cache."""
+
+import os
+from pathlib import Path
+
+import click
+
+from .common import config_option, model_option, note, quiet_libraries, runtime_options
+
+
+@click.command(short_help="Train an adapter against the cached base.")
+@config_option
+@model_option
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Cache made by precompute; not needed with --regularizer none."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter.")
+@click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
+@click.option(
+    "--regularizer",
+    type=click.Choice(["masked-kl", "full-kl", "none"]),
+    default="masked-kl",
+    show_default=True,
+    help="masked-kl: KL to the base without the true token; full-kl: with it; none: plain cross-entropy.",
+)
+@click.option(
+    "--tail",
+    type=click.Choice(["bucket", "renormalize"]),
+    default="bucket",
+    show_default=True,
+    help="Tokens beyond the top-k: one outcome together, or left out with the rest renormalised.",
+)
+@click.option(
+    "--weight", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Weight of the regulariser."
+)
+@click.option("--adapter", type=click.Choice(["lora"]), default="lora", show_default=True, help="PEFT adapter.")
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
+@click.option("--alpha", type=float, default=None, help="Scale of the adapter is alpha / rank.  [default: 2 * rank]")
+@click.option(
+    "--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Dropout on the adapter's input."
+)
+@click.option(
+    "--target-modules",
+    default="all-linear",
+    show_default=True,
+    help="Layers to adapt: all-linear (all but the output head), or names separated by commas.",
+)
+@click.option("--lr", type=float, default=2e-4, show_default=True, help="Peak learning rate (cosine, 3 % warm-up).")
+@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the samples.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Samples a device and micro-batch."
+)
+@click.option(
+    "--grad-accum", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches an optimizer step."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the adapter and of the order of samples.")
+@click.option("--max-steps", type=int, default=-1, show_default=True, help="Optimizer steps; -1: as --epochs says.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Tokens a sample of --data.  [default: that of the cache; 1024 without one]",
+)
+@click.option(
+    "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps between log entries."
+)
+@runtime_options
+@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+def train(
+    model: str,
+    cache: Path | None,
+    out: Path,
+    data: str | None,
+    regularizer: str,
+    tail: str,
+    weight: float,
+    adapter: str,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    target_modules: str,
+    lr: float,
+    epochs: float,
+    batch_size: int,
+    grad_accum: int,
+    seed: int,
+    max_steps: int,
+    max_length: int | None,
+    log_every: int,
+    dtype: str,
+    device: str,
+    resume: bool,
+) -> None:
+    """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
+
+    Writes an adapter that PeftModel.from_pretrained reads, run.json (what was run), train_log.jsonl and tensorboard/.
+    Several GPUs: torchrun --nproc-per-node N -m logitcache.pipeline train ...
+    """
+    if regularizer != "none" and cache is None:
+        raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
+    if cache is None and data is None:
+        raise click.UsageError("--regularizer none needs --data, or a --cache to take the samples from.")
+    quiet_libraries()
+    from logitcache.storage import IdentityMismatch, LogitCache
+
+    from ..adapters import AdapterSettings
+    from ..gate import check_identity
+    from ..models import find_model, load_base, load_tokenizer, pick_device
+    from ..rows import read_rows
+    from ..samples import make_samples
+    from ..targets import samples_of
+    from ..trainer import Objective
+    from ..training import TrainSettings
+    from ..training import train as run
+    from .progress import TrainBar
+
+    opened = None if cache is None else LogitCache.open(cache)
+    source = find_model(model)
+    tokenizer = load_tokenizer(source)
+    rows = None if data is None else read_rows(data)
+    base = load_base(source, dtype, pick_device(device))
+    if opened is not None:
+        check_identity(opened, base, tokenizer)
+        captured = opened.manifest.capture.max_length
+        if max_length not in (None, captured) and data is not None:
+            raise IdentityMismatch(
+                f"pairing {cache} with --max-length {max_length}: the cache was made with {captured}. "
+                "The same rows would be other samples. Leave --max-length out, or precompute a cache with it."
+            )
+        max_length = captured
+    if rows is not None:
+        found = make_samples(rows, tokenizer, max_length or 1024, base.identity.vocab_size)
+        samples = found.samples
+        if found.num_truncated:
+            note(f"{found.num_truncated:,} rows were cut to {max_length or 1024} tokens.")
+    else:
+        assert opened is not None
+        samples = samples_of(opened)
+    report = run(
+        base,
+        samples,
+        opened,
+        out,
+        AdapterSettings(adapter, rank, 2.0 * rank if alpha is None else alpha, dropout, target_modules),
+        Objective(regularizer, tail, weight),  # type: ignore[arg-type]  # click has checked the choices
+        TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every),
+        resume,
+        [TrainBar("train")],
+    )
+    if int(os.environ.get("RANK", "0")):  # torchrun: one process speaks
+        return
+    if report.step_zero is not None:
+        note(f"Before step 1 the KL to the base was {abs(report.step_zero.kl_nats):.1g} nats (noise floor).")
+    final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl") if name in report.final)
+    click.echo(f"Trained {report.num_steps:,} steps in {report.seconds:.0f} s ({final}, nats a position): {out}")

@@ -1,0 +1,45 @@
+"""What can be wrong with a user's input, besides the cache itself: one class each, with a stable `reason` code."""
+
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """Base of the refusals of the pipeline."""
+
+    reason: ClassVar[str] = "pipeline-error"
+
+
+class InputNotFound(PipelineError):
+    """A path or hub id that leads nowhere."""
+
+    reason = "input-not-found"
+
+
+class InvalidData(PipelineError):
+    """A data file or row that cannot be used; the message names it."""
+
+    reason = "invalid-data"
+
+
+class UnsupportedModel(PipelineError):
+    """A model whose logits this program cannot reproduce from its hidden states, or that lacks weights."""
+
+    reason = "unsupported-model"
+
+
+class NonFiniteLogits(PipelineError):
+    """The base produced NaN or infinite logits."""
+
+    reason = "non-finite-logits"
+
+
+class NotTheBase(PipelineError):
+    """The model that is to be trained does not start from the distributions of the cache."""
+
+    reason = "not-the-base"
+
+
+class TrainingFailed(PipelineError):
+    """Training cannot go on: a loss that is not finite, or an output folder that is in use."""
+
+    reason = "training-failed"

@@ -1,0 +1,130 @@
+"""Split a causal language model into its body and its output head: token ids -> hidden states -> logits.
+
+Owns what a model does after its lm_head: soft-capping (Gemma2), scales (Cohere, Granite, Falcon-H1). The output
+embedding module is *called*, never multiplied by hand, so that its bias and any LoRA on it count. `check_head` holds
+the split against the model itself on a few tokens: what a model does beyond this is refused, not guessed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .errors import UnsupportedModel
+
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling",)
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+class OutputHead:
+    """Hidden states [..., D] -> logits [..., V], as the model's own forward makes them.
+
+    logits = cap * tanh(lm_head(h) * scale / cap), with scale = 1 and no cap where the configuration has none.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self._causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        self.scale = 1.0
+        for name in _MULTIPLIERS:
+            self.scale *= _number(config, name, 1.0)
+        for name in _DIVISORS:
+            self.scale /= _number(config, name, 1.0)
+        caps = [getattr(config, name) for name in _SOFT_CAPS if getattr(config, name, None)]
+        self.soft_cap: float | None = float(caps[0]) if caps else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The output embedding as it is now, with whatever an adapter has put around it."""
+        module: nn.Module = self._causal_lm.get_output_embeddings()
+        return module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
+        logits: Tensor = self.module(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT or distributed wrapper, or the model itself."""
+    inner: Any = getattr(model, "module", model)  # DistributedDataParallel
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states [B, T, D], what the output head is given. No logits are made.
+
+    The call goes through `model` itself (a PEFT or DistributedDataParallel wrapper), so that its hooks run; only the
+    causal language model inside skips its head.
+    """
+    with _head_skipped(causal_lm_of(model)):
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def logits_width(model: PreTrainedModel) -> int:
+    """V: the width of the logits, which a padded head makes larger than the tokenizer's vocabulary."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise UnsupportedModel(f"splitting {type(model).__name__}: it has no output embedding (lm_head) to work with.")
+    return int(head.weight.shape[0])
+
+
+def check_head(causal_lm: PreTrainedModel) -> None:
+    """Raise `UnsupportedModel` unless head(hidden states) equals the model's own logits on a few tokens."""
+    device = causal_lm.get_output_embeddings().weight.device
+    vocab = causal_lm.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=device) * 7919 % vocab).reshape(1, 8)
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        ours = OutputHead(causal_lm)(hidden_states(causal_lm, ids, mask)).float()
+    tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 3e-2
+    if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp(min=1.0):
+        raise UnsupportedModel(
+            f"splitting {type(causal_lm).__name__} into body and head: its own logits differ from lm_head(hidden) "
+            "with the scales and soft-caps known here. It does something more after its head. The records would be "
+            "wrong. Please report the model class."
+        )
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = getattr(config, name, None)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)):
+        raise UnsupportedModel(f"reading {name} of the model's config: expected a number, found {value!r}.")
+    return float(value)
+
+
+@contextmanager
+def _head_skipped(causal_lm: PreTrainedModel) -> Iterator[None]:
+    body = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if body is None or body is causal_lm:
+        raise UnsupportedModel(f"splitting {type(causal_lm).__name__}: it has no body apart from its head.")
+
+    def forward(**kwargs: Any) -> BaseModelOutput:
+        kwargs.pop("labels", None)  # PEFT passes it on, always None here
+        output: BaseModelOutput = body(**{k: v for k, v in kwargs.items() if v is not None})
+        return output
+
+    shadowed = vars(causal_lm).get("forward")  # an instance's own forward, where a library has patched one in
+    causal_lm.forward = forward
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del causal_lm.forward
+        else:
+            causal_lm.forward = shadowed

@@ -1,0 +1,141 @@
+"""Load a base and its tokenizer from a folder or a hub id, and say which ones they are.
+
+Owns where weights come from and the fingerprints that go into a cache's manifest. Everything is loaded from local
+files, after a download if need be, without remote code. Must not know samples or caches.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from logitcache.storage import ModelIdentity, TokenizerIdentity
+from logitcache.storage.identity import config_fingerprint, digest_json, weights_fingerprint
+
+from .errors import InputNotFound, UnsupportedModel
+from .head import logits_width
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base on disk: the name the user gave, and the folder that holds it."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base and what identifies it."""
+
+    source: Source
+    model: PreTrainedModel
+    identity: ModelIdentity
+
+
+def find_model(name: str) -> Source:
+    """The folder of a model: itself where it is one, else the local snapshot of the hub id, downloaded if missing.
+
+    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+        except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
+            raise InputNotFound(
+                f"loading model {name!r}: no such folder, and the hub did not give it ({_first_line(error)}). "
+                "Check the spelling, or the network."
+            ) from error
+    for pattern, what in (("config.json", "a config.json"), ("*.safetensors", "weights (*.safetensors)")):
+        if not list(folder.glob(pattern)):
+            raise UnsupportedModel(
+                f"loading model {name!r}: expected {what} in {folder}, found none. "
+                "Save the model there with save_pretrained()."
+            )
+    return Source(name, folder)
+
+
+def load_base(source: Source, dtype: str, device: torch.device) -> Base:
+    """The causal language model in `source`, in evaluation mode, with every weight read from its files.
+
+    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. Raises `UnsupportedModel` where a weight is
+    missing from the files (it would be random) or the folder is not a causal language model.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        weights = weights_fingerprint(source.folder)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UnsupportedModel(f"loading model {source.name!r}: {_first_line(error)}.") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {len(missing)} weights are not in its files ({missing[0]}, ...). "
+            "They would be random. Check that the checkpoint is complete."
+        )
+    model.to(device).eval()
+    identity = ModelIdentity(
+        weights=weights,
+        config=config_fingerprint(source.folder),
+        vocab_size=logits_width(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(model.config._attn_implementation),
+    )
+    return Base(source, model, identity)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model, or None where there is none (data of token ids need none)."""
+    if not any((source.folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.folder, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerIdentity | None:
+    """Fingerprint of the whole tokenizer (vocabulary, merges, normaliser, special tokens) and of its chat template."""
+    if tokenizer is None:
+        return None
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)  # the state of the last call, not the tokenizer's own
+        rules.pop("padding", None)
+    return TokenizerIdentity(
+        fingerprint=digest_json([rules, special]),
+        chat_template=digest_json(tokenizer.chat_template),
+    )
+
+
+def configured_vocab_size(source: Source) -> int:
+    """The vocabulary size in config.json, for estimates that load no weights."""
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    return int(config.get_text_config().vocab_size)
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: cuda where there is one (the process's own under torchrun), else the CPU. Raises `InputNotFound`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputNotFound("using device 'cuda': no CUDA device is available here. Use --device cpu, or auto.")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,165 @@
+"""The batch job that fills a cache: which samples are missing, in which order, shard by shard.
+
+Owns the plan. It is a function of the data, the budget and the shard size alone, so a run that is killed and started
+again forms the same batches and ends with the same bytes; what is committed is skipped. Must not know how a record is
+computed or stored.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, Manifest, sample_id
+
+from .head import check_head
+from .models import Base, tokenizer_identity
+from .samples import Sample, distinct
+from .teacher import capture
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens done since the last call."""
+
+BYTES_A_SAMPLE_TABLE_ROW = 28
+
+
+@dataclass(frozen=True)
+class PrecomputeSettings:
+    """top_k: alternatives a position (clipped to V - 1); max_length: tokens a sample; batch_tokens: padded tokens a
+    forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow."""
+
+    top_k: int = 64
+    max_length: int = 1024
+    batch_tokens: int = 8192
+    shard_positions: int = 32_768
+    store: str = "zarr"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batches, longest samples first, grouped into shards."""
+
+    shards: tuple[tuple[tuple[Sample, ...], ...], ...]
+
+    @property
+    def samples(self) -> Iterator[Sample]:
+        """Every sample of the plan."""
+        return (sample for shard in self.shards for batch in shard for sample in batch)
+
+    @property
+    def num_samples(self) -> int:
+        """Different token sequences."""
+        return sum(1 for _ in self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the base will see, without padding."""
+        return sum(len(s.token_ids) for s in self.samples)
+
+    @property
+    def num_positions(self) -> int:
+        """Records the cache will gain."""
+        return sum(len(s.positions) for s in self.samples)
+
+    def num_bytes(self, top_k: int) -> int:
+        """Size of its records and tokens before compression."""
+        rows = self.num_positions * (12 + 8 * top_k)
+        return rows + 4 * self.num_tokens + BYTES_A_SAMPLE_TABLE_ROW * self.num_samples
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What one run did: samples and positions it added, and shards that were there already."""
+
+    num_samples: int
+    num_positions: int
+    num_tokens: int
+    num_samples_found: int
+
+
+def manifest_for(base: Base, tokenizer: PreTrainedTokenizerBase | None, settings: PrecomputeSettings) -> Manifest:
+    """The manifest of a cache of this base with these settings."""
+    packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs")
+    top_k = min(settings.top_k, base.identity.vocab_size - 1)
+    return Manifest(
+        store=settings.store,
+        model=base.identity,
+        tokenizer=tokenizer_identity(tokenizer),
+        capture=CaptureSettings(top_k=top_k, max_length=settings.max_length),
+        model_name=base.source.name,
+        created_with={name: version(name) for name in packages},
+    )
+
+
+def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:
+    """Distinct samples, longest first (memory runs out at once or never), in batches of at most `batch_tokens`."""
+    ordered = sorted(distinct(samples), key=lambda s: (-len(s.token_ids), sample_id(s.token_ids)))
+    shards: list[tuple[tuple[Sample, ...], ...]] = []
+    batches: list[tuple[Sample, ...]] = []
+    batch: list[Sample] = []
+    num_positions = 0
+    for sample in ordered:
+        if batch and (len(batch) + 1) * len(batch[0].token_ids) > settings.batch_tokens:
+            batches.append(tuple(batch))
+            batch = []
+            if num_positions >= settings.shard_positions:
+                shards.append(tuple(batches))
+                batches, num_positions = [], 0
+        batch.append(sample)
+        num_positions += len(sample.positions)
+    if batch:
+        shards.append((*batches, tuple(batch)))
+    return Plan(tuple(shards))
+
+
+def without_captured(plan: Plan, captured: Mapping[bytes, NDArray[np.int32]]) -> Plan:
+    """The plan less what a cache holds: positions, samples, batches and shards, in the same order."""
+    shards = []
+    for shard in plan.shards:
+        batches = [tuple(left for s in batch if (left := _missing(s, captured)) is not None) for batch in shard]
+        if any(batches):
+            shards.append(tuple(b for b in batches if b))
+    return Plan(tuple(shards))
+
+
+def precompute(
+    base: Base, manifest: Manifest, plan: Plan, path: str | Path, progress: Progress = lambda _: None
+) -> PrecomputeReport:
+    """Fill the cache at `path` with the samples of a plan, and finalise it.
+
+    Runs the base once over every sample that is missing. Raises what `CacheWriter` and `capture` raise; what was
+    committed before stays, and a later call goes on from there.
+    """
+    check_head(base.model)
+    with CacheWriter(path, manifest) as writer:
+        missing = without_captured(plan, writer.captured())
+        progress(plan.num_tokens - missing.num_tokens)
+        for shard in missing.shards:
+            cached: list[CachedSample] = []
+            for batch in shard:
+                records = capture(base.model, batch, manifest.capture.top_k)
+                cached += [CachedSample(s.token_ids, r, s.num_tokens_cut) for s, r in zip(batch, records, strict=True)]
+                progress(sum(len(s.token_ids) for s in batch))
+            writer.commit(cached)
+        if not writer.is_final:
+            writer.finalize()
+    return PrecomputeReport(
+        num_samples=missing.num_samples,
+        num_positions=missing.num_positions,
+        num_tokens=missing.num_tokens,
+        num_samples_found=plan.num_samples - missing.num_samples,
+    )
+
+
+def _missing(sample: Sample, captured: Mapping[bytes, NDArray[np.int32]]) -> Sample | None:
+    have = captured.get(sample_id(sample.token_ids))
+    if have is None:
+        return sample
+    supervised = sample.supervised.copy()
+    supervised[have + 1] = False
+    left = replace(sample, supervised=supervised)
+    return left if len(left.positions) else None

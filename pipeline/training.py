@@ -1,0 +1,260 @@
+"""The training job: check, attach an adapter, train, save, and say exactly what was run.
+
+Owns the order of these steps and the output folder: the adapter (as PEFT writes it), run.json, train_log.jsonl,
+tensorboard/, checkpoints/. The mathematics is in `trainer`, the checks in `gate`. Must not print.
+"""
+
+import json
+import platform
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from logitcache.storage import IdentityMismatch, LogitCache, sample_id
+from logitcache.storage.identity import digest, digest_json
+
+from .adapters import IDENTITY_AT_START, AdapterSettings, attach
+from .errors import TrainingFailed
+from .gate import StepZero, check_samples, probe_step_zero
+from .head import check_head
+from .models import Base
+from .samples import Sample
+from .targets import TrainingSet
+from .trainer import CachedKLTrainer, Objective
+
+RUN, LOG, TENSORBOARD, CHECKPOINTS = "run.json", "train_log.jsonl", "tensorboard", "checkpoints"
+_PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """epochs over the samples, or max_steps optimizer steps if positive; batch_size samples a device and micro-batch;
+    grad_accum micro-batches a step; lr: peak learning rate of AdamW (cosine, 3 % warm-up, no weight decay)."""
+
+    lr: float = 2e-4
+    epochs: float = 1.0
+    batch_size: int = 8
+    grad_accum: int = 1
+    seed: int = 0
+    max_steps: int = -1
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run came to: optimizer steps, tokens seen, seconds, and the last logged values (nats a position)."""
+
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    final: dict[str, float]
+    step_zero: StepZero | None
+
+
+def train(
+    base: Base,
+    samples: Sequence[Sample],
+    cache: LogitCache | None,
+    out: Path,
+    adapter: AdapterSettings,
+    objective: Objective,
+    settings: TrainSettings,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainReport:
+    """Train an adapter of `base` on samples, regularised by a cache, into the folder `out`.
+
+    cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). The base's
+    model object becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`,
+    `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`.
+    """
+    if cache is None and objective.regularizer != "none":
+        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    description = _describe(base, samples, cache, adapter, objective, settings)
+    checkpoint = _prepare_folder(out, description, resume)
+    finished = _finished_report(out)
+    if finished is not None:
+        return finished
+    started = perf_counter()
+    check_head(base.model)
+    regularized = cache if objective.regularizer != "none" else None
+    if regularized is not None:
+        check_samples(regularized, samples)
+    set_seed(settings.seed)
+    model = attach(base.model, adapter, str(base.source.folder))
+    step_zero = None
+    if regularized is not None and IDENTITY_AT_START[adapter.kind]:
+        step_zero = probe_step_zero(model, regularized, samples, objective.regularizer, objective.tail)
+    log = _JsonLog(out / LOG)
+    trainer = CachedKLTrainer(
+        model=model,
+        args=_arguments(out, settings, base.model.device),
+        train_dataset=TrainingSet(samples, regularized),
+        objective=objective,
+        callbacks=[log, _tensorboard(out), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        _write_json(out / RUN, {**description, "status": "started"})
+    trainer.train(resume_from_checkpoint=checkpoint)
+    report = TrainReport(
+        num_steps=trainer.state.global_step,
+        num_tokens=int(trainer.state.num_input_tokens_seen),
+        seconds=round(perf_counter() - started, 2),
+        peak_memory_bytes=_peak_memory(base.model.device),
+        final=log.last,
+        step_zero=step_zero,
+    )
+    if trainer.is_world_process_zero():
+        model.peft_config["default"].base_model_name_or_path = base.source.name
+        model.save_pretrained(str(out), save_embedding_layers=False)  # no vocabulary is ever resized here
+        _write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
+    return report
+
+
+class _JsonLog(TrainerCallback):
+    """Appends every training log to a JSONL file; on resume, drops what lies after the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step too
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "ce" not in logs:
+            return
+        names = ("loss", "ce", "kl", "kl_weight", "grad_norm", "learning_rate")
+        self.last = {name: logs[name] for name in names if name in logs}
+        entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+def _arguments(out: Path, settings: TrainSettings, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.0,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=0.1,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def _tensorboard(out: Path) -> TrainerCallback:
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(out / TENSORBOARD)
+    return callback
+
+
+def _describe(
+    base: Base,
+    samples: Sequence[Sample],
+    cache: LogitCache | None,
+    adapter: AdapterSettings,
+    objective: Objective,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
+    return {
+        "model": {"name": base.source.name, **asdict(base.identity)},
+        "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
+        "data": {
+            "num_samples": len(samples),
+            "num_tokens": sum(len(s.token_ids) for s in samples),
+            "num_positions": sum(len(s.positions) for s in samples),
+            "fingerprint": _data_fingerprint(samples),
+        },
+        "adapter": asdict(adapter),
+        "objective": asdict(objective),
+        "settings": asdict(settings),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "device": str(base.model.device),
+    }
+
+
+def _data_fingerprint(samples: Sequence[Sample]) -> str:
+    return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
+
+
+def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> str | None:
+    """The checkpoint to go on from. Raises `TrainingFailed` where the folder is in use, or holds another run."""
+    previous = json.loads((out / RUN).read_text(encoding="utf-8")) if (out / RUN).exists() else None
+    if previous is None:
+        if out.exists() and any(out.iterdir()):
+            raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        return None
+    if not resume:
+        raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
+    parts = [k for k in description if k not in ("versions", "device")]
+    differs = [k for k in parts if json.loads(json.dumps(description[k])) != previous.get(k)]
+    if differs:
+        raise IdentityMismatch(
+            f"resuming {out}: the run there differs in {', '.join(differs)} (see its run.json). "
+            "Resume with the arguments it was started with, or choose another --out."
+        )
+    checkpoints = out / CHECKPOINTS
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def _finished_report(out: Path) -> TrainReport | None:
+    if not (out / RUN).exists():
+        return None
+    run = json.loads((out / RUN).read_text(encoding="utf-8"))
+    if run["status"] != "finished":
+        return None
+    result = run["result"]
+    step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
+    return TrainReport(**{**result, "step_zero": step_zero})
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak of this process: of the GPU's allocator, or of the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

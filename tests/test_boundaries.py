@@ -1,0 +1,112 @@
+"""The rooms of the architecture: what each module may import, and what importing it loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "peft", "datasets", "click", "accelerate"}
+
+STORAGE_ROOMS = {
+    "errors": set(),
+    "records": {"errors"},
+    "identity": set(),
+    "manifest": {"errors", "identity"},
+    "encoding": {"identity", "records"},
+    "backend": {"encoding", "errors", "manifest"},
+    "zarr_backend": {"backend", "encoding", "manifest"},
+    "arrow_backend": {"backend", "encoding", "manifest"},
+    "cache": {"arrow_backend", "backend", "encoding", "errors", "identity", "manifest", "records", "zarr_backend"},
+    "writer": {"backend", "cache", "encoding", "errors", "identity", "manifest", "records"},
+    "verify": {"backend", "cache", "errors", "identity", "manifest"},
+}
+PIPELINE_ROOMS = {
+    "errors": set(),
+    "head": {"errors"},
+    "models": {"errors", "head", "storage"},
+    "samples": {"errors"},
+    "rows": {"errors", "samples"},
+    "teacher": {"errors", "head", "samples", "storage"},
+    "precompute": {"head", "models", "samples", "storage", "teacher"},
+    "losses": set(),
+    "fused": {"losses"},
+    "targets": {"losses", "samples", "storage"},
+    "adapters": set(),
+    "trainer": {"errors", "fused", "head", "losses", "targets"},
+    "gate": {"errors", "head", "losses", "models", "samples", "storage", "targets"},
+    "training": {"adapters", "errors", "gate", "head", "models", "samples", "storage", "targets", "trainer"},
+    "evaluate": {"errors", "head", "models", "precompute", "samples", "teacher"},
+    "report": {"evaluate"},
+}
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Rooms a module imports (relative, or across as 'storage'/'pipeline'), and foreign top-level packages."""
+    rooms, foreign = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = node.module or ""
+            rooms |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            if parts[0] == "logitcache":
+                rooms.add(parts[1])
+            else:
+                foreign.add(parts[0])
+        elif isinstance(node, ast.Import):
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+    return rooms, foreign
+
+
+@pytest.mark.parametrize("room", STORAGE_ROOMS)
+def test_storage_room_imports_only_what_it_may(room: str) -> None:
+    rooms, foreign = imports_of(ROOT / "storage" / f"{room}.py")
+    assert rooms <= STORAGE_ROOMS[room]
+    assert not foreign & (HEAVY | {"storage", "pipeline"})
+
+
+@pytest.mark.parametrize("room", PIPELINE_ROOMS)
+def test_pipeline_room_imports_only_what_it_may(room: str) -> None:
+    rooms, foreign = imports_of(ROOT / "pipeline" / f"{room}.py")
+    assert rooms <= PIPELINE_ROOMS[room]
+    assert not foreign & {"click", "storage", "pipeline"}
+
+
+def test_every_module_has_a_room() -> None:
+    """A new file is a decision about the architecture: enter it above."""
+    assert {p.stem for p in (ROOT / "storage").glob("*.py")} == {*STORAGE_ROOMS, "__init__"}
+    assert {p.stem for p in (ROOT / "pipeline").glob("*.py")} == {*PIPELINE_ROOMS, "__init__", "__main__"}
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for path in [*(ROOT / "storage").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
+        if "cli" in path.relative_to(ROOT).parts:
+            continue
+        names = {n.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Name)}
+        assert not names & {"print", "exit", "quit", "breakpoint"}, path
+        assert "sys.exit" not in path.read_text(encoding="utf-8"), path
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level and logitcache modules that a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport sys\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    return set(done.stdout.split())
+
+
+def test_importing_storage_loads_no_framework() -> None:
+    assert not loaded_by("import logitcache.storage") & {*HEAVY, "logitcache.pipeline"}
+
+
+def test_losses_know_nothing_of_storage() -> None:
+    loaded = loaded_by("import logitcache.pipeline.losses, logitcache.pipeline.fused")
+    assert not any(name.startswith("logitcache.storage") for name in loaded)
+    assert not loaded & {"transformers", "peft", "zarr", "pyarrow"}
+
+
+def test_help_loads_no_framework() -> None:
+    """`logitcache --help` answers at once."""
+    assert not loaded_by("import logitcache.pipeline.cli") & {"torch", "transformers", "peft", "datasets"}
