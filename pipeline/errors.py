@@ -10,7 +10,7 @@ class PipelineError(Exception):
 
 
 class InputNotFound(PipelineError):
-    """A path or hub id that leads nowhere."""
+    """A path, hub id, device or layer name that leads nowhere."""
 
     reason = "input-not-found"
 

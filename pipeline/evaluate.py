@@ -7,6 +7,7 @@ Shapes: N positions, V vocabulary.
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import InputNotFound, NotTheBase
-from .head import OutputHead, causal_lm_of, hidden_states, logits_width
-from .models import Base
+from .errors import InputNotFound, NonFiniteLogits, NotTheBase, UnsupportedModel
+from .head import OutputHead, causal_lm_of, check_length, hidden_states, logits_width
+from .models import Base, first_line
 from .precompute import PrecomputeSettings, make_plan
 from .samples import PaddedBatch, Sample, pad_batch
 from .teacher import SLICE_BYTES
@@ -63,17 +64,35 @@ def check_adapter(folder: str, base: Base) -> None:
     run = Path(folder) / "run.json"
     if not run.is_file():  # an adapter made elsewhere
         return
-    trained_on = json.loads(run.read_text(encoding="utf-8"))["model"]
-    if (trained_on["weights"], trained_on["config"]) != (base.identity.weights, base.identity.config):
+    try:
+        trained_on = json.loads(run.read_text(encoding="utf-8"))["model"]
+        name, weights, config = (str(trained_on[key]) for key in ("name", "weights", "config"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel(
+            f"loading adapter {folder!r}: its run.json does not say which model it was trained on. "
+            "Restore it from a copy; for an adapter made elsewhere, remove it."
+        ) from error
+    if (weights, config) != (base.identity.weights, base.identity.config):
         raise NotTheBase(
-            f"loading adapter {folder!r}: it was trained on {trained_on['name']} (weights {trained_on['weights']}), "
+            f"loading adapter {folder!r}: it was trained on {name} (weights {weights}), "
             f"not on {base.source.name} (weights {base.identity.weights}). Give the model it was trained on."
         )
 
 
 def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
-    """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this."""
-    model: PeftModel = PeftModel.from_pretrained(base, folder)
+    """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this.
+
+    Raises `UnsupportedModel` where the adapter is damaged or does not fit; a factor that is missing would be random.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            model: PeftModel = PeftModel.from_pretrained(base, folder)
+    except Exception as error:  # peft and safetensors raise many kinds
+        raise UnsupportedModel(
+            f"loading adapter {folder!r}: it is damaged, or of a model of other sizes ({first_line(error)}). "
+            "Give the model it was trained on, or train it again."
+        ) from error
     return model.eval()
 
 
@@ -86,6 +105,7 @@ def compare(
     progress: Progress = lambda _: None,
 ) -> Comparison:
     """Metrics of both models on the same positions; equal samples count once."""
+    check_length(base, max(len(s.token_ids) for s in samples))
     totals: dict[str, Tensor] = {}
     plan = make_plan(samples, PrecomputeSettings(batch_tokens=batch_tokens))
     for batch in (batch for shard in plan.shards for batch in shard):
@@ -95,6 +115,11 @@ def compare(
         progress(sum(len(s.token_ids) for s in batch))
     count = plan.num_positions
     mean = {name: float(total) / count for name, total in totals.items()}
+    if not all(math.isfinite(value) for value in mean.values()):
+        raise NonFiniteLogits(
+            f"evaluating on {samples[0].origin} and {len(samples) - 1} more samples: {mean} is not finite. "
+            "The base or the adapter is damaged. Try --dtype float32, or train again."
+        )
     before = Metrics(count, mean["ce_before"], mean["hits_before"])
     if adapted is None:
         return Comparison(before)

@@ -5,6 +5,7 @@ embedding module is *called*, never multiplied by hand, so that its bias and any
 the split against the model itself on a few tokens: what a model does beyond this is refused, not guessed.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,17 +26,14 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 class OutputHead:
     """Hidden states [..., D] -> logits [..., V], as the model's own forward makes them.
 
-    logits = cap * tanh(lm_head(h) * scale / cap), with scale = 1 and no cap where the configuration has none.
+    logits = cap * tanh(lm_head(h) * multiplier / divisor / cap), each only where the configuration has it.
     """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self._causal_lm = causal_lm
         config = causal_lm.config.get_text_config()
-        self.scale = 1.0
-        for name in _MULTIPLIERS:
-            self.scale *= _number(config, name, 1.0)
-        for name in _DIVISORS:
-            self.scale /= _number(config, name, 1.0)
+        self.multiplier = math.prod(_number(config, name, 1.0) for name in _MULTIPLIERS)
+        self.divisor = math.prod(_number(config, name, 1.0) for name in _DIVISORS)
         caps = [getattr(config, name) for name in _SOFT_CAPS if getattr(config, name, None)]
         self.soft_cap: float | None = float(caps[0]) if caps else None
 
@@ -48,8 +46,10 @@ class OutputHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
         logits: Tensor = self.module(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.divisor != 1.0:
+            logits = logits / self.divisor  # not times 1 / divisor: the model's own rounding, in half precision too
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
@@ -97,6 +97,18 @@ def check_head(causal_lm: PreTrainedModel) -> None:
             "with the scales and soft-caps known here. It does something more after its head. The records would be "
             "wrong. Please report the model class."
         )
+
+
+def check_length(causal_lm: PreTrainedModel, longest: int) -> None:
+    """Raise `UnsupportedModel` where a sample is longer than the model's table of learned positions, if it has one."""
+    config = causal_lm.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "rope_parameters", None) is not None or longest <= limit:
+        return
+    raise UnsupportedModel(
+        f"running {type(causal_lm).__name__} on a sample of {longest} tokens: it learned {limit} positions and none "
+        f"beyond them. Use --max-length {limit}."
+    )
 
 
 def _number(config: Any, name: str, default: float) -> float:

@@ -50,11 +50,12 @@ def find_model(name: str) -> Source:
             folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
         except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
             raise InputNotFound(
-                f"loading model {name!r}: no such folder, and the hub did not give it ({_first_line(error)}). "
+                f"loading model {name!r}: no such folder, and the hub did not give it ({first_line(error)}). "
                 "Check the spelling, or the network."
             ) from error
-    for pattern, what in (("config.json", "a config.json"), ("*.safetensors", "weights (*.safetensors)")):
-        if not list(folder.glob(pattern)):
+    weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    for files, what in (([folder / "config.json"], "a config.json"), (weights, "weights (model.safetensors)")):
+        if not any(file.is_file() for file in files):
             raise UnsupportedModel(
                 f"loading model {name!r}: expected {what} in {folder}, found none. "
                 "Save the model there with save_pretrained()."
@@ -75,15 +76,19 @@ def load_base(source: Source, dtype: str, device: torch.device) -> Base:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         weights = weights_fingerprint(source.folder)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UnsupportedModel(f"loading model {source.name!r}: {_first_line(error)}.") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. "
+            f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise UnsupportedModel(
-            f"loading model {source.name!r}: {len(missing)} weights are not in its files ({missing[0]}, ...). "
-            "They would be random. Check that the checkpoint is complete."
+            f"loading model {source.name!r}: {len(missing)} weights are not in its files, or not of the shape that its "
+            f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
         )
     model.to(device).eval()
     identity = ModelIdentity(
@@ -100,9 +105,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model, or None where there is none (data of token ids need none)."""
     if not any((source.folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.folder, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise UnsupportedModel(
+            f"loading the tokenizer of {source.name!r}: {first_line(error)}. "
+            f"Save it in {source.folder} again with save_pretrained()."
+        ) from error
     return tokenizer
 
 
@@ -126,8 +137,13 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerId
 
 def configured_vocab_size(source: Source) -> int:
     """The vocabulary size in config.json, for estimates that load no weights."""
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    return int(config.get_text_config().vocab_size)
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        return int(config.get_text_config().vocab_size)
+    except Exception as error:  # transformers raises many kinds
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. Repair {source.folder / 'config.json'}."
+        ) from error
 
 
 def pick_device(device: str) -> torch.device:
@@ -137,5 +153,6 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, Manifest, sample_id
 
-from .head import check_head
+from .head import check_head, check_length
 from .models import Base, tokenizer_identity
 from .samples import Sample, distinct
 from .teacher import capture
@@ -135,6 +135,7 @@ def precompute(
     committed before stays, and a later call goes on from there.
     """
     check_head(base.model)
+    check_length(base.model, max((len(s.token_ids) for s in plan.samples), default=0))
     with CacheWriter(path, manifest) as writer:
         missing = without_captured(plan, writer.captured())
         progress(plan.num_tokens - missing.num_tokens)

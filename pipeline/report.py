@@ -59,9 +59,10 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
     styles = zip(("#444444", "#3b78b8", "#d1672b", "#3d8f4f", "#8a4fa3"), "sovD^", strict=True)
     for (method, seeds), (colour, marker) in zip(points.items(), styles, strict=False):
         xs, ys = [x for x, _ in seeds], [y for _, y in seeds]
-        axes.scatter(xs, ys, s=26, color=colour, marker=marker, alpha=0.5, linewidths=0)
         mean = (sum(xs) / len(xs), sum(ys) / len(ys))
-        axes.scatter(*mean, s=110, color=colour, marker=marker, edgecolors="black", label=method, zorder=3)
+        axes.scatter(*mean, s=150, color=colour, marker=marker, alpha=0.35, linewidths=0, zorder=2)
+        axes.scatter(*mean, s=150, facecolors="none", edgecolors=colour, marker=marker, zorder=3)
+        axes.scatter(xs, ys, s=20, color=colour, marker=marker, linewidths=0, label=method, zorder=4)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.annotate("no forgetting", (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666")
     axes.set_xlabel("learning: fall of cross-entropy on new text, nats a token  (further right is better)")
@@ -69,6 +70,6 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.margins(0.18)
-    axes.legend(frameon=False, title="large: mean over seeds; small: one seed")
+    axes.legend(frameon=False, title="small: one seed; large: mean over seeds")
     figure.savefig(path)
     plt.close(figure)

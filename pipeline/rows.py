@@ -56,7 +56,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidData(f"reading {path}: line {number} is not JSON ({error}). Repair the line.") from error
             if not isinstance(row, dict):
                 raise InvalidData(f"reading {path}: line {number} is not a JSON object. One object a line is expected.")

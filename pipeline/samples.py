@@ -143,7 +143,7 @@ def _from_text(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     if not isinstance(text, str) or not text:
         raise InvalidData(f"reading {origin}: expected a non-empty string in 'text', found {text!r:.60}.")
-    token_ids = _encode(_with_end(text, tokenizer), tokenizer)
+    token_ids = _encode(_with_end(text, tokenizer), tokenizer, origin)
     return token_ids, np.ones(len(token_ids), dtype=np.bool_)
 
 
@@ -157,8 +157,8 @@ def _from_completion(
             )
     if not completion:
         raise InvalidData(f"reading {origin}: its completion is empty: there is nothing to learn. Remove the row.")
-    whole = _encode(prompt + _with_end(completion, tokenizer), tokenizer)
-    start = _common_prefix(_encode(prompt, tokenizer), whole)
+    whole = _encode(prompt + _with_end(completion, tokenizer), tokenizer, origin)
+    start = _common_prefix(_encode(prompt, tokenizer, origin), whole)
     return whole, np.arange(len(whole)) >= start
 
 
@@ -176,7 +176,8 @@ def _from_messages(
     except InvalidData:
         raise
     except Exception as error:  # a template is a program of the model's author and raises what it likes
-        raise InvalidData(f"reading {origin}: the chat template refuses its messages ({error}).") from error
+        said = " ".join(str(error).split())
+        raise InvalidData(f"reading {origin}: the chat template refuses its messages ({said}).") from error
 
 
 def _render(
@@ -192,6 +193,11 @@ def _render(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise InvalidData(
+                f"reading {origin}: its messages begin with the assistant's turn, before which a chat template renders "
+                "nothing. Put a system or user turn first, or give input_ids."
+            )
         before = _chat_ids(messages[:i], tokenizer, add_generation_prompt=True)
         after = _chat_ids(messages[: i + 1], tokenizer)
         if not (_starts_with(whole, before) and _starts_with(whole, after)):
@@ -212,8 +218,11 @@ def _chat_ids(
     return np.array(encoded["input_ids"], dtype=np.int64)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    return np.array(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=np.int64)
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, origin: str) -> NDArray[np.int64]:
+    try:
+        return np.array(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=np.int64)
+    except (TypeError, UnicodeEncodeError) as error:  # JSON can hold half of a surrogate pair, no encoding can
+        raise InvalidData(f"reading {origin}: its text is not valid Unicode. Repair or remove the row.") from error
 
 
 def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -222,7 +231,10 @@ def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _integers(values: Any, name: str, origin: str) -> NDArray[np.int64]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.asarray([], dtype=object)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         raise InvalidData(f"reading {origin}: expected a list of integers in {name!r}, found {values!r:.60}.")
     return array.astype(np.int64)

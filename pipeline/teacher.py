@@ -62,8 +62,8 @@ def slice_record(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Te
     A row with a logit that is not finite comes back as NaN in its log p(label).
     """
     k = min(top_k, logits.shape[1] - 1)
-    finite = torch.isfinite(logits).all(dim=1)
     normaliser = logits.logsumexp(dim=1, keepdim=True)
+    finite = (logits.amin(dim=1) > -torch.inf) & torch.isfinite(normaliser.squeeze(1))  # NaN fails both
     label = (logits.gather(1, labels[:, None]) - normaliser).squeeze(1)
     rest = logits.scatter(1, labels[:, None], -torch.inf)
     kept, ids = rest.topk(k, dim=1)

@@ -64,13 +64,14 @@ class CachedKLTrainer(Trainer):
             raise TrainingFailed("label smoothing and a regulariser towards the base are two answers to one question.")
         self.objective = objective
         self._meter = torch.zeros(2, device=args.device)
-        self._metered_step = self.state.global_step
+        self._metered_steps = 0
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The batches of one optimizer step, and their positions on all processes: int64 [CE, regulariser]."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._metered_steps += 1
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts += torch.tensor(count_positions(batch, self.objective.regularizer), device=device)
@@ -106,15 +107,24 @@ class CachedKLTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl and kl_weight to the logs of training steps, and stops a run whose loss is not finite."""
-        steps = self.state.global_step - self._metered_step
-        if "loss" in logs and steps:
-            ce, kl = (self.accelerator.reduce(self._meter, reduction="sum") / steps).tolist()
+        if "loss" in logs and self._metered_steps:
+            ce, kl = (self.accelerator.reduce(self._meter, reduction="sum") / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self.objective.weight}
             self._meter.zero_()
-            self._metered_step = self.state.global_step
+            self._metered_steps = 0
             if not torch.isfinite(torch.tensor([ce, kl])).all():
                 raise TrainingFailed(
                     f"training, step {self.state.global_step}: the loss is not finite (CE {ce}, KL {kl}). "
                     "The last checkpoint is kept. Try a lower --lr."
                 )
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves no adapter that is not finite, since the checkpoint before would be removed for it."""
+        trained = (p for p in model.parameters() if p.requires_grad)
+        if not all(torch.isfinite(p).all() for p in trained):
+            raise TrainingFailed(
+                f"training, step {self.state.global_step}: the adapter's weights are not finite. "
+                "The last checkpoint is kept. Try a lower --lr."
+            )
+        super()._save_checkpoint(model, trial)

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
 
 from .adapters import IDENTITY_AT_START, AdapterSettings, attach
-from .errors import TrainingFailed
+from .errors import InputNotFound, TrainingFailed
 from .gate import StepZero, check_samples, probe_step_zero
-from .head import check_head
+from .head import check_head, check_length
 from .models import Base
 from .samples import Sample
 from .targets import TrainingSet
@@ -76,7 +75,8 @@ def train(
 
     cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). The base's
     model object becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`,
-    `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`.
+    `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`,
+    `InputNotFound` (no layer of the names to adapt).
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
@@ -87,11 +87,18 @@ def train(
         return finished
     started = perf_counter()
     check_head(base.model)
+    check_length(base.model, max(len(s.token_ids) for s in samples))
     regularized = cache if objective.regularizer != "none" else None
     if regularized is not None:
         check_samples(regularized, samples)
     set_seed(settings.seed)
-    model = attach(base.model, adapter, str(base.source.folder))
+    try:
+        model = attach(base.model, adapter, str(base.source.folder))
+    except ValueError as error:
+        raise InputNotFound(
+            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r} name no layer "
+            "of it that can be adapted. Use all-linear, or names of its linear layers separated by commas."
+        ) from error
     step_zero = None
     if regularized is not None and IDENTITY_AT_START[adapter.kind]:
         step_zero = probe_step_zero(model, regularized, samples, objective.regularizer, objective.tail)
@@ -216,9 +223,9 @@ def _data_fingerprint(samples: Sequence[Sample]) -> str:
 
 def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> str | None:
     """The checkpoint to go on from. Raises `TrainingFailed` where the folder is in use, or holds another run."""
-    previous = json.loads((out / RUN).read_text(encoding="utf-8")) if (out / RUN).exists() else None
+    previous = _read_run(out)
     if previous is None:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not all(_is_leftover(path) for path in out.iterdir()):
             raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
         out.mkdir(parents=True, exist_ok=True)
         return None
@@ -231,15 +238,43 @@ def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> str
             f"resuming {out}: the run there differs in {', '.join(differs)} (see its run.json). "
             "Resume with the arguments it was started with, or choose another --out."
         )
-    checkpoints = out / CHECKPOINTS
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return _last_checkpoint(out / CHECKPOINTS)
+
+
+def _is_leftover(path: Path) -> bool:
+    """What a run leaves that ended before its run.json was written."""
+    return path.name == f"{RUN}.new" or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+
+
+def _read_run(out: Path) -> dict[str, Any] | None:
+    if not (out / RUN).exists():
+        return None
+    try:
+        run = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or "status" not in run:
+        raise TrainingFailed(f"reading {out / RUN}: it is not what `logitcache train` writes. Choose another --out.")
+    return run
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: a run killed while it wrote one goes on from the one before.
+
+    The Trainer writes trainer_state.json last, and removes the older checkpoint after that.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def _finished_report(out: Path) -> TrainReport | None:
-    if not (out / RUN).exists():
-        return None
-    run = json.loads((out / RUN).read_text(encoding="utf-8"))
-    if run["status"] != "finished":
+    run = _read_run(out)
+    if run is None or run["status"] != "finished":
         return None
     result = run["result"]
     step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])

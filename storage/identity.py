@@ -66,18 +66,27 @@ class CaptureSettings:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Fingerprint of every tensor in the folder's safetensors files: name, dtype, shape, bytes; not of the sharding.
+    """Fingerprint of every tensor of the checkpoint in this folder: name, dtype, shape, bytes; not of the sharding.
 
-    Raises FileNotFoundError where there are none, ValueError where a file is not safetensors.
+    The files are those transformers loads: the ones of model.safetensors.index.json, else model.safetensors.
+    Raises FileNotFoundError where one is missing, ValueError where one is not safetensors.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    jobs = [(file, name, meta, start) for file in files for name, meta, start in _tensors(file)]
+    jobs = [(file, name, meta, start) for file in weight_files(folder) for name, meta, start in _tensors(file)]
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_tensor_digest, jobs)
         entries = sorted(zip([job[1] for job in jobs], digests, strict=True))
     return digest_json(entries)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by name. Raises FileNotFoundError where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json is in {folder}")
+    return [folder / "model.safetensors"]
 
 
 def config_fingerprint(folder: Path) -> str:

@@ -47,6 +47,7 @@ class CacheWriter:
             self.close()
             raise
         self._commits = {path.stem for path in (self.path / SHARDS).glob("*.json")}
+        self._attempts = 0
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -84,11 +85,12 @@ class CacheWriter:
         unit = unit_id(samples)
         if unit in self._commits:
             return self._read_commit(unit)
-        staging, final = self.path / STAGING / unit, self.path / SHARDS / unit
         shutil.rmtree(self.path / STAGING, ignore_errors=True)  # of a commit that failed
+        self._attempts += 1  # a folder of its own: Zarr's threads may go on writing into that of a failed commit
+        staging, final = self.path / STAGING / str(self._attempts), self.path / SHARDS / unit
         staging.mkdir(parents=True)
         commit = self._write(staging, unit, samples)
-        if final.exists():  # renamed by a run that died before its commit
+        if final.exists():  # renamed by a commit of this writer that failed
             shutil.rmtree(final)
         staging.rename(final)
         _sync_folder(final.parent)
@@ -116,6 +118,9 @@ class CacheWriter:
         temporary = [self.path / _temporary(name) for name in (MANIFEST, CONTENTS)]
         for path in [*temporary, *(self.path / SHARDS).glob(_temporary("*.json"))]:
             path.unlink(missing_ok=True)
+        for folder in (self.path / SHARDS).iterdir():  # renamed by a run that died before its commit
+            if folder.is_dir() and not folder.with_suffix(".json").exists():
+                shutil.rmtree(folder)
 
     def _check(self, samples: Sequence[CachedSample]) -> None:
         if not samples:

@@ -100,11 +100,14 @@ def _data_file(name: str) -> str:
 
 
 def _blocks(path: Path, num_chunks: int) -> Blocks:
-    """Each chunk of a file, then the index at its end: offset and length of each chunk as uint64, and a crc32c."""
+    """Each chunk of a file, then the index at its end: offset and length of each chunk as uint64, and a crc32c.
+
+    All without the crc32c that ends them and that Zarr compares: the crc32c of bytes and their crc32c is a constant.
+    """
     data = path.read_bytes()
     start = len(data) - 16 * num_chunks - 4
     index = np.frombuffer(data, "<u8", count=2 * num_chunks, offset=start).reshape(-1, 2)
-    spans = [*index.tolist(), [start, len(data) - start]]
+    spans = [(at, length - 4) for at, length in [*index.tolist(), (start, len(data) - start)]]
     return tuple((at, length, google_crc32c.value(data[at : at + length])) for at, length in spans)
 
 

@@ -39,6 +39,12 @@ STATUSES: dict[type[Exception], int] = {
 }
 """Exit status by class; every other refusal is 1."""
 
+NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says of a GPU, and of a CPU."""
+
+NO_FILE = ("(os error ", "failed writing file", "unexpected pos ")
+"""What safetensors says of a full disk, and torch; neither raises OSError."""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="logitcache")
@@ -69,17 +75,39 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "logitcache: interrupted. What was committed is kept; run the same command again to go on.", err=True
+            "logitcache: interrupted. What was committed is kept; run the same command again to go on "
+            "(train: with --resume).",
+            err=True,
         )
         return 130
     except (CacheError, PipelineError) as error:
         click.echo(f"logitcache: {error}", err=True)
         return STATUSES.get(type(error), 1)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        click.echo(f"logitcache: {error.strerror or error}{where}. What was committed is kept.", err=True)
+    except Exception as error:
+        told = _tell(error)
+        if told is None:
+            raise  # a defect of this program: its traceback is what a report of it needs
+        click.echo(f"logitcache: {told}", err=True)
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _tell(error: Exception) -> str | None:
+    """A sentence about a refusal of the machine: of its disk or its memory."""
+    what = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, MemoryError) or any(sign in what for sign in NO_MEMORY):
+        return (
+            f"memory ran out ({what[:200]}). What was committed is kept. Run the same command again with a smaller "
+            "--batch-tokens (train: --batch-size and a larger --grad-accum, into a new --out)."
+        )
+    if isinstance(error, OSError) or any(sign in what for sign in NO_FILE):
+        if isinstance(error, OSError) and error.strerror:
+            what = error.strerror + (f": {error.filename}" if error.filename else "")
+        return (
+            f"reading or writing a file failed ({what[:400]}). What was committed is kept. "
+            "Put that right and run the same command again (train: with --resume)."
+        )
+    return None
 
 
 __all__ = ["STATUSES", "cli", "main", "run"]

@@ -4,6 +4,7 @@ Owns the presentation of work in progress: bars with tokens/s and time left, on 
 """
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -16,6 +17,16 @@ import click
 import yaml
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range, which nan and inf are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def config_option(function: F) -> F:
@@ -64,21 +75,24 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", ctx) from error
+        raise click.UsageError(f"{path} is not YAML ({' '.join(str(error).split())}).", ctx) from error
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
         raise click.UsageError(f"{path}: expected a mapping of flag names to values.", ctx)
-    known = {p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name != "config"}
-    given = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    options = [p for p in ctx.command.params if isinstance(p, click.Option) and p.name != "config"]
+    known = {p.opts[-1].removeprefix("--"): str(p.name) for p in options}
+    given = {str(key).replace("_", "-"): value for key, value in loaded.items()}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        names = ", ".join(sorted(str(name).replace("_", "-") for name in known if name != "help"))
-        raise click.UsageError(f"{path}: unknown key {unknown[0]!r}. Known keys: {names}.", ctx)
+        raise click.UsageError(f"{path}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.", ctx)
+    if len(given) < len(loaded):
+        raise click.UsageError(f"{path}: expected each key once, found one with a hyphen and with an underscore.", ctx)
     nested = [key for key, value in given.items() if isinstance(value, (dict, list)) or value is None]
     if nested:
         raise click.UsageError(f"{path}: expected one plain value for {nested[0]!r}.", ctx)
-    ctx.default_map = {**(ctx.default_map or {}), **given}
+    # as text, as on the line: else 8.5 would be a whole number, and true a 1
+    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: str(value) for key, value in given.items()}}
 
 
 def quiet_libraries() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .common import config_option, model_option, note, quiet_libraries, runtime_options
+from .common import FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options
 
 
 @click.command(short_help="Train an adapter against the cached base.")
@@ -30,14 +30,14 @@ from .common import config_option, model_option, note, quiet_libraries, runtime_
     show_default=True,
     help="Tokens beyond the top-k: one outcome together, or left out with the rest renormalised.",
 )
-@click.option(
-    "--weight", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Weight of the regulariser."
-)
+@click.option("--weight", type=FiniteFloat(min=0), default=1.0, show_default=True, help="Weight of the regulariser.")
 @click.option("--adapter", type=click.Choice(["lora"]), default="lora", show_default=True, help="PEFT adapter.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
-@click.option("--alpha", type=float, default=None, help="Scale of the adapter is alpha / rank.  [default: 2 * rank]")
 @click.option(
-    "--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Dropout on the adapter's input."
+    "--alpha", type=FiniteFloat(), default=None, help="Scale of the adapter is alpha / rank.  [default: 2 * rank]"
+)
+@click.option(
+    "--dropout", type=FiniteFloat(0, 1), default=0.0, show_default=True, help="Dropout on the adapter's input."
 )
 @click.option(
     "--target-modules",
@@ -45,16 +45,32 @@ from .common import config_option, model_option, note, quiet_libraries, runtime_
     show_default=True,
     help="Layers to adapt: all-linear (all but the output head), or names separated by commas.",
 )
-@click.option("--lr", type=float, default=2e-4, show_default=True, help="Peak learning rate (cosine, 3 % warm-up).")
-@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the samples.")
+@click.option(
+    "--lr", type=FiniteFloat(min=0), default=2e-4, show_default=True, help="Peak learning rate (cosine, 3 % warm-up)."
+)
+@click.option(
+    "--epochs", type=FiniteFloat(min=0, min_open=True), default=1.0, show_default=True, help="Passes over the samples."
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Samples a device and micro-batch."
 )
 @click.option(
     "--grad-accum", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches an optimizer step."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the adapter and of the order of samples.")
-@click.option("--max-steps", type=int, default=-1, show_default=True, help="Optimizer steps; -1: as --epochs says.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the adapter and of the order of samples.",
+)
+@click.option(
+    "--max-steps",
+    type=click.IntRange(min=-1),
+    default=-1,
+    show_default=True,
+    help="Optimizer steps; -1: as --epochs says.",
+)
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
@@ -100,6 +116,8 @@ def train(
         raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
     if cache is None and data is None:
         raise click.UsageError("--regularizer none needs --data, or a --cache to take the samples from.")
+    if max_steps == 0:
+        raise click.UsageError("--max-steps 0 would train nothing: give a positive number, or -1 for --epochs.")
     quiet_libraries()
     from logitcache.storage import IdentityMismatch, LogitCache
 

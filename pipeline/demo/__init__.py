@@ -1,0 +1,1 @@
+"""The demo: text every Python carries, a small base, and the main job on them."""
