@@ -232,13 +232,18 @@ def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> str
     if not resume:
         raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
     parts = [k for k in description if k not in ("versions", "device")]
-    differs = [k for k in parts if json.loads(json.dumps(description[k])) != previous.get(k)]
+    differs = [k for k in parts if _identity(json.loads(json.dumps(description[k]))) != _identity(previous.get(k))]
     if differs:
         raise IdentityMismatch(
             f"resuming {out}: the run there differs in {', '.join(differs)} (see its run.json). "
             "Resume with the arguments it was started with, or choose another --out."
         )
     return _last_checkpoint(out / CHECKPOINTS)
+
+
+def _identity(part: Any) -> Any:
+    """A part of run.json without the names of paths: content decides, however it is spelt or wherever it was moved."""
+    return {k: v for k, v in part.items() if k not in ("name", "path")} if isinstance(part, dict) else part
 
 
 def _is_leftover(path: Path) -> bool:

@@ -36,6 +36,6 @@ def demo(out: Path) -> None:
     for sentence in relative_sentences(outcomes):
         click.echo(sentence)
     click.echo(
-        "\nCross-entropies in nats a token on held-out text, means over seeds (range). "
+        "\nCross-entropies in nats a token on held-out text, means over seeds ± half the range. "
         f"{perf_counter() - started:.0f} s in all.\nReport: {out / 'report.md'}  Picture: {out / 'frontier.png'}"
     )

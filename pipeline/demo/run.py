@@ -130,9 +130,9 @@ def write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path, Path]:
 
 
 def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
-    """The demo's table: base first, then each method, mean over seeds and (lowest to highest)."""
+    """The demo's table: base first, then each method, means over seeds ± half the range."""
     base = outcomes[0]
-    rows = [["", "new CE", "prior CE", "learnt", "forgotten", "KL on prior", "seconds a run"]]
+    rows = [["", "new CE", "prior CE", "learnt", "forgotten", "KL on prior", "s a run"]]
     rows.append(["base", f"{base.new.before.ce_nats:.3f}", f"{base.prior.before.ce_nats:.3f}", "", "", "", ""])
     for method, runs in _by_method(outcomes).items():
         columns = {
@@ -169,8 +169,8 @@ def relative_sentences(outcomes: list[Outcome]) -> list[str]:
     (first, (learnt, forgotten)), *others = means.items()
     return [
         f"{method}: forgets {100 * (1 - f / forgotten):.0f} % less than {first} and learns "
-        f"{100 * x / learnt:.0f} % as much ({f:+.3f} against {forgotten:+.3f} nats on prior text, "
-        f"{-x:+.3f} against {-learnt:+.3f} on new text)."
+        f"{100 * x / learnt:.0f} % as much ({_nats(f, '+')} against {_nats(forgotten, '+')} nats on prior text, "
+        f"{_nats(-x, '+')} against {_nats(-learnt, '+')} on new text)."
         for method, (x, f) in others
     ]
 
@@ -186,7 +186,7 @@ the same {settings.max_steps} steps of {settings.batch_size} samples. The base r
 {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, {per_position:.0f} bytes a position),
 and never again.
 
-Cross-entropy in nats a token on held-out text; mean over {len(settings.seeds)} seeds, in brackets the range.
+Cross-entropy in nats a token on held-out text; means over {len(settings.seeds)} seeds, ± half the range.
 
 {markdown_table(summary_rows(outcomes))}
 
@@ -291,5 +291,10 @@ def _by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def _mean_and_range(values: list[Any]) -> str:
-    mean = sum(values) / len(values)
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+    mean, half_range = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{_nats(mean)} ± {half_range:.3f}"
+
+
+def _nats(value: float, sign: str = "") -> str:
+    """Three decimals, and no minus sign on what rounds to zero."""
+    return f"{round(value, 3) + 0.0:{sign}.3f}"

@@ -1,0 +1,130 @@
+"""Properties of every store over random samples: round trip, prefix lookup, content addressing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from storage_samples import STORES, by_tokens, make_manifest, make_record, make_sample, record_bits, write_cache
+
+from logitcache.storage import CachedSample, LogitCache, SampleNotCached, sample_id, verify
+
+seeds = st.integers(0, 2**32 - 1)
+relaxed = settings(deadline=None, max_examples=10, database=None)
+many = settings(deadline=None, max_examples=200, database=None)
+
+
+@pytest.fixture(params=STORES, scope="module")
+def store(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_fsync() -> Iterator[None]:
+    """A test cannot see whether bytes have reached a disk, and waiting for it is slow; test_storage_faults does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@relaxed
+@given(
+    seed=seeds,
+    vocab=st.integers(2, 200),
+    top_k=st.integers(1, 199),
+    lengths=st.lists(st.lists(st.integers(2, 40) | st.integers(500, 540), min_size=1, max_size=4), max_size=3),
+)
+def test_round_trip(store: str, seed: int, vocab: int, top_k: int, lengths: list[list[int]]) -> None:
+    rng = np.random.default_rng(seed)
+    top_k = min(top_k, vocab - 1)
+    shards = [[make_sample(rng, n, vocab, top_k) for n in shard] for shard in lengths]
+    expected: dict[bytes, CachedSample] = {}
+    for sample in (s for shard in shards for s in shard):
+        expected.setdefault(sample.token_ids.tobytes(), sample)
+    assume(len(expected) == sum(map(len, shards)))  # captures of the same tokens are united: tested below
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_cache(Path(folder) / "cache", store, shards, make_manifest(store, vocab, top_k))
+        cache = LogitCache.open(path)
+        assert by_tokens(list(cache.samples())) == by_tokens(list(expected.values()))
+        for sample in expected.values():
+            assert record_bits(cache.lookup(sample.token_ids)) == record_bits(sample.logprobs)
+        assert verify(path).is_intact
+
+
+def starts_with(sample: CachedSample, tokens: np.ndarray) -> bool:
+    return sample.token_ids[: len(tokens)].tobytes() == tokens.tobytes()
+
+
+def departure(sample: CachedSample, tokens: np.ndarray) -> int:
+    """Number of tokens that both have at their start."""
+    return next(n for n in range(len(tokens), -1, -1) if starts_with(sample, tokens[:n]))
+
+
+@relaxed
+@given(
+    seed=seeds,
+    tokens=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=7), min_size=1, max_size=12, unique_by=tuple),
+    asked=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12),
+)
+def test_prefix_lookup_equals_a_scan_of_all_samples(
+    store: str, seed: int, tokens: list[list[int]], asked: list[list[int]]
+) -> None:
+    rng = np.random.default_rng(seed)
+    samples = [make_sample(rng, 0, 3, 2, token_ids=np.array(t, dtype=np.uint32)) for t in tokens]
+    half = (len(samples) + 1) // 2
+    with tempfile.TemporaryDirectory() as folder:
+        shards = [part for part in (samples[:half], samples[half:]) if part]
+        cache = LogitCache.open(write_cache(Path(folder) / "cache", store, shards, make_manifest(store, 3, 2)))
+        for prefix in [*asked, *(t[:n] for t in tokens for n in range(1, len(t) + 1))]:
+            check_against_scan(cache, samples, np.array(prefix, dtype=np.uint32))
+
+
+def check_against_scan(cache: LogitCache, samples: list[CachedSample], tokens: np.ndarray) -> None:
+    """A hit is the record of that very sample, else the rows inside of one that starts so; a miss names the nearest."""
+    exact = [s for s in samples if s.token_ids.tobytes() == tokens.tobytes()]
+    hits = exact or [s for s in samples if starts_with(s, tokens)]
+    assert (tokens in cache) == bool(hits)
+    if hits:
+        inside = [s.logprobs.take(np.flatnonzero(s.logprobs.positions + 1 < len(tokens))) for s in hits]
+        assert record_bits(cache.lookup(tokens)) in [record_bits(record) for record in inside]
+        return
+    with pytest.raises(SampleNotCached) as caught:
+        cache.lookup(tokens)
+    assert f"departs at token {max(departure(s, tokens) for s in samples)}: " in str(caught.value)
+
+
+@relaxed
+@given(seed=seeds, parts=st.lists(st.sets(st.integers(0, 8), min_size=1), min_size=1, max_size=4, unique_by=frozenset))
+def test_captures_of_one_sample_are_united(store: str, seed: int, parts: list[set[int]]) -> None:
+    rng = np.random.default_rng(seed)
+    token_ids = rng.integers(0, 30, size=10, dtype=np.uint32)
+    whole = make_record(rng, token_ids, np.arange(9, dtype=np.int32), 30, 4)
+    shards = [[CachedSample(token_ids, whole.take(np.array(sorted(part))))] for part in parts]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = LogitCache.open(write_cache(Path(folder) / "cache", store, shards, make_manifest(store, 30, 4)))
+        union = sorted(set().union(*parts))
+        assert len(cache) == 1
+        assert record_bits(cache.lookup(token_ids)) == record_bits(whole.take(np.array(union)))
+        assert cache.positions(0).tolist() == union
+
+
+@many
+@given(tokens=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=30), data=st.data())
+def test_any_change_of_the_tokens_changes_the_sample_id(tokens: list[int], data: st.DataObject) -> None:
+    array = np.array(tokens, dtype=np.uint32)
+    at = data.draw(st.integers(0, len(tokens) - 1))
+    other = data.draw(st.integers(0, 2**32 - 1).filter(lambda t: t != tokens[at]))
+    changed = array.copy()
+    changed[at] = other
+    ids = [changed, array[:-1], np.append(array, array[-1]), np.append(array, np.uint32(0)), np.insert(array, 0, 0)]
+    assert sample_id(array) not in [sample_id(a) for a in ids]
+    assert sample_id(array) == sample_id(array.astype(np.int64)) == sample_id(array.astype(">u4"))
+    if sorted(set(tokens)) != [tokens[0]]:
+        rotated = np.roll(array, 1)
+        assert (sample_id(rotated) == sample_id(array)) == np.array_equal(rotated, array)
