@@ -62,11 +62,12 @@ def slice_record(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Te
     A row with a logit that is not finite comes back as NaN in its log p(label).
     """
     k = min(top_k, logits.shape[1] - 1)
-    normaliser = logits.logsumexp(dim=1, keepdim=True)
-    finite = (logits.amin(dim=1) > -torch.inf) & torch.isfinite(normaliser.squeeze(1))  # NaN fails both
-    label = (logits.gather(1, labels[:, None]) - normaliser).squeeze(1)
-    rest = logits.scatter(1, labels[:, None], -torch.inf)
-    kept, ids = rest.topk(k, dim=1)
+    top = logits.amax(dim=1, keepdim=True)
+    finite = (logits.amin(dim=1) > -torch.inf) & (top.squeeze(1) < torch.inf)  # NaN fails both
+    rest = logits - top  # first, so that the size of the logits costs no digits
+    normaliser = rest.logsumexp(dim=1, keepdim=True)
+    label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
+    kept, ids = rest.scatter_(1, labels[:, None], -torch.inf).topk(k, dim=1)
     tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
     return label.where(finite, torch.nan), ids, kept - normaliser, tail
 

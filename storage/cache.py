@@ -17,7 +17,7 @@ from .backend import Backend, ShardReader, corrupt
 from .encoding import decode
 from .errors import IncompleteCache, InvalidRecord, NotACache, PositionNotCaptured, SampleNotCached
 from .identity import digest, sample_id
-from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
+from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json, to_bytes
 from .records import BaseLogprobs, CachedSample, check_record, concatenate
 from .zarr_backend import ZarrBackend
 
@@ -122,8 +122,8 @@ class LogitCache:
 
     @property
     def contents_checksum(self) -> str:
-        """Checksum of contents.json, and through it of every byte of the cache: equal caches have equal ones."""
-        return digest(read_bytes(self.path / CONTENTS))
+        """Checksum of the commit records, and through them of every byte of the shards: equal for equal contents."""
+        return digest(b"".join(to_bytes(shard.commit) for shard in self.shards))
 
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""
@@ -250,6 +250,8 @@ def read_contents(root: Path) -> list[ShardCommit]:
             "Nothing is lost: run the same `logitcache precompute` again and it goes on from there."
         )
     contents = read_json(Contents, root / CONTENTS)
+    if digest(read_bytes(root / MANIFEST)) != contents.manifest:
+        raise corrupt(root / MANIFEST, "it is not the manifest that this cache was finished with")
     commits = []
     for entry in contents.shards:
         path = root / SHARDS / f"{entry.unit}.json"

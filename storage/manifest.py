@@ -104,8 +104,9 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """The shards of a finished cache. A reader sees these and no others."""
+    """The shards of a finished cache, and the checksum of its manifest. A reader sees these shards and no others."""
 
+    manifest: str
     shards: tuple[ShardEntry, ...]
 
 

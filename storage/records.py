@@ -16,7 +16,7 @@ NO_TOKEN = 2**32 - 1
 """Fills `alternative_ids` where a row keeps fewer than K; its log-probability is -inf."""
 
 MASS_TOLERANCE = 1e-4
-"""How far label + alternatives + tail may be from 1: float32 sums over a vocabulary, measured below 2e-5."""
+"""How far label + alternatives + tail may be from 1: float32 sums over a vocabulary, measured below 2e-6 (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BaseLogprobs:
         return BaseLogprobs(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def equals(self, other: "BaseLogprobs") -> bool:
-        """Bit-for-bit equality of every field."""
+        """Equality of every field, value for value."""
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     def kept_mass(self) -> NDArray[np.float64]:

@@ -104,7 +104,7 @@ class CacheWriter:
         entries = []
         for unit in sorted(self._commits):
             entries.append(ShardEntry(unit, digest((self.path / SHARDS / f"{unit}.json").read_bytes())))
-        contents = Contents(tuple(entries))
+        contents = Contents(digest((self.path / MANIFEST).read_bytes()), tuple(entries))
         temporary = self.path / _temporary(CONTENTS)
         _write_synced(temporary, to_bytes(contents))
         temporary.replace(self.path / CONTENTS)

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_no_file_can_be_truncated_or_emptied_or_zeroed_or_grown_or_deleted(writt
         data = file.read_bytes()
         for change in [b"", data[: len(data) // 2], data[:-1], data + b"\0", bytes(len(data))]:
             file.write_bytes(change)
-            if change == data[:-1] and file.parent == written:  # the JSON is whole, the end of its line is gone
+            if change == data[:-1] and file == written / "contents.json":  # only its line end is gone
                 assert not is_refused(written, expected)
                 continue
             assert is_refused(written, expected), (file, len(change))
@@ -501,3 +502,12 @@ def test_a_writer_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path
     write_cache(path, store, shards)
     assert lasting(path) == lasting(undisturbed)
     assert verify(path).is_intact
+
+
+def test_a_manifest_of_another_cache_is_refused(written: Path, tmp_path: Path, store: str) -> None:
+    """Valid by itself, and of the same vocabulary and top_k: only the contents know that it is not theirs."""
+    other = replace(make_manifest(store), model=replace(make_manifest(store).model, weights="another"))
+    write_cache(tmp_path / "other", store, SHARDS, other)
+    shutil.copy(tmp_path / "other" / "manifest.json", written / "manifest.json")
+    with pytest.raises(CorruptCache, match=r"manifest\.json"):
+        LogitCache.open(written)
