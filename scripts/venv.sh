@@ -24,7 +24,6 @@ install_logitcache() { # $1: what to install, '.' or '.[test]'
         "$python" -m venv "$venv"
     fi
     echo "Installing logitcache into .venv (the first time this fetches PyTorch: minutes)"
-    rm -rf build # setuptools would install files from here that the tree no longer has
+    rm -rf build/lib build/bdist.* # setuptools would install files from here that the tree no longer has
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$1"
-    rm -rf build
 }

@@ -16,7 +16,7 @@ NO_TOKEN = 2**32 - 1
 """Fills `alternative_ids` where a row keeps fewer than K; its log-probability is -inf."""
 
 MASS_TOLERANCE = 1e-4
-"""How far label + alternatives + tail may be from 1: float32 sums over a vocabulary, measured below 2e-6 (docs/log.md)."""
+"""How far label + alternatives + tail may be from 1. Float32 sums over a vocabulary: below 2e-6 (docs/log.md)."""
 
 
 @dataclass(frozen=True)
