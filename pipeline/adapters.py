@@ -28,16 +28,21 @@ class AdapterSettings:
 def attach(model: PreTrainedModel, settings: AdapterSettings, base_name: str) -> PeftModel:
     """The model with an untrained adapter; its base weights are frozen. base_name: where PEFT finds the base again.
 
-    The factors are drawn from torch's generator: seed it before.
+    The factors are drawn from torch's generator: seed it before. Raises ValueError where a name fits no layer.
     """
     names = settings.target_modules
+    wanted = [] if names == "all-linear" else [name.strip() for name in names.split(",")]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=names if names == "all-linear" else names.split(","),
+        target_modules=wanted or names,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
+    found = adapted.targeted_module_names
+    for name in wanted:  # PEFT is content with one of them
+        if not any(module == name or module.endswith(f".{name}") for module in found):
+            raise ValueError(f"no layer is called {name!r}")
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted

@@ -70,12 +70,22 @@ class CachedKLTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The batches of one optimizer step, and their positions on all processes: int64 [CE, regulariser]."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from its last step: the Trainer would do one more
+            return [], torch.zeros(2, dtype=torch.int64, device=device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._metered_steps += 1
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts += torch.tensor(count_positions(batch, self.objective.regularizer), device=device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's, but a run of one step has no warm-up: at a learning rate of 0 it would train nothing."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,

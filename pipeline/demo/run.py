@@ -235,10 +235,9 @@ def _fill_cache(path: Path, source: Source, samples: list[Sample], settings: Dem
     report = precompute(base, manifest_for(base, tokenizer, job), plan, path)
     cache = LogitCache.open(path)
     check_identity(cache, base, tokenizer)
-    say(
-        f"Precompute: the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s; "
-        f"the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB."
-    )
+    ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
+    done = ran if report.num_tokens else "nothing left to run"
+    say(f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB.")
     return cache
 
 
