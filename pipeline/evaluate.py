@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,6 +88,10 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
             model: PeftModel = PeftModel.from_pretrained(base, folder)
+        places = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
+        stray = sorted(load_peft_weights(folder, device="cpu").keys() - places)
+        if stray:
+            raise ValueError(f"{len(stray)} of its tensors have no place in the model: {stray[0]}, ...")
     except Exception as error:  # peft and safetensors raise many kinds
         raise UnsupportedModel(
             f"loading adapter {folder!r}: it is damaged, or of a model of other sizes ({first_line(error)}). "

@@ -100,9 +100,19 @@ def check_head(causal_lm: PreTrainedModel) -> None:
 
 
 def check_length(causal_lm: PreTrainedModel, longest: int) -> None:
-    """Raise `UnsupportedModel` where a sample is longer than the model's table of learned positions, if it has one."""
+    """Raise `UnsupportedModel` where a sample is longer than the model's table of learned positions, if it has one, or
+    where its rotary frequencies depend on the length of the batch, so that a record would depend on its neighbours."""
     config = causal_lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for rope in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):  # one for all layers, or each
+        kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings") or limit
+        if kind in ("dynamic", "longrope") and original is not None and longest > original:
+            raise UnsupportedModel(
+                f"running {type(causal_lm).__name__} on a sample of {longest} tokens: beyond {original} its rotary "
+                f"frequencies ({kind}) depend on the longest sample of a batch, so one position has no one "
+                f"distribution. Use --max-length {original}."
+            )
     if limit is None or getattr(config, "rope_parameters", None) is not None or longest <= limit:
         return
     raise UnsupportedModel(

@@ -42,7 +42,8 @@ class Base:
 def find_model(name: str) -> Source:
     """The folder of a model: itself where it is one, else the local snapshot of the hub id, downloaded if missing.
 
-    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights.
+    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or holds an
+    adapter too: transformers would load that, on the base that it names, and not what is fingerprinted here.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -60,6 +61,11 @@ def find_model(name: str) -> Source:
                 f"loading model {name!r}: expected {what} in {folder}, found none. "
                 "Save the model there with save_pretrained()."
             )
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModel(
+            f"loading model {name!r}: {folder} holds an adapter (adapter_config.json) beside the weights. "
+            "Give a folder of the base alone."
+        )
     return Source(name, folder)
 
 

@@ -3,7 +3,7 @@
 Owns how text becomes tokens: the rules below are those of TRL's SFTTrainer, so that the same rows give the same samples
 there. Must not know models or caches. Position t predicts token t+1; `supervised[t]` says that token t is a label.
 
-- `input_ids` (+ `labels`, -100 where not supervised): as they are
+- `input_ids` (+ `labels`, -100 where not supervised; or TRL's `completion_mask`, `assistant_masks`): as they are
 - `messages`: the tokenizer's chat template; assistant turns are supervised
 - `prompt` + `completion`: tokenized together, the end-of-text token added; the completion is supervised
 - `text`: the end-of-text token added; everything is supervised
@@ -113,6 +113,11 @@ def _tokenize(
     if tokenizer is None:
         raise InvalidData(f"reading {origin}: it holds text, but the model's folder has no tokenizer.")
     if row.get("messages") is not None:
+        if row.get("tools"):
+            raise InvalidData(
+                f"reading {origin}: it holds tools, which are not rendered here: the model would learn to call what it "
+                "was not shown. Render the rows into input_ids and labels, or remove the field."
+            )
         return _from_messages(row["messages"], tokenizer, origin)
     if row.get("prompt") is not None and row.get("completion") is not None:
         return _from_completion(row["prompt"], row["completion"], tokenizer, origin)
@@ -126,8 +131,13 @@ def _tokenize(
 
 def _from_ids(row: Row, origin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     token_ids = _integers(row["input_ids"], "input_ids", origin)
+    if not _mask(row, "attention_mask", len(token_ids), origin).all():
+        raise InvalidData(f"reading {origin}: its attention_mask hides tokens. Give input_ids without padding.")
+    kept = np.ones(len(token_ids), dtype=np.bool_)
+    for name in ("completion_mask", "assistant_masks"):
+        kept &= _mask(row, name, len(token_ids), origin)
     if row.get("labels") is None:
-        return token_ids, np.ones(len(token_ids), dtype=np.bool_)
+        return token_ids, kept
     labels = _integers(row["labels"], "labels", origin)
     supervised = labels != IGNORED
     if labels.shape != token_ids.shape or np.any(labels[supervised] != token_ids[supervised]):
@@ -135,7 +145,17 @@ def _from_ids(row: Row, origin: str) -> tuple[NDArray[np.int64], NDArray[np.bool
             f"reading {origin}: expected labels equal to input_ids (unshifted) or {IGNORED}, found others. "
             "A label here is always the next token of the sample."
         )
-    return token_ids, supervised
+    return token_ids, supervised & kept
+
+
+def _mask(row: Row, name: str, length: int, origin: str) -> NDArray[np.bool_]:
+    """An optional column of 0 and 1, one a token; all ones where the row has none."""
+    if row.get(name) is None:
+        return np.ones(length, dtype=np.bool_)
+    values = _integers([int(v) if isinstance(v, bool) else v for v in row[name]], name, origin)
+    if values.shape != (length,) or not np.isin(values, (0, 1)).all():
+        raise InvalidData(f"reading {origin}: expected a 0 or 1 for every token in {name!r}, found others.")
+    return values.astype(np.bool_)
 
 
 def _from_text(

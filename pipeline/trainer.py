@@ -85,7 +85,8 @@ class CachedKLTrainer(Trainer):
         """The Trainer's, but a run of one step has no warm-up: at a learning rate of 0 it would train nothing."""
         if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
             self.args.warmup_steps = 0
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
 
     def compute_loss(
         self,

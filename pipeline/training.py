@@ -5,6 +5,7 @@ tensorboard/, checkpoints/. The mathematics is in `trainer`, the checks in `gate
 """
 
 import json
+import os
 import platform
 import resource
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ def train(
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    _check_combination(base, cache, objective)
     description = _describe(base, samples, cache, adapter, objective, settings)
     checkpoint = _prepare_folder(out, description, resume)
     finished = _finished_report(out)
@@ -96,8 +98,8 @@ def train(
         model = attach(base.model, adapter, str(base.source.folder))
     except ValueError as error:
         raise InputNotFound(
-            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r} name no layer "
-            "of it that can be adapted. Use all-linear, or names of its linear layers separated by commas."
+            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
+            "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
         ) from error
     step_zero = None
     if regularized is not None and IDENTITY_AT_START[adapter.kind]:
@@ -129,6 +131,21 @@ def train(
     return report
 
 
+def _check_combination(base: Base, cache: LogitCache | None, objective: Objective) -> None:
+    """Raise `TrainingFailed` for settings that would train something else than they say."""
+    if base.model.dtype == torch.float16:
+        raise TrainingFailed(
+            f"training {base.source.name} in float16: the gradients of one position among thousands are too small for "
+            "it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
+        )
+    alone = objective.regularizer == "masked-kl" and objective.tail == "renormalize"
+    if alone and cache is not None and cache.manifest.capture.top_k == 1:
+        raise TrainingFailed(
+            f"training with masked-kl and the tail renormalised: {cache.path} keeps one alternative a position, and "
+            "one outcome alone always has probability 1. Use --tail bucket, or a cache with a larger --top-k."
+        )
+
+
 class _JsonLog(TrainerCallback):
     """Appends every training log to a JSONL file; on resume, drops what lies after the checkpoint."""
 
@@ -140,8 +157,10 @@ class _JsonLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        entries = [entry for line in lines if (entry := _entry(line)) and entry["step"] <= state.global_step]
+        self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+        if entries:
+            self.last = {name: value for name, value in entries[-1].items() if name not in ("step", "epoch")}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step too
@@ -154,6 +173,15 @@ class _JsonLog(TrainerCallback):
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """A line of the log; None for the last one of a run that was killed while it wrote it."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return entry
 
 
 def _arguments(out: Path, settings: TrainSettings, device: torch.device) -> TrainingArguments:
@@ -214,6 +242,7 @@ def _describe(
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": str(base.model.device),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
 
 

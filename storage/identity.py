@@ -68,7 +68,7 @@ class CaptureSettings:
 def weights_fingerprint(folder: Path) -> str:
     """Fingerprint of every tensor of the checkpoint in this folder: name, dtype, shape, bytes; not of the sharding.
 
-    The files are those transformers loads: the ones of model.safetensors.index.json, else model.safetensors.
+    The files are those transformers loads: model.safetensors, else the ones of model.safetensors.index.json.
     Raises FileNotFoundError where one is missing, ValueError where one is not safetensors.
     """
     jobs = [(file, name, meta, start) for file in weight_files(folder) for name, meta, start in _tensors(file)]
@@ -80,13 +80,13 @@ def weights_fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, by name. Raises FileNotFoundError where there are none."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    if not (folder / "model.safetensors").exists():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
         raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json is in {folder}")
-    return [folder / "model.safetensors"]
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [folder / name for name in names]
 
 
 def config_fingerprint(folder: Path) -> str:
