@@ -5,6 +5,7 @@ files, after a download if need be, without remote code. Must not know samples o
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def pick_device(device: str) -> torch.device:
     """auto: cuda where there is one (the process's own under torchrun), else the CPU. Raises `InputNotFound`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputNotFound("using device 'cuda': no CUDA device is available here. Use --device cpu, or auto.")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def first_line(error: Exception) -> str:

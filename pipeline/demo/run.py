@@ -45,7 +45,7 @@ class Method:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes and hyperparameters. num_train = max_steps * batch_size: every new sample is seen once."""
+    """Sizes and hyperparameters. max_steps * batch_size new samples, each drawn once."""
 
     seeds: tuple[int, ...] = (0, 1)
     max_steps: int = 50
