@@ -196,7 +196,8 @@ Cross-entropy in nats a token on held-out text; means over {len(settings.seeds)}
 
 Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, cosine schedule,
 weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the tail as one outcome.
-Methods, learning rates, weight and seeds were fixed before the first run. "base" is the untouched base; "KL on prior" is KL(base || adapted).
+Methods, learning rates, weight and seeds were fixed before the first run.
+"base" is the untouched base; "KL on prior" is KL(base || adapted).
 """
 
 
