@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-ADAPTERS = ("lora",)
 IDENTITY_AT_START = {"lora": True}
 """Whether base + untrained adapter computes what the base does, so that KL(base || adapted) is 0 before step 1."""
 

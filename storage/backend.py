@@ -13,6 +13,7 @@ import google_crc32c
 
 from .encoding import Columns, SampleTable
 from .errors import CorruptCache
+from .identity import digest
 from .manifest import ShardCommit, StoredFile
 
 ROWS_PER_CHUNK = 512
@@ -76,7 +77,7 @@ def read_checked(folder: Path, commit: ShardCommit, name: str) -> bytes:
     if expected is None:
         raise corrupt(folder / name, "the file is not part of the commit")
     data = (folder / name).read_bytes()
-    found = hashlib.blake2b(data, digest_size=16).hexdigest()
+    found = digest(data)
     if found != expected:
         raise corrupt(folder / name, f"expected checksum {expected}, found {found}")
     return data

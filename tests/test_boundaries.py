@@ -16,7 +16,7 @@ STORAGE_ROOMS = {
     "identity": set(),
     "manifest": {"errors", "identity"},
     "encoding": {"identity", "records"},
-    "backend": {"encoding", "errors", "manifest"},
+    "backend": {"encoding", "errors", "identity", "manifest"},
     "zarr_backend": {"backend", "encoding", "manifest"},
     "arrow_backend": {"backend", "encoding", "manifest"},
     "cache": {"arrow_backend", "backend", "encoding", "errors", "identity", "manifest", "records", "zarr_backend"},
