@@ -97,11 +97,12 @@ def run_demo(out: Path, settings: DemoSettings, say: Say) -> list[Outcome]:
     with as_file(files("logitcache.pipeline.demo").joinpath("base")) as folder:
         source = Source("logitcache demo base", find_model(str(folder)).folder)
         train_set, new, prior = (_load(source, path, settings) for path in paths)
-        cache = _fill_cache(out / "cache", source, train_set, settings, say)
+        untouched = _load_float32(source)
+        cache = _fill_cache(out / "cache", untouched, train_set, settings, say)
         outcomes = []
         runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
         for number, (seed, method) in enumerate(runs, 1):
-            outcome = _run(out, source, cache, train_set, new, prior, method, seed, settings)
+            outcome = _run(out, untouched, cache, train_set, new, prior, method, seed, settings)
             outcomes.append(outcome)
             say(
                 f"{number}/{len(runs)} {method.name}, seed {seed}: new {-outcome.learning:+.3f}, "
@@ -203,7 +204,7 @@ Methods, learning rates, weight and seeds were fixed before the first run.
 
 def _run(
     out: Path,
-    source: Source,
+    untouched: Base,
     cache: LogitCache,
     train_set: list[Sample],
     new: list[Sample],
@@ -214,7 +215,7 @@ def _run(
 ) -> Outcome:
     folder = out / "runs" / f"{method.name.replace(',', '').replace(' ', '-')}-seed{seed}"
     report = train(
-        _load_float32(source),
+        _load_float32(untouched.source),
         train_set,
         cache,
         folder,
@@ -223,14 +224,14 @@ def _run(
         TrainSettings(lr=method.lr, batch_size=settings.batch_size, max_steps=settings.max_steps, seed=seed),
         resume=(folder / "run.json").exists(),
     )
-    base = _load_float32(source).model
-    adapted = load_adapter(_load_float32(source).model, str(folder))
+    base = untouched.model
+    adapted = load_adapter(_load_float32(untouched.source).model, str(folder))
     return Outcome(method.name, seed, compare(base, adapted, new), compare(base, adapted, prior), report.seconds)
 
 
-def _fill_cache(path: Path, source: Source, samples: list[Sample], settings: DemoSettings, say: Say) -> LogitCache:
+def _fill_cache(path: Path, base: Base, samples: list[Sample], settings: DemoSettings, say: Say) -> LogitCache:
     job = PrecomputeSettings(top_k=settings.top_k, max_length=settings.max_length)
-    base, tokenizer = _load_float32(source), load_tokenizer(source)
+    tokenizer = load_tokenizer(base.source)
     started = perf_counter()
     plan = make_plan(samples, job)
     report = precompute(base, manifest_for(base, tokenizer, job), plan, path)
