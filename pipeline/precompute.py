@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, Manifest, sample_id
+from logitcache.storage.encoding import PRECISIONS, columns_of
+from logitcache.storage.records import keep_mass
 
 from .head import check_head, check_length
 from .models import Base, tokenizer_identity
@@ -30,13 +32,16 @@ BYTES_A_SAMPLE_TABLE_ROW = 28
 @dataclass(frozen=True)
 class PrecomputeSettings:
     """top_k: alternatives a position (clipped to V - 1); max_length: tokens a sample; batch_tokens: padded tokens a
-    forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow."""
+    forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow; precision: exact,
+    fine or compact; min_mass: keep the fewest alternatives with this share of the non-target mass (1: all top_k)."""
 
     top_k: int = 64
     max_length: int = 1024
     batch_tokens: int = 8192
     shard_positions: int = 32_768
     store: str = "zarr"
+    precision: str = "fine"
+    min_mass: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,10 @@ class Plan:
         """Records the cache will gain."""
         return sum(len(s.positions) for s in self.samples)
 
-    def num_bytes(self, top_k: int) -> int:
+    def num_bytes(self, top_k: int, precision: str) -> int:
         """Size of its records and tokens before compression."""
-        rows = self.num_positions * (12 + 8 * top_k)
+        columns = columns_of(CaptureSettings(top_k, 2, precision=precision))
+        rows = self.num_positions * sum(np.dtype(c.dtype).itemsize * max(c.width, 1) for c in columns)
         return rows + 4 * self.num_tokens + BYTES_A_SAMPLE_TABLE_ROW * self.num_samples
 
 
@@ -83,13 +89,20 @@ class PrecomputeReport:
 
 def manifest_for(base: Base, tokenizer: PreTrainedTokenizerBase | None, settings: PrecomputeSettings) -> Manifest:
     """The manifest of a cache of this base with these settings."""
-    packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs")
+    packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
+    precision = PRECISIONS[settings.precision]
     top_k = min(settings.top_k, base.identity.vocab_size - 1)
     return Manifest(
         store=settings.store,
         model=base.identity,
         tokenizer=tokenizer_identity(tokenizer),
-        capture=CaptureSettings(top_k=top_k, max_length=settings.max_length),
+        capture=CaptureSettings(
+            top_k=top_k,
+            max_length=settings.max_length,
+            min_mass=settings.min_mass,
+            precision=settings.precision,
+            max_error=precision.max_error if precision else 0.0,
+        ),
         model_name=base.source.name,
         created_with={name: version(name) for name in packages},
     )
@@ -143,7 +156,9 @@ def precompute(
             cached: list[CachedSample] = []
             for batch in shard:
                 records = capture(base.model, batch, manifest.capture.top_k)
-                cached += [CachedSample(s.token_ids, r, s.num_tokens_cut) for s, r in zip(batch, records, strict=True)]
+                for sample, record in zip(batch, records, strict=True):
+                    kept = keep_mass(record, manifest.capture.min_mass)
+                    cached.append(CachedSample(sample.token_ids, kept, sample.num_tokens_cut))
                 progress(sum(len(s.token_ids) for s in batch))
             writer.commit(cached)
         if not writer.is_final:

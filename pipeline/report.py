@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from logitcache.storage.statistics import Statistics
+
 from .evaluate import Comparison, Metrics
 
 _METRICS: list[tuple[str, str, str, Callable[[Metrics], float]]] = [
@@ -71,5 +73,34 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
     axes.grid(alpha=0.25)
     axes.margins(0.18)
     axes.legend(frameon=False, title="small: one seed; large: mean over seeds")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_cache(statistics: Statistics, num_positions: int, title: str, path: Path) -> None:
+    """What a cache kept, and what its bytes are spent on: kept mass, alternatives a row, bytes a position by column."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (mass, count, size) = plt.subplots(1, 3, figsize=(13, 4.2), dpi=130, layout="constrained")
+    mass.hist(statistics.kept_mass, bins=50, range=(0, 1), color="#3b78b8")
+    mass.set_xlabel("share of the non-target mass that a row keeps")
+    mass.set_ylabel(f"positions (of {statistics.num_positions:,} read)")
+    highest = int(statistics.num_alternatives.max(initial=1))
+    count.hist(statistics.num_alternatives, bins=min(64, highest + 1), range=(-0.5, highest + 0.5), color="#3d8f4f")
+    count.set_xlabel("alternatives that a row keeps")
+    count.set_ylabel("positions")
+    columns = {n: b / max(num_positions, 1) for n, b in statistics.bytes_by_column.items() if b >= 0.01 * num_positions}
+    bars = size.barh(list(columns), list(columns.values()), color="#d1672b")
+    size.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    size.set_xlabel("bytes a position")
+    size.invert_yaxis()
+    size.margins(x=0.18)
+    for axes in (mass, count, size):
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path)
     plt.close(figure)

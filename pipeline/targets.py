@@ -32,19 +32,24 @@ class TrainingSet(Dataset[tuple[Sample, BaseLogprobs | None]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Sample, BaseLogprobs | None]:
-        sample = self.samples[index]
-        record = None if self.cache is None else self.cache.lookup(sample.token_ids, sample.positions)
-        return sample, record
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Sample, BaseLogprobs | None]]:
+        """A batch at once, which a `DataLoader` asks for where it can."""
+        samples = [self.samples[i] for i in indices]
+        if self.cache is None:
+            return [(sample, None) for sample in samples]
+        records = self.cache.lookup_batch([s.token_ids for s in samples], [s.positions for s in samples])
+        return list(zip(samples, records, strict=True))
 
 
 def samples_of(cache: LogitCache) -> list[Sample]:
     """The samples a cache holds, with the captured positions as their supervised ones."""
     samples = []
-    for i in range(len(cache)):
-        token_ids = cache.token_ids(i)
-        supervised = np.zeros(len(token_ids), dtype=np.bool_)
-        supervised[cache.positions(i) + 1] = True
-        samples.append(Sample(token_ids, supervised, f"{cache.path}, sample {i}"))
+    for i, stored in enumerate(cache.stored_samples()):
+        supervised = np.zeros(len(stored.token_ids), dtype=np.bool_)
+        supervised[stored.positions + 1] = True
+        samples.append(Sample(stored.token_ids, supervised, f"{cache.path}, sample {i}"))
     return samples
 
 

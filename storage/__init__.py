@@ -8,7 +8,6 @@ a cache is readable where no model can be loaded.
 from .cache import LogitCache
 from .errors import (
     CacheError,
-    CacheLocked,
     CorruptCache,
     IdentityMismatch,
     IncompleteCache,
@@ -21,13 +20,13 @@ from .errors import (
 from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, sample_id
 from .manifest import Manifest
 from .records import BaseLogprobs, CachedSample
-from .verify import VerifyReport, verify
+from .transfer import convert, export_parquet, merge
+from .verify import RepairReport, VerifyReport, repair, verify
 from .writer import CacheWriter
 
 __all__ = [
     "BaseLogprobs",
     "CacheError",
-    "CacheLocked",
     "CacheWriter",
     "CachedSample",
     "CaptureSettings",
@@ -40,10 +39,15 @@ __all__ = [
     "ModelIdentity",
     "NotACache",
     "PositionNotCaptured",
+    "RepairReport",
     "SampleNotCached",
     "TokenizerIdentity",
     "UnsupportedFormat",
     "VerifyReport",
+    "convert",
+    "export_parquet",
+    "merge",
+    "repair",
     "sample_id",
     "verify",
 ]

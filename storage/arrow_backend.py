@@ -1,10 +1,12 @@
 """Shards as two Arrow IPC files: samples.arrow, one row a sample, and logprobs.arrow, one row a position.
 
-Plain `pyarrow.ipc.open_file` reads both. Arrow has no checksums of its own: the commit keeps a crc32c of each record
-batch of logprobs.arrow (compared at every read) and a checksum of the whole of samples.arrow.
+Plain `pyarrow.ipc.open_file` reads both. Columns of K or G integers are stored as two, their low and their high bytes,
+which zstd packs a quarter better and unpacks twice as fast as whole integers (docs/log.md). Arrow has no checksums of
+its own: the commit keeps a crc32c of each record batch, compared at every read, and the batches' header is never read.
 """
 
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import google_crc32c
@@ -12,52 +14,53 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .backend import ROWS_PER_CHUNK, Blocks, check_sizes, corrupt, read_blocks, read_checked
-from .encoding import POSITION_DTYPES, WIDE_COLUMNS, Columns, SampleTable
-from .manifest import ShardCommit
+from .arrow_sizes import check_sizes
+from .backend import ROWS_PER_BLOCK, Blocks, ShardFiles, corrupt, needed_blocks, take_slices
+from .encoding import Column, Columns, SamplePlace, SampleTable, columns_of
+from .identity import CaptureSettings
+from .manifest import Block
 
-_SAMPLES, _LOGPROBS = "samples.arrow", "logprobs.arrow"
-_OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 3))
+SAMPLES, LOGPROBS = "samples.arrow", "logprobs.arrow"
+SAMPLES_PER_BLOCK = 16
+_OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))
+_ONE_THREAD = pa.ipc.IpcReadOptions(use_threads=False)
+"""For a batch of this size threads cost more than they save."""
+
+_SAMPLES_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.binary(16),
+        "token_ids": pa.list_(pa.uint32()),
+        "positions": pa.list_(pa.int32()),
+        "num_tokens_cut": pa.uint32(),
+    }
+)
+_PLANES = {"<u4": (16, "<u2", "<u1"), "<u2": (8, "<u1", "<u1")}
+"""Of a wide column of integers: bits of the low plane, and the types of the low and the high one."""
 
 
 class ArrowBackend:
     """Writes and opens shards as Arrow IPC files."""
 
-    def write(self, folder: Path, table: SampleTable, columns: Columns) -> Blocks:
-        samples = _samples_batch(table)
-        with pa.ipc.new_file(folder / _SAMPLES, samples.schema, options=_OPTIONS) as writer:
-            writer.write_batch(samples)
-        batch = _logprobs_batch(columns)
-        ends = []
-        with (
-            pa.OSFile(str(folder / _LOGPROBS), "wb") as sink,
-            pa.ipc.new_file(sink, batch.schema, options=_OPTIONS) as writer,
-        ):
-            for start in range(0, batch.num_rows, ROWS_PER_CHUNK):
-                writer.write_batch(batch.slice(start, ROWS_PER_CHUNK))
-                ends.append(sink.tell())
-        data = (folder / _LOGPROBS).read_bytes()
-        spans = zip([_end_of_schema(data), *ends], ends, strict=False)
-        return tuple((at, end - at, google_crc32c.value(data[at:end])) for at, end in spans)
+    def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
+        samples, sample_blocks = _write_file(_SAMPLES_SCHEMA, _sample_batches(table))
+        logprobs, row_blocks = _write_file(_schema(capture), _row_batches(columns, capture))
+        return {SAMPLES: samples, LOGPROBS: logprobs}, {SAMPLES: sample_blocks, LOGPROBS: row_blocks}
 
-    def open(self, folder: Path, commit: ShardCommit, top_k: int) -> "ArrowReader":
-        return ArrowReader(folder, commit, top_k)
+    def open(self, files: ShardFiles, capture: CaptureSettings) -> "ArrowReader":
+        return ArrowReader(files, capture)
 
 
 class ArrowReader:
-    """An open shard in the Arrow layout."""
+    """A shard in the Arrow layout."""
 
-    def __init__(self, folder: Path, commit: ShardCommit, top_k: int) -> None:
-        check_sizes(folder, commit)
-        self._folder, self._commit = folder, commit
-        self._schema = _schema(top_k)  # not the file's own: no checksum covers its header
-        self._path = folder / _LOGPROBS
-        if len(commit.blocks) != -(-commit.num_positions // ROWS_PER_CHUNK):
-            raise corrupt(self._path, "the commit does not list as many blocks as the positions need")
+    def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
+        self._files, self._capture = files, capture
+        self._schema = _schema(capture)  # not the file's own: no checksum covers its header
 
     def table(self) -> SampleTable:
-        data = read_checked(self._folder, self._commit, _SAMPLES)
-        samples = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+        num_blocks = -(-self._files.commit.num_samples // SAMPLES_PER_BLOCK)
+        self._files.check_blocks(SAMPLES, num_blocks)
+        samples = pa.Table.from_batches(self._sample_batches(range(num_blocks)), _SAMPLES_SCHEMA).combine_chunks()
         tokens, positions = (samples[name].combine_chunks() for name in ("token_ids", "positions"))
         ids = b"".join(samples["sample_id"].to_pylist())
         return SampleTable(
@@ -69,19 +72,79 @@ class ArrowReader:
             positions=positions.flatten().to_numpy(),
         )
 
-    def rows(self, rows: slice) -> Columns:
-        first, last = rows.start // ROWS_PER_CHUNK, -(-rows.stop // ROWS_PER_CHUNK)
-        blocks = [self._batch(data) for data in read_blocks(self._path, self._commit.blocks[first:last])]
-        start = first * ROWS_PER_CHUNK
-        whole = {name: np.concatenate([b[name] for b in blocks]) for name in POSITION_DTYPES}
-        return {name: column[rows.start - start : rows.stop - start] for name, column in whole.items()}
+    def samples(self, places: Sequence[SamplePlace]) -> list[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
+        wanted = sorted({p.row // SAMPLES_PER_BLOCK for p in places})
+        batches = dict(zip(wanted, self._sample_batches(wanted), strict=True))
+        found = []
+        for place in places:
+            batch, row = batches[place.row // SAMPLES_PER_BLOCK], place.row % SAMPLES_PER_BLOCK
+            if row >= batch.num_rows:
+                raise corrupt(self._files.where, f"expected {place.row + 1} samples or more, found fewer")
+            found.append(tuple(_list_item(batch.column(name), row) for name in ("token_ids", "positions")))
+        return found  # type: ignore[return-value]
 
-    def _batch(self, data: bytes) -> Columns:
+    def rows(self, rows: Sequence[slice]) -> Columns:
+        self._files.check_blocks(LOGPROBS, -(-max(s.stop for s in rows) // ROWS_PER_BLOCK))
+        wanted, inside = needed_blocks(rows, ROWS_PER_BLOCK)
+        blocks = [self._batch(data) for data in self._files.blocks(LOGPROBS, LOGPROBS, wanted)]
+        columns: Columns = {}
+        for column in columns_of(self._capture):
+            parts = [_take(block, column) for block in blocks]
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if inside[-1].stop > len(joined):
+                raise corrupt(self._files.where, "the commit counts more rows than the record batches hold")
+            columns[column.name] = take_slices(joined, inside)
+        return columns
+
+    def column_bytes(self) -> dict[str, int]:
+        """By the share of each column in the first record batches, written alone."""
+        samples = self._sample_batches([0])[0]
+        rows = self._batch(self._files.blocks(LOGPROBS, LOGPROBS, [0])[0])
+        sizes = {f.name: f.size for f in self._files.commit.files}
+        found: dict[str, int] = {}
+        for batch, name in ((samples, SAMPLES), (rows, LOGPROBS)):
+            alone = {c: _size(batch, c) for c in batch.schema.names}
+            total = sum(alone.values())
+            found |= {column: round(sizes[name] * size / total) for column, size in alone.items()}
+        return found
+
+    def _sample_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
+        return [self._decode(d, _SAMPLES_SCHEMA) for d in self._files.blocks(SAMPLES, SAMPLES, list(wanted))]
+
+    def _batch(self, data: bytes) -> pa.RecordBatch:
+        return self._decode(data, self._schema)
+
+    def _decode(self, data: bytes, schema: pa.Schema) -> pa.RecordBatch:
         try:
-            batch = pa.ipc.read_record_batch(pa.py_buffer(data), self._schema)
-            return {name: _to_numpy(batch.column(name)) for name in POSITION_DTYPES}
+            check_sizes(data)
+            with pa.ipc.open_stream(_schema_message(schema) + data, options=_ONE_THREAD) as stream:
+                batch = stream.read_next_batch()
+            batch.validate()
+            for field, column in zip(schema, batch.columns, strict=True):
+                width = getattr(field.type, "list_size", 0)
+                if width and len(column.values) != width * batch.num_rows:
+                    raise ValueError(f"{field.name} is not {width} wide")
         except ValueError as error:  # of which ArrowInvalid is one
-            raise corrupt(self._path, f"a record batch is not of the manifest's top_k ({error})") from error
+            raise corrupt(self._files.where, f"a record batch is not as the manifest says ({error})") from error
+        return batch
+
+
+def _write_file(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> tuple[bytes, tuple[Block, ...]]:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=_OPTIONS) as writer:
+        ends = []
+        for batch in batches:
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    data = sink.getvalue().to_pybytes()
+    spans = zip([_end_of_schema(data), *ends], ends, strict=False)
+    return data, tuple((at, end - at, google_crc32c.value(data[at:end])) for at, end in spans)
+
+
+@cache
+def _schema_message(schema: pa.Schema) -> bytes:
+    message: bytes = schema.serialize().to_pybytes()
+    return message
 
 
 def _end_of_schema(data: bytes) -> int:
@@ -92,38 +155,78 @@ def _end_of_schema(data: bytes) -> int:
     return int(reader.tell())
 
 
-def _samples_batch(table: SampleTable) -> pa.RecordBatch:
-    columns = {
-        "sample_id": pa.array([row.tobytes() for row in table.sample_ids], pa.binary(16)),
-        "token_ids": _lists(table.token_ids, table.num_tokens),
-        "positions": _lists(table.positions, table.num_positions),
-        "num_tokens_cut": pa.array(table.num_tokens_cut),
-    }
-    return pa.record_batch(columns)
+def _sample_batches(table: SampleTable) -> Iterator[pa.RecordBatch]:
+    ids = pa.array([row.tobytes() for row in table.sample_ids], pa.binary(16))
+    tokens, positions = _lists(table.token_ids, table.num_tokens), _lists(table.positions, table.num_positions)
+    whole = pa.table([ids, tokens, positions, pa.array(table.num_tokens_cut)], schema=_SAMPLES_SCHEMA)
+    return iter(whole.to_batches(max_chunksize=SAMPLES_PER_BLOCK))
 
 
-def _lists(values: NDArray[Any], lengths: NDArray[np.uint32]) -> pa.LargeListArray:
+def _lists(values: NDArray[Any], lengths: NDArray[np.uint32]) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return pa.LargeListArray.from_arrays(offsets, pa.array(values))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
 
 
-def _schema(top_k: int) -> pa.Schema:
-    flat = {name: pa.from_numpy_dtype(np.dtype(dtype)) for name, dtype in POSITION_DTYPES.items()}
-    return pa.schema({n: pa.list_(t, top_k) if n in WIDE_COLUMNS else t for n, t in flat.items()})
+def _list_item(column: Any, row: int) -> NDArray[Any]:
+    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
+    item: NDArray[Any] = column.values.slice(start, stop - start).to_numpy()
+    return item
 
 
-def _logprobs_batch(columns: Columns) -> pa.RecordBatch:
-    arrays = []
-    for name in POSITION_DTYPES:
-        data: NDArray[Any] = columns[name]
-        flat = pa.array(np.ascontiguousarray(data).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, data.shape[1]) if name in WIDE_COLUMNS else flat)
-    return pa.record_batch(arrays, schema=_schema(columns["alternative_ids"].shape[1]))
+def _schema(capture: CaptureSettings) -> pa.Schema:
+    fields = []
+    for column in columns_of(capture):
+        if column.width and column.dtype in _PLANES:
+            _, low, high = _PLANES[column.dtype]
+            fields += [(f"{column.name}_low", low, column.width), (f"{column.name}_high", high, column.width)]
+        else:
+            fields.append((column.name, column.dtype, column.width))
+    types = ((name, pa.from_numpy_dtype(np.dtype(dtype)), width) for name, dtype, width in fields)
+    return pa.schema([pa.field(n, pa.list_(t, w) if w else t, nullable=False) for n, t, w in types])
 
 
-def _to_numpy(column: Any) -> NDArray[Any]:
-    if isinstance(column, pa.FixedSizeListArray):
-        flat: NDArray[Any] = column.values.to_numpy(zero_copy_only=False)  # all of them: a wrong width is an error
-        return flat.reshape(len(column), column.type.list_size)
-    data: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return data
+def _row_batches(columns: Columns, capture: CaptureSettings) -> Iterator[pa.RecordBatch]:
+    schema = _schema(capture)
+    num_rows = len(next(iter(columns.values())))
+    for start in range(0, num_rows, ROWS_PER_BLOCK):
+        arrays = []
+        for column in columns_of(capture):
+            data = columns[column.name][start : start + ROWS_PER_BLOCK]
+            for plane in _split(data, column):
+                flat = pa.array(np.ascontiguousarray(plane).reshape(-1))
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, column.width) if column.width else flat)
+        yield pa.record_batch(arrays, schema=schema)
+
+
+def _split(data: NDArray[Any], column: Column) -> list[NDArray[Any]]:
+    if not column.width or column.dtype not in _PLANES:
+        return [data]
+    bits, low, high = _PLANES[column.dtype]
+    return [(data & np.array((1 << bits) - 1, data.dtype)).astype(low), (data >> bits).astype(high)]
+
+
+def _take(batch: pa.RecordBatch, column: Column) -> NDArray[Any]:
+    if not column.width:
+        data: NDArray[Any] = batch.column(column.name).to_numpy(zero_copy_only=False)
+        return data
+    if column.dtype not in _PLANES:
+        return _wide(batch, column.name, column.width)
+    bits, _, _ = _PLANES[column.dtype]
+    low = _wide(batch, f"{column.name}_low", column.width).astype(column.dtype)
+    high = _wide(batch, f"{column.name}_high", column.width)
+    if high.any():
+        low |= high.astype(column.dtype) << np.array(bits, column.dtype)
+    return low
+
+
+def _wide(batch: pa.RecordBatch, name: str, width: int) -> NDArray[Any]:
+    flat: NDArray[Any] = batch.column(name).values.to_numpy(zero_copy_only=False)
+    return flat.reshape(batch.num_rows, width)
+
+
+def _size(batch: pa.RecordBatch, name: str) -> int:
+    sink = pa.BufferOutputStream()
+    alone = batch.select([name])
+    with pa.ipc.new_stream(sink, alone.schema, options=_OPTIONS) as writer:
+        writer.write_batch(alone)
+    return int(sink.getvalue().size)

@@ -1,110 +1,155 @@
-"""The protocol between a cache and the stores, and what the stores share: files, sizes, checksums.
+"""The protocol between a cache and the stores, and what the stores share: blocks, checksums, plain metadata.
 
-A store writes one shard into an empty folder and reads it back. It never decides what is committed.
-Every byte that a reader returns has been compared with a checksum; a missing file is an error, never zeros.
+A store turns the columns of one shard into files, in memory, and reads them back. It never decides what is committed,
+nor where the files are. Every byte that a reader returns has been compared with a checksum; what is missing is an
+error, never zeros.
 """
 
-import hashlib
-import os
-from pathlib import Path
-from typing import BinaryIO, Protocol
+import errno
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
-from .encoding import Columns, SampleTable
+from .encoding import Columns, SamplePlace, SampleTable
 from .errors import CorruptCache
-from .identity import digest
-from .manifest import ShardCommit, StoredFile
+from .files import Files
+from .identity import CaptureSettings, digest
+from .manifest import Block, ShardCommit
 
-ROWS_PER_CHUNK = 512
-"""Positions in one compressed unit: a read of a 512-token sample touches at most two."""
+ROWS_PER_BLOCK = 256
+"""Positions in one compressed block: what is read at least."""
 
-Blocks = tuple[tuple[int, int, int], ...]
+T = TypeVar("T")
+
+Blocks = dict[str, tuple[Block, ...]]
 
 
 class ShardReader(Protocol):
-    """An open shard."""
+    """A shard that can be read. All raise `CorruptCache`."""
 
     def table(self) -> SampleTable:
         """The samples of the shard."""
         ...
 
-    def rows(self, rows: slice) -> Columns:
-        """These rows of every position column."""
+    def samples(self, places: Sequence[SamplePlace]) -> list[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
+        """Token ids and positions of each of these samples."""
+        ...
+
+    def rows(self, rows: Sequence[slice]) -> Columns:
+        """These rows of every position column, one slice after the other."""
+        ...
+
+    def column_bytes(self) -> dict[str, int]:
+        """Stored bytes of each column, for people; where the layout does not part columns, an estimate."""
         ...
 
 
 class Backend(Protocol):
-    """A store: where the bytes of a shard are."""
+    """A store: how the columns of a shard become files."""
 
-    def write(self, folder: Path, table: SampleTable, columns: Columns) -> Blocks:
-        """Write a shard into an empty folder; return what the commit has to keep for reading it."""
+    def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
+        """The files of a shard by name, and the blocks of them that are read apart."""
         ...
 
-    def open(self, folder: Path, commit: ShardCommit, top_k: int) -> ShardReader:
-        """Open a shard whose rows hold top_k alternatives.
-
-        Raises `CorruptCache` where a file is missing or not of the committed size.
-        """
+    def open(self, files: "ShardFiles", capture: CaptureSettings) -> ShardReader:
+        """A shard of these files. Reads nothing yet."""
         ...
 
 
-def describe_files(folder: Path) -> tuple[StoredFile, ...]:
-    """Name, size and checksum of every file below a folder, in the order of the names."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return tuple(StoredFile(n, (folder / n).stat().st_size, file_checksum(folder / n)) for n in names)
+class Memory:
+    """The files of one shard before they are written: what `Files` offers a reader."""
+
+    def __init__(self, root: str, files: Mapping[str, bytes]) -> None:
+        self.root = root
+        self._files = files
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """A whole file."""
+        return self._files[name]
+
+    def read_spans(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Parts of a file."""
+        return [self._files[name][at : at + length] for at, length in spans]
 
 
-def file_checksum(path: Path) -> str:
-    """128-bit BLAKE2b of a file, in hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+class ShardFiles:
+    """The files of one committed shard, read with their checksums."""
+
+    def __init__(self, files: "Files | Memory", commit: ShardCommit, folder: str) -> None:
+        self.commit = commit
+        self.where = f"{files.root}/{folder}" if folder else files.root
+        self._files, self._prefix = files, f"{folder}/" if folder else ""
+
+    def file(self, name: str) -> bytes:
+        """A whole file, compared with its committed checksum."""
+        expected = next((f for f in self.commit.files if f.name == name), None)
+        if expected is None:
+            raise corrupt(f"{self.where}/{name}", "the file is not part of the commit")
+        data = self._reading(name, lambda: self._files.read(self._prefix + name, expected.size))
+        if len(data) != expected.size:
+            found = "more" if len(data) > expected.size else str(len(data))
+            raise corrupt(f"{self.where}/{name}", f"expected {expected.size} bytes, found {found}")
+        if digest(data) != expected.checksum:
+            raise corrupt(f"{self.where}/{name}", f"expected checksum {expected.checksum}, found {digest(data)}")
+        return data
+
+    def check_blocks(self, stream: str, count: int) -> None:
+        """That a stream has as many blocks as the counts need, before anything of their size is made."""
+        if len(self.commit.blocks.get(stream, ())) < count:
+            raise corrupt(self.where, f"{stream}: the commit does not list as many blocks as the counts need")
+
+    def blocks(self, stream: str, name: str, wanted: Sequence[int]) -> list[bytes]:
+        """These blocks of a stream, which is in the file `name`, each compared with its committed crc32c."""
+        committed = self.commit.blocks.get(stream, ())
+        if wanted and wanted[-1] >= len(committed):
+            raise corrupt(f"{self.where}/{name}", "the commit does not list as many blocks as the counts need")
+        blocks = [committed[i] for i in wanted]
+        spans = [(at, length) for at, length, _ in blocks]
+        parts = self._reading(name, lambda: self._files.read_spans(self._prefix + name, spans))
+        for (at, length, expected), data in zip(blocks, parts, strict=True):
+            if len(data) != length:
+                found = f"expected {length} bytes at {at}, found the end of the file"
+                raise corrupt(f"{self.where}/{name}", found)
+            if google_crc32c.value(data) != expected:
+                raise corrupt(f"{self.where}/{name}", f"the block at {at} does not match its crc32c")
+        return parts
+
+    def _reading(self, name: str, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, KeyError) as error:
+            raise corrupt(f"{self.where}/{name}", "the file is missing") from error
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise corrupt(f"{self.where}/{name}", "expected a file, found a symbolic link") from error
 
 
-def check_sizes(folder: Path, commit: ShardCommit) -> None:
-    """Raise `CorruptCache` unless every committed file is there with its committed size."""
-    for file in commit.files:
-        path = folder / file.name
-        if path.is_symlink() or not path.is_file():
-            raise corrupt(path, "the file is missing")
-        if path.stat().st_size != file.size:
-            raise corrupt(path, f"expected {file.size} bytes, found {path.stat().st_size}")
+def needed_blocks(slices: Sequence[slice], length: int) -> tuple[list[int], list[slice]]:
+    """Which blocks of `length` entries these slices touch, ascending, and the slices within those blocks joined."""
+    ranges = [range(s.start // length, -(-s.stop // length)) for s in slices]
+    blocks = sorted({block for r in ranges for block in r})
+    place = {block: i * length for i, block in enumerate(blocks)}
+    inside = []
+    for s, r in zip(slices, ranges, strict=True):
+        start = place[r.start] + s.start - r.start * length if len(r) else 0
+        inside.append(slice(start, start + s.stop - s.start))
+    return blocks, inside
 
 
-def read_checked(folder: Path, commit: ShardCommit, name: str) -> bytes:
-    """A whole file, compared with its committed checksum."""
-    expected = next((f.checksum for f in commit.files if f.name == name), None)
-    if expected is None:
-        raise corrupt(folder / name, "the file is not part of the commit")
-    data = (folder / name).read_bytes()
-    found = digest(data)
-    if found != expected:
-        raise corrupt(folder / name, f"expected checksum {expected}, found {found}")
-    return data
-
-
-def read_blocks(path: Path, blocks: Blocks) -> list[bytes]:
-    """These spans (offset, length, crc32c) of a file, each compared with its committed crc32c."""
-    try:
-        with path.open("rb") as f:
-            return [_read_block(f, path, *block) for block in blocks]
-    except FileNotFoundError as error:
-        raise corrupt(path, "the file is missing") from error
-
-
-def _read_block(file: BinaryIO, path: Path, at: int, length: int, expected: int) -> bytes:
-    if at + length > os.fstat(file.fileno()).st_size:
-        raise corrupt(path, f"expected a block of {length} bytes at {at}, found the end of the file")
-    file.seek(at)
-    data = file.read(length)
-    if google_crc32c.value(data) != expected:
-        raise corrupt(path, f"the block at {at} does not match its crc32c")
-    return data
+def take_slices(array: NDArray[Any], slices: Sequence[slice]) -> NDArray[Any]:
+    """The slices of an array, one after the other."""
+    parts = [array[s] for s in slices]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def corrupt(where: object, what: str) -> CorruptCache:
     """The error of a shard whose bytes cannot be trusted."""
     return CorruptCache(
         f"reading {where}: {what}. Its log-probabilities cannot be trusted. "
-        "Run `logitcache verify` to see what is affected, delete the shard's .json, and precompute again."
+        "Run `logitcache verify` to see what is affected, `logitcache repair` to drop it, and precompute again.",
+        f"{where}: {what}",
     )

@@ -1,150 +1,128 @@
 """`LogitCache`: open a cache from its path alone, and look samples up by their tokens.
 
-Owns the index from content to place. Every answer is checked on the way out: the tokens of a hit are compared one by
-one, the bytes with their checksums, the record with its invariants. Must not write.
-Trade-off: the index and the token ids are read at open (about 2 bytes a token on disk), log-probabilities on lookup.
+Owns the way from content to record. Every answer is checked on the way out: the tokens of a hit are compared one by
+one, the bytes with their checksums, the rows with their invariants. Must not write.
+Trade-off: the index is read at open (32 bytes a sample), everything else on lookup; only a miss, or a prefix, reads the
+tokens of the whole cache, once (4 bytes a token in memory).
 """
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrow_backend import ArrowBackend
-from .backend import Backend, ShardReader, corrupt
-from .encoding import decode
-from .errors import IncompleteCache, InvalidRecord, NotACache, PositionNotCaptured, SampleNotCached
+from .backend import corrupt
+from .errors import CorruptCache, IncompleteCache, NotACache, PositionNotCaptured, SampleNotCached
+from .files import Files, open_files
 from .identity import digest, sample_id
-from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json, to_bytes
-from .records import BaseLogprobs, CachedSample, check_record, concatenate
-from .zarr_backend import ZarrBackend
+from .index import SampleIndex, npy_header
+from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
+from .records import BaseLogprobs, CachedSample, unite
+from .shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard, StoredSample, checked_record
 
-MANIFEST, CONTENTS, SHARDS = "manifest.json", "contents.json", "shards"
-BACKENDS: dict[str, Backend] = {"zarr": ZarrBackend(), "arrow": ArrowBackend()}
+MAX_OPEN_SHARDS = 4096
+"""Shards whose commit records are kept in memory, some 30 kB each."""
 
-
-class OpenShard:
-    """A committed shard: its samples in memory, its log-probabilities on disk."""
-
-    def __init__(self, root: Path, manifest: Manifest, commit: ShardCommit) -> None:
-        self.commit = commit
-        self.where = f"{root / SHARDS / commit.unit}"
-        self._vocab_size = manifest.model.vocab_size
-        folder = root / SHARDS / commit.unit
-        self._reader: ShardReader = BACKENDS[manifest.store].open(folder, commit, manifest.capture.top_k)
-        self.table = self._reader.table()
-        counts = (len(self.table), int(self.table.num_positions.sum()), int(self.table.num_tokens.sum()))
-        lengths = (len(self.table.positions), len(self.table.token_ids))
-        if counts[1:] != lengths or counts != (commit.num_samples, commit.num_positions, commit.num_tokens):
-            raise corrupt(folder, f"the sample table counts {counts}, its commit says otherwise")
-        self._tokens, self._rows = self.table.token_slices(), self.table.position_slices()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def sample_id(self, row: int) -> bytes:
-        """The id of a sample of this shard."""
-        return bytes(self.table.sample_ids[row])
-
-    def token_ids(self, row: int) -> NDArray[np.uint32]:
-        """Its tokens."""
-        return self.table.token_ids[self._tokens[row]]
-
-    def positions(self, row: int) -> NDArray[np.int32]:
-        """Its captured positions."""
-        return self.table.positions[self._rows[row]]
-
-    def read(self, row: int) -> BaseLogprobs:
-        """Its record, checked. Raises `CorruptCache`."""
-        tokens, positions = self.token_ids(row), self.positions(row)
-        where = f"{self.where}, sample {self.sample_id(row).hex()}"
-        if np.any(positions < 0) or np.any(positions >= len(tokens) - 1):
-            raise corrupt(where, "a position lies outside the sample")
-        record = decode(self._reader.rows(self._rows[row]), positions, tokens)
-        try:
-            check_record(record, tokens, self._vocab_size, where)
-        except InvalidRecord as error:
-            raise corrupt(where, str(error)) from error
-        return record
-
-
-Place = tuple[int, int]
-"""Shard and row of a sample."""
+SAMPLES_A_READ = 64
+"""Samples that `samples` reads at once."""
 
 
 class LogitCache:
-    """A finished cache, open for reading.
+    """A finished cache, open for reading. Safe to use in forked and spawned processes.
 
     >>> cache = LogitCache.open("cache/")                      # doctest: +SKIP
     >>> record = cache.lookup(token_ids)                       # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, manifest: Manifest, shards: list[OpenShard]) -> None:
-        self.path, self.manifest, self.shards = path, manifest, shards
-        self._places: dict[bytes, list[Place]] = {}
-        for s, shard in enumerate(shards):
-            for row in range(len(shard)):
-                self._places.setdefault(shard.sample_id(row), []).append((s, row))
-        self._first = [places[0] for places in self._places.values()]
-        self._sorted: list[tuple[bytes, Place]] | None = None
+    def __init__(self, files: Files, manifest: Manifest, contents: Contents, index: SampleIndex) -> None:
+        self.path, self.manifest = files.root, manifest
+        self._files, self._contents, self._index = files, contents, index
+        self._open: dict[int, OpenShard] = {}
+        self._sorted: list[tuple[bytes, int]] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "LogitCache":
-        """The cache in this folder.
+        """The cache in this folder, or at this URL of fsspec.
 
         Raises `NotACache`, `IncompleteCache` (precompute did not finish), `UnsupportedFormat`, `CorruptCache`.
         """
-        root = Path(path)
-        manifest = read_manifest(root)
-        commits = read_contents(root)
-        return cls(root, manifest, [OpenShard(root, manifest, commit) for commit in commits])
+        files = open_files(path)
+        manifest = read_manifest(files)
+        contents = read_contents(files)
+        while True:
+            try:
+                return cls(files, manifest, contents, SampleIndex.read(files, contents))
+            except CorruptCache:
+                newer = read_contents(files)  # a writer that finishes now removes the index of the contents before
+                if newer == contents:
+                    raise
+                contents = newer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_sorted": None}
 
     def __len__(self) -> int:
         """Number of different samples."""
-        return len(self._first)
+        return len(self._index.distinct)
 
     @property
     def num_positions(self) -> int:
         """Number of stored records."""
-        return sum(shard.commit.num_positions for shard in self.shards)
+        return self._index.num_positions
 
     @property
     def num_tokens(self) -> int:
         """Number of stored tokens, supervised or not."""
-        return sum(shard.commit.num_tokens for shard in self.shards)
+        return self._index.num_tokens
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shards."""
-        return sum(shard.commit.num_bytes for shard in self.shards)
+        """Size of all shards. Reads their commit records."""
+        return sum(shard.commit.num_bytes for shard in self.shards())
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._contents.shards)
 
     @property
     def contents_checksum(self) -> str:
         """Checksum of the commit records, and through them of every byte of the shards: equal for equal contents."""
-        return digest(b"".join(to_bytes(shard.commit) for shard in self.shards))
+        return digest("".join(entry.unit + entry.checksum for entry in self._contents.shards).encode())
+
+    def token_groups(self) -> NDArray[np.uint8] | None:
+        """uint8 [V], the tail group of each token of the vocabulary; None where the tail is not split."""
+        if not self.manifest.capture.num_tail_groups:
+            return None
+        return read_token_groups(self._files, self.manifest)
+
+    def shards(self) -> Iterator[OpenShard]:
+        """The shards, in order."""
+        return (self._shard(number) for number in range(self.num_shards))
 
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""
-        s, row = self._first[index]
-        shard = self.shards[s]
-        cut = int(shard.table.num_tokens_cut[row])
-        return CachedSample(shard.token_ids(row), self._record(shard.sample_id(row)), cut)
+        return self._samples([int(self._index.distinct[index])])[0]
 
     def samples(self) -> Iterator[CachedSample]:
         """All samples, in order."""
-        return (self.sample(i) for i in range(len(self)))
+        numbers = iter(self._index.distinct.tolist())
+        while part := list(islice(numbers, SAMPLES_A_READ)):
+            yield from self._samples(part)
 
-    def token_ids(self, index: int) -> NDArray[np.uint32]:
-        """The tokens of a sample, without reading its record."""
-        s, row = self._first[index]
-        return self.shards[s].token_ids(row)
-
-    def positions(self, index: int) -> NDArray[np.int32]:
-        """The captured positions of a sample, without reading its record."""
-        s, row = self._first[index]
-        return self._positions_of(self.shards[s].sample_id(row))
+    def stored_samples(self) -> Iterator[StoredSample]:
+        """Tokens and captured positions of all samples, in order, without reading records."""
+        for shard, group in groupby(self._index.distinct.tolist(), key=self._index.shard):
+            table = self._shard(shard).table()
+            for number in group:
+                place = self._index.place(number)
+                yield self._united(
+                    number, StoredSample(table.token_ids[place.tokens], table.positions[place.positions])
+                )
 
     def lookup(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer] | None = None) -> BaseLogprobs:
         """The record of a sample, found by its tokens.
@@ -153,16 +131,116 @@ class LogitCache:
         have are the same). positions: which ones, in ascending order; by default every captured position whose label
         is inside token_ids. Raises `SampleNotCached`, `PositionNotCaptured`, `CorruptCache`.
         """
-        tokens = _as_tokens(token_ids)
-        record = self._record(self._find(tokens))
-        if positions is None:
-            return record.take(np.flatnonzero(record.positions + 1 < len(tokens)))
-        return record.take(self._rows_of(record.positions, np.asarray(positions), tokens))
+        return self.lookup_batch([token_ids], None if positions is None else [positions])[0]
+
+    def lookup_batch(
+        self, token_ids: Sequence[NDArray[np.integer]], positions: Sequence[NDArray[np.integer]] | None = None
+    ) -> list[BaseLogprobs]:
+        """`lookup` of several samples, which costs less than one after the other."""
+        asked = [_as_tokens(tokens) for tokens in token_ids]
+        captures = [self._find(tokens) for tokens in asked]
+        numbers = sorted({number for capture in captures for number in capture})
+        stored = self._stored(numbers)
+        records = dict(zip(numbers, self._records(numbers, stored), strict=True))
+        found = []
+        for i, (tokens, capture) in enumerate(zip(asked, captures, strict=True)):
+            for number in capture:
+                self._compare(tokens, stored[number], number)
+            record = unite([records[number] for number in capture])
+            wanted = None if positions is None else np.asarray(positions[i])
+            found.append(self._select(record, wanted, tokens))
+        return found
 
     def require(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer]) -> None:
         """Raise what `lookup` would raise for a sample that is not there, without reading any record."""
         tokens = _as_tokens(token_ids)
-        self._rows_of(self._positions_of(self._find(tokens)), np.asarray(positions), tokens)
+        number = self._find(tokens)[0]
+        stored = self._stored([number])[number]
+        self._compare(tokens, stored, number)
+        self._rows_of(self._united(number, stored).positions, np.asarray(positions), tokens)
+
+    def __contains__(self, token_ids: NDArray[np.integer]) -> bool:
+        try:
+            self._find(_as_tokens(token_ids))
+        except SampleNotCached:
+            return False
+        return True
+
+    def _shard(self, number: int) -> OpenShard:
+        shard = self._open.get(number)
+        if shard is None:
+            commit = read_commit(self._files, self._contents, number)
+            found = self._index.counts(number)
+            if found != (commit.num_samples, commit.num_positions, commit.num_tokens):
+                raise corrupt(f"{self.path}/{self._contents.index.name}", "its counts are not those of the shards")
+            shard = OpenShard(self._files, self.manifest, commit, f"{SHARDS}/{commit.folder}")
+            while len(self._open) >= MAX_OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = shard
+        return shard
+
+    def _by_shard(self, numbers: Sequence[int]) -> Iterator[tuple[OpenShard, list[int]]]:
+        """Ascending numbers, shard by shard."""
+        for shard, group in groupby(numbers, key=self._index.shard):
+            yield self._shard(shard), list(group)
+
+    def _stored(self, numbers: Sequence[int]) -> dict[int, StoredSample]:
+        """Tokens and positions of stored samples, by ascending number."""
+        found: dict[int, StoredSample] = {}
+        for shard, group in self._by_shard(numbers):
+            found |= zip(group, shard.samples([self._index.place(n) for n in group]), strict=True)
+        return found
+
+    def _records(self, numbers: Sequence[int], stored: dict[int, StoredSample]) -> list[BaseLogprobs]:
+        """The checked records of stored samples, by ascending number, all decoded at once."""
+        if not numbers:
+            return []
+        parts = [shard.columns([self._index.place(n) for n in group]) for shard, group in self._by_shard(numbers)]
+        columns = {
+            name: np.concatenate([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]
+        }
+        samples = [stored[n] for n in numbers]
+        where = f"{self.path}, samples {', '.join(self._index.sample_id(n).hex() for n in numbers[:3])}"
+        record = checked_record(columns, samples, self.manifest, where)
+        ends = np.cumsum([len(s.positions) for s in samples]).tolist()
+        return [record.take(slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _samples(self, firsts: Sequence[int]) -> list[CachedSample]:
+        """Whole samples, each given by the number of its first capture."""
+        captures = [self._index.find(self._index.sample_id(number)) for number in firsts]
+        numbers = sorted({number for capture in captures for number in capture})
+        stored = self._stored(numbers)
+        records = dict(zip(numbers, self._records(numbers, stored), strict=True))
+        for capture in captures:
+            for number in capture[1:]:
+                self._compare(stored[capture[0]].token_ids, stored[number], number)
+        return [
+            CachedSample(stored[c[0]].token_ids, unite([records[n] for n in c]), self._index.num_tokens_cut(c[0]))
+            for c in captures
+        ]
+
+    def _united(self, number: int, stored: StoredSample) -> StoredSample:
+        """A stored sample with the positions of all its captures."""
+        captures = self._index.find(self._index.sample_id(number))
+        if len(captures) == 1:
+            return stored
+        parts = [s.positions for s in self._stored(captures).values()]
+        return StoredSample(stored.token_ids, np.unique(np.concatenate(parts)))
+
+    def _compare(self, tokens: NDArray[np.uint32], stored: StoredSample, number: int) -> None:
+        if not np.array_equal(stored.token_ids[: len(tokens)], tokens):
+            name = self._index.sample_id(number).hex()
+            raise corrupt(self._shard(self._index.shard(number)).files.where, f"sample {name} holds other tokens")
+
+    def _select(
+        self, record: BaseLogprobs, wanted: NDArray[np.integer] | None, tokens: NDArray[np.uint32]
+    ) -> BaseLogprobs:
+        """The rows asked for; the record itself where that is all of them."""
+        if wanted is None:
+            inside = int(np.searchsorted(record.positions, len(tokens) - 1))
+            return record if inside == len(record) else record.take(slice(0, inside))
+        rows = self._rows_of(record.positions, wanted, tokens)
+        return record if len(rows) == len(record) and np.array_equal(rows, np.arange(len(rows))) else record.take(rows)
 
     def _rows_of(
         self, captured: NDArray[np.int32], wanted: NDArray[np.integer], tokens: NDArray[np.uint32]
@@ -180,89 +258,86 @@ class LogitCache:
             )
         return rows
 
-    def __contains__(self, token_ids: NDArray[np.integer]) -> bool:
-        try:
-            self._find(_as_tokens(token_ids))
-        except SampleNotCached:
-            return False
-        return True
+    def _find(self, tokens: NDArray[np.uint32]) -> list[int]:
+        """The numbers of the captures of a sample, or of one that starts with these tokens."""
+        found = self._index.find(sample_id(tokens))
+        return found or self._index.find(self._index.sample_id(self._find_prefix(tokens)))
 
-    def _positions_of(self, key: bytes) -> NDArray[np.int32]:
-        return np.unique(np.concatenate([self.shards[s].positions(row) for s, row in self._places[key]]))
-
-    def _record(self, key: bytes) -> BaseLogprobs:
-        parts = [self.shards[s].read(row) for s, row in self._places[key]]
-        return parts[0] if len(parts) == 1 else concatenate(parts)
-
-    def _find(self, tokens: NDArray[np.uint32]) -> bytes:
-        key = sample_id(tokens)
-        places = self._places.get(key)
-        if places is not None:
-            s, row = places[0]
-            if not np.array_equal(self.shards[s].token_ids(row), tokens):
-                raise corrupt(self.shards[s].where, f"sample {key.hex()} holds other tokens than its id says")
-            return key
-        return self._find_prefix(tokens)
-
-    def _find_prefix(self, tokens: NDArray[np.uint32]) -> bytes:
+    def _find_prefix(self, tokens: NDArray[np.uint32]) -> int:
         """A cached sample that starts with these tokens: one of the two neighbours in lexicographic order."""
         if self._sorted is None:
-            keyed = ((self.shards[s].token_ids(row), (s, row)) for s, row in self._first)
-            self._sorted = sorted((_sort_key(t), place) for t, place in keyed)
+            keys = (_sort_key(stored.token_ids) for stored in self.stored_samples())
+            self._sorted = sorted(zip(keys, self._index.distinct.tolist(), strict=True))
         if not self._sorted:
             raise SampleNotCached(f"looking up a sample of {len(tokens)} tokens in {self.path}: it holds no samples.")
         wanted = _sort_key(tokens)
         at = bisect(self._sorted, wanted, key=lambda entry: entry[0])
-        best = max(self._sorted[max(at - 1, 0) : at + 1], key=lambda entry: _common(entry[0], wanted))
-        s, row = best[1]
-        shared = _common(best[0], wanted)
+        key, number = max(self._sorted[max(at - 1, 0) : at + 1], key=lambda entry: _common(entry[0], wanted))
+        shared = _common(key, wanted)
         if shared == len(tokens):
-            return self.shards[s].sample_id(row)
-        raise SampleNotCached(self._departure(tokens, shared, s, row))
+            return number
+        raise SampleNotCached(self._departure(tokens, shared, number))
 
-    def _departure(self, tokens: NDArray[np.uint32], shared: int, shard: int, row: int) -> str:
-        nearest = self.shards[shard].token_ids(row)
+    def _departure(self, tokens: NDArray[np.uint32], shared: int, number: int) -> str:
+        nearest = self._stored([number])[number].token_ids
         there = f"token {nearest[shared]}" if shared < len(nearest) else f"its end after {len(nearest)} tokens"
         return (
             f"looking up a sample of {len(tokens)} tokens in {self.path}: not cached. The nearest cached sample, "
-            f"{self.shards[shard].sample_id(row).hex()}, departs at token {shared}: expected token {tokens[shared]}, "
+            f"{self._index.sample_id(number).hex()}, departs at token {shared}: expected token {tokens[shared]}, "
             f"found {there}. The data, tokenizer, chat template or truncation is not that of the cache. "
             "Precompute this data, or train without --data on the samples of the cache."
         )
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(files: Files) -> Manifest:
     """The manifest of the cache in this folder. Raises `NotACache` where there is none."""
-    if not (root / MANIFEST).is_file():
-        found = "no manifest.json in it" if root.is_dir() else "no such folder"
+    if not files.exists(MANIFEST):
+        found = "no manifest.json in it" if files.names("") else "no such folder, or an empty one"
         raise NotACache(
-            f"opening {root}: expected a logit cache, found {found}. Make one with `logitcache precompute`."
+            f"opening {files.root}: expected a logit cache, found {found}. Make one with `logitcache precompute`."
         )
-    return read_json(Manifest, root / MANIFEST)
+    return read_json(Manifest, files, MANIFEST)
 
 
-def read_contents(root: Path) -> list[ShardCommit]:
-    """The committed shards of a finished cache. Raises `IncompleteCache` where precompute did not finish."""
-    if not (root / CONTENTS).is_file():
-        committed = len(list((root / SHARDS).glob("*.json")))
+def read_contents(files: Files) -> Contents:
+    """The contents of a finished cache. Raises `IncompleteCache` where precompute did not finish."""
+    if not files.exists(CONTENTS):
+        committed = sum(name.endswith(".json") for name in files.names(SHARDS))
         raise IncompleteCache(
-            f"opening {root}: precompute was interrupted after {committed} committed shards. "
-            "Nothing is lost: run the same `logitcache precompute` again and it goes on from there."
+            f"opening {files.root}: what writes it was interrupted after {committed} committed shards, or is at work. "
+            "Nothing is lost: run the same command again (`logitcache precompute`, merge or convert); it goes on there."
         )
-    contents = read_json(Contents, root / CONTENTS)
-    if digest(read_bytes(root / MANIFEST)) != contents.manifest:
-        raise corrupt(root / MANIFEST, "it is not the manifest that this cache was finished with")
-    commits = []
-    for entry in contents.shards:
-        path = root / SHARDS / f"{entry.unit}.json"
-        data = read_bytes(path)
-        if digest(data) != entry.checksum:
-            raise corrupt(path, f"expected checksum {entry.checksum}, found {digest(data)}")
-        commit = from_bytes(ShardCommit, data, str(path))
-        if commit.unit != entry.unit:
-            raise corrupt(path, f"expected unit {entry.unit}, found {commit.unit}")
-        commits.append(commit)
-    return commits
+    contents = read_json(Contents, files, CONTENTS)
+    if digest(read_bytes(files, MANIFEST)) != contents.manifest:
+        raise corrupt(f"{files.root}/{MANIFEST}", "it is not the manifest that this cache was finished with")
+    return contents
+
+
+def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
+    """The partition of the vocabulary that the manifest names by its checksum. Raises `CorruptCache`."""
+    vocab_size, where = manifest.model.vocab_size, f"{files.root}/{TOKEN_GROUPS}"
+    header = npy_header(np.dtype("u1"), vocab_size)
+    try:
+        data = files.read(TOKEN_GROUPS, len(header) + vocab_size)
+    except FileNotFoundError as error:
+        raise corrupt(where, "the file is missing") from error
+    groups = np.frombuffer(data, dtype=np.uint8, offset=min(len(header), len(data)))
+    if data[: len(header)] != header or digest(groups.tobytes()) != manifest.capture.tail_partition:
+        raise corrupt(where, f"it is not the partition {manifest.capture.tail_partition} of {vocab_size} tokens")
+    return groups
+
+
+def read_commit(files: Files, contents: Contents, number: int) -> ShardCommit:
+    """The commit record of a shard that the contents list."""
+    entry = contents.shards[number]
+    name = f"{SHARDS}/{entry.unit}.json"
+    data, where = read_bytes(files, name), f"{files.root}/{name}"
+    if digest(data) != entry.checksum:
+        raise corrupt(where, f"expected checksum {entry.checksum}, found {digest(data)}")
+    commit = from_bytes(ShardCommit, data, where)
+    if commit.unit != entry.unit:
+        raise corrupt(where, f"expected unit {entry.unit}, found {commit.unit}")
+    return commit
 
 
 def _as_tokens(token_ids: NDArray[np.integer]) -> NDArray[np.uint32]:

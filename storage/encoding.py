@@ -1,30 +1,239 @@
-"""Records <-> the flat columns a shard stores.
+"""Records <-> the columns a shard stores, at a precision with a stated maximum error.
 
-Owns the column names, dtypes and shapes, which docs/format.md specifies. The one precision so far is exact (float32):
-what is read equals what was written, bit for bit. Must not know in which files the columns are.
-Trade-off: label ids are not stored, since the sample's tokens determine them.
+Owns the column names, dtypes, shapes and steps, which docs/format.md specifies. Must not know in which files the
+columns are. Trade-offs: label ids are not stored, since the sample's tokens determine them; alternatives stay in their
+order, so that a row's log-probabilities are small steps down, which compress better than the values (docs/log.md).
+Shapes: P positions, K alternatives, G tail groups, S samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .identity import sample_id
-from .records import BaseLogprobs, CachedSample
+from .errors import InvalidRecord
+from .identity import CaptureSettings, sample_id
+from .records import MASS_TOLERANCE, NO_TOKEN, BaseLogprobs, CachedSample
 
 Columns = dict[str, NDArray[Any]]
 
-POSITION_DTYPES: dict[str, str] = {
-    "label_logprobs": "<f4",
-    "alternative_ids": "<u4",
-    "alternative_logprobs": "<f4",
-    "tail_logprobs": "<f4",
+NO_DROP = 2**16 - 1
+"""Fills `alternative_drops` where an alternative is absent; in `tail_group_steps` it means -inf."""
+
+NO_STEPS = 2**32 - 1
+"""Means -inf in `tail_steps`."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Steps a nat of quantised log-probabilities; the maximum error is half a step. None: stored as float32.
+
+    alternatives: of the kept log-probabilities; scalars: of the label's and the tail's; groups: of the tail groups'
+    shares of the tail.
+    """
+
+    alternatives: int
+    scalars: int
+    groups: int
+
+    @property
+    def max_error(self) -> float:
+        """Of an alternative's log-probability, in nats; the label's and the tail's are smaller."""
+        return 0.5 / self.alternatives
+
+    @property
+    def max_group_error(self) -> float:
+        """Of a tail group's log-probability, in nats: of its share of the tail, and of the tail."""
+        return 0.5 / self.groups + 0.5 / self.scalars
+
+
+PRECISIONS: dict[str, Precision | None] = {
+    "exact": None,
+    "fine": Precision(alternatives=32, scalars=1024, groups=1),
+    "compact": Precision(alternatives=16, scalars=1024, groups=1),
 }
-WIDE_COLUMNS = ("alternative_ids", "alternative_logprobs")
-"""Columns of shape [positions, top_k]; the others are [positions]."""
+"""From the most to the least exact."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of one row a position: [P], or [P, width] where width is not 0."""
+
+    name: str
+    dtype: str
+    width: int = 0
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Of this many rows."""
+        return (rows, self.width) if self.width else (rows,)
+
+
+def columns_of(capture: CaptureSettings) -> tuple[Column, ...]:
+    """The columns that a cache with these settings stores a position in."""
+    k, g = capture.top_k, capture.num_tail_groups
+    if capture.precision == "exact":
+        columns = [Column("label_logprobs", "<f4"), Column("alternative_ids", "<u4", k)]
+        columns += [Column("alternative_logprobs", "<f4", k), Column("tail_logprobs", "<f4")]
+        groups = Column("tail_group_logprobs", "<f4", g)
+    else:
+        columns = [Column("label_steps", "<u4"), Column("alternative_ids", "<u4", k)]
+        columns += [Column("alternative_drops", "<u2", k), Column("tail_steps", "<u4")]
+        groups = Column("tail_group_steps", "<u2", g)
+    return (*columns, groups) if g else tuple(columns)
+
+
+def mass_tolerance(capture: CaptureSettings) -> float:
+    """How far label + alternatives + tail of a record that was read may be from 1."""
+    return float(np.expm1(capture.max_error)) + MASS_TOLERANCE
+
+
+def encode(record: BaseLogprobs, capture: CaptureSettings) -> Columns:
+    """The columns of these rows. Raises `InvalidRecord` where a value does not fit, or its promised error is missed."""
+    precision = PRECISIONS[capture.precision]
+    columns = _quantised(record, precision) if precision else _exact(record)
+    found = {name: (column.dtype.str, column.shape) for name, column in columns.items()}
+    expected = {c.name: (c.dtype, c.shape(len(record))) for c in columns_of(capture)}
+    if found != expected:
+        raise InvalidRecord(f"encoding {len(record)} rows: expected the columns {expected}, found {found}.")
+    if precision:
+        _check_promise(record, decode(columns, record.positions, record.label_ids, capture), precision)
+    return columns
+
+
+def decode(
+    columns: Mapping[str, NDArray[Any]],
+    positions: NDArray[np.int32],
+    label_ids: NDArray[np.uint32],
+    capture: CaptureSettings,
+) -> BaseLogprobs:
+    """The rows these columns hold. positions int32 [P], label_ids uint32 [P]: what is stored elsewhere."""
+    precision = PRECISIONS[capture.precision]
+    ids: NDArray[np.uint32] = columns["alternative_ids"].astype(np.uint32, copy=False)
+    groups: NDArray[np.float32] | None = None
+    if precision is None:
+        label, kept, tail = (columns[f"{name}_logprobs"] for name in ("label", "alternative", "tail"))
+        groups = columns["tail_group_logprobs"] if capture.num_tail_groups else None
+        absent = kept == -np.inf if np.any(kept[:, -1:] == -np.inf) else None
+    else:
+        label = _logprobs(columns["label_steps"], precision.scalars)
+        tail = _logprobs(columns["tail_steps"], precision.scalars)
+        kept, absent = _from_drops(columns["alternative_drops"], precision.alternatives)
+        if capture.num_tail_groups:
+            groups = _logprobs(columns["tail_group_steps"], precision.groups)  # shares of the tail
+            groups += np.where(tail > -np.inf, tail, 0)[:, None]
+    if absent is not None:
+        ids = np.where(absent, np.uint32(NO_TOKEN), ids)
+    return BaseLogprobs(positions, label_ids, label, ids, kept, tail, groups)
+
+
+def _exact(record: BaseLogprobs) -> Columns:
+    columns = {name: column for name, column in record.columns().items() if name not in ("positions", "label_ids")}
+    return columns | {"alternative_ids": _ids(record)}
+
+
+def _quantised(record: BaseLogprobs, precision: Precision) -> Columns:
+    columns: Columns = {
+        "label_steps": _steps(record.label_logprobs, precision.scalars, "<u4", "label"),
+        "alternative_ids": _ids(record),
+        "alternative_drops": _drops(record.alternative_logprobs, precision.alternatives),
+        "tail_steps": _steps(record.tail_logprobs, precision.scalars, "<u4", "tail"),
+    }
+    if record.tail_group_logprobs is not None:
+        tail = np.where(record.tail_logprobs > -np.inf, record.tail_logprobs, 0)
+        shares = record.tail_group_logprobs - tail[:, None]
+        columns["tail_group_steps"] = _steps(shares, precision.groups, "<u2", "tail_group")
+    return columns
+
+
+def _ids(record: BaseLogprobs) -> NDArray[np.uint32]:
+    """Ids, 0 where absent: what says so is the log-probability."""
+    ids = record.alternative_ids
+    return np.where(ids == NO_TOKEN, np.uint32(0), ids) if np.any(ids == NO_TOKEN) else ids
+
+
+def _steps(logprobs: NDArray[np.float32], steps: int, dtype: str, name: str) -> NDArray[Any]:
+    """Whole steps below 0; the largest number is -inf."""
+    nothing = np.iinfo(dtype).max
+    absent = logprobs == -np.inf
+    rounded = np.rint(np.where(absent, 0, logprobs).astype(np.float64) * -steps)
+    if rounded.max(initial=0) >= nothing:
+        raise InvalidRecord(
+            f"{name}_logprobs: {logprobs[~absent].min()} nats is out of the range of this precision. "
+            "Use --precision exact."
+        )
+    return np.where(absent, nothing, np.maximum(rounded, 0)).astype(dtype)
+
+
+def _logprobs(stored: NDArray[Any], steps: int) -> NDArray[np.float32]:
+    values = (stored * (-1.0 / steps)).astype(np.float32)
+    values[stored == np.iinfo(stored.dtype).max] = -np.inf
+    return values
+
+
+def _drops(logprobs: NDArray[np.float32], steps: int) -> NDArray[np.uint16]:
+    """Whole steps from the alternative before, of the first one from 0; rows are in descending order."""
+    rounded = logprobs * np.float32(-steps)
+    np.rint(rounded, out=rounded)
+    absent = np.isinf(rounded) if np.any(logprobs[:, -1:] == -np.inf) else None
+    if absent is not None:
+        rounded[absent] = 0
+    drops = np.empty(logprobs.shape, dtype=np.float32)
+    drops[:, :1] = np.maximum(rounded[:, :1], 0)
+    np.subtract(rounded[:, 1:], rounded[:, :-1], out=drops[:, 1:])
+    if absent is not None:
+        drops[absent] = 0
+    if drops.max(initial=0) >= NO_DROP:
+        raise InvalidRecord(
+            f"alternative_logprobs: a step down of {drops.max() / steps:.0f} nats is out of the range of this "
+            "precision. Use --precision exact."
+        )
+    if absent is not None:
+        drops[absent] = NO_DROP
+    return drops.astype("<u2")
+
+
+def _from_drops(drops: NDArray[np.uint16], steps: int) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Log-probabilities, and which are absent: they stand at the end of a row, so its last entry tells."""
+    absent = drops == NO_DROP if np.any(drops[:, -1:] == NO_DROP) else None
+    down = np.cumsum(drops if absent is None else np.where(absent, 0, drops), axis=1, dtype=np.int32)
+    values = np.multiply(down, np.float32(-1.0 / steps), dtype=np.float32)
+    if absent is not None:
+        values[absent] = -np.inf
+    return values, absent
+
+
+def _check_promise(record: BaseLogprobs, decoded: BaseLogprobs, precision: Precision) -> None:
+    """What is about to be written is what was given, within the errors that the precision states."""
+    bounds = {
+        "label_logprobs": 0.5 / precision.scalars,
+        "alternative_logprobs": precision.max_error,
+        "tail_logprobs": 0.5 / precision.scalars,
+        "tail_group_logprobs": precision.max_group_error,
+    }
+    given, found = record.columns(), decoded.columns()
+    if given.keys() != found.keys() or not np.array_equal(record.alternative_ids, decoded.alternative_ids):
+        raise InvalidRecord("encoding: the alternatives do not come back as they were given.")
+    for name in bounds.keys() & given.keys():
+        with np.errstate(invalid="ignore"):
+            off = np.abs(given[name] - found[name])
+        if not off.max(initial=0.0) <= bounds[name] + 1e-6:  # 1e-6: a log-probability of that much above 0 is 0
+            wrong = ~(off <= bounds[name] + 1e-6) & (given[name] != found[name])  # -inf is equal to itself
+            if np.any(wrong):
+                raise InvalidRecord(
+                    f"encoding {name}: {given[name][wrong][0]} comes back as {found[name][wrong][0]}, expected within "
+                    f"{bounds[name]:g} nats."
+                )
+
+
+@dataclass(frozen=True)
+class SamplePlace:
+    """Where a sample is in its shard: its row, its tokens, its positions."""
+
+    row: int
+    tokens: slice
+    positions: slice
 
 
 @dataclass(frozen=True)
@@ -45,42 +254,21 @@ class SampleTable:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
-    def token_slices(self) -> list[slice]:
-        """Where each sample's tokens are in `token_ids`."""
-        return _slices(self.num_tokens)
-
-    def position_slices(self) -> list[slice]:
-        """Where each sample's rows are in `positions` and in the position columns."""
-        return _slices(self.num_positions)
+    def places(self) -> list[SamplePlace]:
+        """Where each sample's tokens are in `token_ids`, and its rows in `positions` and the position columns."""
+        pairs = zip(_slices(self.num_tokens), _slices(self.num_positions), strict=True)
+        return [SamplePlace(row, tokens, positions) for row, (tokens, positions) in enumerate(pairs)]
 
 
-def encode(samples: Sequence[CachedSample]) -> tuple[SampleTable, Columns]:
-    """The sample table and the position columns of a shard."""
-    records = [s.logprobs for s in samples]
-    table = SampleTable(
+def sample_table(samples: Sequence[CachedSample]) -> SampleTable:
+    """The sample table of a shard."""
+    return SampleTable(
         sample_ids=np.stack([np.frombuffer(sample_id(s.token_ids), dtype=np.uint8) for s in samples]),
         num_tokens=np.array([len(s.token_ids) for s in samples], dtype="<u4"),
-        num_positions=np.array([len(r) for r in records], dtype="<u4"),
+        num_positions=np.array([len(s.logprobs) for s in samples], dtype="<u4"),
         num_tokens_cut=np.array([s.num_tokens_cut for s in samples], dtype="<u4"),
         token_ids=np.concatenate([s.token_ids for s in samples]).astype("<u4", copy=False),
-        positions=np.concatenate([r.positions for r in records]).astype("<i4", copy=False),
-    )
-    columns: Columns = {
-        name: np.concatenate([getattr(r, name) for r in records]).astype(dtype, copy=False)
-        for name, dtype in POSITION_DTYPES.items()
-    }
-    return table, columns
-
-
-def decode(columns: Columns, positions: NDArray[np.int32], token_ids: NDArray[np.uint32]) -> BaseLogprobs:
-    """The record of one sample from its rows of the columns, its positions and its tokens."""
-    return BaseLogprobs(
-        positions=positions,
-        label_ids=token_ids[positions + 1],
-        label_logprobs=columns["label_logprobs"].astype(np.float32),
-        alternative_ids=columns["alternative_ids"].astype(np.uint32),
-        alternative_logprobs=columns["alternative_logprobs"].astype(np.float32),
-        tail_logprobs=columns["tail_logprobs"].astype(np.float32),
+        positions=np.concatenate([s.logprobs.positions for s in samples]).astype("<i4", copy=False),
     )
 
 

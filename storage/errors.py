@@ -26,9 +26,13 @@ class UnsupportedFormat(CacheError):
 
 
 class CorruptCache(CacheError):
-    """Stored bytes are missing, truncated, altered or contradict each other."""
+    """Stored bytes are missing, truncated, altered or contradict each other. `fact`: where and what, without advice."""
 
     reason = "corrupt"
+
+    def __init__(self, message: str, fact: str = "") -> None:
+        super().__init__(message)
+        self.fact = fact or message
 
 
 class IncompleteCache(CacheError):
@@ -53,12 +57,6 @@ class PositionNotCaptured(CacheError):
     """The sample is cached, but not at a position asked for."""
 
     reason = "position-not-captured"
-
-
-class CacheLocked(CacheError):
-    """Another process is writing to the cache."""
-
-    reason = "locked"
 
 
 class InvalidRecord(CacheError):

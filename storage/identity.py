@@ -59,10 +59,21 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """What was kept of each distribution: K alternatives at most, samples cut at max_length tokens."""
+    """What was kept of each distribution.
+
+    top_k: K, alternatives at most; max_length: samples are cut at this many tokens; min_mass: a row keeps the fewest
+    alternatives that hold this share of the non-target mass (1: always K); precision: exact, fine or compact;
+    max_error: of an alternative's log-probability against what the base said, in nats; num_tail_groups: G, parts the
+    tail is split into (0: not split); tail_partition: `digest` of the group of each token, "" without groups.
+    """
 
     top_k: int
     max_length: int
+    min_mass: float = 1.0
+    precision: str = "exact"
+    max_error: float = 0.0
+    num_tail_groups: int = 0
+    tail_partition: str = ""
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -1,25 +1,31 @@
 """The JSON files of a cache: frozen dataclasses <-> canonical bytes that carry their own checksum.
 
 `manifest.json` says what the cache belongs to, `shards/<unit>.json` commits one shard, `contents.json` lists the
-shards of a finished cache. docs/format.md is the specification. Owns bounds and names: everything read here is
-checked before anything is allocated or opened. Must not know where shards keep their columns.
+shards of a finished cache and names its index. docs/format.md is the specification. Owns bounds and names: everything
+read here is checked before anything is allocated or opened. Must not know where shards keep their columns.
 """
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
+from .encoding import PRECISIONS
 from .errors import CorruptCache, UnsupportedFormat
-from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest
+from .files import Files
+from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest, digest_json
 
 FORMAT_VERSION = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
+TAIL_GROUPS = "tail-groups"
+READER_FEATURES = frozenset({TAIL_GROUPS})
+WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_JSON_BYTES = 64 * 2**20
-MAX_VOCAB_SIZE = 2**24
+MAX_VOCAB_SIZE = 2**24 - 1
+MAX_TAIL_GROUPS = 256
+MAX_ERROR = 0.5
+"""Nats; more than a precision promises where a cache was converted twice."""
 
 _UNIT = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -32,7 +38,8 @@ class Manifest:
     """What a cache belongs to and how it is stored. Written once, never changed.
 
     model, tokenizer (None where the data were token ids) and capture are the identity; `store` is where the bytes
-    are; `created_with` and `model_name` are for people and decide nothing.
+    are; `created_with` and `model_name` are for people and decide nothing. Who does not know a reader feature can
+    neither read nor write the cache; who does not know a writer feature can read it.
     """
 
     store: str
@@ -41,14 +48,15 @@ class Manifest:
     capture: CaptureSettings
     model_name: str
     created_with: dict[str, str]
-    features: tuple[str, ...] = ()
+    reader_features: tuple[str, ...] = ()
+    writer_features: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
-    def differences(self, other: "Manifest") -> list[str]:
+    def differences(self, other: "Manifest", here: str = "here", there: str = "there") -> list[str]:
         """Where two caches differ in identity: 'capture.top_k: 64 here, 32 there'. Empty: the same cache."""
         mine, theirs = self._identity(), other._identity()
         return [
-            f"{key}: {mine.get(key)} here, {theirs.get(key)} there"
+            f"{key}: {mine.get(key)} {here}, {theirs.get(key)} {there}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
@@ -70,12 +78,15 @@ class StoredFile:
     checksum: str
 
 
+Block = tuple[int, int, int]
+"""A part of a file that is read apart: its offset, its length and its crc32c."""
+
+
 @dataclass(frozen=True)
 class ShardCommit:
     """What makes a shard exist: counts, files with sizes and checksums, and what its store needs for reading.
 
-    blocks: [offset, length, crc32c] of what is read apart: each record batch in logprobs.arrow; in Zarr, column by
-    column, each chunk and then the shard index.
+    blocks: of each stream of the store (in Zarr a column, in Arrow a file) the parts that are read apart, in order.
     kept_mass: sum over positions of the non-target mass kept.
     """
 
@@ -86,7 +97,12 @@ class ShardCommit:
     num_tokens_cut: int
     kept_mass: float
     files: tuple[StoredFile, ...]
-    blocks: tuple[tuple[int, int, int], ...] = ()
+    blocks: dict[str, tuple[Block, ...]]
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files, named by what they contain: two writers of one unit cannot disturb one another."""
+        return f"{self.unit}-{digest_json(_plain(self.files))[:16]}"
 
     @property
     def num_bytes(self) -> int:
@@ -104,15 +120,17 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """The shards of a finished cache, and the checksum of its manifest. A reader sees these shards and no others."""
+    """The shards of a finished cache, their index, and the checksum of the manifest. A reader sees no other shards."""
 
     manifest: str
+    num_samples: int
+    index: StoredFile
     shards: tuple[ShardEntry, ...]
 
 
 def to_bytes(value: Manifest | ShardCommit | Contents) -> bytes:
     """Canonical JSON of a value inside {"checksum", "body"}; the checksum is `digest` of the canonical body."""
-    body = _canonical(asdict(value))
+    body = _canonical(_plain(value))
     return b'{"body":' + body + b',"checksum":"' + digest(body).encode() + b'"}\n'
 
 
@@ -136,20 +154,32 @@ def from_bytes(cls: type[T], data: bytes, where: str) -> T:
     return value
 
 
-def read_json(cls: type[T], path: Path) -> T:
+def read_json(cls: type[T], files: Files, name: str) -> T:
     """`from_bytes` of a file, which must exist and be of a sane size."""
-    return from_bytes(cls, read_bytes(path), str(path))
+    return from_bytes(cls, read_bytes(files, name), f"{files.root}/{name}")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(files: Files, name: str) -> bytes:
     """The bytes of a JSON file of a cache. Raises `CorruptCache` where it is missing or absurdly large."""
+    where = f"{files.root}/{name}"
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise _corrupt(str(path), f"expected at most {MAX_JSON_BYTES} bytes, found {size}")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise _corrupt(str(path), "the file is missing") from error
+        data = files.read(name, MAX_JSON_BYTES)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise _corrupt(where, "the file is missing") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise _corrupt(where, f"expected at most {MAX_JSON_BYTES} bytes, found more")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, all the way down; `dataclasses.asdict` copies every number of every block."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple) and value and not isinstance(value[0], int):
+        return [_plain(v) if is_dataclass(v) else v for v in value]
+    return value
 
 
 def _canonical(value: object) -> bytes:
@@ -158,18 +188,18 @@ def _canonical(value: object) -> bytes:
 
 def _corrupt(where: str, what: str) -> CorruptCache:
     return CorruptCache(
-        f"reading {where}: {what}. Nothing in it can be trusted. "
-        "Run `logitcache verify`, or precompute again into a new folder."
+        f"reading {where}: {what}. Nothing in it can be trusted. Run `logitcache repair` and the same precompute "
+        "again; where manifest.json itself is damaged, restore it from a copy, or precompute into a new folder."
     )
 
 
 def _check_version(body: dict[str, Any], where: str) -> None:
-    version, unknown = body.get("format_version"), set(body.get("features", ())) - KNOWN_FEATURES
+    version, unknown = body.get("format_version"), set(body.get("reader_features", ())) - READER_FEATURES
     if version != FORMAT_VERSION or unknown:
         found = f"features {sorted(unknown)}" if unknown else f"version {version}"
         raise UnsupportedFormat(
-            f"reading {where}: expected format version {FORMAT_VERSION} with features {sorted(KNOWN_FEATURES)}, "
-            f"found {found}. Its numbers could be misread. Install a newer logitcache."
+            f"reading {where}: expected format version {FORMAT_VERSION} with features among "
+            f"{sorted(READER_FEATURES)}, found {found}. Its numbers could be misread. Install a newer logitcache."
         )
 
 
@@ -192,9 +222,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name}: expected a list like {kind}, found {value!r:.80}")
         return tuple(_convert(parts[0], v, name) for v in value)
     if getattr(kind, "__origin__", None) is dict:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise ValueError(f"{name}: expected an object of strings, found {value!r:.80}")
-        return value
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected an object, found {value!r:.80}")
+        return {key: _convert(get_args(kind)[1], v, name) for key, v in value.items()}
     if hasattr(kind, "__dataclass_fields__"):
         return _build(kind, value)
     if type(value) is not kind:
@@ -208,10 +238,9 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"store: expected one of {STORES}, found {value.store!r:.80}")
         if not 2 <= value.model.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"model.vocab_size: expected 2 to {MAX_VOCAB_SIZE}, found {value.model.vocab_size}")
-        if not 1 <= value.capture.top_k < value.model.vocab_size:
-            raise ValueError(f"capture.top_k: expected 1 to V - 1, found {value.capture.top_k}")
-        if value.capture.max_length < 2:
-            raise ValueError(f"capture.max_length: expected at least 2, found {value.capture.max_length}")
+        _check_capture(value.capture, value.model.vocab_size)
+        if (value.capture.num_tail_groups > 0) != (TAIL_GROUPS in value.reader_features):
+            raise ValueError(f"reader_features: expected {TAIL_GROUPS!r} exactly where there are tail groups")
     if isinstance(value, ShardCommit):
         _check_commit(value)
     if isinstance(value, Contents):
@@ -219,21 +248,52 @@ def _check_bounds(value: object) -> None:
             _check_unit(entry.unit)
         if len({entry.unit for entry in value.shards}) != len(value.shards):
             raise ValueError("a shard is listed twice")
+        if not 0 <= value.num_samples < 2**32:
+            raise ValueError(f"num_samples: expected 0 to 2^32, found {value.num_samples}")
+        _check_files((value.index,))
+
+
+def _check_capture(capture: CaptureSettings, vocab_size: int) -> None:
+    if not 1 <= capture.top_k < vocab_size:
+        raise ValueError(f"capture.top_k: expected 1 to V - 1, found {capture.top_k}")
+    if capture.max_length < 2:
+        raise ValueError(f"capture.max_length: expected at least 2, found {capture.max_length}")
+    if not 0 < capture.min_mass <= 1:
+        raise ValueError(f"capture.min_mass: expected more than 0 and at most 1, found {capture.min_mass}")
+    if capture.precision not in PRECISIONS:
+        raise ValueError(f"capture.precision: expected one of {list(PRECISIONS)}, found {capture.precision!r:.80}")
+    precision = PRECISIONS[capture.precision]
+    least, most = (precision.max_error, MAX_ERROR) if precision else (0, 0)
+    if not least <= capture.max_error <= most:
+        raise ValueError(f"capture.max_error: expected {least} to {most} nats, found {capture.max_error}")
+    if not 0 <= capture.num_tail_groups <= MAX_TAIL_GROUPS or capture.num_tail_groups == 1:
+        raise ValueError(f"capture.num_tail_groups: expected 0, or 2 to 256, found {capture.num_tail_groups}")
+    if bool(capture.tail_partition) != (capture.num_tail_groups > 0):
+        raise ValueError("capture.tail_partition: expected exactly where there are tail groups")
 
 
 def _check_commit(commit: ShardCommit) -> None:
     _check_unit(commit.unit)
     counts = (commit.num_samples, commit.num_positions, commit.num_tokens)
-    if not all(1 <= n < 2**40 for n in counts) or not 0 <= commit.num_tokens_cut < 2**40:
-        raise ValueError(f"counts: expected 1 to 2^40, found {counts}")
-    for file in commit.files:
+    if not all(1 <= n < 2**32 for n in counts) or not 0 <= commit.num_tokens_cut < 2**40:
+        raise ValueError(f"counts: expected 1 to 2^32, found {counts}")
+    if not commit.num_positions + commit.num_samples <= commit.num_tokens:
+        raise ValueError(f"counts: expected fewer positions than tokens in every sample, found {counts}")
+    if not 0 <= commit.kept_mass <= commit.num_positions * 1.001:
+        raise ValueError(f"kept_mass: expected 0 to the number of positions, found {commit.kept_mass}")
+    _check_files(commit.files)
+    for offset, length, crc in (block for blocks in commit.blocks.values() for block in blocks):
+        if not 0 <= offset < 2**50 or not 0 < length < 2**31 or not 0 <= crc < 2**32:
+            raise ValueError("blocks: expected offsets and lengths inside the file, and 32 bits of crc32c")
+
+
+def _check_files(files: tuple[StoredFile, ...]) -> None:
+    for file in files:
         plain = len(file.name) < 256 and _FILE_NAME.fullmatch(file.name) and ".." not in file.name.split("/")
         if not plain or not 0 <= file.size < 2**50:
-            raise ValueError(f"file {file.name!r:.80}: expected a plain name inside the shard and a sane size")
-    if len({file.name for file in commit.files}) != len(commit.files):
+            raise ValueError(f"file {file.name!r:.80}: expected a plain name inside its folder and a sane size")
+    if len({file.name for file in files}) != len(files):
         raise ValueError("a file is listed twice")
-    if any(not 0 <= offset < 2**50 or not 0 < length < 2**40 for offset, length, _ in commit.blocks):
-        raise ValueError("blocks: expected offsets and lengths inside the file")
 
 
 def _check_unit(unit: str) -> None:

@@ -1,11 +1,12 @@
 """`BaseLogprobs`, the numpy record of one sample, and what must hold for it.
 
 Owns the invariants: label, alternatives and tail are a partition of the vocabulary. Numpy only.
-Shapes: P positions, K alternatives, V vocabulary. All logarithms are natural (nats).
+Shapes: P positions, K alternatives, G tail groups, V vocabulary. All logarithms are natural (nats).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ class BaseLogprobs:
     alternative_ids:       uint32 [P, K], the most probable tokens other than the label, most probable first
     alternative_logprobs:  float32 [P, K], log p, same normaliser; -inf with id 2**32-1 where a row keeps fewer
     tail_logprobs:         float32 [P], log of the mass of everything else; -inf where there is nothing else
+    tail_group_logprobs:   float32 [P, G], the tail's mass split over a fixed partition of the vocabulary into G groups;
+                           their logsumexp is tail_logprobs. None where the cache has no groups
     """
 
     positions: NDArray[np.int32]
@@ -39,6 +42,7 @@ class BaseLogprobs:
     alternative_ids: NDArray[np.uint32]
     alternative_logprobs: NDArray[np.float32]
     tail_logprobs: NDArray[np.float32]
+    tail_group_logprobs: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -48,17 +52,27 @@ class BaseLogprobs:
         """K, the width of the rows."""
         return int(self.alternative_ids.shape[1])
 
-    def take(self, rows: NDArray[np.intp]) -> "BaseLogprobs":
+    @property
+    def num_tail_groups(self) -> int:
+        """G, 0 where the tail is not split."""
+        return 0 if self.tail_group_logprobs is None else int(self.tail_group_logprobs.shape[1])
+
+    def take(self, rows: NDArray[np.intp] | slice) -> "BaseLogprobs":
         """The record at these rows (not positions), in the order given."""
-        return BaseLogprobs(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return BaseLogprobs(**{name: column[rows] for name, column in self.columns().items()})
 
     def equals(self, other: "BaseLogprobs") -> bool:
         """Equality of every field, value for value."""
-        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        mine, theirs = self.columns(), other.columns()
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[n], theirs[n]) for n in mine)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The fields that are there, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def kept_mass(self) -> NDArray[np.float64]:
         """Share of the non-target mass 1 - p(label) that the alternatives hold, [P]; 1 where there is none."""
-        kept = np.exp(self.alternative_logprobs.astype(np.float64)).sum(axis=1)
+        kept = np.exp(self.alternative_logprobs).sum(axis=1, dtype=np.float64)
         rest = kept + np.exp(self.tail_logprobs.astype(np.float64))
         return np.where(rest > 0, kept / np.where(rest > 0, rest, 1), 1.0)
 
@@ -73,36 +87,93 @@ class CachedSample:
 
 
 def concatenate(parts: Sequence[BaseLogprobs]) -> BaseLogprobs:
+    """Records of the same columns, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = [part.columns() for part in parts]
+    return BaseLogprobs(**{name: np.concatenate([c[name] for c in columns]) for name in columns[0]})
+
+
+def unite(parts: Sequence[BaseLogprobs]) -> BaseLogprobs:
     """One record of several captures of the same sample, ordered by position, each position once."""
-    joined = BaseLogprobs(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(BaseLogprobs)})
-    _, first = np.unique(joined.positions, return_index=True)
-    return joined.take(first)
+    joined = concatenate(parts)
+    return joined if len(parts) == 1 else joined.take(np.unique(joined.positions, return_index=True)[1])
 
 
-def check_record(record: BaseLogprobs, token_ids: NDArray[np.uint32], vocab_size: int, where: str) -> None:
+def keep_mass(record: BaseLogprobs, min_mass: float) -> BaseLogprobs:
+    """The record with the fewest alternatives that hold `min_mass` of the non-target mass 1 - p(label), row by row.
+
+    What is dropped moves into the tail. Where all alternatives together hold less, all are kept. min_mass: in (0, 1].
+    A record with tail groups is refused, since which group a dropped alternative belongs to is not known here.
+    """
+    if min_mass >= 1:
+        return record
+    if record.tail_group_logprobs is not None:
+        raise ValueError("keep_mass: expected a record without tail groups")
+    mass = np.exp(record.alternative_logprobs.astype(np.float64))
+    tail = np.exp(record.tail_logprobs.astype(np.float64))
+    before = np.cumsum(mass, axis=1) - mass
+    dropped = before >= min_mass * (mass.sum(axis=1) + tail)[:, None]
+    dropped[:, :1] = False
+    with np.errstate(divide="ignore"):
+        all_tail = np.log(tail + np.where(dropped, mass, 0).sum(axis=1)).astype(np.float32)
+    return replace(
+        record,
+        alternative_ids=np.where(dropped, np.uint32(NO_TOKEN), record.alternative_ids),
+        alternative_logprobs=np.where(dropped, np.float32(-np.inf), record.alternative_logprobs),
+        tail_logprobs=np.where(dropped.any(axis=1), all_tail, record.tail_logprobs),
+    )
+
+
+def check_record(
+    record: BaseLogprobs,
+    token_ids: NDArray[np.uint32],
+    vocab_size: int,
+    where: str,
+    mass_tolerance: float = MASS_TOLERANCE,
+) -> None:
     """Raise `InvalidRecord` unless every invariant of the record holds.
 
-    Checked: shapes and dtypes; positions ascending and inside the sample; label = next token; ids < V, unique
-    in a row, never the label, absent exactly where the log-probability is -inf; rows in descending order;
-    nothing NaN or positive; label + alternatives + tail masses sum to 1 within `MASS_TOLERANCE`.
+    Checked: shapes and dtypes; positions ascending and inside the sample; label = next token; and what `check_rows`
+    checks.
     """
+    check_positions(record, token_ids, where)
+    check_rows(record, vocab_size, where, mass_tolerance)
+
+
+def check_positions(record: BaseLogprobs, token_ids: NDArray[np.uint32], where: str) -> None:
+    """Raise `InvalidRecord` unless shapes, dtypes, positions and labels are those of a sample with these tokens."""
     _check_shapes(record, where)
-    positions, labels = record.positions, record.label_ids
-    if len(positions) and (positions[0] < 0 or positions[-1] >= len(token_ids) - 1):
+    positions = record.positions
+    if len(positions) and (positions.min() < 0 or positions.max() >= len(token_ids) - 1):
         raise InvalidRecord(
             f"positions in {where}: expected 0 to {len(token_ids) - 2}, found {positions[0]} to {positions[-1]}."
         )
     if np.any(np.diff(positions) <= 0):
         raise InvalidRecord(f"positions in {where}: expected strictly ascending order.")
-    if not np.array_equal(labels, token_ids[positions + 1]):
+    if not np.array_equal(record.label_ids, token_ids[positions + 1]):
         raise InvalidRecord(f"label_ids in {where}: expected the token after each position.")
+
+
+def check_rows(
+    record: BaseLogprobs, vocab_size: int, where: str, mass_tolerance: float = MASS_TOLERANCE, group_error: float = 0.0
+) -> None:
+    """Raise `InvalidRecord` unless every row is a distribution, whichever samples the rows are of.
+
+    Checked: ids < V, unique in a row, never the label, absent exactly where the log-probability is -inf; rows in
+    descending order; nothing NaN or positive; label + alternatives + tail masses sum to 1 within `mass_tolerance`; the
+    logsumexp of the tail groups is the tail's log-probability within group_error + mass_tolerance nats.
+    """
+    _check_order(record, where)
     _check_ids(record, vocab_size, where)
-    _check_masses(record, where)
+    _check_masses(record, where, mass_tolerance)
+    if record.tail_group_logprobs is not None:
+        _check_groups(record, where, group_error + mass_tolerance)
 
 
 def _check_shapes(record: BaseLogprobs, where: str) -> None:
     rows, width = len(record.positions), record.alternative_ids.shape[-1]
-    expected = {
+    expected: dict[str, tuple[type, tuple[int, ...]]] = {
         "positions": (np.int32, (rows,)),
         "label_ids": (np.uint32, (rows,)),
         "label_logprobs": (np.float32, (rows,)),
@@ -110,6 +181,8 @@ def _check_shapes(record: BaseLogprobs, where: str) -> None:
         "alternative_logprobs": (np.float32, (rows, width)),
         "tail_logprobs": (np.float32, (rows,)),
     }
+    if record.tail_group_logprobs is not None:
+        expected["tail_group_logprobs"] = (np.float32, (rows, record.tail_group_logprobs.shape[-1]))
     for name, (dtype, shape) in expected.items():
         array = getattr(record, name)
         if array.dtype != dtype or array.shape != shape:
@@ -118,33 +191,57 @@ def _check_shapes(record: BaseLogprobs, where: str) -> None:
             )
 
 
+def _check_order(record: BaseLogprobs, where: str) -> None:
+    kept = record.alternative_logprobs
+    first = kept[:, 0] if kept.shape[1] else record.label_logprobs
+    for name, array in (("label", record.label_logprobs), ("tail", record.tail_logprobs), ("alternative", first)):
+        if not np.all(array <= 1e-6):  # NaN fails
+            raise InvalidRecord(f"{name}_logprobs in {where}: expected log-probabilities, found NaN or above 0.")
+    if not np.all(kept[:, 1:] <= kept[:, :-1]):
+        raise InvalidRecord(f"alternative_logprobs in {where}: expected most probable first, and nothing NaN.")
+
+
 def _check_ids(record: BaseLogprobs, vocab_size: int, where: str) -> None:
+    """Of rows in descending order, where what is absent stands at the end."""
     ids, logprobs = record.alternative_ids, record.alternative_logprobs
-    absent = ids == NO_TOKEN
-    if np.any(record.label_ids >= vocab_size) or np.any((ids >= vocab_size) & ~absent):
+    some_absent = bool(np.any(logprobs[:, -1:] == -np.inf))
+    absent = logprobs == -np.inf if some_absent else np.zeros(1, dtype=np.bool_)
+    if some_absent and np.any((ids == NO_TOKEN) != absent):
+        raise InvalidRecord(f"alternative_logprobs in {where}: expected -inf exactly where the id is absent.")
+    present = np.where(absent, 0, ids) if some_absent else ids
+    if record.label_ids.max(initial=0) >= vocab_size or present.max(initial=0) >= vocab_size:
         raise InvalidRecord(f"token ids in {where}: expected ids below {vocab_size}.")
     if np.any(ids == record.label_ids[:, None]):
         raise InvalidRecord(f"alternative_ids in {where}: the label stands among its own alternatives.")
     ordered = np.sort(ids, axis=1)
-    if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)):
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if np.any(twice & (ordered[:, 1:] != NO_TOKEN) if some_absent else twice):
         raise InvalidRecord(f"alternative_ids in {where}: an id stands twice in one row.")
-    if np.any(absent != (logprobs == -np.inf)):
-        raise InvalidRecord(f"alternative_logprobs in {where}: expected -inf exactly where the id is absent.")
 
 
-def _check_masses(record: BaseLogprobs, where: str) -> None:
-    label, kept, tail = record.label_logprobs, record.alternative_logprobs, record.tail_logprobs
-    for name, array in (("label", label), ("alternative", kept), ("tail", tail)):
-        if np.any(np.isnan(array)) or np.any(array > 1e-6):
-            raise InvalidRecord(f"{name}_logprobs in {where}: expected log-probabilities, found NaN or above 0.")
-    if np.any(kept[:, 1:] > kept[:, :-1]):
-        raise InvalidRecord(f"alternative_logprobs in {where}: expected most probable first.")
-    mass = np.exp(label.astype(np.float64)) + np.exp(tail.astype(np.float64))
-    mass += np.exp(kept.astype(np.float64)).sum(axis=1)
-    worst = float(np.abs(mass - 1).max(initial=0.0))
-    if worst > MASS_TOLERANCE:
-        row = int(np.abs(mass - 1).argmax())
+def _check_masses(record: BaseLogprobs, where: str, tolerance: float) -> None:
+    mass = np.exp(record.label_logprobs) + np.exp(record.tail_logprobs)
+    mass += np.exp(record.alternative_logprobs).sum(axis=1)  # float32: 2e-6 at most, far below any tolerance
+    off = np.abs(mass - 1)
+    if off.max(initial=0.0) > tolerance:
+        row = int(off.argmax())
         raise InvalidRecord(
             f"masses in {where}, position {record.positions[row]}: label + alternatives + tail are "
-            f"{mass[row]:.6f}, expected 1 within {MASS_TOLERANCE}. The record is not a distribution."
+            f"{mass[row]:.6f}, expected 1 within {tolerance:g}. The record is not a distribution."
+        )
+
+
+def _check_groups(record: BaseLogprobs, where: str, tolerance: float) -> None:
+    groups = record.tail_group_logprobs
+    assert groups is not None
+    if not np.all(groups <= 1e-6):
+        raise InvalidRecord(f"tail_group_logprobs in {where}: expected log-probabilities, found NaN or above 0.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        off = np.abs(np.logaddexp.reduce(groups, axis=1, dtype=np.float64) - record.tail_logprobs)
+    off[np.isnan(off)] = 0  # both -inf
+    if off.max(initial=0.0) > tolerance:
+        row = int(off.argmax())
+        raise InvalidRecord(
+            f"tail_group_logprobs in {where}, position {record.positions[row]}: their sum differs from the tail by "
+            f"{off[row]:.4f} nats, expected at most {tolerance:g}."
         )

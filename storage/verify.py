@@ -1,21 +1,24 @@
-"""Read every byte of a cache and say which shards and samples are bad.
+"""Read every byte of a cache and say which shards and samples are bad; drop what is bad.
 
-Owns the full check; `LogitCache` checks the same things for what it reads. Must not change anything.
+Owns the full check; `LogitCache` checks the same things for what it reads.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backend import file_checksum
-from .cache import SHARDS, OpenShard, read_contents, read_manifest
+from .cache import read_commit, read_contents, read_manifest, read_token_groups
+from .encoding import SampleTable
 from .errors import CorruptCache
+from .files import Files, open_files
 from .identity import sample_id
-from .manifest import Manifest, ShardCommit
+from .index import SampleIndex, index_file
+from .manifest import Contents, Manifest, ShardCommit, read_json
+from .shard import CONTENTS, SHARDS, TOKEN_GROUPS, OpenShard
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something bad: in which shard, which sample (None: the whole shard), and what."""
+    """Something bad: in which shard ("": the index), which sample (None: the whole shard), and what."""
 
     shard: str
     sample: str | None
@@ -38,39 +41,130 @@ class VerifyReport:
         return not self.problems
 
 
+@dataclass(frozen=True)
+class RepairReport:
+    """What was dropped: units of shards; whether the cache has to be finished by precompute again."""
+
+    dropped: tuple[str, ...]
+    is_incomplete: bool
+
+
 def verify(path: str | Path) -> VerifyReport:
     """Check every checksum, every record and every sample id of a finished cache.
 
-    Raises `NotACache`, `IncompleteCache`, `UnsupportedFormat`, and `CorruptCache` where the manifest, the contents or a
-    commit record is bad, so that the shards cannot even be told; everything below that is in the report.
+    Raises `NotACache`, `IncompleteCache`, `UnsupportedFormat`, and `CorruptCache` where the manifest or the contents
+    are bad, so that the shards cannot even be told; everything below that is in the report.
     """
-    root = Path(path)
-    manifest, commits = read_manifest(root), read_contents(root)
-    problems = [problem for commit in commits for problem in _verify_shard(root, manifest, commit)]
+    files = open_files(path)
+    manifest, contents = read_manifest(files), read_contents(files)
+    problems: list[Problem] = []
+    commits: list[ShardCommit] = []
+    tables: list[SampleTable | None] = []
+    for number, entry in enumerate(contents.shards):
+        try:
+            commit = read_commit(files, contents, number)
+        except CorruptCache as error:
+            problems.append(Problem(entry.unit, None, error.fact))
+            tables.append(None)
+            continue
+        found, table = _verify_shard(files, manifest, commit)
+        problems += found
+        commits.append(commit)
+        tables.append(table)
+    problems += _verify_index(files, contents, tables)
+    problems += _verify_partition(files, manifest)
     return VerifyReport(
-        num_shards=len(commits),
-        num_samples=sum(c.num_samples for c in commits),
+        num_shards=len(contents.shards),
+        num_samples=contents.num_samples,
         num_positions=sum(c.num_positions for c in commits),
         num_bytes=sum(c.num_bytes for c in commits),
         problems=tuple(problems),
     )
 
 
-def _verify_shard(root: Path, manifest: Manifest, commit: ShardCommit) -> list[Problem]:
+def repair(path: str | Path) -> RepairReport:
+    """Drop every shard that is bad, and where there is one the contents, so that precompute makes only those again.
+
+    No other process may write to the cache. Until precompute has run, readers see an incomplete cache and no wrong one.
+    Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad.
+    """
+    files = open_files(path)
+    manifest = read_manifest(files)
+    dropped = []
+    tables: dict[str, SampleTable | None] = {}
+    for unit in [name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")]:
+        try:
+            commit = read_json(ShardCommit, files, f"{SHARDS}/{unit}.json")
+            problems, table = _verify_shard(files, manifest, commit)
+            if commit.unit == unit and not problems:
+                tables[unit] = table
+                continue
+        except CorruptCache:
+            pass
+        dropped.append(unit)
+    lost_partition = bool(_verify_partition(files, manifest))
+    if not dropped and not lost_partition and _has_good_contents(files, tables):
+        return RepairReport((), False)
+    for name in files.names(""):
+        if name == CONTENTS or name.startswith("index-"):
+            files.remove(name)
+    if lost_partition:
+        files.remove(TOKEN_GROUPS)  # a writer, who is given it, makes it again
+    for unit in dropped:
+        files.remove(f"{SHARDS}/{unit}.json")
+    return RepairReport(tuple(dropped), True)
+
+
+def _has_good_contents(files: Files, tables: dict[str, SampleTable | None]) -> bool:
+    if not files.exists(CONTENTS):
+        return False
     try:
-        shard = OpenShard(root, manifest, commit)
+        contents = read_contents(files)
+        for number in range(len(contents.shards)):
+            read_commit(files, contents, number)
+    except CorruptCache:
+        return False
+    return not _verify_index(files, contents, [tables.get(entry.unit) for entry in contents.shards])
+
+
+def _verify_partition(files: Files, manifest: Manifest) -> list[Problem]:
+    try:
+        if manifest.capture.num_tail_groups:
+            read_token_groups(files, manifest)
     except CorruptCache as error:
-        return [Problem(commit.unit, None, str(error))]
+        return [Problem("", None, str(error))]
+    return []
+
+
+def _verify_index(files: Files, contents: Contents, tables: list[SampleTable | None]) -> list[Problem]:
+    try:
+        SampleIndex.read(files, contents)
+    except CorruptCache as error:
+        return [Problem("", None, error.fact)]
+    readable = [table for table in tables if table is not None]
+    if len(readable) == len(tables) and index_file(readable)[0] != contents.index:
+        return [Problem("", None, f"{contents.index.name} is not the index of these shards")]
+    return []
+
+
+def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:
+    shard = OpenShard(files, manifest, commit, f"{SHARDS}/{commit.folder}")
     problems = []
     for file in commit.files:
-        if file_checksum(root / SHARDS / commit.unit / file.name) != file.checksum:
-            problems.append(Problem(commit.unit, None, f"{file.name} does not match its checksum"))
-    for row in range(len(shard)):
-        name = shard.sample_id(row)
-        if sample_id(shard.token_ids(row)) != name:
+        try:
+            shard.files.file(file.name)
+        except CorruptCache as error:
+            problems.append(Problem(commit.unit, None, error.fact))
+    try:
+        table = shard.table()
+    except CorruptCache as error:
+        return [*problems, Problem(commit.unit, None, error.fact)], None
+    for row, place in enumerate(table.places()):
+        name = bytes(table.sample_ids[row])
+        if sample_id(table.token_ids[place.tokens]) != name:
             problems.append(Problem(commit.unit, name.hex(), "the tokens are not those of the sample id"))
         try:
-            shard.read(row)
+            shard.record(shard.columns([place]), shard.samples([place]))
         except CorruptCache as error:
-            problems.append(Problem(commit.unit, name.hex(), str(error)))
-    return problems
+            problems.append(Problem(commit.unit, name.hex(), error.fact))
+    return problems, table

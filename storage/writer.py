@@ -1,53 +1,69 @@
 """`CacheWriter`: commit shards one by one, so that a process killed at any moment loses at most the shard in work.
 
-A shard is written into staging/, synced, read back and compared, renamed to shards/<unit>/, and only then committed by
-shards/<unit>.json, created only if absent. `finalize` writes contents.json; before it, readers see no cache, and after
-it, exactly what it lists. One writer at a time, by a lock that dies with its process. POSIX only.
+A shard is encoded and decoded again in memory, made durable under a name that says its content, and only then committed
+by shards/<unit>.json, created only if absent: of several writers of one unit the first wins. `finalize` writes the
+index and contents.json; before it, readers see no cache, and after it, exactly what it lists. Any number may write.
 """
 
-import fcntl
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import corrupt, describe_files
-from .cache import BACKENDS, CONTENTS, MANIFEST, SHARDS, OpenShard, read_manifest
-from .encoding import encode
-from .errors import CacheLocked, IdentityMismatch, InvalidRecord, NotACache
-from .identity import digest, digest_json, sample_id
-from .manifest import Contents, Manifest, ShardCommit, ShardEntry, read_json, to_bytes
-from .records import CachedSample, check_record
+from .backend import Memory, corrupt
+from .cache import read_manifest, read_token_groups
+from .encoding import Columns, SampleTable, encode, sample_table
+from .errors import IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
+from .files import LOCK, STAGING, UNFINISHED, Files, open_files
+from .identity import digest, sample_id
+from .index import index_file, npy_header
+from .manifest import (
+    WRITER_FEATURES,
+    Contents,
+    Manifest,
+    ShardCommit,
+    ShardEntry,
+    StoredFile,
+    from_bytes,
+    read_bytes,
+    read_json,
+    to_bytes,
+)
+from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
+from .shard import BACKENDS, CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard
 
-STAGING, LOCK = "staging", "writer.lock"
+ROWS_AT_ONCE = 2048
+"""Rows checked and encoded together: few enough to stay in a processor's cache."""
 
 
 class CacheWriter:
     """Writes a new cache or goes on with an interrupted or finished one of the same identity.
 
-    Use as a context manager: it holds the writer's lock. Raises `IdentityMismatch` where the folder holds another
-    cache (which is left as it is), `NotACache` where it holds other files, `CacheLocked`, `OSError`.
+    token_groups: uint8 [V], the tail group of each token, exactly where the manifest has tail groups.
+    Use as a context manager. Raises `IdentityMismatch` where the folder holds another cache (which is left as it is),
+    `NotACache` where it holds other files, `UnsupportedFormat`, `OSError`.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest) -> None:
-        self.path = Path(path)
-        _matching_manifest(self.path, manifest)
-        (self.path / SHARDS).mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path / LOCK)
+    def __init__(self, path: str | Path, manifest: Manifest, token_groups: NDArray[np.uint8] | None = None) -> None:
+        self._files = open_files(path)
+        self.path = self._files.root
+        _matching_manifest(self._files, manifest)
+        partition = _packed_groups(manifest, token_groups)
+        self._leave = self._files.join(self._tidy)
         try:
-            self.manifest = _matching_manifest(self.path, manifest)  # again: another writer may have been first
-            self._remove_leftovers()
-            if not (self.path / MANIFEST).exists():
-                _commit_file(self.path / MANIFEST, to_bytes(self.manifest))
+            if partition:
+                self._files.create(TOKEN_GROUPS, partition)
+                read_token_groups(self._files, manifest)
+            if self._files.exists(MANIFEST) or not self._files.create(MANIFEST, to_bytes(manifest)):
+                manifest = _matching_manifest(self._files, manifest)  # again: another writer may have been first
         except BaseException:
             self.close()
             raise
-        self._commits = {path.stem for path in (self.path / SHARDS).glob("*.json")}
-        self._attempts = 0
+        self.manifest = manifest
+        self._tables: dict[str, tuple[str, SampleTable]] = {}
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -56,179 +72,226 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Let the lock go. What is committed stays."""
-        os.close(self._lock)
+        """Cease to be a writer. What is committed stays."""
+        self._leave()
 
     @property
     def is_final(self) -> bool:
-        """Whether the contents list every committed shard."""
-        if not (self.path / CONTENTS).exists():
+        """Whether the contents list every committed shard, and their index is there."""
+        if not self._files.exists(CONTENTS):
             return False
-        return {e.unit for e in read_json(Contents, self.path / CONTENTS).shards} == self._commits
+        contents = read_json(Contents, self._files, CONTENTS)
+        return [e.unit for e in contents.shards] == self._units() and self._files.exists(contents.index.name)
 
     def captured(self) -> dict[bytes, NDArray[np.int32]]:
         """The positions captured so far, by sample id, from every committed shard."""
         found: dict[bytes, list[NDArray[np.int32]]] = {}
-        for unit in sorted(self._commits):
-            shard = OpenShard(self.path, self.manifest, self._read_commit(unit))
-            for row in range(len(shard)):
-                found.setdefault(shard.sample_id(row), []).append(shard.positions(row))
+        for unit in self._units():
+            checksum, table = self._read_table(unit)
+            self._tables[unit] = checksum, _without_tokens(table)
+            ids = [row.tobytes() for row in table.sample_ids]
+            for key, place in zip(ids, table.places(), strict=True):
+                found.setdefault(key, []).append(table.positions[place.positions])
         return {key: np.unique(np.concatenate(parts)) for key, parts in found.items()}
 
     def commit(self, samples: Sequence[CachedSample]) -> ShardCommit:
         """Write one shard and commit it. A shard that is already committed is left as it is.
 
-        Raises `InvalidRecord` before anything is written, `CorruptCache` where the disk returns other bytes than
-        were written, `OSError` where it refuses them.
+        Raises `InvalidRecord` before anything is written, `CorruptCache` where a codec returns other numbers than it
+        was given, `OSError` where the disk refuses the bytes or returns others.
         """
-        self._check(samples)
-        unit = unit_id(samples)
-        if unit in self._commits:
-            return self._read_commit(unit)
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)  # of a commit that failed
-        self._attempts += 1  # a folder of its own: Zarr's threads may go on writing into that of a failed commit
-        staging, final = self.path / STAGING / str(self._attempts), self.path / SHARDS / unit
-        staging.mkdir(parents=True)
-        commit = self._write(staging, unit, samples)
-        if final.exists():  # renamed by a commit of this writer that failed
-            shutil.rmtree(final)
-        staging.rename(final)
-        _sync_folder(final.parent)
-        self._read_back(commit, samples)
-        _commit_file(self.path / SHARDS / f"{unit}.json", to_bytes(commit))
-        self._commits.add(unit)
-        return commit
-
-    def finalize(self) -> Contents:
-        """Make the committed shards the contents of the cache, in one atomic step."""
-        entries = []
-        for unit in sorted(self._commits):
-            entries.append(ShardEntry(unit, digest((self.path / SHARDS / f"{unit}.json").read_bytes())))
-        contents = Contents(digest((self.path / MANIFEST).read_bytes()), tuple(entries))
-        temporary = self.path / _temporary(CONTENTS)
-        _write_synced(temporary, to_bytes(contents))
-        temporary.replace(self.path / CONTENTS)
-        _sync_folder(self.path)
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        return contents
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a killed run left: nothing of it was committed, or it is a second name of what was."""
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        temporary = [self.path / _temporary(name) for name in (MANIFEST, CONTENTS)]
-        for path in [*temporary, *(self.path / SHARDS).glob(_temporary("*.json"))]:
-            path.unlink(missing_ok=True)
-        for folder in (self.path / SHARDS).iterdir():  # renamed by a run that died before its commit
-            if folder.is_dir() and not folder.with_suffix(".json").exists():
-                shutil.rmtree(folder)
-
-    def _check(self, samples: Sequence[CachedSample]) -> None:
         if not samples:
             raise InvalidRecord(f"writing to {self.path}: expected samples for a shard, found none.")
-        top_k = self.manifest.capture.top_k
-        for sample in samples:
+        parts, kept_mass = [], 0.0
+        for record in self._checked(samples):
+            parts.append(encode(record, self.manifest.capture))
+            kept_mass += float(record.kept_mass().sum())
+        columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return self.commit_columns(sample_table(samples), columns, kept_mass)
+
+    def commit_columns(self, table: SampleTable, columns: Columns, kept_mass: float) -> ShardCommit:
+        """`commit` of rows that are encoded at this cache's precision and checked: those of another cache."""
+        unit = unit_id(table)
+        if self._files.exists(f"{SHARDS}/{unit}.json"):
+            return self._read_commit(unit)
+        commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass)
+        won = self._publish(commit, files)
+        if won is commit:
+            self._tables[unit] = digest(to_bytes(commit)), _without_tokens(table)
+        return won
+
+    def adopt(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
+        """Commit a shard of another cache of the same identity and store, byte for byte."""
+        if self._files.exists(f"{SHARDS}/{commit.unit}.json"):
+            return self._read_commit(commit.unit)
+        return self._publish(commit, files)
+
+    def finalize(self) -> Contents:
+        """Make the committed shards the contents of the cache, in one atomic step.
+
+        Where another writer commits meanwhile it is done again, so that whoever is last lists everything.
+        """
+        stale = [name for name in self._files.names("") if name.startswith("index-") and name.endswith(".npy")]
+        while True:
+            units = self._units()
+            tables = [self._table(unit) for unit in units]
+            index, data = index_file([table for _, table in tables])
+            self._files.replace(index.name, data)
+            entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in zip(units, tables, strict=True))
+            manifest = digest(read_bytes(self._files, MANIFEST))
+            contents = Contents(manifest, sum(len(table) for _, table in tables), index, entries)
+            self._files.replace(CONTENTS, to_bytes(contents))
+            if self._units() == units:
+                break
+        kept = read_json(Contents, self._files, CONTENTS).index.name  # another writer may have finished since
+        for name in stale:  # only what was there before: what is newer is another writer's
+            if name not in (index.name, kept):
+                self._files.remove(name)
+        return contents
+
+    def _units(self) -> list[str]:
+        return sorted(name.removesuffix(".json") for name in self._files.names(SHARDS) if name.endswith(".json"))
+
+    def _table(self, unit: str) -> tuple[str, SampleTable]:
+        """The checksum of a commit record, and of the sample table of its shard what an index needs."""
+        if unit not in self._tables:
+            checksum, table = self._read_table(unit)
+            self._tables[unit] = checksum, _without_tokens(table)
+        return self._tables[unit]
+
+    def _read_table(self, unit: str) -> tuple[str, SampleTable]:
+        data = read_bytes(self._files, f"{SHARDS}/{unit}.json")
+        commit = from_bytes(ShardCommit, data, f"{self.path}/{SHARDS}/{unit}.json")
+        shard = OpenShard(self._files, self.manifest, commit, f"{SHARDS}/{commit.folder}")
+        sizes = self._files.sizes(f"{SHARDS}/{commit.folder}")
+        for file in commit.files:
+            if sizes.get(file.name) != file.size:
+                found = f"found {sizes[file.name]}" if file.name in sizes else "the file is missing"
+                raise corrupt(f"{shard.files.where}/{file.name}", f"expected {file.size} bytes, {found}")
+        return digest(data), shard.table()
+
+    def _tidy(self) -> None:
+        """Remove shards that were made durable by a run that died before it committed them."""
+        names = self._files.names(SHARDS)
+        units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        committed = {self._read_commit(unit).folder for unit in units}
+        for name in names:
+            if not name.endswith(".json") and name not in committed:
+                self._files.remove(f"{SHARDS}/{name}")
+
+    def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
+        """The rows of all samples in order, a few thousand at once. Raises `InvalidRecord`."""
+        capture = self.manifest.capture
+        group: list[BaseLogprobs] = []
+        for number, sample in enumerate(samples):
             where, record = f"sample {sample_id(sample.token_ids).hex()}", sample.logprobs
-            check_record(record, sample.token_ids, self.manifest.model.vocab_size, where)
-            if not len(record) or record.num_alternatives != top_k:
-                found = record.alternative_ids.shape
-                raise InvalidRecord(f"alternative_ids in {where}: expected one row or more of {top_k}, found {found}.")
+            check_positions(record, sample.token_ids, where)
+            found = (record.num_alternatives, record.num_tail_groups)
+            if not len(record) or found != (capture.top_k, capture.num_tail_groups):
+                expected = f"{capture.top_k} alternatives and {capture.num_tail_groups} tail groups"
+                raise InvalidRecord(f"{where}: expected one row or more of {expected}, found {len(record)} of {found}.")
+            group.append(record)
+            if sum(map(len, group)) >= ROWS_AT_ONCE or number == len(samples) - 1:
+                joined = concatenate(group)
+                check_rows(joined, self.manifest.model.vocab_size, f"the samples up to {where}")
+                _check_min_mass(joined, capture.min_mass, where)
+                yield joined
+                group = []
 
-    def _write(self, folder: Path, unit: str, samples: Sequence[CachedSample]) -> ShardCommit:
-        table, columns = encode(samples)
-        blocks = BACKENDS[self.manifest.store].write(folder, table, columns)
-        for item in folder.rglob("*"):
-            _sync_folder(item) if item.is_dir() else _sync_file(item)
-        _sync_folder(folder)
-        return ShardCommit(
-            unit=unit,
-            num_samples=len(samples),
-            num_positions=int(table.num_positions.sum()),
-            num_tokens=int(table.num_tokens.sum()),
-            num_tokens_cut=int(table.num_tokens_cut.sum()),
-            kept_mass=float(sum(s.logprobs.kept_mass().sum() for s in samples)),
-            files=describe_files(folder),
-            blocks=blocks,
-        )
-
-    def _read_back(self, commit: ShardCommit, samples: Sequence[CachedSample]) -> None:
-        shard = OpenShard(self.path, self.manifest, commit)
-        for row, sample in enumerate(samples):
-            same_tokens = np.array_equal(shard.token_ids(row), sample.token_ids)
-            if not (same_tokens and shard.read(row).equals(sample.logprobs)):
-                raise corrupt(shard.where, f"sample {row} reads back other than it was written")
+    def _publish(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
+        folder = f"{SHARDS}/{commit.folder}"
+        self._files.publish(folder, files)
+        name = f"{SHARDS}/{commit.unit}.json"
+        if self._files.create(name, to_bytes(commit)):
+            return commit
+        winner = self._read_commit(commit.unit)
+        if winner.folder != commit.folder:
+            self._files.remove(folder)
+        return winner
 
     def _read_commit(self, unit: str) -> ShardCommit:
-        return read_json(ShardCommit, self.path / SHARDS / f"{unit}.json")
+        return read_json(ShardCommit, self._files, f"{SHARDS}/{unit}.json")
 
 
-def unit_id(samples: Sequence[CachedSample]) -> str:
+def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:
+    if min_mass < 1:
+        short = (record.kept_mass() < min_mass - 1e-5) & (record.alternative_logprobs[:, -1] == -np.inf)
+        if np.any(short):
+            raise InvalidRecord(f"the samples up to {where}: a row keeps less than {min_mass} of the non-target mass.")
+
+
+def unit_id(table: SampleTable) -> str:
     """The name of a shard: a hash of its samples and their positions, so that repeated work meets itself."""
-    return digest_json([[sample_id(s.token_ids).hex(), s.logprobs.positions.tolist()] for s in samples])
+    counts = np.ascontiguousarray(table.num_positions, dtype="<u4").tobytes()
+    return digest(table.sample_ids.tobytes() + counts + np.ascontiguousarray(table.positions, dtype="<i4").tobytes())
 
 
-def _matching_manifest(path: Path, manifest: Manifest) -> Manifest:
-    if not (path / MANIFEST).exists():
-        names = (SHARDS, LOCK, _temporary(MANIFEST))  # what a run leaves that was killed before it had a manifest
-        foreign = path.exists() and any(p.name not in names for p in path.iterdir())
-        if foreign or any((path / SHARDS).glob("*")):
+def pack_shard(
+    manifest: Manifest, unit: str, table: SampleTable, columns: Columns, kept_mass: float
+) -> tuple[ShardCommit, dict[str, bytes]]:
+    """The files of a shard and its commit record, decoded again and compared. Raises `CorruptCache`."""
+    files, blocks = BACKENDS[manifest.store].write(table, columns, manifest.capture)
+    commit = ShardCommit(
+        unit=unit,
+        num_samples=len(table),
+        num_positions=int(table.num_positions.sum()),
+        num_tokens=int(table.num_tokens.sum()),
+        num_tokens_cut=int(table.num_tokens_cut.sum()),
+        kept_mass=kept_mass,
+        files=tuple(StoredFile(name, len(data), digest(data)) for name, data in sorted(files.items())),
+        blocks=blocks,
+    )
+    shard = OpenShard(Memory(f"shard {unit}", files), manifest, commit, "")
+    found = shard.table()
+    same = all(np.array_equal(getattr(found, name), getattr(table, name)) for name in vars(table))
+    for start in range(0, commit.num_positions, ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, commit.num_positions))
+        again = shard.reader.rows([rows])
+        same = same and all(np.array_equal(again[name], column[rows]) for name, column in columns.items())
+    if not same:
+        raise corrupt(f"shard {unit}", "the codec returns other numbers than it was given")
+    return commit, files
+
+
+def _packed_groups(manifest: Manifest, groups: NDArray[np.uint8] | None) -> bytes | None:
+    """The .npy file of a partition. Raises ValueError where it is not the one that the manifest names."""
+    capture, vocab_size = manifest.capture, manifest.model.vocab_size
+    if groups is None and not capture.num_tail_groups:
+        return None
+    whole = groups is not None and groups.dtype == np.uint8 and groups.shape == (vocab_size,)
+    if groups is None or not whole or int(groups.max()) >= capture.num_tail_groups:
+        raise ValueError(f"token_groups: expected uint8 [{vocab_size}] below {capture.num_tail_groups}")
+    if digest(groups.tobytes()) != capture.tail_partition:
+        raise ValueError(f"token_groups: expected the partition {capture.tail_partition}")
+    return npy_header(groups.dtype, vocab_size) + groups.tobytes()
+
+
+def _without_tokens(table: SampleTable) -> SampleTable:
+    return replace(table, token_ids=table.token_ids[:0], positions=table.positions[:0])
+
+
+def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
+    if not files.exists(MANIFEST):
+        names = [name for name in files.names("") if not name.endswith(UNFINISHED)]
+        if MANIFEST in names:  # another writer made it since
+            return _matching_manifest(files, manifest)
+        if set(names) - {SHARDS, STAGING, LOCK, TOKEN_GROUPS} or files.names(SHARDS) or files.names(STAGING):
             raise NotACache(
-                f"writing to {path}: expected an empty folder or a cache, found other files. "
+                f"writing to {files.root}: expected an empty folder or a cache, found other files. "
                 "Nothing was changed. Choose another folder."
             )
         return manifest
-    existing = read_manifest(path)
+    existing = read_manifest(files)
     differences = manifest.differences(existing)
     if differences:
         raise IdentityMismatch(
-            f"writing to {path}: it holds a cache of another identity ({'; '.join(differences)}). "
+            f"writing to {files.root}: it holds a cache of another identity ({'; '.join(differences)}). "
             "Nothing was changed. Choose another folder, or use the settings of that cache."
         )
+    unknown = set(existing.writer_features) - WRITER_FEATURES
+    if unknown:
+        raise UnsupportedFormat(
+            f"writing to {files.root}: it needs the writer features {sorted(unknown)}. Nothing was changed. It can be "
+            "read; install a newer logitcache to write to it."
+        )
     return existing
-
-
-def _take_lock(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise CacheLocked(
-            f"writing to {path.parent}: another process is writing to this cache. Wait for it to end, or stop it."
-        ) from None
-    return handle
-
-
-def _temporary(name: str) -> str:
-    """The name of a file until it is whole."""
-    return f"{name}.new"
-
-
-def _commit_file(path: Path, data: bytes) -> None:
-    """Create a file with these bytes, all or nothing, unless it exists: the first one wins."""
-    temporary = path.with_name(_temporary(path.name))
-    _write_synced(temporary, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return
-    finally:
-        temporary.unlink()
-    _sync_folder(path.parent)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-_sync_folder = _sync_file

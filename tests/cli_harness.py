@@ -1,4 +1,4 @@
-"""Runs `logitcache VERB` in this process, and what its tests share: rows of every kind, snapshots of folders."""
+"""Runs `logitcache VERB` in this process, and what its tests share: rows of every kind, snapshots and damage."""
 
 import contextlib
 import io
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conftest import text_rows
+
 from logitcache.pipeline.cli import run
 
 Rows = list[dict[str, Any]]
+Edit = Callable[[Path], object]
 
 ROWS: dict[str, Rows] = {
     "text": [{"text": "abcdef"}, {"text": "ab"}],
@@ -88,21 +91,69 @@ def precompute_line(model: Path, data: Path, cache: Path, *more: object) -> list
     return ["precompute", "--model", model, "--data", data, "--cache", cache, "--top-k", 8, "--store", "arrow", *more]
 
 
-def facts(cache: Path) -> dict[str, Any]:
+def train_line(model: Path, cache: Path, out: Path, *more: object) -> list[object]:
+    """The arguments of one step of `train`."""
+    return ["train", "--model", model, "--cache", cache, "--out", out, "--rank", 2, "--max-steps", 1, *more]
+
+
+def text_data(folder: Path, start: int = 0, stop: int = 12) -> Path:
+    """A file with some of 12 text rows of growing length."""
+    path = folder / f"text-{start}-{stop}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in text_rows(12)[start:stop]), encoding="utf-8")
+    return path
+
+
+def facts(cache: object) -> dict[str, Any]:
     """`inspect --json`."""
     found: dict[str, Any] = json.loads(done("inspect", cache, "--json").out)
     return found
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file of a folder with its bytes, and every folder."""
-    paths = sorted(folder.rglob("*"))
+    """Every file of a folder with its bytes, and every folder; but `staging` of writers where it is empty."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.name != "staging" or any(p.iterdir())]
     return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def cache_bytes(cache: Path) -> dict[str, bytes | None]:
-    """What a cache is made of: manifest, contents, shards."""
-    return {n: b for n, b in snapshot(cache).items() if n.startswith(("manifest.json", "contents.json", "shards"))}
+    """What a cache is made of: manifest, contents, index, shards."""
+    names = ("manifest.json", "contents.json", "index-", "shards")
+    return {n: b for n, b in snapshot(cache).items() if n.startswith(names)}
+
+
+def commits(cache: Path) -> list[Path]:
+    """The commit records of the shards, by unit."""
+    return sorted(cache.glob("shards/*.json"))
+
+
+def shard_folders(cache: Path) -> list[Path]:
+    """The folders of the committed shards, in the same order."""
+    found = []
+    for path in commits(cache):
+        (folder,) = path.parent.glob(f"{path.stem}-*")
+        found.append(folder)
+    return found
+
+
+def unit_of(folder: Path) -> str:
+    """The unit of a shard from the name of its folder."""
+    return folder.name.split("-")[0]
+
+
+def flip_byte(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+
+
+def cut_short(name: str, size: int) -> Edit:
+    """Leaves of a file so many bytes; if negative, takes so many off its end."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return edit
 
 
 @contextlib.contextmanager
@@ -113,7 +164,7 @@ def unchanged(*folders: Path) -> Iterator[None]:
     assert [snapshot(f) for f in folders] == before
 
 
-def copy_of(folder: Path, to: Path, edit: Callable[[Path], object] = lambda _: None) -> Path:
+def copy_of(folder: Path, to: Path, edit: Edit = lambda _: None) -> Path:
     """A copy of a folder, edited."""
     shutil.copytree(folder, to)
     edit(to)

@@ -6,16 +6,22 @@ rounding to float32. Nothing here uses the code under test beyond its data class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
+    CacheError,
     CacheWriter,
     CaptureSettings,
     LogitCache,
@@ -28,22 +34,61 @@ STORES = ("zarr", "arrow")
 NO_TOKEN = 2**32 - 1
 VOCAB, TOP_K = 40, 5
 
+MAX_ERRORS = {"exact": 0.0, "fine": 1 / 64, "compact": 1 / 32}
+"""What docs/format.md promises of an alternative, in nats."""
+
 Shards = Sequence[Sequence[CachedSample]]
+AnyPath = TypeVar("AnyPath", Path, str)
 
 
-def make_manifest(store: str, vocab_size: int = VOCAB, top_k: int = TOP_K) -> Manifest:
+def blake(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def make_manifest(
+    store: str,
+    vocab_size: int = VOCAB,
+    top_k: int = TOP_K,
+    *,
+    precision: str = "exact",
+    min_mass: float = 1.0,
+    token_groups: NDArray[np.uint8] | None = None,
+) -> Manifest:
+    """token_groups: uint8 [V], the tail group of each token; what its largest number says is how many there are."""
+    grouped = token_groups is not None
     return Manifest(
         store=store,
         model=ModelIdentity("w" * 32, "c" * 32, vocab_size, "bfloat16", "sdpa"),
         tokenizer=TokenizerIdentity("t" * 32, "f" * 32),
-        capture=CaptureSettings(top_k=top_k, max_length=4096),
+        capture=CaptureSettings(
+            top_k=top_k,
+            max_length=4096,
+            min_mass=min_mass,
+            precision=precision,
+            max_error=MAX_ERRORS[precision],
+            num_tail_groups=0 if token_groups is None else int(token_groups.max()) + 1,
+            tail_partition="" if token_groups is None else blake(token_groups.tobytes()),
+        ),
         model_name="tests/model",
         created_with={"logitcache": "0"},
+        reader_features=("tail-groups",) if grouped else (),
     )
 
 
+def make_groups(rng: np.random.Generator, vocab_size: int, num_groups: int) -> NDArray[np.uint8]:
+    """A random partition of the vocabulary; the last group is never empty."""
+    groups = rng.integers(0, num_groups, size=vocab_size, dtype=np.uint8)
+    groups[rng.integers(vocab_size)] = num_groups - 1
+    return groups
+
+
 def make_record(
-    rng: np.random.Generator, token_ids: NDArray[np.uint32], positions: NDArray[np.int32], vocab_size: int, top_k: int
+    rng: np.random.Generator,
+    token_ids: NDArray[np.uint32],
+    positions: NDArray[np.int32],
+    vocab_size: int,
+    top_k: int,
+    token_groups: NDArray[np.uint8] | None = None,
 ) -> BaseLogprobs:
     """A record of these positions. Some rows are peaked, some keep fewer than K; with k = V - 1 a full row's tail
     is -inf."""
@@ -58,7 +103,14 @@ def make_record(
     ranked = np.take_along_axis(others, order, axis=1)
     num_kept = np.where(rng.random(n) < 0.2, rng.integers(0, top_k + 1, size=n), top_k)[:, None]
     kept = np.arange(vocab_size) < num_kept
+    left = np.where(kept, 0.0, np.exp(ranked))
     with np.errstate(divide="ignore"):
+        groups = None
+        if token_groups is not None:
+            parts = [
+                np.where(token_groups[order] == g, left, 0).sum(axis=1) for g in range(int(token_groups.max()) + 1)
+            ]
+            groups = np.log(np.stack(parts, axis=1)).astype(np.float32)
         ids = np.where(kept, order, NO_TOKEN)[:, :top_k]
         return BaseLogprobs(
             positions=positions,
@@ -66,7 +118,8 @@ def make_record(
             label_logprobs=logprobs[np.arange(n), labels].astype(np.float32),
             alternative_ids=ids.astype(np.uint32),
             alternative_logprobs=np.where(kept, ranked, -np.inf)[:, :top_k].astype(np.float32),
-            tail_logprobs=np.log(np.where(kept, 0.0, np.exp(ranked)).sum(axis=1)).astype(np.float32),
+            tail_logprobs=np.log(left.sum(axis=1)).astype(np.float32),
+            tail_group_logprobs=groups,
         )
 
 
@@ -77,14 +130,35 @@ def make_sample(
     top_k: int = TOP_K,
     positions: Sequence[int] | None = None,
     token_ids: NDArray[np.uint32] | None = None,
+    token_groups: NDArray[np.uint8] | None = None,
 ) -> CachedSample:
     """A random sample. positions: by default about half of those possible, at least one."""
     if token_ids is None:
         token_ids = rng.integers(0, vocab_size, size=num_tokens, dtype=np.uint32)
     if positions is None:
         positions = np.flatnonzero(rng.random(len(token_ids) - 1) < 0.5).tolist() or [len(token_ids) - 2]
-    record = make_record(rng, token_ids, np.array(positions, dtype=np.int32), vocab_size, top_k)
+    record = make_record(rng, token_ids, np.array(positions, dtype=np.int32), vocab_size, top_k, token_groups)
     return CachedSample(token_ids, record, num_tokens_cut=int(rng.integers(0, 3)))
+
+
+def every_position(
+    rng: np.random.Generator,
+    num_tokens: int,
+    vocab_size: int = VOCAB,
+    top_k: int = TOP_K,
+    token_groups: NDArray[np.uint8] | None = None,
+) -> CachedSample:
+    """A random sample of which every position is captured."""
+    return make_sample(rng, num_tokens, vocab_size, top_k, positions=range(num_tokens - 1), token_groups=token_groups)
+
+
+def captures(sample: CachedSample, parts: Sequence[Sequence[int]]) -> list[CachedSample]:
+    """The sample with these rows of its record each, as several runs would capture it."""
+    return [replace(sample, logprobs=sample.logprobs.take(np.array(rows, dtype=np.intp))) for rows in parts]
+
+
+def flat(shards: Shards) -> list[CachedSample]:
+    return [sample for shard in shards for sample in shard]
 
 
 def make_shards(seed: int, lengths: Sequence[Sequence[int]]) -> list[list[CachedSample]]:
@@ -93,9 +167,19 @@ def make_shards(seed: int, lengths: Sequence[Sequence[int]]) -> list[list[Cached
     return [[make_sample(rng, n) for n in shard] for shard in lengths]
 
 
-def write_cache(path: Path, store: str, shards: Shards, manifest: Manifest | None = None) -> Path:
+SHARDS = make_shards(1, [[30, 2, 9], [17, 40]])
+"""What the fixtures `pristine` and `written` hold."""
+
+
+def write_cache(
+    path: AnyPath,
+    store: str,
+    shards: Shards,
+    manifest: Manifest | None = None,
+    token_groups: NDArray[np.uint8] | None = None,
+) -> AnyPath:
     """A finished cache of these shards."""
-    with CacheWriter(path, manifest or make_manifest(store)) as writer:
+    with CacheWriter(path, manifest or make_manifest(store), token_groups) as writer:
         for shard in shards:
             writer.commit(shard)
         writer.finalize()
@@ -109,8 +193,7 @@ def with_record(sample: CachedSample, **changes: object) -> CachedSample:
 
 def record_bits(record: BaseLogprobs) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     """Name, dtype, shape and bytes of every field: equal exactly where two records are the same bit for bit."""
-    arrays = [(f.name, getattr(record, f.name)) for f in fields(record)]
-    return [(name, a.dtype.str, a.shape, a.tobytes()) for name, a in arrays]
+    return [(name, a.dtype.str, a.shape, a.tobytes()) for name, a in record.columns().items()]
 
 
 def sample_bits(sample: CachedSample) -> tuple[object, ...]:
@@ -118,7 +201,7 @@ def sample_bits(sample: CachedSample) -> tuple[object, ...]:
     return (sample.token_ids.dtype.str, sample.token_ids.tobytes(), sample.num_tokens_cut, record_bits(sample.logprobs))
 
 
-def cache_bits(path: Path) -> list[tuple[object, ...]]:
+def cache_bits(path: Path | str) -> list[tuple[object, ...]]:
     """Everything that reading a cache gives."""
     return [sample_bits(sample) for sample in LogitCache.open(path).samples()]
 
@@ -128,11 +211,62 @@ def by_tokens(samples: Sequence[CachedSample]) -> dict[bytes, tuple[object, ...]
     return {s.token_ids.tobytes(): sample_bits(s) for s in samples}
 
 
-def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+def tree(path: Path | str) -> dict[str, bytes]:
+    """Every file below a folder or a URL."""
+    if isinstance(path, Path):
+        return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    fs.invalidate_cache()
+    return {name.removeprefix(f"{root}/"): fs.cat_file(name) for name in fs.find(root)}
 
 
-def lasting(path: Path) -> dict[str, bytes]:
+def lasting(path: Path | str) -> dict[str, bytes]:
     """The files that make a finished cache, and any stray file: all but the lock, which holds nothing."""
     return {name: data for name, data in tree(path).items() if name != "writer.lock"}
+
+
+def refused(error: type[CacheError], reason: str, call: Callable[[], object]) -> str:
+    """The message of a refusal of exactly this class and reason."""
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert caught.value.reason == reason
+    return str(caught.value)
+
+
+def unit_of(samples: Sequence[CachedSample]) -> str:
+    """The unit of a shard of these samples, from docs/format.md."""
+    ids = b"".join(hashlib.blake2b(s.token_ids.astype("<u4").tobytes(), digest_size=16).digest() for s in samples)
+    counts = np.array([len(s.logprobs.positions) for s in samples], dtype="<u4")
+    positions = np.concatenate([s.logprobs.positions for s in samples]).astype("<i4")
+    return blake(ids + counts.tobytes() + positions.tobytes())
+
+
+def in_processes(method: str, call: Callable[..., object], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What a function gives in as many new processes as there are jobs, all at once."""
+    with multiprocessing.get_context(method).Pool(len(jobs)) as pool:
+        results = [pool.apply_async(call, job) for job in jobs]
+        return [result.get(timeout=120) for result in results]  # a dead worker fails instead of hanging
+
+
+def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: float | None = None) -> None:
+    """Assert what docs/format.md promises of a record that was stored, at a precision of this maximum error if not 0.
+
+    stated: the maximum error against the base, which is more where what was given had been rounded before.
+    """
+    for name in ("positions", "label_ids", "alternative_ids"):
+        assert np.array_equal(getattr(found, name), getattr(given, name)), name
+    bounds = {"alternative_logprobs": max_error, "label_logprobs": 1 / 2048, "tail_logprobs": 1 / 2048}
+    assert (found.tail_group_logprobs is None) == (given.tail_group_logprobs is None)
+    if given.tail_group_logprobs is not None:
+        bounds["tail_group_logprobs"] = 1 / 2 + 1 / 2048
+    for name, bound in bounds.items():
+        a, b = getattr(found, name).astype(np.float64), getattr(given, name).astype(np.float64)
+        assert np.array_equal(np.isneginf(a), np.isneginf(b)), name
+        assert a.max(initial=0) <= 1e-6, name
+        finite = np.isfinite(b)
+        off, rounding = np.abs(a[finite] - b[finite]), 2e-6 + 2**-22 * np.abs(b[finite])  # of float32
+        assert np.all(off <= (bound + rounding if max_error else 0)), name
+    mass = sum(np.exp(getattr(found, f"{n}_logprobs").astype(np.float64)) for n in ("label", "tail"))
+    mass = mass + np.exp(found.alternative_logprobs.astype(np.float64)).sum(axis=1)
+    assert np.abs(mass - 1).max(initial=0) <= np.expm1(max_error if stated is None else stated) + 1e-4

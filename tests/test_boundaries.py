@@ -14,14 +14,20 @@ STORAGE_ROOMS = {
     "errors": set(),
     "records": {"errors"},
     "identity": set(),
-    "manifest": {"errors", "identity"},
-    "encoding": {"identity", "records"},
-    "backend": {"encoding", "errors", "identity", "manifest"},
-    "zarr_backend": {"backend", "encoding", "manifest"},
-    "arrow_backend": {"backend", "encoding", "manifest"},
-    "cache": {"arrow_backend", "backend", "encoding", "errors", "identity", "manifest", "records", "zarr_backend"},
-    "writer": {"backend", "cache", "encoding", "errors", "identity", "manifest", "records"},
-    "verify": {"backend", "cache", "errors", "identity", "manifest"},
+    "files": {"errors"},
+    "encoding": {"errors", "identity", "records"},
+    "manifest": {"encoding", "errors", "files", "identity"},
+    "backend": {"encoding", "errors", "files", "identity", "manifest"},
+    "arrow_sizes": set(),
+    "zarr_backend": {"backend", "encoding", "identity", "manifest"},
+    "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
+    "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
+    "index": {"backend", "encoding", "files", "identity", "manifest"},
+    "cache": {"backend", "errors", "files", "identity", "index", "manifest", "records", "shard"},
+    "writer": {"backend", "cache", "encoding", "errors", "files", "identity", "index", "manifest", "records", "shard"},
+    "verify": {"cache", "encoding", "errors", "files", "identity", "index", "manifest", "shard"},
+    "transfer": {"cache", "encoding", "errors", "files", "identity", "manifest", "records", "shard", "writer"},
+    "statistics": {"cache", "records"},
 }
 PIPELINE_ROOMS = {
     "errors": set(),
@@ -39,7 +45,7 @@ PIPELINE_ROOMS = {
     "gate": {"errors", "head", "losses", "models", "samples", "storage", "targets"},
     "training": {"adapters", "errors", "gate", "head", "models", "samples", "storage", "targets", "trainer"},
     "evaluate": {"errors", "head", "models", "precompute", "samples", "teacher"},
-    "report": {"evaluate"},
+    "report": {"evaluate", "storage"},
 }
 
 

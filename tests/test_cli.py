@@ -51,14 +51,20 @@ FLAGS: dict[str, list[str]] = {
         "--data",
         "--dry-run",
         "--max-length",
+        "--min-mass",
         "--model",
+        "--precision",
         "--shard-positions",
         "--store",
         "--top-k",
         *RUNTIME,
     ],
-    "inspect": ["--config", "--json", "DIR"],
+    "inspect": ["--config", "--json", "--max-positions", "--plot", "DIR"],
     "verify": ["--config", "--json", "DIR"],
+    "repair": ["--config", "DIR"],
+    "merge": ["--config", "TARGET", "SOURCE..."],
+    "convert": ["--config", "--precision", "--store", "SOURCE", "TARGET"],
+    "export": ["--config", "--out", "--to", "DIR"],
     "train": [
         "--adapter",
         "--alpha",
@@ -100,6 +106,8 @@ FLAGS: dict[str, list[str]] = {
 DEFAULTS = {
     "precompute": {
         "top-k": "64",
+        "min-mass": "1.0",
+        "precision": "fine",
         "store": "zarr",
         "max-length": "1024",
         "batch-tokens": "8192",
@@ -129,8 +137,12 @@ DEFAULTS = {
     },
     "evaluate": {"max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
     "demo": {"out": "demo-output"},
-    "inspect": {},
+    "inspect": {"max-positions": "200000"},
     "verify": {},
+    "repair": {},
+    "merge": {},
+    "convert": {"store": "that of the source", "precision": "that of the source"},
+    "export": {"to": "parquet"},
 }
 
 
@@ -263,16 +275,40 @@ def test_a_folder_gives_the_rows_of_its_files(tmp_path: Path, tiny_model: Path, 
     assert cache_bytes(tmp_path / "a") == cache_bytes(tmp_path / "b")
 
 
-def test_the_cache_holds_what_the_base_predicts(tiny_model: Path, cache: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    opened = LogitCache.open(cache)
-    tokens = np.array(make_tokenizer()(text_rows(12)[7]["text"] + "<|endoftext|>")["input_ids"])
-    record = opened.lookup(tokens)
-    with torch.inference_mode():
-        logprobs = model(torch.from_numpy(tokens)[None]).logits[0, :-1].log_softmax(1)
-    expected = logprobs.gather(1, torch.from_numpy(tokens[1:, None])).squeeze(1).numpy()
-    np.testing.assert_allclose(record.label_logprobs, expected, atol=2e-4)  # padded batches sum in another order
-    assert len(record) == len(tokens) - 1 and record.num_alternatives == 8
+@pytest.mark.parametrize(
+    ("precision", "label_error", "alternative_error"),
+    [("exact", 0, 0), (None, 1 / 2048, 1 / 64), ("fine", 1 / 2048, 1 / 64), ("compact", 1 / 2048, 1 / 32)],
+)
+def test_the_cache_holds_what_the_base_predicts(
+    precision: str | None,
+    label_error: float,
+    alternative_error: float,
+    tmp_path: Path,
+    tiny_model: Path,
+    write_rows: WriteRows,
+) -> None:
+    """Within what the precision promises, and 2e-4, since padded batches sum in another order. None: the default."""
+    rows = text_rows(12)[5:]
+    more = [] if precision is None else ["--precision", precision]
+    precompute(tiny_model, write_rows(rows), tmp_path / "c", *more)
+    assert facts(tmp_path / "c")["capture"]["max_error"] == alternative_error
+    model, opened = AutoModelForCausalLM.from_pretrained(tiny_model).eval(), LogitCache.open(tmp_path / "c")
+    for row in rows:
+        tokens = np.array(make_tokenizer()(row["text"] + "<|endoftext|>")["input_ids"])
+        record = opened.lookup(tokens)
+        assert len(record) == len(tokens) - 1 and record.num_alternatives == 8
+        with torch.inference_mode():
+            logprobs = model(torch.from_numpy(tokens)[None]).logits[0, :-1].log_softmax(1).numpy()
+        labels = np.take_along_axis(logprobs, tokens[1:, None], 1).squeeze(1)
+        np.testing.assert_allclose(record.label_logprobs, labels, rtol=0, atol=label_error + 2e-4)
+        kept = np.take_along_axis(logprobs, record.alternative_ids.astype(np.int64), 1)
+        np.testing.assert_allclose(record.alternative_logprobs, kept, rtol=0, atol=alternative_error + 2e-4)
+        rest = logprobs.copy()
+        np.put_along_axis(rest, tokens[1:, None], -np.inf, 1)
+        np.put_along_axis(rest, record.alternative_ids.astype(np.int64), -np.inf, 1)
+        assert np.all(rest.max(axis=1) <= kept.min(axis=1) + 2e-4)  # nothing more probable was left out
+        tail = np.log(np.exp(rest.astype(np.float64)).sum(axis=1))
+        np.testing.assert_allclose(record.tail_logprobs, tail, rtol=0, atol=label_error + 2e-4)
 
 
 def test_precompute_again_changes_nothing(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
@@ -288,7 +324,7 @@ def test_a_finished_cache_gains_what_it_lacks(
     tmp_path: Path, tiny_model: Path, cache: Path, write_rows: WriteRows
 ) -> None:
     grown = copy_of(cache, tmp_path / "c")
-    old = {name: b for name, b in cache_bytes(cache).items() if name != "contents.json"}
+    old = {name: b for name, b in cache_bytes(cache).items() if name.startswith(("manifest", "shards"))}
     outcome = precompute(tiny_model, write_rows([*text_rows(12), {"text": "something else"}]), grown)
     assert outcome.out == f"Cached 14 positions of 1 samples in {grown}. 12 samples were there already.\n"
     new = cache_bytes(grown)
@@ -316,35 +352,7 @@ def test_top_k_is_clipped_to_the_vocabulary(tmp_path: Path, tiny_model: Path, wr
     assert facts(tmp_path / "c")["contents"]["mean_kept_mass"] == pytest.approx(1.0, abs=1e-5)
 
 
-# --- inspect, verify, evaluate ---------------------------------------------------------------------------------------
-
-
-def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
-    found = facts(cache)
-    contents, text = found["contents"], done("inspect", cache).out
-    assert found["model_name"] == str(tiny_model)
-    assert set(found["model"]) == {"weights", "config", "vocab_size", "dtype", "attention"}
-    assert found["capture"] == {"top_k": 8, "max_length": 1024}
-    assert contents["num_samples"] == 12 and contents["num_tokens"] == contents["num_positions"] + 12
-    assert contents["num_tokens_cut"] == 0 and contents["num_shards"] > 1
-    assert 0 < contents["mean_kept_mass"] < 1
-    for fact in (found["model"]["weights"], found["tokenizer"]["fingerprint"], f"{contents['num_positions']:,} pos"):
-        assert fact in text
-
-
-def test_verify_as_json(cache: Path) -> None:
-    outcome = done("verify", cache, "--json")
-    found = json.loads(outcome.out)
-    assert found["intact"] is True and found["problems"] == []
-    assert found["num_positions"] == facts(cache)["contents"]["num_positions"]
-    assert outcome.err == ""
-
-
-@pytest.mark.parametrize("verb", ["inspect", "verify"])
-def test_readers_leave_no_trace(verb: str, cache: Path) -> None:
-    with unchanged(cache):
-        done(verb, cache)
-        done(verb, cache, "--json")
+# --- evaluate --------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_the_base_alone(tiny_model: Path, data: Path, write_rows: WriteRows) -> None:
@@ -456,7 +464,7 @@ def test_config_can_hold_a_whole_command(tmp_path: Path, tiny_model: Path, data:
     text = f"model: {tiny_model}\ndata: {data}\ncache: {tmp_path / 'c'}\ntop-k: 3\nstore: arrow\nmax_length: 20\n"
     done("precompute", "--config", write_config(tmp_path, text))
     found = facts(tmp_path / "c")
-    assert found["capture"] == {"top_k": 3, "max_length": 20} and found["store"] == "arrow"
+    assert (found["capture"]["top_k"], found["capture"]["max_length"], found["store"]) == (3, 20, "arrow")
 
 
 @pytest.mark.parametrize(("value", "shown"), [("true", True), ("1", True), ("false", False), ("no", False)])
@@ -564,8 +572,16 @@ def test_run_json_says_what_was_run(trained: Path, cache: Path, tiny_model: Path
     assert run["device"] == "cpu" and run["status"] == "finished"
     result = run["result"]
     assert result["num_steps"] == 10 and result["num_tokens"] > 0 and result["peak_memory_bytes"] > 0
-    assert abs(result["step_zero"]["kl_nats"]) < 1e-6
+    assert abs(result["step_zero"]["kl_nats"]) < result["step_zero"]["tolerance_nats"] < 3e-4  # 1e-5 + (1/64)^2
     assert result["final"] == {k: v for k, v in read_log(trained)[-1].items() if k not in ("step", "epoch")}
+
+
+def test_an_exact_cache_leaves_the_noise_of_float32_alone(tmp_path: Path, tiny_model: Path, data: Path) -> None:
+    precompute(tiny_model, data, tmp_path / "c", "--precision", "exact")
+    done(*train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--max-steps", 1))
+    step_zero = read_run(tmp_path / "o")["result"]["step_zero"]
+    assert abs(step_zero["kl_nats"]) < 1e-6 and step_zero["tolerance_nats"] == 1e-5
+    assert read_log(tmp_path / "o")[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_train_log_has_every_logged_step(trained: Path) -> None:
@@ -574,7 +590,7 @@ def test_train_log_has_every_logged_step(trained: Path) -> None:
     for entry in log:
         assert set(entry) == {"step", "epoch", "loss", "ce", "kl", "kl_weight", "grad_norm", "learning_rate"}
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"], rel=1e-5)
-    assert log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 0
+    assert log[0]["kl"] == pytest.approx(0, abs=2.5e-4) and log[-1]["kl"] > 1e-3
     assert log[-1]["ce"] < log[0]["ce"]
 
 

@@ -1,14 +1,11 @@
 """Bad input, damaged files and refusals of the machine: the status, one sentence, and nothing lost."""
 
 import errno
-import fcntl
 import json
 import os
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,20 @@ import torch
 import transformers
 from cli_harness import (
     ROWS,
+    Edit,
     cache_bytes,
+    commits,
     copy_of,
+    cut_short,
     done,
     edit_json,
     facts,
-    logitcache,
     precompute,
     precompute_line,
     refused,
+    shard_folders,
+    text_data,
+    train_line,
     unchanged,
 )
 from conftest import make_model, make_tokenizer, text_rows
@@ -33,23 +35,18 @@ from safetensors.torch import load_file, save_file
 
 import logitcache.pipeline.precompute as precompute_job
 from logitcache.pipeline.cli import run
-from logitcache.storage import writer as storage_writer
+from logitcache.storage import files as storage_files
 from logitcache.storage.arrow_backend import ArrowBackend
-from logitcache.storage.cache import read_manifest
-from logitcache.storage.manifest import to_bytes
 from logitcache.storage.zarr_backend import ZarrBackend
 
 WriteRows = Callable[..., Path]
-Edit = Callable[[Path], object]
 SHARDS = ["--shard-positions", 60, "--batch-tokens", 64]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text rows of growing length."""
-    path = tmp_path_factory.mktemp("bad-data") / "text.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in text_rows(12)), encoding="utf-8")
-    return path
+    return text_data(tmp_path_factory.mktemp("bad-data"))
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +72,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cache: P
     return out
 
 
-def train_line(model: Path, cache: Path, out: Path, *more: object) -> list[object]:
-    """The arguments of one step of `train`."""
-    return ["train", "--model", model, "--cache", cache, "--out", out, "--rank", 2, "--max-steps", 1, *more]
-
-
 def evaluate_line(model: Path, adapter: object, data: Path) -> list[object]:
     """The arguments of `evaluate`."""
     return ["evaluate", "--model", model, "--adapter", adapter, "--data", data, "--prior", data]
-
-
-def shard_folders(cache: Path) -> list[Path]:
-    """The folders of the committed shards."""
-    return sorted(path.with_suffix("") for path in cache.glob("shards/*.json"))
-
-
-def flip_byte(path: Path) -> None:
-    """Flips one bit in the middle of a file."""
-    changed = bytearray(path.read_bytes())
-    changed[len(changed) // 2] ^= 1
-    path.write_bytes(changed)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -319,13 +299,6 @@ def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Edit:
     return edit
 
 
-def cut_short(name: str, size: int) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-    return edit
-
-
 def overwrite(name: str, text: str) -> Edit:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
@@ -492,8 +465,8 @@ def test_a_cache_of_another_identity_is_4_and_not_touched(
     mine = copy_of(cache, tmp_path / "c")
     if not finished:
         (mine / "contents.json").unlink()
-        shard_folders(mine)[0].with_suffix(".json").unlink()
-        (mine / "staging").mkdir()
+        commits(mine)[0].unlink()
+        (mine / "staging" / "left").mkdir(parents=True)
     data = write_rows(ROWS["input_ids"])
     with unchanged(mine):
         message = refused(4, *precompute_line(model, data, mine, *more))
@@ -514,7 +487,7 @@ def test_a_cache_that_is_a_file_is_2(tmp_path: Path, tiny_model: Path, data: Pat
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with unchanged(tmp_path):
         assert "is a file" in refused(2, *precompute_line(tiny_model, data, tmp_path / "file"))
-        assert "expected a logit cache" in refused(2, "inspect", tmp_path / "file")
+        assert "is a file; a cache is a folder" in refused(2, "inspect", tmp_path / "file")
         assert "is a file" in refused(2, *train_line(tiny_model, cache, tmp_path / "file"))
 
 
@@ -583,146 +556,6 @@ def test_training_on_a_position_that_is_not_cached_is_4_and_names_it(
     assert f"{data}:1: " in message and "position 0 and 1 more were not captured" in message
     done(*precompute_line(tiny_model, data, tmp_path / "c"))
     done(*train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--data", data))
-
-
-# --- damaged caches --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("store", ["zarr", "arrow"])
-@pytest.mark.parametrize("lost", ["contents", "contents and a commit"])
-def test_a_half_written_cache_is_5_and_completes(
-    store: str, lost: str, tmp_path: Path, tiny_model: Path, data: Path, caches: dict[str, Path]
-) -> None:
-    half = copy_of(caches[store], tmp_path / "c")
-    (half / "contents.json").unlink()
-    if lost != "contents":
-        shard_folders(half)[1].with_suffix(".json").unlink()
-    with unchanged(tmp_path):
-        for line in (["inspect", half], ["verify", half], train_line(tiny_model, half, tmp_path / "o")):
-            assert "precompute was interrupted after " in refused(5, *line)
-    outcome = precompute(tiny_model, data, half, *SHARDS, "--store", store)
-    assert "samples were there already" in outcome.out
-    assert cache_bytes(half) == cache_bytes(caches[store])
-
-
-def data_files(store: str) -> list[str]:
-    """Files of log-probabilities, by store."""
-    names = ("label_logprobs/c/0", "alternative_ids/c/0/0", "alternative_logprobs/c/0/0", "tail_logprobs/c/0")
-    return list(names) if store == "zarr" else ["logprobs.arrow"]
-
-
-@pytest.mark.parametrize(("store", "name"), [(s, name) for s in ("zarr", "arrow") for name in data_files(s)])
-def test_a_flipped_bit_is_3(store: str, name: str, tmp_path: Path, tiny_model: Path, caches: dict[str, Path]) -> None:
-    bad = copy_of(caches[store], tmp_path / "c")
-    shard = shard_folders(bad)[-1]
-    flip_byte(shard / name)
-    outcome = logitcache("verify", bad)
-    assert outcome.status == 3 and outcome.err == ""
-    *problems, verdict = outcome.out.splitlines()
-    assert f"shard {shard.name}: {name} does not match its checksum" in problems
-    assert any(f"shard {shard.name}, sample " in problem for problem in problems)
-    assert verdict.startswith(f"{bad} is corrupt: ") and "precompute the cache again" in verdict
-    found = logitcache("verify", bad, "--json")
-    assert found.status == 3
-    report = json.loads(found.out)
-    assert report["intact"] is False and {p["shard"] for p in report["problems"]} == {shard.name}
-    message = refused(3, *train_line(tiny_model, bad, tmp_path / "o", "--batch-size", 12))
-    assert shard.name in message
-
-
-def test_a_flipped_bit_found_in_the_middle_of_training_is_3(
-    tmp_path: Path, tiny_model: Path, write_rows: WriteRows
-) -> None:
-    """The probe before step 1 reads 8 samples; the bad one is not among them."""
-    precompute(tiny_model, write_rows(text_rows(24)), tmp_path / "c", "--shard-positions", 1, "--batch-tokens", 1)
-    bad = shard_folders(tmp_path / "c")[-1]
-    flip_byte(bad / "logprobs.arrow")
-    line = train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--batch-size", 1, "--max-steps", 24)
-    message = refused(3, *line)
-    assert bad.name in message
-    run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
-    assert run["status"] == "started"
-    assert not (tmp_path / "o" / "adapter_model.safetensors").exists()
-
-
-def missing_commit(cache: Path) -> None:
-    shard_folders(cache)[0].with_suffix(".json").unlink()
-
-
-BAD_CACHES: dict[str, Edit] = {
-    "the folder of a shard is missing": lambda c: shutil.rmtree(shard_folders(c)[0]),
-    "all shards are missing": lambda c: shutil.rmtree(c / "shards"),
-    "a commit is missing": missing_commit,
-    "a commit is cut short": lambda c: shard_folders(c)[0].with_suffix(".json").write_bytes(b'{"body":'),
-    "a commit is altered": lambda c: flip_byte(shard_folders(c)[0].with_suffix(".json")),
-    "a file is missing": lambda c: (shard_folders(c)[0] / "logprobs.arrow").unlink(),
-    "a file is cut short": lambda c: cut_short("logprobs.arrow", 100)(shard_folders(c)[0]),
-    "a file is one byte short": lambda c: cut_short("logprobs.arrow", -1)(shard_folders(c)[0]),
-    "a sample table is altered": lambda c: flip_byte(shard_folders(c)[0] / "samples.arrow"),
-    "the manifest is altered": lambda c: flip_byte(c / "manifest.json"),
-    "the manifest is empty": lambda c: (c / "manifest.json").write_bytes(b""),
-    "the manifest is another JSON": lambda c: (c / "manifest.json").write_text("{}", encoding="utf-8"),
-    "the contents are altered": lambda c: flip_byte(c / "contents.json"),
-    "the contents are empty": lambda c: (c / "contents.json").write_bytes(b""),
-}
-
-
-@pytest.mark.parametrize("name", BAD_CACHES)
-def test_a_damaged_cache_is_3_everywhere(name: str, tmp_path: Path, tiny_model: Path, cache: Path) -> None:
-    bad = copy_of(cache, tmp_path / "c", BAD_CACHES[name])
-    with unchanged(tmp_path):
-        verified = logitcache("verify", bad)
-        assert verified.status == 3 and "Traceback" not in verified.err
-        assert str(bad) in verified.out + verified.err
-        for line in (["inspect", bad], train_line(tiny_model, bad, tmp_path / "o")):
-            message = refused(3, *line)
-            assert str(bad) in message and "logitcache verify" in message
-
-
-@pytest.mark.parametrize("name", sorted(BAD_CACHES.keys() - {"a commit is missing", "all shards are missing"}))
-def test_precompute_into_a_damaged_cache_is_3_and_keeps_it(
-    name: str, tmp_path: Path, tiny_model: Path, data: Path, cache: Path
-) -> None:
-    bad = copy_of(cache, tmp_path / "c", BAD_CACHES[name])
-    with unchanged(bad):
-        refused(3, *precompute_line(tiny_model, data, bad, *SHARDS))
-
-
-@pytest.mark.parametrize("name", ["a commit is missing", "all shards are missing"])
-def test_precompute_again_makes_what_is_gone(
-    name: str, tmp_path: Path, tiny_model: Path, data: Path, cache: Path
-) -> None:
-    bad = copy_of(cache, tmp_path / "c", BAD_CACHES[name])
-    precompute(tiny_model, data, bad, *SHARDS)
-    assert cache_bytes(bad) == cache_bytes(cache)
-
-
-def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
-    bad = copy_of(cache, tmp_path / "c")
-    shard = shard_folders(bad)[0]
-    flip_byte(shard / "logprobs.arrow")
-    assert "delete the shard's .json, and precompute again" in refused(3, *train_line(tiny_model, bad, tmp_path / "o"))
-    shard.with_suffix(".json").unlink()
-    precompute(tiny_model, data, bad, *SHARDS)
-    assert cache_bytes(bad) == cache_bytes(cache)
-
-
-def test_a_cache_of_a_later_format_is_1(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
-    later = copy_of(cache, tmp_path / "c")
-    manifest = replace(read_manifest(later), format_version=2)
-    (later / "manifest.json").write_bytes(to_bytes(manifest))
-    with unchanged(later):
-        for line in (["inspect", later], ["verify", later], precompute_line(tiny_model, data, later)):
-            assert "Install a newer logitcache" in refused(1, *line)
-
-
-def test_two_writers_are_refused(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
-    mine = copy_of(cache, tmp_path / "c")
-    with (mine / "writer.lock").open("r+") as lock, unchanged(mine):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        message = refused(1, *precompute_line(tiny_model, data, mine, *SHARDS))
-        done("verify", mine)  # a reader needs no lock
-    assert "another process is writing to this cache" in message
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -897,7 +730,7 @@ def test_a_folder_that_may_not_be_written_is_1(
 ) -> None:
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "c"))
     with monkeypatch.context() as patch:
-        patch.setattr(storage_writer, "os", _Refusing(error, name)) if owner is os else fail_at(
+        patch.setattr(storage_files, "os", _Refusing(error, name)) if owner is os else fail_at(
             patch, owner, name, 1, error
         )
         message = refused(1, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))

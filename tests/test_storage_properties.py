@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import io
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from storage_samples import STORES, by_tokens, make_manifest, make_record, make_sample, record_bits, write_cache
+from numpy.typing import NDArray
+from storage_samples import by_tokens, make_manifest, make_record, make_sample, record_bits, write_cache
 
 from logitcache.storage import CachedSample, LogitCache, SampleNotCached, sample_id, verify
+from logitcache.storage.encoding import SampleTable
+from logitcache.storage.index import SampleIndex, index_file
+
+pytest_plugins = ["storage_fixtures"]
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 seeds = st.integers(0, 2**32 - 1)
 relaxed = settings(deadline=None, max_examples=10, database=None)
 many = settings(deadline=None, max_examples=200, database=None)
-
-
-@pytest.fixture(params=STORES, scope="module")
-def store(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_fsync() -> Iterator[None]:
-    """A test cannot see whether bytes have reached a disk, and waiting for it is slow; test_storage_faults does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 @relaxed
@@ -57,11 +49,11 @@ def test_round_trip(store: str, seed: int, vocab: int, top_k: int, lengths: list
         assert verify(path).is_intact
 
 
-def starts_with(sample: CachedSample, tokens: np.ndarray) -> bool:
+def starts_with(sample: CachedSample, tokens: NDArray[np.uint32]) -> bool:
     return sample.token_ids[: len(tokens)].tobytes() == tokens.tobytes()
 
 
-def departure(sample: CachedSample, tokens: np.ndarray) -> int:
+def departure(sample: CachedSample, tokens: NDArray[np.uint32]) -> int:
     """Number of tokens that both have at their start."""
     return next(n for n in range(len(tokens), -1, -1) if starts_with(sample, tokens[:n]))
 
@@ -85,7 +77,7 @@ def test_prefix_lookup_equals_a_scan_of_all_samples(
             check_against_scan(cache, samples, np.array(prefix, dtype=np.uint32))
 
 
-def check_against_scan(cache: LogitCache, samples: list[CachedSample], tokens: np.ndarray) -> None:
+def check_against_scan(cache: LogitCache, samples: list[CachedSample], tokens: NDArray[np.uint32]) -> None:
     """A hit is the record of that very sample, else the rows inside of one that starts so; a miss names the nearest."""
     exact = [s for s in samples if s.token_ids.tobytes() == tokens.tobytes()]
     hits = exact or [s for s in samples if starts_with(s, tokens)]
@@ -111,7 +103,7 @@ def test_captures_of_one_sample_are_united(store: str, seed: int, parts: list[se
         union = sorted(set().union(*parts))
         assert len(cache) == 1
         assert record_bits(cache.lookup(token_ids)) == record_bits(whole.take(np.array(union)))
-        assert cache.positions(0).tolist() == union
+        assert next(cache.stored_samples()).positions.tolist() == union
 
 
 @many
@@ -128,3 +120,42 @@ def test_any_change_of_the_tokens_changes_the_sample_id(tokens: list[int], data:
     if sorted(set(tokens)) != [tokens[0]]:
         rotated = np.roll(array, 1)
         assert (sample_id(rotated) == sample_id(array)) == np.array_equal(rotated, array)
+
+
+def table_of(ids: NDArray[np.uint64]) -> SampleTable:
+    """A sample table of these ids with samples of two tokens."""
+    n = len(ids)
+    ones = np.ones(n, dtype=np.uint32)
+    return SampleTable(ids.view(np.uint8).reshape(n, 16), 2 * ones, ones, ones * 0, ones[:0], np.zeros(0, np.int32))
+
+
+@settings(deadline=None, max_examples=100, database=None)
+@given(
+    shards=st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from([0, 1, 2**63, 2**64 - 1, 2**64 - 2, 2**61, 7]), st.sampled_from([0, 1, 2**64 - 1])
+            ),
+            max_size=6,
+        ),
+        max_size=5,
+    )
+)
+def test_the_index_finds_every_capture_and_nothing_else(shards: list[list[tuple[int, int]]]) -> None:
+    """Ids that fall into the same buckets, in the first and the last one, and share one half."""
+    tables = [table_of(np.array(ids, dtype="<u8").reshape(-1, 2)) for ids in shards]
+    stored, data = index_file(tables)
+    rows = np.load(io.BytesIO(data))
+    index = SampleIndex(rows, len(shards))
+    everything = [pair for ids in shards for pair in ids]
+    assert stored.size == len(data) and len(index) == len(everything)
+    for pair in {*everything, (5, 5), (2**64 - 1, 5)}:
+        key = np.array(pair, dtype="<u8").tobytes()
+        assert index.find(key) == [i for i, other in enumerate(everything) if other == pair]
+    assert index.distinct.tolist() == sorted({everything.index(pair) for pair in everything})
+    starts = np.cumsum([0, *map(len, shards)])
+    for shard, start in enumerate(starts[:-1]):
+        for number in range(start, starts[shard + 1]):
+            place = index.place(number)
+            assert index.shard(number) == shard and place.row == number - start
+            assert place.tokens == slice(2 * place.row, 2 * place.row + 2)

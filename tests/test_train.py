@@ -45,7 +45,7 @@ def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
 
 
 def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
-    settings = PrecomputeSettings(top_k=top_k, max_length=64)
+    settings = PrecomputeSettings(top_k=top_k, max_length=64, precision="exact")
     base = make_base()
     precompute(base, manifest_for(base, None, settings), make_plan(samples, settings), path)
     return LogitCache.open(path)
@@ -195,9 +195,9 @@ def test_all_alternatives_train_like_an_online_teacher(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
     class Recording(TrainingSet):
-        def __getitem__(self, index: int) -> Any:
-            seen.append([index])
-            return super().__getitem__(index)
+        def __getitems__(self, indices: Sequence[int]) -> Any:
+            seen.extend([index] for index in indices)
+            return super().__getitems__(indices)
 
     torch.manual_seed(0)
     model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")

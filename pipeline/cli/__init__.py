@@ -20,10 +20,14 @@ from logitcache.storage import (
 )
 
 from ..errors import InputNotFound, NotTheBase, PipelineError
+from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
+from .merge import merge
 from .precompute import precompute
+from .repair import repair
 from .train import train
 from .verify import verify
 
@@ -57,7 +61,7 @@ def cli() -> None:
     """
 
 
-for _verb in (precompute, inspect, verify, train, evaluate, demo):
+for _verb in (precompute, inspect, verify, repair, merge, convert, export, train, evaluate, demo):
     cli.add_command(_verb)
 
 

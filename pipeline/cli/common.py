@@ -29,6 +29,19 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
+class CachePath(click.ParamType[str]):
+    """A folder, or a URL that fsspec knows."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as text, since a Path would lose the slashes of a URL."""
+        text = str(value)
+        if "://" not in text and Path(text).is_file():
+            self.fail(f"{text} is a file; a cache is a folder.", param, ctx)
+        return text
+
+
 def config_option(function: F) -> F:
     """--config FILE: defaults for the other flags, by their names; an unknown key is an error."""
     option: Callable[[F], F] = click.option(

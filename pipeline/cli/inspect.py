@@ -1,4 +1,4 @@
-"""`logitcache inspect`: what a cache holds."""
+"""`logitcache inspect`: what a cache holds, and what its bytes are spent on."""
 
 import json
 from dataclasses import asdict
@@ -7,42 +7,90 @@ from typing import Any
 
 import click
 
-from .common import config_option, human_bytes
+from .common import CachePath, config_option, human_bytes
 
 
 @click.command(short_help="Print what a cache holds and what it belongs to.")
 @config_option
-@click.argument("path", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("path", type=CachePath(), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Print what a cache holds and what it belongs to. Reads its index, not its log-probabilities."""
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a picture (.png, .svg, .pdf): kept mass, alternatives a row, bytes by column.",
+)
+@click.option(
+    "--max-positions",
+    type=click.IntRange(min=1),
+    default=200_000,
+    show_default=True,
+    help="Positions to read for the percentiles and the picture; of a larger cache, every n-th sample.",
+)
+def inspect(path: str, as_json: bool, plot: Path | None, max_positions: int) -> None:
+    """Print what a cache holds and what it belongs to: counts, bytes by column, how much it kept."""
     from logitcache.storage import LogitCache
+    from logitcache.storage.statistics import describe
 
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot {plot}: expected a name that ends in .png, .svg or .pdf.")
     cache = LogitCache.open(path)
-    facts = _facts(cache)
+    statistics = describe(cache, max_positions)
+    facts = _facts(cache, statistics)
+    if plot is not None:
+        from ..report import plot_cache
+
+        plot_cache(statistics, cache.num_positions, f"{facts['model_name']}: {path}", plot)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    model, capture, contents = facts["model"], facts["capture"], facts["contents"]
-    tokenizer = facts["tokenizer"]
-    click.echo(
-        f"{path}: {facts['store']} cache, format version {facts['format_version']}\n"
+    click.echo("\n".join([*_identity_lines(path, facts), *_contents_lines(facts)]))
+    if plot is not None:
+        click.echo(f"  picture      {plot}")
+
+
+def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
+    model, capture, tokenizer = facts["model"], facts["capture"], facts["tokenizer"]
+    kept = f"top {capture['top_k']} alternatives"
+    if capture["min_mass"] < 1:
+        kept = f"the fewest alternatives with {100 * capture['min_mass']:g} % of the non-target mass, {kept} at most"
+    groups = f", tail in {capture['num_tail_groups']} groups" if capture["num_tail_groups"] else ""
+    return [
+        f"{path}: {facts['store']} cache, format version {facts['format_version']}",
         f"  model        {facts['model_name']}, {model['dtype']}, {model['attention']} attention, "
-        f"{model['vocab_size']:,} logits\n"
-        f"  weights      {model['weights']}\n"
-        f"  tokenizer    {tokenizer['fingerprint'] if tokenizer else 'none (the data were token ids)'}\n"
-        f"  capture      top {capture['top_k']} alternatives, samples of at most {capture['max_length']} tokens\n"
+        f"{model['vocab_size']:,} logits",
+        f"  weights      {model['weights']}",
+        f"  tokenizer    {tokenizer['fingerprint'] if tokenizer else 'none (the data were token ids)'}",
+        f"  capture      {kept}{groups}; samples of at most {capture['max_length']} tokens",
+        f"  precision    {capture['precision']}: log-probabilities within {capture['max_error']:g} nats",
+    ]
+
+
+def _contents_lines(facts: dict[str, Any]) -> list[str]:
+    contents, kept, rows = facts["contents"], facts["kept_mass"], facts["num_alternatives"]
+    lines = [
         f"  contents     {contents['num_samples']:,} samples, {contents['num_tokens']:,} tokens, "
-        f"{contents['num_positions']:,} positions in {contents['num_shards']:,} shards\n"
-        f"  truncated    {contents['num_tokens_cut']:,} tokens were cut off\n"
-        f"  size         {human_bytes(contents['num_bytes'])}, {contents['bytes_a_position']:.1f} bytes a position\n"
-        f"  kept mass    {100 * contents['mean_kept_mass']:.2f} % of the non-target mass on average"
-    )
+        f"{contents['num_positions']:,} positions in {contents['num_shards']:,} shards",
+        f"  truncated    {contents['num_tokens_cut']:,} tokens were cut off",
+        f"  size         {human_bytes(contents['num_bytes'])}, {contents['bytes_a_position']:.1f} bytes a position:",
+    ]
+    lines += [f"    {size:8.2f}  {name}" for name, size in facts["bytes_a_position_by_column"].items()]
+    lines.append(f"  kept mass    {100 * contents['mean_kept_mass']:.2f} % of the non-target mass on average")
+    if kept:
+        lines.append("    percentile " + "".join(f"{p:>9}" for p in kept))
+        lines.append("    kept mass  " + "".join(f"{v:9.4f}" for v in kept.values()))
+        lines.append("    kept       " + "".join(f"{v:9.0f}" for v in rows.values()))
+    if facts["is_sampled"]:
+        lines.append(f"    (percentiles of {contents['num_positions_read']:,} positions; see --max-positions)")
+    return lines
 
 
-def _facts(cache: Any) -> dict[str, Any]:
-    commits = [shard.commit for shard in cache.shards]
-    positions = cache.num_positions
+def _facts(cache: Any, statistics: Any) -> dict[str, Any]:
+    commits = [shard.commit for shard in cache.shards()]
+    positions, num_bytes = cache.num_positions, sum(c.num_bytes for c in commits)
+    columns = statistics.bytes_by_column
+    if num_bytes > sum(columns.values()) + len(columns) * len(commits):  # of Zarr: zarr.json, the indices of the arrays
+        columns = columns | {"metadata": num_bytes - sum(columns.values())}
     return {
         **asdict(cache.manifest),
         "contents": {
@@ -51,9 +99,14 @@ def _facts(cache: Any) -> dict[str, Any]:
             "num_positions": positions,
             "num_shards": len(commits),
             "num_tokens_cut": sum(c.num_tokens_cut for c in commits),
-            "num_bytes": cache.num_bytes,
-            "bytes_a_position": cache.num_bytes / max(positions, 1),
+            "num_bytes": num_bytes,
+            "bytes_a_position": num_bytes / max(positions, 1),
             "mean_kept_mass": sum(c.kept_mass for c in commits) / max(positions, 1),
+            "num_positions_read": statistics.num_positions,
             "checksum": cache.contents_checksum,
         },
+        "bytes_a_position_by_column": {name: size / max(positions, 1) for name, size in columns.items()},
+        "is_sampled": statistics.is_sampled,
+        "kept_mass": {f"{p}%": v for p, v in statistics.kept_mass_percentiles().items()},
+        "num_alternatives": {f"{p}%": v for p, v in statistics.num_alternatives_percentiles().items()},
     }

@@ -1,10 +1,18 @@
 """`logitcache precompute`: run the base once and store its predictions."""
 
-from pathlib import Path
-
 import click
 
-from .common import config_option, human_bytes, model_option, note, quiet_libraries, runtime_options, token_bar
+from .common import (
+    CachePath,
+    FiniteFloat,
+    config_option,
+    human_bytes,
+    model_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+    token_bar,
+)
 
 
 @click.command(short_help="Run the base once and store its log-probabilities.")
@@ -14,10 +22,28 @@ from .common import config_option, human_bytes, model_option, note, quiet_librar
     "--data", required=True, metavar="D", help="JSONL or Parquet file, a folder of them, or a hub data set id."
 )
 @click.option(
-    "--cache", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of the cache to fill."
+    "--cache",
+    required=True,
+    type=CachePath(),
+    metavar="DIR",
+    help="Cache to fill: a folder, or a URL such as s3://b/c.",
 )
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
+)
+@click.option(
+    "--min-mass",
+    type=FiniteFloat(min=0, min_open=True, max=1),
+    default=1.0,
+    show_default=True,
+    help="Keep the fewest alternatives that hold this share of the non-target mass, --top-k at most.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["exact", "fine", "compact"]),
+    default="fine",
+    show_default=True,
+    help="Maximum error of a stored log-probability: 0 (float32), 1/64 or 1/32 nat.",
 )
 @click.option(
     "--store",
@@ -52,8 +78,10 @@ from .common import config_option, human_bytes, model_option, note, quiet_librar
 def precompute(
     model: str,
     data: str,
-    cache: Path,
+    cache: str,
     top_k: int,
+    min_mass: float,
+    precision: str,
     store: str,
     max_length: int,
     batch_tokens: int,
@@ -73,7 +101,9 @@ def precompute(
     from ..rows import read_rows
     from ..samples import make_samples
 
-    settings = job.PrecomputeSettings(top_k, max_length, batch_tokens, shard_positions, store)
+    settings = job.PrecomputeSettings(
+        top_k, max_length, batch_tokens, shard_positions, store, precision=precision, min_mass=min_mass
+    )
     source = find_model(model)
     where = pick_device(device)
     tokenizer = load_tokenizer(source)
@@ -97,10 +127,11 @@ def precompute(
             "and are left out."
         )
     if dry_run:
+        size = human_bytes(plan.num_bytes(top_k, precision))
         click.echo(
             f"Would run {source.name} over {plan.num_tokens:,} tokens into {len(plan.shards):,} shards, keeping "
-            f"{top_k} of {vocab_size:,} alternatives a position: {human_bytes(plan.num_bytes(top_k))} before "
-            "compression. Nothing was written."
+            f"{top_k} of {vocab_size:,} alternatives a position at precision {precision}: {size} before compression. "
+            "Nothing was written."
         )
         return
     manifest = job.manifest_for(base, tokenizer, settings)

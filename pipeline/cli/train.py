@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from .common import FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options
+from .common import CachePath, FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options
 
 
 @click.command(short_help="Train an adapter against the cached base.")
 @config_option
 @model_option
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="Cache made by precompute; not needed with --regularizer none."
+    "--cache", type=CachePath(), metavar="DIR", help="Cache made by precompute; not needed with --regularizer none."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter.")
 @click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
@@ -84,7 +84,7 @@ from .common import FiniteFloat, config_option, model_option, note, quiet_librar
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
 def train(
     model: str,
-    cache: Path | None,
+    cache: str | None,
     out: Path,
     data: str | None,
     regularizer: str,

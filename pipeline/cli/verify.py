@@ -2,18 +2,17 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
-from .common import config_option, human_bytes
+from .common import CachePath, config_option, human_bytes
 
 
 @click.command(short_help="Read every byte of a cache and check it.")
 @config_option
-@click.argument("path", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("path", type=CachePath(), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(path: Path, as_json: bool) -> int:
+def verify(path: str, as_json: bool) -> int:
     """Read every byte of a cache, check it, and name each bad shard and sample. Exit status 3 where there is one."""
     from logitcache.storage import verify as check
 
@@ -23,7 +22,7 @@ def verify(path: Path, as_json: bool) -> int:
         return 0 if report.is_intact else 3
     for problem in report.problems:
         sample = f", sample {problem.sample}" if problem.sample else ""
-        click.echo(f"shard {problem.shard}{sample}: {problem.what}")
+        click.echo(f"shard {problem.shard}{sample}: {problem.what}" if problem.shard else problem.what)
     read = (
         f"{report.num_shards:,} shards, {report.num_samples:,} samples, {report.num_positions:,} positions, "
         f"{human_bytes(report.num_bytes)}"
@@ -31,9 +30,9 @@ def verify(path: Path, as_json: bool) -> int:
     if report.is_intact:
         click.echo(f"{path} is intact: {read}.")
         return 0
-    shards = sorted({p.shard for p in report.problems})
+    shards = sorted({p.shard for p in report.problems if p.shard})
     click.echo(
         f"{path} is corrupt: {len(report.problems):,} problems in {len(shards):,} of {read}. "
-        "Restore these shards from a copy, or precompute the cache again into a new folder."
+        "Restore them from a copy; or run `logitcache repair`, which drops them, and precompute again."
     )
     return 3

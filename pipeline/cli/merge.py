@@ -1,0 +1,21 @@
+"""`logitcache merge`: one cache out of several of the same base and capture."""
+
+import click
+
+from .common import CachePath, config_option, human_bytes
+
+
+@click.command(short_help="Join caches of one base and one capture.")
+@config_option
+@click.argument("target", type=CachePath(), metavar="TARGET")
+@click.argument("sources", type=CachePath(), metavar="SOURCE...", nargs=-1, required=True)
+def merge(target: str, sources: tuple[str, ...]) -> None:
+    """Join caches of one identity into TARGET, a new folder or a cache of that identity. The sources stay."""
+    from logitcache.storage import merge as join
+
+    cache = join(sources, target)
+    what = "1 cache" if len(sources) == 1 else f"{len(sources):,} caches"
+    click.echo(
+        f"Merged {what}: {target} holds {len(cache):,} samples, {cache.num_positions:,} positions in "
+        f"{cache.num_shards:,} shards, {human_bytes(cache.num_bytes)}."
+    )

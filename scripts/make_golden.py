@@ -1,0 +1,199 @@
+"""Write the golden caches of format version 1, which every later reader must read: tests/golden.
+
+    python scripts/make_golden.py [--replace] [folder]
+
+They are made once. Once the format is released they are never made again: a reader that cannot read them is wrong.
+expected.json holds the numbers that were given to the writer, so it does not depend on any decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.storage import (
+    BaseLogprobs,
+    CachedSample,
+    CacheWriter,
+    CaptureSettings,
+    Manifest,
+    ModelIdentity,
+    TokenizerIdentity,
+)
+
+VOCAB, TOP_K, NUM_GROUPS = 40, 5, 2
+ABSENT = 2**32 - 1
+MIN_MASS = 0.75
+GROUPS = (np.arange(VOCAB) % NUM_GROUPS).astype(np.uint8)
+PRECISIONS = {"exact": 0.0, "fine": 1 / 64}
+CACHES = {f"{store}{'' if p == 'fine' else '-' + p}": (store, p) for p in PRECISIONS for store in ("zarr", "arrow")}
+
+README = """# Golden caches of format version 1
+
+Written once by `python scripts/make_golden.py` with
+{versions}.
+They are never written again for version 1, since caches of users cannot be either: what `tests/test_golden.py` finds
+wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes their bytes; other versions of the codecs
+may write the same numbers as other bytes.
+
+`zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
+two shards, a sample captured in both, rows with fewer than K alternatives or none, tails and groups of nothing.
+`expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
+`CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
+"""
+
+
+def make_manifest(store: str, precision: str) -> Manifest:
+    return Manifest(
+        store=store,
+        model=ModelIdentity("0123456789abcdef" * 2, "fedcba9876543210" * 2, VOCAB, "bfloat16", "sdpa"),
+        tokenizer=TokenizerIdentity("00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"),
+        capture=CaptureSettings(
+            top_k=TOP_K,
+            max_length=64,
+            min_mass=MIN_MASS,
+            precision=precision,
+            max_error=PRECISIONS[precision],
+            num_tail_groups=NUM_GROUPS,
+            tail_partition=hashlib.blake2b(GROUPS.tobytes(), digest_size=16).hexdigest(),
+        ),
+        model_name="golden/modèle",
+        created_with={"logitcache": "golden"},
+        reader_features=("tail-groups",),
+    )
+
+
+def make_logits(rng: np.random.Generator, token_ids: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """A row a token, flat or peaked. Some have no mass but on the label, or on it and three others, or none on odd ids
+    other than the label."""
+    logits = rng.normal(size=(len(token_ids), VOCAB)) * rng.choice([0.3, 2.0, 12.0], size=(len(token_ids), 1))
+    for row, label in enumerate(token_ids[1:]):
+        others = np.setdiff1d(np.argsort(-logits[row])[:4], label)[:3]
+        keep = {3: [], 4: others, 6: np.arange(0, VOCAB, 2)}.get(row % 10, np.arange(VOCAB))
+        logits[row, np.setdiff1d(np.arange(VOCAB), np.append(keep, label))] = -np.inf
+    return logits
+
+
+def make_sample(
+    token_ids: NDArray[np.uint32], logits: NDArray[np.float64], positions: list[int], cut: int
+) -> CachedSample:
+    """The records of these positions: the fewest alternatives that hold MIN_MASS of 1 - p(label), K at most."""
+    at = np.array(positions, dtype=np.int32)
+    labels = token_ids[at + 1]
+    n = len(at)
+    alternatives = np.full((n, TOP_K), ABSENT, dtype=np.uint32)
+    record = {
+        "label_logprobs": np.empty(n),
+        "alternative_logprobs": np.full((n, TOP_K), -np.inf),
+        "tail_logprobs": np.empty(n),
+        "tail_group_logprobs": np.empty((n, NUM_GROUPS)),
+    }
+    for row, (t, label) in enumerate(zip(positions, labels, strict=True)):
+        p = np.exp(logits[t] - logits[t].max())
+        p /= p.sum()
+        rest = p.copy()
+        rest[label] = 0.0
+        ranked = np.argsort(-rest, kind="stable")
+        enough = 1 + np.searchsorted(np.cumsum(rest[ranked]), MIN_MASS * rest.sum())
+        kept = ranked[: min(enough, TOP_K)]
+        kept = kept[rest[kept] > 0]
+        alternatives[row, : len(kept)] = kept
+        rest[kept] = 0.0
+        groups = np.array([rest[g == GROUPS].sum() for g in range(NUM_GROUPS)])
+        with np.errstate(divide="ignore"):
+            record["label_logprobs"][row] = np.log(p[label])
+            record["alternative_logprobs"][row, : len(kept)] = np.log(p[kept])
+            record["tail_logprobs"][row] = np.log(rest.sum())
+            record["tail_group_logprobs"][row] = np.log(groups)
+    columns: dict[str, Any] = {name: values.astype(np.float32) for name, values in record.items()}
+    return CachedSample(token_ids, BaseLogprobs(at, labels, alternative_ids=alternatives, **columns), cut)
+
+
+def make_shards() -> list[list[CachedSample]]:
+    rng = np.random.default_rng(20240229)
+    tokens = [rng.integers(0, VOCAB, size=n, dtype=np.uint32) for n in (24, 18, 2, 30)]
+    logits = [make_logits(rng, t) for t in tokens]
+    return [
+        [
+            make_sample(tokens[0], logits[0], list(range(0, 12)), 0),
+            make_sample(tokens[1], logits[1], list(range(3, 17)), 7),
+        ],
+        [
+            make_sample(tokens[2], logits[2], [0], 0),
+            make_sample(tokens[0], logits[0], list(range(8, 23, 2)), 0),
+            make_sample(tokens[3], logits[3], [1, 2, 4, 9, 13, 19, 20, 27, 28], 0),
+        ],
+    ]
+
+
+def numbers(values: NDArray[np.float32]) -> list[Any]:
+    return [numbers(v) if isinstance(v, np.ndarray) else None if np.isneginf(v) else float(v) for v in values]
+
+
+def plain(sample: CachedSample) -> dict[str, Any]:
+    """What is given to the writer, as plain numbers."""
+    record = sample.logprobs
+    assert record.tail_group_logprobs is not None
+    return {
+        "token_ids": sample.token_ids.tolist(),
+        "num_tokens_cut": sample.num_tokens_cut,
+        "positions": record.positions.tolist(),
+        "label_logprobs": numbers(record.label_logprobs),
+        "alternatives": [
+            [[int(i), float(x)] for i, x in zip(ids, logprobs, strict=True) if i != ABSENT]
+            for ids, logprobs in zip(record.alternative_ids, record.alternative_logprobs, strict=True)
+        ],
+        "tail_logprobs": numbers(record.tail_logprobs),
+        "tail_group_logprobs": numbers(record.tail_group_logprobs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).resolve().parents[1] / "tests" / "golden"
+    )
+    parser.add_argument("--replace", action="store_true", help="only before the format is released")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    if (folder / "SHA256SUMS").exists() and not arguments.replace:
+        parser.error(f"{folder} has golden caches, which are made once. See its README.md.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = make_shards()
+    for name, (store, precision) in CACHES.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        with CacheWriter(folder / name, make_manifest(store, precision), GROUPS) as writer:
+            for shard in shards:
+                writer.commit(shard)
+            writer.finalize()
+        (folder / name / "writer.lock").unlink(missing_ok=True)
+    expected = {
+        "vocab_size": VOCAB,
+        "top_k": TOP_K,
+        "token_groups": GROUPS.tolist(),
+        "shards": [[plain(sample) for sample in shard] for shard in shards],
+    }
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    (folder / ".gitattributes").write_text("* -text\n", encoding="utf-8")
+    packages = ("numpy", "zarr", "numcodecs", "pcodec", "pyarrow")
+    versions = f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
+    (folder / "README.md").write_text(README.format(versions=versions), encoding="utf-8")
+    files = [folder / "expected.json", *(p for name in CACHES for p in (folder / name).rglob("*") if p.is_file())]
+    sums = sorted((p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files)
+    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums), encoding="utf-8")
+    for name in CACHES:
+        size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
+        print(f"{folder / name}: {size} bytes")
+
+
+if __name__ == "__main__":
+    main()

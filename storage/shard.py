@@ -1,0 +1,91 @@
+"""One committed shard, open for reading: samples, records, and the check of every record that leaves it.
+
+Must not know how shards are found or committed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrow_backend import ArrowBackend
+from .backend import Backend, Memory, ShardFiles, corrupt
+from .encoding import PRECISIONS, Columns, SamplePlace, SampleTable, decode, mass_tolerance
+from .errors import InvalidRecord
+from .files import Files
+from .manifest import Manifest, ShardCommit
+from .records import BaseLogprobs, check_rows
+from .zarr_backend import ZarrBackend
+
+MANIFEST, CONTENTS, TOKEN_GROUPS, SHARDS = "manifest.json", "contents.json", "token_groups.npy", "shards"
+BACKENDS: dict[str, Backend] = {"zarr": ZarrBackend(), "arrow": ArrowBackend()}
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as a shard holds it: token ids uint32 [n], positions int32 [P]."""
+
+    token_ids: NDArray[np.uint32]
+    positions: NDArray[np.int32]
+
+    @property
+    def label_ids(self) -> NDArray[np.uint32]:
+        """uint32 [P], the token after each position."""
+        return self.token_ids[self.positions + 1]
+
+
+class OpenShard:
+    """A shard of a cache, or of what is about to become one. Nothing is read before it is asked for."""
+
+    def __init__(self, files: Files | Memory, manifest: Manifest, commit: ShardCommit, folder: str) -> None:
+        self.commit = commit
+        self.files = ShardFiles(files, commit, folder)
+        self._manifest = manifest
+        self.reader = BACKENDS[manifest.store].open(self.files, manifest.capture)
+
+    def table(self) -> SampleTable:
+        """All samples, with the counts of the commit."""
+        table = self.reader.table()
+        counts = (len(table), int(table.num_positions.sum()), int(table.num_tokens.sum()))
+        lengths = (len(table.positions), len(table.token_ids))
+        commit = self.commit
+        if counts[1:] != lengths or counts != (commit.num_samples, commit.num_positions, commit.num_tokens):
+            raise corrupt(self.files.where, f"the sample table counts {counts}, its commit says otherwise")
+        return table
+
+    def samples(self, places: Sequence[SamplePlace]) -> list[StoredSample]:
+        """Tokens and positions of these samples."""
+        found = [StoredSample(*pair) for pair in self.reader.samples(places)]
+        for place, sample in zip(places, found, strict=True):
+            tokens, positions = sample.token_ids, sample.positions
+            expected = (place.tokens.stop - place.tokens.start, place.positions.stop - place.positions.start)
+            if (len(tokens), len(positions)) != expected:
+                raise corrupt(self.files.where, f"sample {place.row} is not of the length that the index says")
+            inside = (positions >= 0) & (positions < len(tokens) - 1)
+            if not np.all(inside) or np.any(np.diff(positions) <= 0):
+                raise corrupt(self.files.where, f"the positions of sample {place.row} do not ascend inside it")
+        return found
+
+    def columns(self, places: Sequence[SamplePlace]) -> Columns:
+        """The rows of these samples, one after the other, as they are stored."""
+        return self.reader.rows([place.positions for place in places])
+
+    def record(self, columns: Columns, samples: Sequence[StoredSample]) -> BaseLogprobs:
+        """The checked record of these samples' rows, one after the other. Raises `CorruptCache`."""
+        return checked_record(columns, samples, self._manifest, self.files.where)
+
+
+def checked_record(columns: Columns, samples: Sequence[StoredSample], manifest: Manifest, where: str) -> BaseLogprobs:
+    """Rows as they are stored -> a record whose rows are distributions. Raises `CorruptCache`."""
+    capture = manifest.capture
+    positions = np.concatenate([s.positions for s in samples])
+    labels = np.concatenate([s.label_ids for s in samples])
+    record = decode(columns, positions, labels, capture)
+    precision = PRECISIONS[capture.precision]
+    group_error = precision.max_group_error + precision.max_error if precision else 0.0
+    try:
+        check_rows(record, manifest.model.vocab_size, where, mass_tolerance(capture), group_error)
+    except InvalidRecord as error:
+        raise corrupt(where, str(error)) from error
+    return record

@@ -1,0 +1,71 @@
+"""What a cache is made of, for people: bytes by column, kept mass, how many alternatives a row keeps.
+
+Owns the sums; a large cache is sampled evenly over its shards. Must not decide anything.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import LogitCache
+from .records import BaseLogprobs
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a cache, or of a sample of it.
+
+    num_positions: rows that were read; is_sampled: not all of them. bytes_by_column: of all shards, by name, in
+    order. kept_mass, num_alternatives: one value a row read; label_logprobs: likewise, nats.
+    """
+
+    num_positions: int
+    is_sampled: bool
+    bytes_by_column: dict[str, int]
+    kept_mass: NDArray[np.float64]
+    num_alternatives: NDArray[np.int64]
+    label_logprobs: NDArray[np.float32]
+
+    def kept_mass_percentiles(self) -> dict[int, float]:
+        """Of the share of the non-target mass that a row keeps."""
+        return self._percentiles(self.kept_mass)
+
+    def num_alternatives_percentiles(self) -> dict[int, float]:
+        """Of the alternatives that a row keeps."""
+        return self._percentiles(self.num_alternatives)
+
+    @staticmethod
+    def _percentiles(values: NDArray[np.floating] | NDArray[np.integer]) -> dict[int, float]:
+        if not len(values):
+            return {}
+        found = np.percentile(values, PERCENTILES)
+        return {p: float(v) for p, v in zip(PERCENTILES, found, strict=True)}
+
+
+def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
+    """Statistics of a cache; of about max_positions rows, evenly over its samples, where it has more."""
+    columns: dict[str, int] = {}
+    for shard in cache.shards():
+        for name, size in shard.reader.column_bytes().items():
+            columns[name] = columns.get(name, 0) + size
+    step = max(1, -(-cache.num_positions // max_positions))
+    records = [_slim(cache.sample(i).logprobs) for i in range(0, len(cache), step)]
+    if not records:
+        nothing = np.zeros(0)
+        return Statistics(0, False, columns, nothing, nothing.astype(np.int64), nothing.astype(np.float32))
+    kept = np.concatenate([mass for mass, _, _ in records])
+    return Statistics(
+        num_positions=len(kept),
+        is_sampled=step > 1,
+        bytes_by_column=columns,
+        kept_mass=kept,
+        num_alternatives=np.concatenate([count for _, count, _ in records]),
+        label_logprobs=np.concatenate([label for _, _, label in records]),
+    )
+
+
+def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float32]]:
+    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1), record.label_logprobs

@@ -1,0 +1,183 @@
+"""One cache out of others: merge caches of one identity, convert between stores and precisions, export to Parquet.
+
+Must not make numbers finer than they are, nor hide how exact they are: a converted cache says its maximum error.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .cache import LogitCache
+from .encoding import PRECISIONS, encode
+from .errors import IdentityMismatch, IncompleteCache
+from .files import UNFINISHED, open_files
+from .identity import sample_id
+from .manifest import STORES, Manifest
+from .records import CachedSample, concatenate
+from .shard import CONTENTS, MANIFEST, SHARDS, StoredSample
+from .writer import CacheWriter
+
+SAMPLES_A_ROW_GROUP = 64
+_LISTS, _FLOATS = pa.list_(pa.uint32()), pa.list_(pa.float32())
+_PARQUET_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "token_ids": _LISTS,
+        "num_tokens_cut": pa.int64(),
+        "positions": pa.list_(pa.int32()),
+        "label_ids": _LISTS,
+        "label_logprobs": _FLOATS,
+        "alternative_ids": pa.list_(_LISTS),
+        "alternative_logprobs": pa.list_(_FLOATS),
+        "tail_logprobs": _FLOATS,
+        "tail_group_logprobs": pa.list_(_FLOATS),
+    }
+)
+
+
+def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
+    """A cache with the shards of all sources, byte for byte. A shard that several of them hold is taken once.
+
+    sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
+    gains. Raises `IdentityMismatch` with what differs before anything is written, and what reading and writing raise.
+    """
+    if not sources:
+        raise ValueError("merge: expected one source or more")
+    caches = [LogitCache.open(path) for path in sources]
+    first = caches[0]
+    for other in caches[1:]:
+        differences = first.manifest.differences(other.manifest, f"in {first.path}", f"in {other.path}")
+        if differences:
+            raise IdentityMismatch(
+                f"merging {other.path} with {first.path}: they are of different identities "
+                f"({'; '.join(differences)}). Nothing was written. Merge caches of one base and one capture; "
+                "`logitcache convert` changes store and precision."
+            )
+    _check_unfinished(target, caches)
+    with CacheWriter(target, first.manifest, first.token_groups()) as writer:
+        for cache in caches:
+            for shard in cache.shards():
+                commit = shard.commit
+                writer.adopt(commit, {file.name: shard.files.file(file.name) for file in commit.files})
+        writer.finalize()
+    return LogitCache.open(target)
+
+
+def _check_unfinished(target: str | Path, sources: Sequence[LogitCache]) -> None:
+    """A target may be new, finished, or what an earlier run of this merge left; not a job of somebody else's."""
+    files = open_files(target)
+    if not files.exists(MANIFEST) or files.exists(CONTENTS):
+        return
+    units = {name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")}
+    theirs = units - {shard.commit.unit for cache in sources for shard in cache.shards()}
+    if theirs:
+        raise IncompleteCache(
+            f"merging into {target}: expected a finished cache, found one whose precompute was interrupted, with "
+            f"{len(theirs)} shards of its own. Merging would make it look finished. Finish it, or merge elsewhere."
+        )
+
+
+def converted(manifest: Manifest, store: str, precision: str) -> Manifest:
+    """The manifest of a cache converted to a store and a precision, which may not be finer than it was.
+
+    Its maximum error is that of the precision and that of the source together. Raises ValueError.
+    """
+    order = list(PRECISIONS)
+    capture = manifest.capture
+    if precision not in order or order.index(precision) < order.index(capture.precision):
+        raise ValueError(
+            f"converting from precision {capture.precision} to {precision}: expected "
+            f"{' or '.join(order[order.index(capture.precision) :])}, since what was rounded cannot be made finer. "
+            "Precompute the cache again for a finer one."
+        )
+    if store not in STORES:
+        raise ValueError(f"converting to store {store}: expected one of {STORES}")
+    added = PRECISIONS[precision] if precision != capture.precision else None
+    max_error = capture.max_error + (added.max_error if added else 0.0)
+    return replace(manifest, store=store, capture=replace(capture, precision=precision, max_error=max_error))
+
+
+def convert(
+    source: str | Path, target: str | Path, store: str | None = None, precision: str | None = None
+) -> LogitCache:
+    """The same samples in another store or at a coarser precision. The target must be new, or hold that very cache.
+
+    Raises ValueError for a finer precision, and what reading and writing raise.
+    """
+    cache = LogitCache.open(source)
+    capture = cache.manifest.capture
+    manifest = converted(cache.manifest, store or cache.manifest.store, precision or capture.precision)
+    with CacheWriter(target, manifest, cache.token_groups()) as writer:
+        for shard in cache.shards():
+            table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
+            stored = [StoredSample(table.token_ids[p.tokens], table.positions[p.positions]) for p in table.places()]
+            record = shard.record(columns, stored)  # checked, also where the columns are taken as they are
+            if manifest.capture.precision != capture.precision:
+                columns = encode(record, manifest.capture)
+            writer.commit_columns(table, columns, shard.commit.kept_mass)
+        writer.finalize()
+    return LogitCache.open(target)
+
+
+def export_parquet(source: str | Path, file: str | Path) -> int:
+    """Write a cache as one Parquet file, a row a sample, all log-probabilities as float32; return the rows.
+
+    Columns: sample_id, token_ids, num_tokens_cut, positions, label_ids, label_logprobs, alternative_ids and
+    alternative_logprobs (lists of lists, without what is absent), tail_logprobs, tail_group_logprobs (empty lists where
+    the tail is not split). Raises FileExistsError where the file is there.
+    """
+    path = Path(file)
+    cache = LogitCache.open(source)
+    samples = cache.samples()
+    num_rows = 0
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "the file exists", str(path))
+    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+    try:
+        with pq.ParquetWriter(temporary, _PARQUET_SCHEMA, compression="zstd") as writer:
+            while group := list(islice(samples, SAMPLES_A_ROW_GROUP)):
+                writer.write_batch(_parquet_rows(group))
+                num_rows += len(group)
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_rows
+
+
+def _parquet_rows(samples: Sequence[CachedSample]) -> pa.RecordBatch:
+    record = concatenate([s.logprobs for s in samples])
+    rows = [len(s.logprobs) for s in samples]
+    present = record.alternative_logprobs > -np.inf
+    counts = present.sum(axis=1)
+    groups = record.tail_group_logprobs
+    groups = np.zeros((len(record), 0), dtype=np.float32) if groups is None else groups
+
+    def lists(values: NDArray[Any]) -> pa.ListArray:
+        return _list_array(pa.array(values), rows)
+
+    arrays = [
+        pa.array([sample_id(s.token_ids).hex() for s in samples]),
+        _list_array(pa.array(np.concatenate([s.token_ids for s in samples])), [len(s.token_ids) for s in samples]),
+        pa.array([s.num_tokens_cut for s in samples], pa.int64()),
+        lists(record.positions),
+        lists(record.label_ids),
+        lists(record.label_logprobs),
+        _list_array(_list_array(pa.array(record.alternative_ids[present]), counts), rows),
+        _list_array(_list_array(pa.array(record.alternative_logprobs[present]), counts), rows),
+        lists(record.tail_logprobs),
+        _list_array(_list_array(pa.array(groups.reshape(-1)), [groups.shape[1]] * len(record)), rows),
+    ]
+    return pa.record_batch(arrays, schema=_PARQUET_SCHEMA)
+
+
+def _list_array(values: Any, lengths: Sequence[int] | NDArray[np.intp]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), values)
