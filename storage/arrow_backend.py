@@ -23,6 +23,9 @@ from .manifest import Block
 SAMPLES, LOGPROBS = "samples.arrow", "logprobs.arrow"
 SAMPLES_PER_BLOCK = 16
 _OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))
+_SLACK = 2**16
+"""Bytes of padding, offsets and ids that a batch may have beside its numbers."""
+
 _ONE_THREAD = pa.ipc.IpcReadOptions(use_threads=False)
 """For a batch of this size threads cost more than they save."""
 
@@ -43,7 +46,7 @@ class ArrowBackend:
 
     def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
         samples, sample_blocks = _write_file(_SAMPLES_SCHEMA, _sample_batches(table))
-        logprobs, row_blocks = _write_file(_schema(capture), _row_batches(columns, capture))
+        logprobs, row_blocks = _write_file(_schema(capture), _batches(columns, capture))
         return {SAMPLES: samples, LOGPROBS: logprobs}, {SAMPLES: sample_blocks, LOGPROBS: row_blocks}
 
     def open(self, files: ShardFiles, capture: CaptureSettings) -> "ArrowReader":
@@ -56,10 +59,15 @@ class ArrowReader:
     def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
         self._files, self._capture = files, capture
         self._schema = _schema(capture)  # not the file's own: no checksum covers its header
+        commit = files.commit
+        counts = {SAMPLES: -(-commit.num_samples // SAMPLES_PER_BLOCK)}
+        files.check_blocks(counts | {LOGPROBS: -(-commit.num_positions // ROWS_PER_BLOCK)})
+        widths = (np.dtype(c.dtype).itemsize * max(c.width, 1) for c in columns_of(capture))
+        self._row_bytes = ROWS_PER_BLOCK * sum(widths) + _SLACK
+        self._sample_bytes = 4 * (commit.num_tokens + commit.num_positions) + _SLACK
 
     def table(self) -> SampleTable:
         num_blocks = -(-self._files.commit.num_samples // SAMPLES_PER_BLOCK)
-        self._files.check_blocks(SAMPLES, num_blocks)
         samples = pa.Table.from_batches(self._sample_batches(range(num_blocks)), _SAMPLES_SCHEMA).combine_chunks()
         tokens, positions = (samples[name].combine_chunks() for name in ("token_ids", "positions"))
         ids = b"".join(samples["sample_id"].to_pylist())
@@ -78,28 +86,22 @@ class ArrowReader:
         found = []
         for place in places:
             batch, row = batches[place.row // SAMPLES_PER_BLOCK], place.row % SAMPLES_PER_BLOCK
-            if row >= batch.num_rows:
-                raise corrupt(self._files.where, f"expected {place.row + 1} samples or more, found fewer")
             found.append(tuple(_list_item(batch.column(name), row) for name in ("token_ids", "positions")))
         return found  # type: ignore[return-value]
 
     def rows(self, rows: Sequence[slice]) -> Columns:
-        self._files.check_blocks(LOGPROBS, -(-max(s.stop for s in rows) // ROWS_PER_BLOCK))
         wanted, inside = needed_blocks(rows, ROWS_PER_BLOCK)
-        blocks = [self._batch(data) for data in self._files.blocks(LOGPROBS, LOGPROBS, wanted)]
+        blocks = self._row_batches(wanted)
         columns: Columns = {}
         for column in columns_of(self._capture):
             parts = [_take(block, column) for block in blocks]
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            if inside[-1].stop > len(joined):
-                raise corrupt(self._files.where, "the commit counts more rows than the record batches hold")
             columns[column.name] = take_slices(joined, inside)
         return columns
 
     def column_bytes(self) -> dict[str, int]:
         """By the share of each column in the first record batches, written alone."""
-        samples = self._sample_batches([0])[0]
-        rows = self._batch(self._files.blocks(LOGPROBS, LOGPROBS, [0])[0])
+        samples, rows = self._sample_batches([0])[0], self._row_batches([0])[0]
         sizes = {f.name: f.size for f in self._files.commit.files}
         found: dict[str, int] = {}
         for batch, name in ((samples, SAMPLES), (rows, LOGPROBS)):
@@ -109,24 +111,38 @@ class ArrowReader:
         return found
 
     def _sample_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
-        return [self._decode(d, _SAMPLES_SCHEMA) for d in self._files.blocks(SAMPLES, SAMPLES, list(wanted))]
+        parts = self._files.blocks(SAMPLES, SAMPLES, list(wanted))
+        rows = [min(SAMPLES_PER_BLOCK, self._files.commit.num_samples - i * SAMPLES_PER_BLOCK) for i in wanted]
+        return [self._decode(d, _SAMPLES_SCHEMA, n, self._sample_bytes) for d, n in zip(parts, rows, strict=True)]
 
-    def _batch(self, data: bytes) -> pa.RecordBatch:
-        return self._decode(data, self._schema)
+    def _row_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
+        parts = self._files.blocks(LOGPROBS, LOGPROBS, list(wanted))
+        rows = [min(ROWS_PER_BLOCK, self._files.commit.num_positions - i * ROWS_PER_BLOCK) for i in wanted]
+        return [self._decode(d, self._schema, n, self._row_bytes) for d, n in zip(parts, rows, strict=True)]
 
-    def _decode(self, data: bytes, schema: pa.Schema) -> pa.RecordBatch:
+    def _decode(self, data: bytes, schema: pa.Schema, num_rows: int, most: int) -> pa.RecordBatch:
         try:
-            check_sizes(data)
+            check_sizes(data, _num_buffers(schema), most)
             with pa.ipc.open_stream(_schema_message(schema) + data, options=_ONE_THREAD) as stream:
                 batch = stream.read_next_batch()
-            batch.validate()
-            for field, column in zip(schema, batch.columns, strict=True):
-                width = getattr(field.type, "list_size", 0)
-                if width and len(column.values) != width * batch.num_rows:
-                    raise ValueError(f"{field.name} is not {width} wide")
-        except ValueError as error:  # of which ArrowInvalid is one
+            batch.validate(full=True)
+            _check_batch(batch, schema, num_rows)
+        except (pa.ArrowException, ValueError, OSError, StopIteration, MemoryError) as error:
             raise corrupt(self._files.where, f"a record batch is not as the manifest says ({error})") from error
         return batch
+
+
+def _check_batch(batch: pa.RecordBatch, schema: pa.Schema, num_rows: int) -> None:
+    """Raise ValueError unless a batch has the rows, the widths and the values that it must have."""
+    if batch.num_rows != num_rows:
+        raise ValueError(f"expected {num_rows} rows, found {batch.num_rows}")
+    for field, column in zip(schema, batch.columns, strict=True):
+        values = column.values if hasattr(column, "values") else column
+        if column.null_count or values.null_count:
+            raise ValueError(f"{field.name} has nulls")
+        width = getattr(field.type, "list_size", 0)
+        if width and len(values) != width * num_rows:
+            raise ValueError(f"{field.name} is not {width} wide")
 
 
 def _write_file(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> tuple[bytes, tuple[Block, ...]]:
@@ -145,6 +161,13 @@ def _write_file(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> tuple[b
 def _schema_message(schema: pa.Schema) -> bytes:
     message: bytes = schema.serialize().to_pybytes()
     return message
+
+
+@cache
+def _num_buffers(schema: pa.Schema) -> int:
+    """Buffers of a record batch: what is valid, and values or offsets, of each field and of what is in its lists."""
+    empty = schema.empty_table().to_batches() or [pa.RecordBatch.from_pylist([], schema)]
+    return sum(len(column.buffers()) for column in empty[0].columns)
 
 
 def _end_of_schema(data: bytes) -> int:
@@ -185,7 +208,7 @@ def _schema(capture: CaptureSettings) -> pa.Schema:
     return pa.schema([pa.field(n, pa.list_(t, w) if w else t, nullable=False) for n, t, w in types])
 
 
-def _row_batches(columns: Columns, capture: CaptureSettings) -> Iterator[pa.RecordBatch]:
+def _batches(columns: Columns, capture: CaptureSettings) -> Iterator[pa.RecordBatch]:
     schema = _schema(capture)
     num_rows = len(next(iter(columns.values())))
     for start in range(0, num_rows, ROWS_PER_BLOCK):

@@ -1,19 +1,16 @@
 """What a compressed Arrow record batch claims to unpack to, known before anything is allocated.
 
 pyarrow allocates whatever length a compressed buffer states. This reads those statements, from the batch's metadata as
-the Arrow format specifies it (Message.fbs, a flatbuffer), and refuses what no honest batch of its size states.
+the Arrow format specifies it (Message.fbs, a flatbuffer).
 """
 
 import struct
 
-MAX_RATIO = 2_000
-"""Zstandard packs zeros at most this well in the blocks that are written here (256 rows), with room to spare."""
-
 _MESSAGE_HEADER, _RECORD_BATCH_BUFFERS = 2, 2
 
 
-def check_sizes(data: bytes) -> None:
-    """Raise ValueError where an encapsulated record batch states buffers that cannot be of its size."""
+def check_sizes(data: bytes, num_buffers: int, most: int) -> None:
+    """Raise ValueError unless an encapsulated record batch has so many buffers, which state `most` bytes at most."""
     try:
         marker, metadata_length = struct.unpack_from("<Ii", data)
         if marker != 0xFFFFFFFF:
@@ -23,16 +20,16 @@ def check_sizes(data: bytes) -> None:
         header = _indirect(data, _field(data, message, _MESSAGE_HEADER))
         vector = _indirect(data, _field(data, header, _RECORD_BATCH_BUFFERS))
         (count,) = struct.unpack_from("<I", data, vector)
-        if count > len(data):
-            raise ValueError(f"it states {count} buffers")
+        if count != num_buffers:
+            raise ValueError(f"it has {count} buffers, expected {num_buffers}")
         total = 0
         for i in range(count):
             offset, length = struct.unpack_from("<qq", data, vector + 4 + 16 * i)
             total += max(0, struct.unpack_from("<q", data, body + offset)[0]) if length else 0
     except struct.error as error:
         raise ValueError("it is cut short") from error
-    if total > MAX_RATIO * len(data):
-        raise ValueError(f"it states {total} bytes in {len(data)}")
+    if total > most:
+        raise ValueError(f"it states {total} bytes, expected {most} at most")
 
 
 def _field(data: bytes, table: int, index: int) -> int:

@@ -96,10 +96,11 @@ class ShardFiles:
             raise corrupt(f"{self.where}/{name}", f"expected checksum {expected.checksum}, found {digest(data)}")
         return data
 
-    def check_blocks(self, stream: str, count: int) -> None:
-        """That a stream has as many blocks as the counts need, before anything of their size is made."""
-        if len(self.commit.blocks.get(stream, ())) < count:
-            raise corrupt(self.where, f"{stream}: the commit does not list as many blocks as the counts need")
+    def check_blocks(self, counts: Mapping[str, int]) -> None:
+        """That every stream has as many blocks as the counts of the commit need, before anything of their size is."""
+        found = {stream: len(blocks) for stream, blocks in self.commit.blocks.items()}
+        if found != counts:
+            raise corrupt(self.where, f"the commit lists {found} blocks, its counts need {dict(counts)}")
 
     def blocks(self, stream: str, name: str, wanted: Sequence[int]) -> list[bytes]:
         """These blocks of a stream, which is in the file `name`, each compared with its committed crc32c."""

@@ -144,8 +144,7 @@ class LogitCache:
         records = dict(zip(numbers, self._records(numbers, stored), strict=True))
         found = []
         for i, (tokens, capture) in enumerate(zip(asked, captures, strict=True)):
-            for number in capture:
-                self._compare(tokens, stored[number], number)
+            self._compare(tokens, stored[capture[0]], capture[0])
             record = unite([records[number] for number in capture])
             wanted = None if positions is None else np.asarray(positions[i])
             found.append(self._select(record, wanted, tokens))
@@ -189,6 +188,11 @@ class LogitCache:
         found: dict[int, StoredSample] = {}
         for shard, group in self._by_shard(numbers):
             found |= zip(group, shard.samples([self._index.place(n) for n in group]), strict=True)
+        for number, sample in found.items():
+            if sample_id(sample.token_ids) != self._index.sample_id(number):
+                name = self._index.sample_id(number).hex()
+                where = self._shard(self._index.shard(number)).files.where
+                raise corrupt(where, f"the tokens of sample {name} are not those of its id")
         return found
 
     def _records(self, numbers: Sequence[int], stored: dict[int, StoredSample]) -> list[BaseLogprobs]:
@@ -211,9 +215,6 @@ class LogitCache:
         numbers = sorted({number for capture in captures for number in capture})
         stored = self._stored(numbers)
         records = dict(zip(numbers, self._records(numbers, stored), strict=True))
-        for capture in captures:
-            for number in capture[1:]:
-                self._compare(stored[capture[0]].token_ids, stored[number], number)
         return [
             CachedSample(stored[c[0]].token_ids, unite([records[n] for n in c]), self._index.num_tokens_cut(c[0]))
             for c in captures
@@ -322,8 +323,10 @@ def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise corrupt(where, "the file is missing") from error
     groups = np.frombuffer(data, dtype=np.uint8, offset=min(len(header), len(data)))
-    if data[: len(header)] != header or digest(groups.tobytes()) != manifest.capture.tail_partition:
-        raise corrupt(where, f"it is not the partition {manifest.capture.tail_partition} of {vocab_size} tokens")
+    capture = manifest.capture
+    is_it = data[: len(header)] == header and digest(groups.tobytes()) == capture.tail_partition
+    if not is_it or int(groups.max()) >= capture.num_tail_groups:
+        raise corrupt(where, f"it is not the partition {capture.tail_partition} of {vocab_size} tokens")
     return groups
 
 

@@ -82,7 +82,7 @@ class Files(Protocol):
         ...
 
     def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
-        """Become one of the writers; return what leaves. Where no other lives, `tidy` runs before any can join."""
+        """Become one of the writers; return what leaves. Where no other is, `tidy` runs, on joining and on leaving."""
         ...
 
 
@@ -114,7 +114,8 @@ class LocalFiles:
     def read_spans(self, name: str, spans: Sequence[Span]) -> list[bytes]:
         handle = self._descriptor(name)
         try:
-            return [os.pread(handle, length, at) for at, length in spans]
+            size = os.fstat(handle).st_size  # Python allocates what it is asked to read
+            return [os.pread(handle, max(0, min(length, size - at)), at) for at, length in spans]
         finally:
             os.close(handle)
 
@@ -134,12 +135,13 @@ class LocalFiles:
         try:
             _write_synced(temporary, data)
             os.link(temporary, path)
+            created = True
         except FileExistsError:
-            return False
+            created = False
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
-        return True
+        _sync(path.parent)  # also for the loser, whose next file may name the winner's
+        return created
 
     def replace(self, name: str, data: bytes) -> None:
         temporary = self._temporary(name)
@@ -160,7 +162,6 @@ class LocalFiles:
             for path in [p for p in staging.rglob("*") if p.is_dir()]:
                 _sync(path)
             _sync(staging)
-            _check_written(staging, files)
             try:
                 staging.rename(final)
             except OSError as error:
@@ -180,6 +181,7 @@ class LocalFiles:
 
     def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
         self._path.mkdir(parents=True, exist_ok=True)
+        _sync(self._path.absolute().parent)
         handle = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # the lock dies with its process
         try:
             if _is_alone(handle):
@@ -189,12 +191,14 @@ class LocalFiles:
         except BaseException:
             os.close(handle)
             raise
-        return lambda: self._leave(handle)
+        return lambda: self._leave(handle, tidy)
 
-    def _leave(self, handle: int) -> None:
+    def _leave(self, handle: int, tidy: Callable[[], None]) -> None:
         try:
-            if _is_alone(handle):
-                shutil.rmtree(self._path / STAGING, ignore_errors=True)
+            with suppress(OSError, CacheError):  # what is left now the next writer removes, or names as damaged
+                if _is_alone(handle):
+                    self._tidy()
+                    tidy()
         finally:
             os.close(handle)
 
@@ -341,6 +345,7 @@ class ObjectFiles:
         _make_parents(fs, f"{path}/{name}")
         try:
             fs.pipe_file(f"{path}/{name}", data, mode="create")
+            _check_stored(fs, f"{path}/{name}", data)
         except FileExistsError:
             return False
         except OSError as error:
@@ -354,6 +359,7 @@ class ObjectFiles:
         fs, path = self._connect()
         _make_parents(fs, f"{path}/{name}")
         fs.pipe_file(f"{path}/{name}", data)
+        _check_stored(fs, f"{path}/{name}", data)
 
     @_as_os_error
     def publish(self, folder: str, files: Mapping[str, bytes]) -> None:
@@ -362,8 +368,7 @@ class ObjectFiles:
             _make_parents(fs, f"{path}/{folder}/{name}")
             fs.pipe_file(f"{path}/{folder}/{name}", data)
         for name, data in files.items():
-            if fs.cat_file(f"{path}/{folder}/{name}") != data:
-                raise OSError(errno.EIO, "reads back other than it was written", f"{path}/{folder}/{name}")
+            _check_stored(fs, f"{path}/{folder}/{name}", data)
 
     @_as_os_error
     def remove(self, name: str) -> None:
@@ -382,6 +387,11 @@ def _make_parents(fs: Any, path: str) -> None:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
+def _check_stored(fs: Any, path: str, data: bytes) -> None:
+    if fs.cat_file(path) != data:
+        raise OSError(errno.EIO, "reads back other than it was written", path)
+
+
 def _is_alone(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -395,6 +405,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
+    if path.read_bytes() != data:
+        raise OSError(errno.EIO, "reads back other than it was written", str(path))
 
 
 def _check_written(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -61,16 +61,16 @@ class SampleIndex:
     def read(cls, files: Files, contents: Contents) -> "SampleIndex":
         """The index that these contents name. Raises `CorruptCache`."""
         where = f"{files.root}/{contents.index.name}"
+        header = npy_header(DTYPE, contents.num_samples)
+        if contents.index.size != len(header) + DTYPE.itemsize * contents.num_samples:
+            raise corrupt(where, f"expected {contents.num_samples} rows, found {contents.index.size} bytes")
         try:
             data = files.read(contents.index.name, contents.index.size)
         except FileNotFoundError as error:
             raise corrupt(where, "the index is missing") from error
-        header = npy_header(DTYPE, contents.num_samples)
         size = contents.index.size
         if len(data) != size or digest(data) != contents.index.checksum or data[: len(header)] != header:
             raise corrupt(where, f"expected an index with checksum {contents.index.checksum}, found {digest(data)}")
-        if len(data) != len(header) + DTYPE.itemsize * contents.num_samples:
-            raise corrupt(where, f"expected {contents.num_samples} rows, found {len(data)} bytes")
         rows = np.frombuffer(data, dtype=DTYPE, offset=len(header))
         shards = rows["shard"].astype(np.int64)
         if np.any(np.diff(shards) < 0) or shards.max(initial=-1) >= len(contents.shards):

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
 from .encoding import PRECISIONS
-from .errors import CorruptCache, UnsupportedFormat
+from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files
 from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest, digest_json
 
@@ -21,8 +21,9 @@ TAIL_GROUPS = "tail-groups"
 READER_FEATURES = frozenset({TAIL_GROUPS})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 MAX_VOCAB_SIZE = 2**24 - 1
+MAX_TOP_K = 2**18
 MAX_TAIL_GROUPS = 256
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
@@ -130,8 +131,13 @@ class Contents:
 
 def to_bytes(value: Manifest | ShardCommit | Contents) -> bytes:
     """Canonical JSON of a value inside {"checksum", "body"}; the checksum is `digest` of the canonical body."""
-    body = _canonical(_plain(value))
-    return b'{"body":' + body + b',"checksum":"' + digest(body).encode() + b'"}\n'
+    data = _envelope(_plain(value))
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidRecord(
+            f"writing {type(value).__name__}: expected at most {MAX_JSON_BYTES} bytes, found {len(data)}. Readers "
+            "would refuse it. Write fewer, larger shards (--shard-positions), or smaller ones if one is too large."
+        )
+    return data
 
 
 def from_bytes(cls: type[T], data: bytes, where: str) -> T:
@@ -139,11 +145,15 @@ def from_bytes(cls: type[T], data: bytes, where: str) -> T:
     try:
         envelope = json.loads(data)
         body, checksum = envelope["body"], envelope["checksum"]
-        intact = digest(_canonical(body)) == checksum
+        found = digest(_canonical(body))
+        intact = data == _envelope(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _corrupt(where, f"expected the JSON this program writes, found {error!r}") from error
     if not intact:
-        raise _corrupt(where, f"expected checksum {checksum}, found {digest(_canonical(body))}")
+        what = (
+            f"checksum {checksum}, found {found}" if checksum != found else "canonical JSON, found the same otherwise"
+        )
+        raise _corrupt(where, f"expected {what}")
     try:
         if cls is Manifest:
             _check_version(body, where)
@@ -169,6 +179,11 @@ def read_bytes(files: Files, name: str) -> bytes:
     if len(data) > MAX_JSON_BYTES:
         raise _corrupt(where, f"expected at most {MAX_JSON_BYTES} bytes, found more")
     return data
+
+
+def _envelope(body: Any) -> bytes:
+    canonical = _canonical(body)
+    return b'{"body":' + canonical + b',"checksum":"' + digest(canonical).encode() + b'"}\n'
 
 
 def _plain(value: Any) -> Any:
@@ -254,8 +269,8 @@ def _check_bounds(value: object) -> None:
 
 
 def _check_capture(capture: CaptureSettings, vocab_size: int) -> None:
-    if not 1 <= capture.top_k < vocab_size:
-        raise ValueError(f"capture.top_k: expected 1 to V - 1, found {capture.top_k}")
+    if not 1 <= capture.top_k < min(vocab_size, MAX_TOP_K):
+        raise ValueError(f"capture.top_k: expected 1 to V - 1, below {MAX_TOP_K}, found {capture.top_k}")
     if capture.max_length < 2:
         raise ValueError(f"capture.max_length: expected at least 2, found {capture.max_length}")
     if not 0 < capture.min_mass <= 1:
@@ -289,7 +304,7 @@ def _check_commit(commit: ShardCommit) -> None:
 
 def _check_files(files: tuple[StoredFile, ...]) -> None:
     for file in files:
-        plain = len(file.name) < 256 and _FILE_NAME.fullmatch(file.name) and ".." not in file.name.split("/")
+        plain = len(file.name) < 256 and _FILE_NAME.fullmatch(file.name) and not {".", ".."} & set(file.name.split("/"))
         if not plain or not 0 <= file.size < 2**50:
             raise ValueError(f"file {file.name!r:.80}: expected a plain name inside its folder and a sane size")
     if len({file.name for file in files}) != len(files):

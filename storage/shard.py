@@ -56,16 +56,23 @@ class OpenShard:
 
     def samples(self, places: Sequence[SamplePlace]) -> list[StoredSample]:
         """Tokens and positions of these samples."""
-        found = [StoredSample(*pair) for pair in self.reader.samples(places)]
+        found = [self._stored(*pair) for pair in self.reader.samples(places)]
         for place, sample in zip(places, found, strict=True):
             tokens, positions = sample.token_ids, sample.positions
             expected = (place.tokens.stop - place.tokens.start, place.positions.stop - place.positions.start)
             if (len(tokens), len(positions)) != expected:
                 raise corrupt(self.files.where, f"sample {place.row} is not of the length that the index says")
-            inside = (positions >= 0) & (positions < len(tokens) - 1)
-            if not np.all(inside) or np.any(np.diff(positions) <= 0):
-                raise corrupt(self.files.where, f"the positions of sample {place.row} do not ascend inside it")
         return found
+
+    def all_samples(self, table: SampleTable) -> list[StoredSample]:
+        """Tokens and positions of all samples, from the table."""
+        return [self._stored(table.token_ids[p.tokens], table.positions[p.positions]) for p in table.places()]
+
+    def _stored(self, tokens: NDArray[np.uint32], positions: NDArray[np.int32]) -> StoredSample:
+        inside = (positions >= 0) & (positions < len(tokens) - 1)
+        if not np.all(inside) or np.any(np.diff(positions) <= 0):
+            raise corrupt(self.files.where, "the positions of a sample do not ascend inside it")
+        return StoredSample(tokens, positions)
 
     def columns(self, places: Sequence[SamplePlace]) -> Columns:
         """The rows of these samples, one after the other, as they are stored."""

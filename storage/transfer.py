@@ -23,7 +23,7 @@ from .files import UNFINISHED, open_files
 from .identity import sample_id
 from .manifest import STORES, Manifest
 from .records import CachedSample, concatenate
-from .shard import CONTENTS, MANIFEST, SHARDS, StoredSample
+from .shard import CONTENTS, MANIFEST, SHARDS
 from .writer import CacheWriter
 
 SAMPLES_A_ROW_GROUP = 64
@@ -119,8 +119,9 @@ def convert(
     with CacheWriter(target, manifest, cache.token_groups()) as writer:
         for shard in cache.shards():
             table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
-            stored = [StoredSample(table.token_ids[p.tokens], table.positions[p.positions]) for p in table.places()]
-            record = shard.record(columns, stored)  # checked, also where the columns are taken as they are
+            record = shard.record(
+                columns, shard.all_samples(table)
+            )  # checked, also where the columns are taken as they are
             if manifest.capture.precision != capture.precision:
                 columns = encode(record, manifest.capture)
             writer.commit_columns(table, columns, shard.commit.kept_mass)

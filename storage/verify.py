@@ -148,7 +148,10 @@ def _verify_index(files: Files, contents: Contents, tables: list[SampleTable | N
 
 
 def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:
-    shard = OpenShard(files, manifest, commit, f"{SHARDS}/{commit.folder}")
+    try:
+        shard = OpenShard(files, manifest, commit, f"{SHARDS}/{commit.folder}")
+    except CorruptCache as error:
+        return [Problem(commit.unit, None, error.fact)], None
     problems = []
     for file in commit.files:
         try:

@@ -131,7 +131,6 @@ class CacheWriter:
 
         Where another writer commits meanwhile it is done again, so that whoever is last lists everything.
         """
-        stale = [name for name in self._files.names("") if name.startswith("index-") and name.endswith(".npy")]
         while True:
             units = self._units()
             tables = [self._table(unit) for unit in units]
@@ -143,10 +142,6 @@ class CacheWriter:
             self._files.replace(CONTENTS, to_bytes(contents))
             if self._units() == units:
                 break
-        kept = read_json(Contents, self._files, CONTENTS).index.name  # another writer may have finished since
-        for name in stale:  # only what was there before: what is newer is another writer's
-            if name not in (index.name, kept):
-                self._files.remove(name)
         return contents
 
     def _units(self) -> list[str]:
@@ -171,7 +166,12 @@ class CacheWriter:
         return digest(data), shard.table()
 
     def _tidy(self) -> None:
-        """Remove shards that were made durable by a run that died before it committed them."""
+        """Remove what nothing names, while nobody else writes: older indexes, and shards that were never committed."""
+        if self._files.exists(CONTENTS):
+            index = read_json(Contents, self._files, CONTENTS).index.name
+            for name in self._files.names(""):
+                if name.startswith("index-") and name.endswith(".npy") and name != index:
+                    self._files.remove(name)
         names = self._files.names(SHARDS)
         units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         committed = {self._read_commit(unit).folder for unit in units}
@@ -271,11 +271,10 @@ def _without_tokens(table: SampleTable) -> SampleTable:
 
 
 def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
-    if not files.exists(MANIFEST):
-        names = [name for name in files.names("") if not name.endswith(UNFINISHED)]
-        if MANIFEST in names:  # another writer made it since
-            return _matching_manifest(files, manifest)
-        if set(names) - {SHARDS, STAGING, LOCK, TOKEN_GROUPS} or files.names(SHARDS) or files.names(STAGING):
+    names = {name for name in files.names("") if not name.endswith(UNFINISHED)}
+    inside = files.names(SHARDS) + files.names(STAGING)
+    if not files.exists(MANIFEST):  # asked last: another writer may be making the cache
+        if names - {SHARDS, STAGING, LOCK, TOKEN_GROUPS} or inside:
             raise NotACache(
                 f"writing to {files.root}: expected an empty folder or a cache, found other files. "
                 "Nothing was changed. Choose another folder."

@@ -70,6 +70,9 @@ class ZarrReader:
         self._lengths = {c.name: commit.num_samples for c in TABLE_COLUMNS}
         self._lengths |= {c.name: commit.num_positions for c in self._columns}
         self._lengths |= {"token_ids": commit.num_tokens, "positions": commit.num_positions}
+        rows = dict.fromkeys((c.name for c in TABLE_COLUMNS), _TABLE_BLOCK)
+        rows |= dict.fromkeys((c.name for c in self._columns), ROWS_PER_BLOCK)
+        files.check_blocks({name: -(-length // rows[name]) for name, length in self._lengths.items()})
 
     def table(self) -> SampleTable:
         read = {c.name: self._read(c, [slice(0, self._lengths[c.name])], _TABLE_BLOCK) for c in TABLE_COLUMNS}
@@ -93,7 +96,6 @@ class ZarrReader:
 
     def _read(self, column: Column, slices: Sequence[slice], rows_per_block: int) -> NDArray[Any]:
         rows = min(rows_per_block, self._lengths[column.name])
-        self._files.check_blocks(column.name, -(-max(s.stop for s in slices) // rows))
         wanted, inside = needed_blocks(slices, rows)
         joined = np.empty((len(wanted) * rows, *column.shape(0)[1:]), dtype=column.dtype)
         flat, size = joined.reshape(-1), rows * max(column.width, 1)
