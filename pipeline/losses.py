@@ -16,8 +16,8 @@ from torch import Tensor
 Regularizer = Literal["masked-kl", "full-kl", "none"]
 Tail = Literal["bucket", "renormalize"]
 
-SATURATED_LOGPROB = -1.00005e-4
-"""log(1 - 1e-4): above it the base leaves nothing beside the label to compare, and masked KL skips the position
+LEAST_LOG_MASS = -9.210340
+"""log 1e-4: below it the base leaves nothing beside the label to compare, and masked KL skips the position
 (arXiv 2605.29498; 0.1 to 0.2 % of positions there)."""
 
 
@@ -56,10 +56,16 @@ def cross_entropy(logits: Tensor, label_ids: Tensor) -> Tensor:
 
 
 def regularizer_mask(targets: SparseTargets, regularizer: Regularizer) -> Tensor:
-    """Positions that count, bool [N]: all for full KL; for masked KL those with p(y) <= 1 - 1e-4."""
+    """Positions that count, bool [N]: all for full KL; for masked KL those with 1 - p(y) >= 1e-4.
+
+    1 - p(y) is the mass of alternatives and tail, which a quantised cache holds to a relative error; log p(y), in steps
+    of 1/1024 nat, could not tell 1 - 4e-4 from 1.
+    """
     if regularizer == "full-kl":
         return torch.ones_like(targets.label_ids, dtype=torch.bool)
-    return targets.label_logprobs <= SATURATED_LOGPROB
+    others = torch.cat([targets.alternative_logprobs, targets.tail_logprobs[:, None]], dim=1).float()
+    counts: Tensor = others.logsumexp(dim=1) >= LEAST_LOG_MASS
+    return counts
 
 
 def masked_kl(logits: Tensor, targets: SparseTargets, tail: Tail) -> Tensor:
@@ -99,10 +105,10 @@ def full_kl(logits: Tensor, targets: SparseTargets, tail: Tail) -> Tensor:
         p_norm = _logsumexp(p_s)
         q_norm = _logsumexp(torch.where(present, q_s, -torch.inf))
         return _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
-    zero = torch.zeros_like(labels, dtype=torch.float32)
+    p_norm = _logsumexp(torch.cat([p_s, targets.tail_logprobs[:, None].float()], dim=1))  # rounded rows miss 1 a little
     q_norm = _logsumexp(q)
-    kept = _kl_terms(p_s, q_s - q_norm, present).sum(dim=1)
-    return kept + _tail_term(q.scatter(1, labels, -torch.inf), targets, zero, q_norm)
+    kept = _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
+    return kept + _tail_term(q.scatter(1, labels, -torch.inf), targets, p_norm, q_norm)
 
 
 def regularizer_values(logits: Tensor, targets: SparseTargets, regularizer: Regularizer, tail: Tail) -> Tensor:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .arrow_sizes import check_sizes
-from .backend import ROWS_PER_BLOCK, Blocks, ShardFiles, corrupt, needed_blocks, take_slices
+from .backend import Blocks, ShardFiles, corrupt, needed_blocks, rows_per_block, take_slices
 from .encoding import Column, Columns, SamplePlace, SampleTable, columns_of
 from .identity import CaptureSettings
 from .manifest import Block
@@ -58,12 +58,13 @@ class ArrowReader:
 
     def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
         self._files, self._capture = files, capture
+        self._rows = rows_per_block(capture)
         self._schema = _schema(capture)  # not the file's own: no checksum covers its header
         commit = files.commit
         counts = {SAMPLES: -(-commit.num_samples // SAMPLES_PER_BLOCK)}
-        files.check_blocks(counts | {LOGPROBS: -(-commit.num_positions // ROWS_PER_BLOCK)})
+        files.check_blocks(counts | {LOGPROBS: -(-commit.num_positions // self._rows)})
         widths = (np.dtype(c.dtype).itemsize * max(c.width, 1) for c in columns_of(capture))
-        self._row_bytes = ROWS_PER_BLOCK * sum(widths) + _SLACK
+        self._row_bytes = self._rows * sum(widths) + _SLACK
         self._sample_bytes = 4 * (commit.num_tokens + commit.num_positions) + _SLACK
 
     def table(self) -> SampleTable:
@@ -90,7 +91,7 @@ class ArrowReader:
         return found  # type: ignore[return-value]
 
     def rows(self, rows: Sequence[slice]) -> Columns:
-        wanted, inside = needed_blocks(rows, ROWS_PER_BLOCK)
+        wanted, inside = needed_blocks(rows, self._rows)
         blocks = self._row_batches(wanted)
         columns: Columns = {}
         for column in columns_of(self._capture):
@@ -117,7 +118,7 @@ class ArrowReader:
 
     def _row_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
         parts = self._files.blocks(LOGPROBS, LOGPROBS, list(wanted))
-        rows = [min(ROWS_PER_BLOCK, self._files.commit.num_positions - i * ROWS_PER_BLOCK) for i in wanted]
+        rows = [min(self._rows, self._files.commit.num_positions - i * self._rows) for i in wanted]
         return [self._decode(d, self._schema, n, self._row_bytes) for d, n in zip(parts, rows, strict=True)]
 
     def _decode(self, data: bytes, schema: pa.Schema, num_rows: int, most: int) -> pa.RecordBatch:
@@ -210,11 +211,11 @@ def _schema(capture: CaptureSettings) -> pa.Schema:
 
 def _batches(columns: Columns, capture: CaptureSettings) -> Iterator[pa.RecordBatch]:
     schema = _schema(capture)
-    num_rows = len(next(iter(columns.values())))
-    for start in range(0, num_rows, ROWS_PER_BLOCK):
+    num_rows, rows = len(next(iter(columns.values()))), rows_per_block(capture)
+    for start in range(0, num_rows, rows):
         arrays = []
         for column in columns_of(capture):
-            data = columns[column.name][start : start + ROWS_PER_BLOCK]
+            data = columns[column.name][start : start + rows]
             for plane in _split(data, column):
                 flat = pa.array(np.ascontiguousarray(plane).reshape(-1))
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, column.width) if column.width else flat)

@@ -19,8 +19,14 @@ from .files import Files
 from .identity import CaptureSettings, digest
 from .manifest import Block, ShardCommit
 
-ROWS_PER_BLOCK = 256
-"""Positions in one compressed block: what is read at least."""
+ROWS_PER_BLOCK, ENTRIES_PER_BLOCK = 256, 2**20
+"""Positions in one compressed block, which is what is read at least; fewer where K is in the thousands."""
+
+
+def rows_per_block(capture: CaptureSettings) -> int:
+    """Positions in one block of a cache with these settings."""
+    return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // capture.top_k))
+
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ Trade-off: the index is read at open (32 bytes a sample), everything else on loo
 tokens of the whole cache, once (4 bytes a token in memory).
 """
 
-from bisect import bisect
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,10 @@ class LogitCache:
     def lookup(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer] | None = None) -> BaseLogprobs:
         """The record of a sample, found by its tokens.
 
-        token_ids: [n] of a cached sample or of a causal prefix of one (the base's predictions at positions that both
-        have are the same). positions: which ones, in ascending order; by default every captured position whose label
-        is inside token_ids. Raises `SampleNotCached`, `PositionNotCaptured`, `CorruptCache`.
+        token_ids: [n] of a cached sample, or, where there is none of just these, of a causal prefix of cached samples
+        (the base's predictions at positions that all have are the same). positions: which ones, in ascending order; by
+        default every captured position whose label is inside token_ids. Raises `SampleNotCached`,
+        `PositionNotCaptured`, `CorruptCache`.
         """
         return self.lookup_batch([token_ids], None if positions is None else [positions])[0]
 
@@ -144,7 +145,8 @@ class LogitCache:
         records = dict(zip(numbers, self._records(numbers, stored), strict=True))
         found = []
         for i, (tokens, capture) in enumerate(zip(asked, captures, strict=True)):
-            self._compare(tokens, stored[capture[0]], capture[0])
+            for number in capture:
+                self._compare(tokens, stored[number], number)
             record = unite([records[number] for number in capture])
             wanted = None if positions is None else np.asarray(positions[i])
             found.append(self._select(record, wanted, tokens))
@@ -153,10 +155,11 @@ class LogitCache:
     def require(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer]) -> None:
         """Raise what `lookup` would raise for a sample that is not there, without reading any record."""
         tokens = _as_tokens(token_ids)
-        number = self._find(tokens)[0]
-        stored = self._stored([number])[number]
-        self._compare(tokens, stored, number)
-        self._rows_of(self._united(number, stored).positions, np.asarray(positions), tokens)
+        stored = self._stored(self._find(tokens))
+        for number, sample in stored.items():
+            self._compare(tokens, sample, number)
+        captured = np.unique(np.concatenate([s.positions for s in stored.values()]))
+        self._rows_of(captured, np.asarray(positions), tokens)
 
     def __contains__(self, token_ids: NDArray[np.integer]) -> bool:
         try:
@@ -262,21 +265,25 @@ class LogitCache:
     def _find(self, tokens: NDArray[np.uint32]) -> list[int]:
         """The numbers of the captures of a sample, or of one that starts with these tokens."""
         found = self._index.find(sample_id(tokens))
-        return found or self._index.find(self._index.sample_id(self._find_prefix(tokens)))
+        if found:
+            return found
+        samples = [self._index.find(self._index.sample_id(first)) for first in self._find_prefix(tokens)]
+        return sorted(number for captures in samples for number in captures)
 
-    def _find_prefix(self, tokens: NDArray[np.uint32]) -> int:
-        """A cached sample that starts with these tokens: one of the two neighbours in lexicographic order."""
+    def _find_prefix(self, tokens: NDArray[np.uint32]) -> list[int]:
+        """All cached samples that start with these tokens: in lexicographic order they follow one another."""
         if self._sorted is None:
             keys = (_sort_key(stored.token_ids) for stored in self.stored_samples())
             self._sorted = sorted(zip(keys, self._index.distinct.tolist(), strict=True))
         if not self._sorted:
             raise SampleNotCached(f"looking up a sample of {len(tokens)} tokens in {self.path}: it holds no samples.")
         wanted = _sort_key(tokens)
-        at = bisect(self._sorted, wanted, key=lambda entry: entry[0])
+        at = bisect_left(self._sorted, wanted, key=lambda entry: entry[0])
+        matches = [number for _, number in takewhile(lambda e: e[0].startswith(wanted), self._sorted[at:])]
+        if matches:
+            return matches
         key, number = max(self._sorted[max(at - 1, 0) : at + 1], key=lambda entry: _common(entry[0], wanted))
         shared = _common(key, wanted)
-        if shared == len(tokens):
-            return number
         raise SampleNotCached(self._departure(tokens, shared, number))
 
     def _departure(self, tokens: NDArray[np.uint32], shared: int, number: int) -> str:

@@ -9,6 +9,7 @@ Azure have and which their fsspec implementations take as mode="create".
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -24,6 +25,9 @@ from .errors import CacheError, NotACache
 
 MAX_PLAIN_FOLDERS = 65_536
 """Folders that are remembered to be no links."""
+
+_UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{32}\.new$")
+_NOT_A_URL = re.compile(r"^[a-z][a-z0-9+.-]+:/(?!/)")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,10 +93,13 @@ class Files(Protocol):
 def open_files(path: str | Path) -> Files:
     """The files at a path or URL. Raises `NotACache` where fsspec does not know the URL or lacks its package."""
     text = str(path)
-    if "://" not in text:
-        return LocalFiles(Path(text))
-    protocol, rest = text.split("://", 1)
-    return LocalFiles(Path(rest)) if protocol in ("file", "local") else ObjectFiles(text)
+    protocol, separator, rest = text.partition("://")
+    protocol = protocol.lower()
+    if _NOT_A_URL.match(text) or (separator and protocol in ("file", "local") and not rest.startswith("/")):
+        raise NotACache(f"opening {text}: expected a folder or a URL such as s3://bucket/cache or file:///folder.")
+    if not separator:
+        return LocalFiles(Path(text).expanduser())
+    return LocalFiles(Path(rest)) if protocol in ("file", "local") else ObjectFiles(f"{protocol}://{rest}")
 
 
 class LocalFiles:
@@ -100,7 +107,7 @@ class LocalFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
-        self._path = root
+        self._path = root.absolute()  # whoever changes the working directory later
         self._plain: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,12 +212,13 @@ class LocalFiles:
     def _tidy(self) -> None:
         """Remove what killed writers left: nothing of it was ever named by a commit."""
         shutil.rmtree(self._path / STAGING, ignore_errors=True)
-        for path in [*self._path.glob(f"*{UNFINISHED}"), *self._path.glob(f"*/*{UNFINISHED}")]:
-            path.unlink(missing_ok=True)
+        for path in [*self._path.iterdir(), *(self._path / "shards").glob("*")]:
+            if _UNFINISHED_NAME.search(path.name):
+                path.unlink(missing_ok=True)
 
     def _descriptor(self, name: str) -> int:
         """Of a plain file below the root, to which no symbolic link leads; anything else is not there."""
-        path = f"{self.root}/{name}"
+        path = f"{self._path}/{name}"
         if "/" in name:
             self._check_folder(name.rsplit("/", 1)[0])
         try:
@@ -228,7 +236,7 @@ class LocalFiles:
         """Once a folder, since every read of a file would cost several calls: no part of its path is a link."""
         if folder in self._plain:
             return
-        path = self.root
+        path = str(self._path)
         for part in folder.split("/"):
             path = f"{path}/{part}"
             if stat.S_ISLNK(os.lstat(path).st_mode):
@@ -348,10 +356,12 @@ class ObjectFiles:
             _check_stored(fs, f"{path}/{name}", data)
         except FileExistsError:
             return False
-        except OSError as error:
-            if error.errno == errno.EEXIST or "PreconditionFailed" in str(error) or "412" in str(error):
-                return False
-            raise
+        except OSError as error:  # each client says it in its way: whether it is there decides
+            if error.errno != errno.EEXIST and "precondition" not in str(error).lower():
+                raise
+            if not self.exists(name):
+                raise
+            return False
         return True
 
     @_as_os_error
@@ -374,8 +384,9 @@ class ObjectFiles:
     def remove(self, name: str) -> None:
         fs, path = self._connect()
         fs.invalidate_cache()
-        if fs.exists(f"{path}/{name}"):
-            fs.rm(f"{path}/{name}", recursive=True)
+        target = f"{path}/{name}"
+        for found in [target] if fs.isfile(target) else fs.find(target):  # never fs.rm, which takes names for patterns
+            fs.rm_file(found)
 
     def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
         return lambda: None  # there are no locks: nobody knows to be alone, so nobody tidies

@@ -72,8 +72,9 @@ class BaseLogprobs:
 
     def kept_mass(self) -> NDArray[np.float64]:
         """Share of the non-target mass 1 - p(label) that the alternatives hold, [P]; 1 where there is none."""
-        kept = np.exp(self.alternative_logprobs).sum(axis=1, dtype=np.float64)
-        rest = kept + np.exp(self.tail_logprobs.astype(np.float64))
+        masses, tail, _ = _masses(self, np.float32)
+        kept = masses.sum(axis=1, dtype=np.float64)
+        rest = kept + tail
         return np.where(rest > 0, kept / np.where(rest > 0, rest, 1), 1.0)
 
 
@@ -110,19 +111,27 @@ def keep_mass(record: BaseLogprobs, min_mass: float) -> BaseLogprobs:
         return record
     if record.tail_group_logprobs is not None:
         raise ValueError("keep_mass: expected a record without tail groups")
-    mass = np.exp(record.alternative_logprobs.astype(np.float64))
-    tail = np.exp(record.tail_logprobs.astype(np.float64))
+    mass, tail, top = _masses(record, np.float64)
     before = np.cumsum(mass, axis=1) - mass
     dropped = before >= min_mass * (mass.sum(axis=1) + tail)[:, None]
     dropped[:, :1] = False
     with np.errstate(divide="ignore"):
-        all_tail = np.log(tail + np.where(dropped, mass, 0).sum(axis=1)).astype(np.float32)
+        all_tail = (np.log(tail + np.where(dropped, mass, 0).sum(axis=1)) + top).astype(np.float32)
     return replace(
         record,
         alternative_ids=np.where(dropped, np.uint32(NO_TOKEN), record.alternative_ids),
         alternative_logprobs=np.where(dropped, np.float32(-np.inf), record.alternative_logprobs),
         tail_logprobs=np.where(dropped.any(axis=1), all_tail, record.tail_logprobs),
     )
+
+
+def _masses(record: BaseLogprobs, dtype: type) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
+    """exp of alternatives [P, K] and tail [P], both times exp(-top) [P], so that no row underflows as a whole."""
+    kept: NDArray[Any] = record.alternative_logprobs.astype(dtype, copy=False)
+    tail = record.tail_logprobs
+    top = np.maximum(kept.max(axis=1, initial=-np.inf), tail)
+    top = np.where(top > -np.inf, top, 0)
+    return np.exp(kept - top[:, None].astype(dtype)), np.exp(tail.astype(np.float64) - top), top.astype(np.float64)
 
 
 def check_record(

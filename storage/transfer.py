@@ -5,6 +5,7 @@ Must not make numbers finer than they are, nor hide how exact they are: a conver
 
 import errno
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -62,8 +63,9 @@ def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
                 f"({'; '.join(differences)}). Nothing was written. Merge caches of one base and one capture; "
                 "`logitcache convert` changes store and precision."
             )
-    _check_unfinished(target, caches)
     with CacheWriter(target, first.manifest, first.token_groups()) as writer:
+        if not open_files(target).exists(CONTENTS):
+            _check_own(target, caches)
         for cache in caches:
             for shard in cache.shards():
                 commit = shard.commit
@@ -72,17 +74,18 @@ def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
     return LogitCache.open(target)
 
 
-def _check_unfinished(target: str | Path, sources: Sequence[LogitCache]) -> None:
-    """A target may be new, finished, or what an earlier run of this merge left; not a job of somebody else's."""
+def _check_own(target: str | Path, sources: Sequence[LogitCache]) -> None:
+    """A target that is not finished may be new or what an earlier run of this left; not a job of somebody else's."""
     files = open_files(target)
-    if not files.exists(MANIFEST) or files.exists(CONTENTS):
+    if not files.exists(MANIFEST):
         return
     units = {name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")}
     theirs = units - {shard.commit.unit for cache in sources for shard in cache.shards()}
     if theirs:
         raise IncompleteCache(
-            f"merging into {target}: expected a finished cache, found one whose precompute was interrupted, with "
-            f"{len(theirs)} shards of its own. Merging would make it look finished. Finish it, or merge elsewhere."
+            f"writing to {target}: expected a new folder or what this command left there, found a cache with "
+            f"{len(theirs)} shards of its own. It would look finished, or be mixed. Nothing was changed. Choose "
+            "another folder; `logitcache merge` joins finished caches."
         )
 
 
@@ -117,6 +120,7 @@ def convert(
     capture = cache.manifest.capture
     manifest = converted(cache.manifest, store or cache.manifest.store, precision or capture.precision)
     with CacheWriter(target, manifest, cache.token_groups()) as writer:
+        _check_own(target, [cache])
         for shard in cache.shards():
             table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
             record = shard.record(
@@ -139,13 +143,14 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     path = Path(file)
     cache = LogitCache.open(source)
     samples = cache.samples()
-    num_rows = 0
+    num_rows, capture = 0, cache.manifest.capture
+    group_size = max(1, min(SAMPLES_A_ROW_GROUP, 2**30 // (capture.top_k * capture.max_length)))  # 32-bit offsets
     if path.exists():
         raise FileExistsError(errno.EEXIST, "the file exists", str(path))
-    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         with pq.ParquetWriter(temporary, _PARQUET_SCHEMA, compression="zstd") as writer:
-            while group := list(islice(samples, SAMPLES_A_ROW_GROUP)):
+            while group := list(islice(samples, group_size)):
                 writer.write_batch(_parquet_rows(group))
                 num_rows += len(group)
         os.link(temporary, path)

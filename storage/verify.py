@@ -3,13 +3,14 @@
 Owns the full check; `LogitCache` checks the same things for what it reads.
 """
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import read_commit, read_contents, read_manifest, read_token_groups
 from .encoding import SampleTable
 from .errors import CorruptCache
-from .files import Files, open_files
+from .files import Files, LocalFiles, open_files
 from .identity import sample_id
 from .index import SampleIndex, index_file
 from .manifest import Contents, Manifest, ShardCommit, read_json
@@ -90,6 +91,17 @@ def repair(path: str | Path) -> RepairReport:
     """
     files = open_files(path)
     manifest = read_manifest(files)
+    alone: list[bool] = []
+    leave = files.join(lambda: alone.append(True))
+    try:
+        if isinstance(files, LocalFiles) and not alone:
+            raise OSError(errno.EBUSY, "another process is writing to this cache", files.root)
+        return _repair(files, manifest)
+    finally:
+        leave()
+
+
+def _repair(files: Files, manifest: Manifest) -> RepairReport:
     dropped = []
     tables: dict[str, SampleTable | None] = {}
     for unit in [name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")]:

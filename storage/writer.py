@@ -5,6 +5,7 @@ by shards/<unit>.json, created only if absent: of several writers of one unit th
 index and contents.json; before it, readers see no cache, and after it, exactly what it lists. Any number may write.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
 from .encoding import Columns, SampleTable, encode, sample_table
-from .errors import IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
+from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import LOCK, STAGING, UNFINISHED, Files, open_files
 from .identity import digest, sample_id
 from .index import index_file, npy_header
@@ -35,6 +36,8 @@ from .manifest import (
 from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
 from .shard import BACKENDS, CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard
 
+_FOLDER = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
+
 ROWS_AT_ONCE = 2048
 """Rows checked and encoded together: few enough to stay in a processor's cache."""
 
@@ -48,6 +51,7 @@ class CacheWriter:
     """
 
     def __init__(self, path: str | Path, manifest: Manifest, token_groups: NDArray[np.uint8] | None = None) -> None:
+        _check_manifest(manifest)
         self._files = open_files(path)
         self.path = self._files.root
         _matching_manifest(self._files, manifest)
@@ -176,7 +180,7 @@ class CacheWriter:
         units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         committed = {self._read_commit(unit).folder for unit in units}
         for name in names:
-            if not name.endswith(".json") and name not in committed:
+            if _FOLDER.fullmatch(name) and name not in committed:
                 self._files.remove(f"{SHARDS}/{name}")
 
     def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
@@ -251,6 +255,14 @@ def pack_shard(
     if not same:
         raise corrupt(f"shard {unit}", "the codec returns other numbers than it was given")
     return commit, files
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError where readers would refuse it."""
+    try:
+        from_bytes(Manifest, to_bytes(manifest), "the manifest")
+    except (CorruptCache, TypeError) as error:
+        raise ValueError(f"writing a cache with this manifest: readers would refuse it: {error}") from error
 
 
 def _packed_groups(manifest: Manifest, groups: NDArray[np.uint8] | None) -> bytes | None:

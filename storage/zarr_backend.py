@@ -24,7 +24,7 @@ from zarr.codecs.numcodecs import PCodec as ZarrPCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from .backend import ROWS_PER_BLOCK, Blocks, ShardFiles, corrupt, needed_blocks, take_slices
+from .backend import Blocks, ShardFiles, corrupt, needed_blocks, rows_per_block, take_slices
 from .encoding import PRECISIONS, Column, Columns, SamplePlace, SampleTable, columns_of
 from .identity import CaptureSettings
 from .manifest import Block
@@ -50,9 +50,9 @@ class ZarrBackend:
         files: dict[str, bytes] = {"zarr.json": _json({"attributes": {}, "zarr_format": 3, "node_type": "group"})}
         blocks: Blocks = {}
         arrays = [(c, _table_array(table, c.name), _TABLE_BLOCK) for c in TABLE_COLUMNS]
-        arrays += [(c, columns[c.name], ROWS_PER_BLOCK) for c in columns_of(capture)]
-        for column, data, rows_per_block in arrays:
-            rows = min(rows_per_block, len(data))
+        arrays += [(c, columns[c.name], rows_per_block(capture)) for c in columns_of(capture)]
+        for column, data, most in arrays:
+            rows = min(most, len(data))
             files[f"{column.name}/zarr.json"] = _metadata(column, data.shape, rows, _attributes(column, capture))
             files[_data_file(column)], blocks[column.name] = _write_chunks(column, data, rows)
         return files, blocks
@@ -65,13 +65,13 @@ class ZarrReader:
     """A shard in the Zarr layout."""
 
     def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
-        self._files, self._columns = files, columns_of(capture)
+        self._files, self._columns, self._rows = files, columns_of(capture), rows_per_block(capture)
         commit = files.commit
         self._lengths = {c.name: commit.num_samples for c in TABLE_COLUMNS}
         self._lengths |= {c.name: commit.num_positions for c in self._columns}
         self._lengths |= {"token_ids": commit.num_tokens, "positions": commit.num_positions}
         rows = dict.fromkeys((c.name for c in TABLE_COLUMNS), _TABLE_BLOCK)
-        rows |= dict.fromkeys((c.name for c in self._columns), ROWS_PER_BLOCK)
+        rows |= dict.fromkeys((c.name for c in self._columns), self._rows)
         files.check_blocks({name: -(-length // rows[name]) for name, length in self._lengths.items()})
 
     def table(self) -> SampleTable:
@@ -88,14 +88,14 @@ class ZarrReader:
         return list(zip(np.split(all_tokens, token_ends), np.split(all_positions, position_ends), strict=True))
 
     def rows(self, rows: Sequence[slice]) -> Columns:
-        return {c.name: self._read(c, rows, ROWS_PER_BLOCK) for c in self._columns}
+        return {c.name: self._read(c, rows, self._rows) for c in self._columns}
 
     def column_bytes(self) -> dict[str, int]:
         blocks = self._files.commit.blocks
         return {name: sum(length + _CRC_BYTES for _, length, _ in blocks.get(name, ())) for name in self._lengths}
 
-    def _read(self, column: Column, slices: Sequence[slice], rows_per_block: int) -> NDArray[Any]:
-        rows = min(rows_per_block, self._lengths[column.name])
+    def _read(self, column: Column, slices: Sequence[slice], most: int) -> NDArray[Any]:
+        rows = min(most, self._lengths[column.name])
         wanted, inside = needed_blocks(slices, rows)
         joined = np.empty((len(wanted) * rows, *column.shape(0)[1:]), dtype=column.dtype)
         flat, size = joined.reshape(-1), rows * max(column.width, 1)

@@ -333,6 +333,10 @@ def check_rows(sample: Sample, capture: dict[str, Any], vocab: int) -> None:
         require(agree.all(), "the tail groups do not add up to the tail")
 
 
+def rows_per_block(capture: dict[str, Any]) -> int:
+    return int(max(1, min(256, 2**20 // capture["top_k"])))
+
+
 # Stores: the bytes of a shard -> its columns
 
 
@@ -356,7 +360,10 @@ def decode_zarr(files: dict[str, bytes], commit: dict[str, Any], capture: dict[s
         "num_positions": ("uint32", (samples,), 4096),
         "num_tokens_cut": ("uint32", (samples,), 4096),
     }
-    columns |= {name: (dtype, (positions, *width), 256) for name, (dtype, width) in row_columns(capture).items()}
+    columns |= {
+        name: (dtype, (positions, *width), rows_per_block(capture))
+        for name, (dtype, width) in row_columns(capture).items()
+    }
     place = {name: f"{name}/c/{'/'.join('0' for _ in shape)}" for name, (_, shape, _) in columns.items()}
     require(files.keys() == {"zarr.json", *place.values(), *(f"{c}/zarr.json" for c in columns)}, "files of the shard")
     require(commit["blocks"].keys() == columns.keys(), "blocks of the shard")
@@ -409,7 +416,7 @@ def decode_arrow(files: dict[str, bytes], commit: dict[str, Any], capture: dict[
         "num_positions": pa.compute.list_value_length(samples["positions"]).to_numpy().astype(np.uint32),
         "num_tokens_cut": values(samples["num_tokens_cut"], "uint32"),
     }
-    rows = table("logprobs.arrow", commit["num_positions"], 256)
+    rows = table("logprobs.arrow", commit["num_positions"], rows_per_block(capture))
     stored = set()
     for name, (dtype, width) in row_columns(capture).items():
         if width and dtype != "float32":

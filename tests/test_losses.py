@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitcache.pipeline.fused import linear_losses
 from logitcache.pipeline.losses import (
-    SATURATED_LOGPROB,
+    LEAST_LOG_MASS,
     SparseTargets,
     cross_entropy,
     full_kl,
@@ -172,9 +172,11 @@ def test_extreme_distributions_are_finite(form: Any) -> None:
 
 def test_saturated_positions_are_left_out_of_masked_kl_only() -> None:
     labels = torch.tensor([0, 0, 0])
-    logprobs = torch.tensor([math.log(1 - 1.1e-4), math.log(1 - 0.9e-4), -2.0])
-    targets = SparseTargets(labels, logprobs, labels[:, None], torch.full((3, 1), -torch.inf), torch.zeros(3))
-    assert pytest.approx(math.log(1 - 1e-4), rel=1e-7) == SATURATED_LOGPROB
+    masses = [1.1e-4, 0.9e-4, 1 - math.exp(-2.0)]  # beside the label, half of it in the tail
+    logprobs = torch.tensor([math.log1p(-m) for m in masses]).round(decimals=3)  # log p(y) cannot tell the first two
+    halves = torch.tensor([math.log(m / 2) for m in masses])
+    targets = SparseTargets(labels, logprobs, labels[:, None], halves[:, None], halves)
+    assert pytest.approx(math.log(1e-4), rel=1e-7) == LEAST_LOG_MASS
     assert regularizer_mask(targets, "masked-kl").tolist() == [True, False, True]
     assert regularizer_mask(targets, "full-kl").tolist() == [True, True, True]
 

@@ -283,7 +283,7 @@ def test_an_unfinished_cache_is_repaired_too(path: Path, store: str) -> None:
     [
         "staging/x/data",
         f"contents.json.{'0' * 32}.new",
-        "manifest.json.new",
+        f"manifest.json.{'0' * 32}.new",
         f"shards/{'0' * 32}.json.{'0' * 32}.new",
         f"shards/{'0' * 32}-{'0' * 16}/data",
     ],
@@ -300,10 +300,10 @@ def test_leftovers_of_a_killed_run_vanish(path: Path, pristine: Path, store: str
 def test_a_run_killed_before_its_manifest_was_committed_starts_again(path: Path, store: str) -> None:
     (path / "shards").mkdir(parents=True)
     (path / "writer.lock").touch()
-    (path / "manifest.json.new").write_bytes(b"half")
+    (path / f"manifest.json.{'0' * 32}.new").write_bytes(b"half")
     refused(NotACache, "not-a-cache", lambda: LogitCache.open(path))
     write_cache(path, store, SHARDS)
-    assert "manifest.json.new" not in tree(path)
+    assert f"manifest.json.{'0' * 32}.new" not in tree(path)
     assert len(cache_bits(path)) == 5
 
 
@@ -337,12 +337,12 @@ def test_a_writer_does_not_remove_what_another_is_writing(path: Path, store: str
         work = path / "staging" / "work"
         work.mkdir(parents=True)
         (path / "shards").mkdir()
-        (path / "shards" / "half.json.new").write_bytes(b"half")
+        (path / "shards" / f"half.json.{'0' * 32}.new").write_bytes(b"half")
         with CacheWriter(path, make_manifest(store)) as other:
             other.commit(SHARDS[0])
-            assert work.is_dir() and "shards/half.json.new" in tree(path)
+            assert work.is_dir() and f"shards/half.json.{'0' * 32}.new" in tree(path)
     with CacheWriter(path, make_manifest(store)):
-        assert not work.exists() and "shards/half.json.new" not in tree(path)
+        assert not work.exists() and f"shards/half.json.{'0' * 32}.new" not in tree(path)
 
 
 def test_of_two_writers_of_one_unit_the_first_wins_and_the_other_leaves_nothing(

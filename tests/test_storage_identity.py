@@ -82,7 +82,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "capture.max_length": replace(base, capture=replace(base.capture, max_length=4097)),
         "capture.min_mass": replace(base, capture=replace(base.capture, min_mass=0.5)),
         "capture.precision": make_manifest(store, precision="fine"),
-        "capture.max_error": replace(base, capture=replace(base.capture, max_error=1 / 64)),
+        "capture.max_error": replace(base, capture=replace(base.capture, precision="compact", max_error=3 / 64)),
         "capture.num_tail_groups": make_manifest(store, token_groups=GROUPS),
         "capture.tail_partition": make_manifest(store, token_groups=GROUPS),
     }

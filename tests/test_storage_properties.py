@@ -78,13 +78,17 @@ def test_prefix_lookup_equals_a_scan_of_all_samples(
 
 
 def check_against_scan(cache: LogitCache, samples: list[CachedSample], tokens: NDArray[np.uint32]) -> None:
-    """A hit is the record of that very sample, else the rows inside of one that starts so; a miss names the nearest."""
+    """A hit is the record of that very sample, else the rows inside of all that start so; a miss names the nearest."""
     exact = [s for s in samples if s.token_ids.tobytes() == tokens.tobytes()]
     hits = exact or [s for s in samples if starts_with(s, tokens)]
     assert (tokens in cache) == bool(hits)
     if hits:
         inside = [s.logprobs.take(np.flatnonzero(s.logprobs.positions + 1 < len(tokens))) for s in hits]
-        assert record_bits(cache.lookup(tokens)) in [record_bits(record) for record in inside]
+        found = cache.lookup(tokens)
+        assert found.positions.tolist() == sorted({p for record in inside for p in record.positions.tolist()})
+        for row, position in enumerate(found.positions):
+            rows = [r.take(np.flatnonzero(r.positions == position)) for r in inside]
+            assert record_bits(found.take(np.array([row]))) in [record_bits(r) for r in rows]
         return
     with pytest.raises(SampleNotCached) as caught:
         cache.lookup(tokens)

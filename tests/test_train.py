@@ -250,7 +250,7 @@ def test_saturated_positions_do_not_count(tmp_path: Path) -> None:
     batch = collate([TrainingSet(samples, cache)[i] for i in range(4)])
     num_ce, num_kl = count_positions(batch, "masked-kl")
     assert num_ce == num_kl == sum(len(s.positions) for s in samples[:4])
-    batch["label_logprobs"][:3] = -1e-6
+    batch["alternative_logprobs"][:3] = batch["tail_logprobs"][:3] = -14.0
     assert count_positions(batch, "masked-kl") == (num_ce, num_kl - 3)
     assert count_positions(batch, "full-kl") == (num_ce, num_ce)
     assert count_positions(batch, "none") == (num_ce, 0)

@@ -25,6 +25,6 @@ def repair(path: str) -> None:
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(
-        f"{path}: {what}. The cache is incomplete now: run the same `logitcache precompute` again, which makes only "
-        "what is missing."
+        f"{path}: {what}. The cache is incomplete now: run the command that made it again (`logitcache precompute`, "
+        "merge or convert), which makes only what is missing."
     )
