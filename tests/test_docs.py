@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ OF_A_PROTOCOL = {
 
 def blocks(language: str) -> list[str]:
     """Fenced code blocks of a language ('' for none)."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for kind, text in fenced if kind == language]
 
 
 def test_readme_commands_and_python_run(
@@ -37,8 +39,10 @@ def test_readme_commands_and_python_run(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows(6)))
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("logitcache ")]
     verbs = [shlex.split(line)[1] for line in lines]
-    assert verbs == ["precompute", "inspect", "train", "evaluate"]
-    for line in lines:
+    assert verbs == ["precompute", "inspect", "train", "evaluate", "convert", "merge", "export", "inspect"]
+    for verb, line in zip(verbs, lines, strict=True):
+        if verb == "merge":
+            shutil.copytree("cache", "more")
         assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
     (code,) = blocks("python")
     scope: dict[str, object] = {}
