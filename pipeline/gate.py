@@ -65,11 +65,15 @@ def check_identity(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizer
 
 def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
     """Raise `SampleNotCached` or `PositionNotCaptured` unless every sample is found; names the first that is not."""
-    for sample in samples:
-        try:
-            cache.require(sample.token_ids, sample.positions)
-        except (SampleNotCached, PositionNotCaptured) as error:
-            raise type(error)(f"{sample.origin}: {error}") from error
+    try:
+        cache.require_all([s.token_ids for s in samples], [s.positions for s in samples])
+    except (SampleNotCached, PositionNotCaptured):
+        for sample in samples:  # again, one by one, for the first in the order of the data
+            try:
+                cache.require(sample.token_ids, sample.positions)
+            except (SampleNotCached, PositionNotCaptured) as error:
+                raise type(error)(f"{sample.origin}: {error}") from error
+        raise
 
 
 @torch.no_grad()

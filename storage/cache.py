@@ -154,12 +154,20 @@ class LogitCache:
 
     def require(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer]) -> None:
         """Raise what `lookup` would raise for a sample that is not there, without reading any record."""
-        tokens = _as_tokens(token_ids)
-        stored = self._stored(self._find(tokens))
-        for number, sample in stored.items():
-            self._compare(tokens, sample, number)
-        captured = np.unique(np.concatenate([s.positions for s in stored.values()]))
-        self._rows_of(captured, np.asarray(positions), tokens)
+        self.require_all([token_ids], [positions])
+
+    def require_all(self, token_ids: Sequence[NDArray[np.integer]], positions: Sequence[NDArray[np.integer]]) -> None:
+        """`require` of many samples, in the order in which they are stored, whatever order they are given in."""
+        asked = [_as_tokens(tokens) for tokens in token_ids]
+        captures = [self._find(tokens) for tokens in asked]
+        order = iter(sorted(range(len(asked)), key=lambda i: captures[i][0]))
+        while part := list(islice(order, SAMPLES_A_READ)):
+            stored = self._stored(sorted({number for i in part for number in captures[i]}))
+            for i in part:
+                for number in captures[i]:
+                    self._compare(asked[i], stored[number], number)
+                captured = np.unique(np.concatenate([stored[number].positions for number in captures[i]]))
+                self._rows_of(captured, np.asarray(positions[i]), asked[i])
 
     def __contains__(self, token_ids: NDArray[np.integer]) -> bool:
         try:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from torch.utils.data import DataLoader
 
 from logitcache.pipeline.adapters import AdapterSettings, attach
 from logitcache.pipeline.errors import NotTheBase, TrainingFailed
@@ -398,3 +399,15 @@ def test_trained_adapter_loads_and_regularization_holds_it_near_the_base(tmp_pat
             kl.append((p.exp() * (p - q)).sum(-1).mean())
         drift[regularizer] = float(torch.stack(kl).mean())
     assert 0 < drift["masked-kl"] < 0.8 * drift["none"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_read_the_same_batches(tmp_path: Path, method: str) -> None:
+    samples = make_samples()
+    dataset = TrainingSet(samples, make_cache(tmp_path / "c", samples))
+    here = list(DataLoader(dataset, 4, collate_fn=collate))
+    there = list(DataLoader(dataset, 4, collate_fn=collate, num_workers=2, multiprocessing_context=method))
+    assert len(here) == len(there) > 1
+    for mine, theirs in zip(here, there, strict=True):
+        assert mine.keys() == theirs.keys() and "alternative_ids" in mine
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
