@@ -20,10 +20,7 @@ from .records import MASS_TOLERANCE, NO_TOKEN, BaseLogprobs, CachedSample
 Columns = dict[str, NDArray[Any]]
 
 NO_DROP = 2**16 - 1
-"""Fills `alternative_drops` where an alternative is absent; in `tail_group_steps` it means -inf."""
-
-NO_STEPS = 2**32 - 1
-"""Means -inf in `tail_steps`."""
+"""Fills `alternative_drops` where an alternative is absent. In columns of steps the largest number means -inf."""
 
 
 @dataclass(frozen=True)

@@ -134,22 +134,6 @@ def _masses(record: BaseLogprobs, dtype: type) -> tuple[NDArray[Any], NDArray[np
     return np.exp(kept - top[:, None].astype(dtype)), np.exp(tail.astype(np.float64) - top), top.astype(np.float64)
 
 
-def check_record(
-    record: BaseLogprobs,
-    token_ids: NDArray[np.uint32],
-    vocab_size: int,
-    where: str,
-    mass_tolerance: float = MASS_TOLERANCE,
-) -> None:
-    """Raise `InvalidRecord` unless every invariant of the record holds.
-
-    Checked: shapes and dtypes; positions ascending and inside the sample; label = next token; and what `check_rows`
-    checks.
-    """
-    check_positions(record, token_ids, where)
-    check_rows(record, vocab_size, where, mass_tolerance)
-
-
 def check_positions(record: BaseLogprobs, token_ids: NDArray[np.uint32], where: str) -> None:
     """Raise `InvalidRecord` unless shapes, dtypes, positions and labels are those of a sample with these tokens."""
     _check_shapes(record, where)

@@ -19,7 +19,7 @@ class Statistics:
     """Of a cache, or of a sample of it.
 
     num_positions: rows that were read; is_sampled: not all of them. bytes_by_column: of all shards, by name, in
-    order. kept_mass, num_alternatives: one value a row read; label_logprobs: likewise, nats.
+    order. kept_mass, num_alternatives: one value a row read.
     """
 
     num_positions: int
@@ -27,7 +27,6 @@ class Statistics:
     bytes_by_column: dict[str, int]
     kept_mass: NDArray[np.float64]
     num_alternatives: NDArray[np.int64]
-    label_logprobs: NDArray[np.float32]
 
     def kept_mass_percentiles(self) -> dict[int, float]:
         """Of the share of the non-target mass that a row keeps."""
@@ -55,17 +54,16 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
     records = [_slim(cache.sample(i).logprobs) for i in range(0, len(cache), step)]
     if not records:
         nothing = np.zeros(0)
-        return Statistics(0, False, columns, nothing, nothing.astype(np.int64), nothing.astype(np.float32))
-    kept = np.concatenate([mass for mass, _, _ in records])
+        return Statistics(0, False, columns, nothing, nothing.astype(np.int64))
+    kept = np.concatenate([mass for mass, _ in records])
     return Statistics(
         num_positions=len(kept),
         is_sampled=step > 1,
         bytes_by_column=columns,
         kept_mass=kept,
-        num_alternatives=np.concatenate([count for _, count, _ in records]),
-        label_logprobs=np.concatenate([label for _, _, label in records]),
+        num_alternatives=np.concatenate([count for _, count in records]),
     )
 
 
-def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float32]]:
-    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1), record.label_logprobs
+def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1)

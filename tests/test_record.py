@@ -11,7 +11,7 @@ from logitcache.pipeline.errors import NonFiniteLogits, UnsupportedModel
 from logitcache.pipeline.head import OutputHead, check_head, hidden_states
 from logitcache.pipeline.samples import Sample
 from logitcache.pipeline.teacher import capture
-from logitcache.storage.records import check_record
+from logitcache.storage.records import check_positions, check_rows
 
 V = 211
 SIZES: dict[str, Any] = {
@@ -67,7 +67,8 @@ def test_record_equals_the_models_own_logits(family: str) -> None:
     model, batch, k = make_family(family), make_batch(), 16
     check_head(model)
     for sample, record in zip(batch, capture(model, batch, k), strict=True):
-        check_record(record, sample.token_ids, V, family)
+        check_positions(record, sample.token_ids, family)
+        check_rows(record, V, family)
         own = reference(model, sample)[record.positions]
         rows = np.arange(len(record))[:, None]
         np.testing.assert_allclose(record.label_logprobs, own[rows[:, 0], record.label_ids], atol=1e-5, rtol=0)
