@@ -1,6 +1,7 @@
-"""Write the golden caches of format version 1, which every later reader must read: tests/golden.
+"""Write the golden caches of format version 1, which every later reader must read: tests/golden, and tests/golden_draws
+with draws from the tail, of the feature `tail-samples`.
 
-    python scripts/make_golden.py [--replace] [folder]
+    python scripts/make_golden.py [--replace] [--draws] [folder]
 
 They are made once. Once the format is released they are never made again: a reader that cannot read them is wrong.
 expected.json holds the numbers that were given to the writer, so it does not depend on any decoder.
@@ -30,16 +31,16 @@ from logitcache.storage import (
     TokenizerIdentity,
 )
 
-VOCAB, TOP_K, NUM_GROUPS = 40, 5, 2
+VOCAB, TOP_K, NUM_GROUPS, NUM_DRAWS = 40, 5, 2, 6
 ABSENT = 2**32 - 1
 MIN_MASS = 0.75
 GROUPS = (np.arange(VOCAB) % NUM_GROUPS).astype(np.uint8)
 PRECISIONS = {"exact": 0.0, "fine": 1 / 64}
 CACHES = {f"{store}{'' if p == 'fine' else '-' + p}": (store, p) for p in PRECISIONS for store in ("zarr", "arrow")}
 
-README = """# Golden caches of format version 1
+README = """# Golden caches of format version 1{title}
 
-Written once by `python scripts/make_golden.py` with
+Written once by `python scripts/make_golden.py{option}` with
 {versions}.
 They are never written again for version 1, since caches of users cannot be either: what `tests/test_golden.py` finds
 wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes their bytes; other versions of the codecs
@@ -50,9 +51,12 @@ two shards, a sample captured in both, rows with fewer than K alternatives or no
 `expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
 `CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
 """
+OF_DRAWS = """Each row has six draws from its tail, with replacement (feature `tail-samples`), or none where it has no
+tail. In `expected.json` a draw is a pair of id and log-probability, too.
+"""
 
 
-def make_manifest(store: str, precision: str) -> Manifest:
+def make_manifest(store: str, precision: str, num_draws: int) -> Manifest:
     return Manifest(
         store=store,
         model=ModelIdentity("0123456789abcdef" * 2, "fedcba9876543210" * 2, VOCAB, "bfloat16", "sdpa"),
@@ -65,10 +69,11 @@ def make_manifest(store: str, precision: str) -> Manifest:
             max_error=PRECISIONS[precision],
             num_tail_groups=NUM_GROUPS,
             tail_partition=hashlib.blake2b(GROUPS.tobytes(), digest_size=16).hexdigest(),
+            num_tail_samples=num_draws,
         ),
         model_name="golden/modèle",
         created_with={"logitcache": "golden"},
-        reader_features=("tail-groups",),
+        reader_features=("tail-groups", "tail-samples") if num_draws else ("tail-groups",),
     )
 
 
@@ -84,9 +89,10 @@ def make_logits(rng: np.random.Generator, token_ids: NDArray[np.uint32]) -> NDAr
 
 
 def make_sample(
-    token_ids: NDArray[np.uint32], logits: NDArray[np.float64], positions: list[int], cut: int
+    token_ids: NDArray[np.uint32], logits: NDArray[np.float64], positions: list[int], cut: int, num_draws: int
 ) -> CachedSample:
     """The records of these positions: the fewest alternatives that hold MIN_MASS of 1 - p(label), K at most."""
+    tails = []
     at = np.array(positions, dtype=np.int32)
     labels = token_ids[at + 1]
     n = len(at)
@@ -108,6 +114,7 @@ def make_sample(
         kept = kept[rest[kept] > 0]
         alternatives[row, : len(kept)] = kept
         rest[kept] = 0.0
+        tails.append(rest)
         groups = np.array([rest[g == GROUPS].sum() for g in range(NUM_GROUPS)])
         with np.errstate(divide="ignore"):
             record["label_logprobs"][row] = np.log(p[label])
@@ -115,22 +122,37 @@ def make_sample(
             record["tail_logprobs"][row] = np.log(rest.sum())
             record["tail_group_logprobs"][row] = np.log(groups)
     columns: dict[str, Any] = {name: values.astype(np.float32) for name, values in record.items()}
+    if num_draws:
+        columns |= make_draws(np.stack(tails), at, num_draws)
     return CachedSample(token_ids, BaseLogprobs(at, labels, alternative_ids=alternatives, **columns), cut)
 
 
-def make_shards() -> list[list[CachedSample]]:
+def make_draws(tails: NDArray[np.float64], positions: NDArray[np.int32], num_draws: int) -> dict[str, Any]:
+    """Draws from these masses [n, V], the same ones for the same tail, most probable first, then ascending."""
+    ids = np.full((len(tails), num_draws), ABSENT, dtype=np.uint32)
+    logprobs = np.full(ids.shape, -np.inf, dtype=np.float32)
+    for row in np.flatnonzero(tails.any(axis=1)):
+        rng = np.random.default_rng((int(positions[row]), int(tails[row].view(np.uint64).sum())))
+        drawn = rng.choice(VOCAB, size=num_draws, p=tails[row] / tails[row].sum())
+        found = np.log(tails[row, drawn]).astype(np.float32)
+        order = np.lexsort((drawn, -found))
+        ids[row], logprobs[row] = drawn[order], found[order]
+    return {"tail_sample_ids": ids, "tail_sample_logprobs": logprobs}
+
+
+def make_shards(num_draws: int) -> list[list[CachedSample]]:
     rng = np.random.default_rng(20240229)
     tokens = [rng.integers(0, VOCAB, size=n, dtype=np.uint32) for n in (24, 18, 2, 30)]
     logits = [make_logits(rng, t) for t in tokens]
     return [
         [
-            make_sample(tokens[0], logits[0], list(range(0, 12)), 0),
-            make_sample(tokens[1], logits[1], list(range(3, 17)), 7),
+            make_sample(tokens[0], logits[0], list(range(0, 12)), 0, num_draws),
+            make_sample(tokens[1], logits[1], list(range(3, 17)), 7, num_draws),
         ],
         [
-            make_sample(tokens[2], logits[2], [0], 0),
-            make_sample(tokens[0], logits[0], list(range(8, 23, 2)), 0),
-            make_sample(tokens[3], logits[3], [1, 2, 4, 9, 13, 19, 20, 27, 28], 0),
+            make_sample(tokens[2], logits[2], [0], 0, num_draws),
+            make_sample(tokens[0], logits[0], list(range(8, 23, 2)), 0, num_draws),
+            make_sample(tokens[3], logits[3], [1, 2, 4, 9, 13, 19, 20, 27, 28], 0, num_draws),
         ],
     ]
 
@@ -143,35 +165,44 @@ def plain(sample: CachedSample) -> dict[str, Any]:
     """What is given to the writer, as plain numbers."""
     record = sample.logprobs
     assert record.tail_group_logprobs is not None
-    return {
+    rows = {
         "token_ids": sample.token_ids.tolist(),
         "num_tokens_cut": sample.num_tokens_cut,
         "positions": record.positions.tolist(),
         "label_logprobs": numbers(record.label_logprobs),
-        "alternatives": [
-            [[int(i), float(x)] for i, x in zip(ids, logprobs, strict=True) if i != ABSENT]
-            for ids, logprobs in zip(record.alternative_ids, record.alternative_logprobs, strict=True)
-        ],
+        "alternatives": pairs(record.alternative_ids, record.alternative_logprobs),
         "tail_logprobs": numbers(record.tail_logprobs),
         "tail_group_logprobs": numbers(record.tail_group_logprobs),
     }
+    if record.tail_sample_ids is None or record.tail_sample_logprobs is None:
+        return rows
+    return rows | {"draws": pairs(record.tail_sample_ids, record.tail_sample_logprobs)}
+
+
+def pairs(ids: NDArray[np.uint32], logprobs: NDArray[np.float32]) -> list[list[list[Any]]]:
+    """Of each row, [id, log-probability] of what is not absent."""
+    return [
+        [[int(i), float(x)] for i, x in zip(*row, strict=True) if i != ABSENT]
+        for row in zip(ids, logprobs, strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path(__file__).resolve().parents[1] / "tests" / "golden"
-    )
+    parser.add_argument("folder", nargs="?", type=Path, help="tests/golden, or tests/golden_draws")
     parser.add_argument("--replace", action="store_true", help="only before the format is released")
+    parser.add_argument("--draws", action="store_true", help="with draws from the tail")
     arguments = parser.parse_args()
-    folder: Path = arguments.folder
+    name = "golden_draws" if arguments.draws else "golden"
+    folder: Path = arguments.folder or Path(__file__).resolve().parents[1] / "tests" / name
+    num_draws = NUM_DRAWS if arguments.draws else 0
     if (folder / "SHA256SUMS").exists() and not arguments.replace:
         parser.error(f"{folder} has golden caches, which are made once. See its README.md.")
     folder.mkdir(parents=True, exist_ok=True)
-    shards = make_shards()
+    shards = make_shards(num_draws)
     for name, (store, precision) in CACHES.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        with CacheWriter(folder / name, make_manifest(store, precision), GROUPS) as writer:
+        with CacheWriter(folder / name, make_manifest(store, precision, num_draws), GROUPS) as writer:
             for shard in shards:
                 writer.commit(shard)
             writer.finalize()
@@ -186,7 +217,9 @@ def main() -> None:
     (folder / ".gitattributes").write_text("* -text\n", encoding="utf-8")
     packages = ("numpy", "zarr", "numcodecs", "pcodec", "pyarrow")
     versions = f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
-    (folder / "README.md").write_text(README.format(versions=versions), encoding="utf-8")
+    title, option = (", with draws from the tail", " --draws") if num_draws else ("", "")
+    text = README.format(versions=versions, title=title, option=option) + (OF_DRAWS if num_draws else "")
+    (folder / "README.md").write_text(text, encoding="utf-8")
     files = [folder / "expected.json", *(p for name in CACHES for p in (folder / name).rglob("*") if p.is_file())]
     sums = sorted((p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files)
     (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums), encoding="utf-8")

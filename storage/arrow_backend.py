@@ -1,8 +1,9 @@
 """Shards as two Arrow IPC files: samples.arrow, one row a sample, and logprobs.arrow, one row a position.
 
-Plain `pyarrow.ipc.open_file` reads both. Columns of K or G integers are stored as two, their low and their high bytes,
-which zstd packs a quarter better and unpacks twice as fast as whole integers (docs/log.md). Arrow has no checksums of
-its own: the commit keeps a crc32c of each record batch, compared at every read, and the batches' header is never read.
+Plain `pyarrow.ipc.open_file` reads both. Columns of K, G or M integers are stored as two, their low and their high
+bytes, which zstd packs a quarter better and unpacks twice as fast as whole integers (docs/log.md). Arrow has no
+checksums of its own: the commit keeps a crc32c of each record batch, compared at every read, and the batches' header is
+never read.
 """
 
 from collections.abc import Iterator, Sequence

@@ -20,12 +20,12 @@ from .identity import CaptureSettings, digest
 from .manifest import Block, ShardCommit
 
 ROWS_PER_BLOCK, ENTRIES_PER_BLOCK = 256, 2**20
-"""Positions in one compressed block, which is what is read at least; fewer where K is in the thousands."""
+"""Positions in one compressed block, which is what is read at least; fewer where K + M is in the thousands."""
 
 
 def rows_per_block(capture: CaptureSettings) -> int:
     """Positions in one block of a cache with these settings."""
-    return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // capture.top_k))
+    return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // (capture.top_k + capture.num_tail_samples)))
 
 
 T = TypeVar("T")

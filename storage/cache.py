@@ -21,7 +21,7 @@ from .files import Files, open_files
 from .identity import digest, sample_id
 from .index import SampleIndex, npy_header
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
-from .records import BaseLogprobs, CachedSample, unite
+from .records import BaseLogprobs, CachedSample, narrow, unite
 from .shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard, StoredSample, checked_record
 
 MAX_OPEN_SHARDS = 4096
@@ -43,6 +43,7 @@ class LogitCache:
         self._files, self._contents, self._index = files, contents, index
         self._open: dict[int, OpenShard] = {}
         self._sorted: list[tuple[bytes, int]] | None = None
+        self._token_groups: NDArray[np.uint8] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "LogitCache":
@@ -63,7 +64,7 @@ class LogitCache:
                 contents = newer
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_sorted": None}
+        return self.__dict__ | {"_open": {}, "_sorted": None, "_token_groups": None}
 
     def __len__(self) -> int:
         """Number of different samples."""
@@ -124,20 +125,30 @@ class LogitCache:
                     number, StoredSample(table.token_ids[place.tokens], table.positions[place.positions])
                 )
 
-    def lookup(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer] | None = None) -> BaseLogprobs:
+    def lookup(
+        self,
+        token_ids: NDArray[np.integer],
+        positions: NDArray[np.integer] | None = None,
+        top_k: int | None = None,
+    ) -> BaseLogprobs:
         """The record of a sample, found by its tokens.
 
         token_ids: [n] of a cached sample, or, where there is none of just these, of a causal prefix of cached samples
         (the base's predictions at positions that all have are the same). positions: which ones, in ascending order; by
-        default every captured position whose label is inside token_ids. Raises `SampleNotCached`,
-        `PositionNotCaptured`, `CorruptCache`.
+        default every captured position whose label is inside token_ids. top_k: alternatives a row, 1 to K, by default
+        K; the others are in the tail, and in its groups, as in a capture of so many. Raises `SampleNotCached`,
+        `PositionNotCaptured`, `CorruptCache`; ValueError for a top_k above K, or below where the cache has draws.
         """
-        return self.lookup_batch([token_ids], None if positions is None else [positions])[0]
+        return self.lookup_batch([token_ids], None if positions is None else [positions], top_k)[0]
 
     def lookup_batch(
-        self, token_ids: Sequence[NDArray[np.integer]], positions: Sequence[NDArray[np.integer]] | None = None
+        self,
+        token_ids: Sequence[NDArray[np.integer]],
+        positions: Sequence[NDArray[np.integer]] | None = None,
+        top_k: int | None = None,
     ) -> list[BaseLogprobs]:
         """`lookup` of several samples, which costs less than one after the other."""
+        groups = None if top_k is None else self._groups_to_narrow(top_k)
         asked = [_as_tokens(tokens) for tokens in token_ids]
         captures = [self._find(tokens) for tokens in asked]
         numbers = sorted({number for capture in captures for number in capture})
@@ -149,8 +160,27 @@ class LogitCache:
                 self._compare(tokens, stored[number], number)
             record = unite([records[number] for number in capture])
             wanted = None if positions is None else np.asarray(positions[i])
-            found.append(self._select(record, wanted, tokens))
+            selected = self._select(record, wanted, tokens)
+            found.append(selected if top_k is None else narrow(selected, top_k, groups))
         return found
+
+    def _groups_to_narrow(self, top_k: int) -> NDArray[np.uint8] | None:
+        """What narrowing needs beside records. Raises ValueError where they cannot be narrowed to this width."""
+        capture = self.manifest.capture
+        if not 1 <= top_k <= capture.top_k:
+            raise ValueError(
+                f"looking up {top_k} alternatives in {self.path}: expected 1 to {capture.top_k}, all that it holds. "
+                "What was not captured cannot be had. Ask for fewer, or precompute with a larger --top-k."
+            )
+        if top_k < capture.top_k and capture.num_tail_samples:
+            raise ValueError(
+                f"looking up {top_k} of {capture.top_k} alternatives in {self.path}: expected a cache without draws "
+                f"from the tail, found {capture.num_tail_samples}. They are of the tail without all its alternatives. "
+                "Look up all of them, or precompute without draws."
+            )
+        if self._token_groups is None and top_k < capture.top_k:
+            self._token_groups = self.token_groups()
+        return self._token_groups
 
     def require(self, token_ids: NDArray[np.integer], positions: NDArray[np.integer]) -> None:
         """Raise what `lookup` would raise for a sample that is not there, without reading any record."""
@@ -327,6 +357,15 @@ def read_contents(files: Files) -> Contents:
     if digest(read_bytes(files, MANIFEST)) != contents.manifest:
         raise corrupt(f"{files.root}/{MANIFEST}", "it is not the manifest that this cache was finished with")
     return contents
+
+
+def stored_token_groups(path: str | Path) -> NDArray[np.uint8] | None:
+    """uint8 [V], the partition that a cache at this path was begun with, finished or not; None where there is none."""
+    files = open_files(path)
+    if not files.exists(MANIFEST):
+        return None
+    manifest = read_manifest(files)
+    return read_token_groups(files, manifest) if manifest.capture.num_tail_groups else None
 
 
 def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 Owns the column names, dtypes, shapes and steps, which docs/format.md specifies. Must not know in which files the
 columns are. Trade-offs: label ids are not stored, since the sample's tokens determine them; alternatives stay in their
 order, so that a row's log-probabilities are small steps down, which compress better than the values (docs/log.md).
-Shapes: P positions, K alternatives, G tail groups, S samples.
+Shapes: P positions, K alternatives, G tail groups, M draws, S samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ from .records import MASS_TOLERANCE, NO_TOKEN, BaseLogprobs, CachedSample
 Columns = dict[str, NDArray[Any]]
 
 NO_DROP = 2**16 - 1
-"""Fills `alternative_drops` where an alternative is absent. In columns of steps the largest number means -inf."""
+"""Fills drops where an alternative or a draw is absent. In columns of steps the largest number means -inf."""
 
 
 @dataclass(frozen=True)
 class Precision:
     """Steps a nat of quantised log-probabilities; the maximum error is half a step. None: stored as float32.
 
-    alternatives: of the kept log-probabilities; scalars: of the label's and the tail's; groups: of the tail groups'
-    shares of the tail.
+    alternatives: of the kept log-probabilities, and of the draws'; scalars: of the label's and the tail's; groups: of
+    the tail groups' shares of the tail.
     """
 
     alternatives: int
@@ -37,7 +37,7 @@ class Precision:
 
     @property
     def max_error(self) -> float:
-        """Of an alternative's log-probability, in nats; the label's and the tail's are smaller."""
+        """Of an alternative's or a draw's log-probability, in nats; the label's and the tail's are smaller."""
         return 0.5 / self.alternatives
 
     @property
@@ -69,16 +69,18 @@ class Column:
 
 def columns_of(capture: CaptureSettings) -> tuple[Column, ...]:
     """The columns that a cache with these settings stores a position in."""
-    k, g = capture.top_k, capture.num_tail_groups
+    k, g, m = capture.top_k, capture.num_tail_groups, capture.num_tail_samples
     if capture.precision == "exact":
         columns = [Column("label_logprobs", "<f4"), Column("alternative_ids", "<u4", k)]
         columns += [Column("alternative_logprobs", "<f4", k), Column("tail_logprobs", "<f4")]
-        groups = Column("tail_group_logprobs", "<f4", g)
+        groups, draws = Column("tail_group_logprobs", "<f4", g), Column("tail_sample_logprobs", "<f4", m)
     else:
         columns = [Column("label_steps", "<u4"), Column("alternative_ids", "<u4", k)]
         columns += [Column("alternative_drops", "<u2", k), Column("tail_steps", "<u4")]
-        groups = Column("tail_group_steps", "<u2", g)
-    return (*columns, groups) if g else tuple(columns)
+        groups, draws = Column("tail_group_steps", "<u2", g), Column("tail_sample_drops", "<u2", m)
+    columns += [groups] if g else []
+    columns += [Column("tail_sample_ids", "<u4", m), draws] if m else []
+    return tuple(columns)
 
 
 def mass_tolerance(capture: CaptureSettings) -> float:
@@ -107,12 +109,15 @@ def decode(
 ) -> BaseLogprobs:
     """The rows these columns hold. positions int32 [P], label_ids uint32 [P]: what is stored elsewhere."""
     precision = PRECISIONS[capture.precision]
-    ids: NDArray[np.uint32] = columns["alternative_ids"].astype(np.uint32, copy=False)
     groups: NDArray[np.float32] | None = None
+    drawn: tuple[NDArray[np.uint32], NDArray[np.float32]] | tuple[None, None] = (None, None)
     if precision is None:
         label, kept, tail = (columns[f"{name}_logprobs"] for name in ("label", "alternative", "tail"))
         groups = columns["tail_group_logprobs"] if capture.num_tail_groups else None
-        absent = kept == -np.inf if np.any(kept[:, -1:] == -np.inf) else None
+        absent = _absent(kept)
+        if capture.num_tail_samples:
+            draws = columns["tail_sample_logprobs"]
+            drawn = _present(columns["tail_sample_ids"], _absent(draws)), draws
     else:
         label = _logprobs(columns["label_steps"], precision.scalars)
         tail = _logprobs(columns["tail_steps"], precision.scalars)
@@ -120,34 +125,49 @@ def decode(
         if capture.num_tail_groups:
             groups = _logprobs(columns["tail_group_steps"], precision.groups)  # shares of the tail
             groups += np.where(tail > -np.inf, tail, 0)[:, None]
-    if absent is not None:
-        ids = np.where(absent, np.uint32(NO_TOKEN), ids)
-    return BaseLogprobs(positions, label_ids, label, ids, kept, tail, groups)
+        if capture.num_tail_samples:
+            draws, nothing = _from_drops(columns["tail_sample_drops"], precision.alternatives)
+            drawn = _present(columns["tail_sample_ids"], nothing), draws
+    ids = _present(columns["alternative_ids"], absent)
+    return BaseLogprobs(positions, label_ids, label, ids, kept, tail, groups, *drawn)
 
 
 def _exact(record: BaseLogprobs) -> Columns:
     columns = {name: column for name, column in record.columns().items() if name not in ("positions", "label_ids")}
-    return columns | {"alternative_ids": _ids(record)}
+    return columns | {name: _ids(columns[name]) for name in ("alternative_ids", "tail_sample_ids") if name in columns}
 
 
 def _quantised(record: BaseLogprobs, precision: Precision) -> Columns:
     columns: Columns = {
         "label_steps": _steps(record.label_logprobs, precision.scalars, "<u4", "label"),
-        "alternative_ids": _ids(record),
-        "alternative_drops": _drops(record.alternative_logprobs, precision.alternatives),
+        "alternative_ids": _ids(record.alternative_ids),
+        "alternative_drops": _drops(record.alternative_logprobs, precision.alternatives, "alternative"),
         "tail_steps": _steps(record.tail_logprobs, precision.scalars, "<u4", "tail"),
     }
     if record.tail_group_logprobs is not None:
         tail = np.where(record.tail_logprobs > -np.inf, record.tail_logprobs, 0)
         shares = record.tail_group_logprobs - tail[:, None]
         columns["tail_group_steps"] = _steps(shares, precision.groups, "<u2", "tail_group")
+    if record.tail_sample_ids is not None and record.tail_sample_logprobs is not None:
+        columns["tail_sample_ids"] = _ids(record.tail_sample_ids)
+        columns["tail_sample_drops"] = _drops(record.tail_sample_logprobs, precision.alternatives, "tail_sample")
     return columns
 
 
-def _ids(record: BaseLogprobs) -> NDArray[np.uint32]:
+def _ids(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Ids, 0 where absent: what says so is the log-probability."""
-    ids = record.alternative_ids
     return np.where(ids == NO_TOKEN, np.uint32(0), ids) if np.any(ids == NO_TOKEN) else ids
+
+
+def _present(stored: NDArray[Any], absent: NDArray[np.bool_] | None) -> NDArray[np.uint32]:
+    """What `_ids` was given. absent: None where nothing is."""
+    ids: NDArray[np.uint32] = stored.astype(np.uint32, copy=False)
+    return ids if absent is None else np.where(absent, np.uint32(NO_TOKEN), ids)
+
+
+def _absent(logprobs: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """Which are absent: they stand at the end of a row, so its last entry tells."""
+    return logprobs == -np.inf if np.any(logprobs[:, -1:] == -np.inf) else None
 
 
 def _steps(logprobs: NDArray[np.float32], steps: int, dtype: str, name: str) -> NDArray[Any]:
@@ -169,8 +189,8 @@ def _logprobs(stored: NDArray[Any], steps: int) -> NDArray[np.float32]:
     return values
 
 
-def _drops(logprobs: NDArray[np.float32], steps: int) -> NDArray[np.uint16]:
-    """Whole steps from the alternative before, of the first one from 0; rows are in descending order."""
+def _drops(logprobs: NDArray[np.float32], steps: int, name: str) -> NDArray[np.uint16]:
+    """Whole steps from the entry before, of the first one from 0; rows are in descending order."""
     rounded = logprobs * np.float32(-steps)
     np.rint(rounded, out=rounded)
     absent = np.isinf(rounded) if np.any(logprobs[:, -1:] == -np.inf) else None
@@ -183,8 +203,8 @@ def _drops(logprobs: NDArray[np.float32], steps: int) -> NDArray[np.uint16]:
         drops[absent] = 0
     if drops.max(initial=0) >= NO_DROP:
         raise InvalidRecord(
-            f"alternative_logprobs: a step down of {drops.max() / steps:.0f} nats is out of the range of this "
-            "precision. Use --precision exact."
+            f"{name}_logprobs: a step down of {drops.max() / steps:.0f} nats is out of the range of this precision. "
+            "Use --precision exact."
         )
     if absent is not None:
         drops[absent] = NO_DROP
@@ -208,10 +228,12 @@ def _check_promise(record: BaseLogprobs, decoded: BaseLogprobs, precision: Preci
         "alternative_logprobs": precision.max_error,
         "tail_logprobs": 0.5 / precision.scalars,
         "tail_group_logprobs": precision.max_group_error,
+        "tail_sample_logprobs": precision.max_error,
     }
     given, found = record.columns(), decoded.columns()
-    if given.keys() != found.keys() or not np.array_equal(record.alternative_ids, decoded.alternative_ids):
-        raise InvalidRecord("encoding: the alternatives do not come back as they were given.")
+    names = given.keys() - bounds.keys()  # of integers
+    if given.keys() != found.keys() or not all(np.array_equal(given[name], found[name]) for name in names):
+        raise InvalidRecord("encoding: the alternatives or the draws do not come back as they were given.")
     for name in bounds.keys() & given.keys():
         with np.errstate(invalid="ignore"):
             off = np.abs(given[name] - found[name])

@@ -64,7 +64,8 @@ class CaptureSettings:
     top_k: K, alternatives at most; max_length: samples are cut at this many tokens; min_mass: a row keeps the fewest
     alternatives that hold this share of the non-target mass (1: always K); precision: exact, fine or compact;
     max_error: of an alternative's log-probability against what the base said, in nats; num_tail_groups: G, parts the
-    tail is split into (0: not split); tail_partition: `digest` of the group of each token, "" without groups.
+    tail is split into (0: not split); tail_partition: `digest` of the group of each token, "" without groups;
+    num_tail_samples: M, draws from the tail that a row keeps (0: none).
     """
 
     top_k: int
@@ -74,6 +75,7 @@ class CaptureSettings:
     max_error: float = 0.0
     num_tail_groups: int = 0
     tail_partition: str = ""
+    num_tail_samples: int = 0
 
 
 def weights_fingerprint(folder: Path) -> str:

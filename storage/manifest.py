@@ -18,15 +18,20 @@ from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest,
 
 FORMAT_VERSION = 1
 TAIL_GROUPS = "tail-groups"
-READER_FEATURES = frozenset({TAIL_GROUPS})
+TAIL_SAMPLES = "tail-samples"
+READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_JSON_BYTES = 16 * 2**20
 MAX_VOCAB_SIZE = 2**24 - 1
 MAX_TOP_K = 2**18
 MAX_TAIL_GROUPS = 256
+MAX_TAIL_SAMPLES = 4096
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
+
+_LATER_FIELDS: dict[type, dict[str, Any]] = {CaptureSettings: {"num_tail_samples": 0}}
+"""Fields that came with a feature, and what they are without it: then they are not in the JSON."""
 
 _UNIT = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -189,7 +194,9 @@ def _envelope(body: Any) -> bytes:
 def _plain(value: Any) -> Any:
     """Dataclasses as dicts, all the way down; `dataclasses.asdict` copies every number of every block."""
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        later = _LATER_FIELDS.get(type(value), {})
+        plain = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {name: _plain(v) for name, v in plain.items() if name not in later or v != later[name]}
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, tuple) and value and not isinstance(value[0], int):
@@ -220,11 +227,16 @@ def _check_version(body: dict[str, Any], where: str) -> None:
 
 def _build(cls: type[T], body: Any) -> T:
     """A dataclass from plain JSON, exactly its fields, each of the type it declares."""
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(body, dict) or body.keys() != names:
+    later = _LATER_FIELDS.get(cls, {})
+    kinds = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(body, dict) or not kinds.keys() - later.keys() <= body.keys() <= kinds.keys():
         found = sorted(body) if isinstance(body, dict) else type(body).__name__
-        raise ValueError(f"expected the fields {sorted(names)}, found {found}")
-    return cls(**{f.name: _convert(f.type, body[f.name], f.name) for f in fields(cls)})  # type: ignore[arg-type]
+        raise ValueError(f"expected the fields {sorted(kinds)}, found {found}")
+    value = cls(**{name: _convert(kinds[name], found, name) for name, found in body.items()})
+    for name in body.keys() & later.keys():
+        if getattr(value, name) == later[name]:
+            raise ValueError(f"{name}: expected no such field, or another value than {later[name]}")
+    return value
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
@@ -247,6 +259,12 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
+def features_of(capture: CaptureSettings) -> tuple[str, ...]:
+    """The reader features of a cache with these settings."""
+    held = {TAIL_GROUPS: capture.num_tail_groups, TAIL_SAMPLES: capture.num_tail_samples}
+    return tuple(name for name, count in held.items() if count)
+
+
 def _check_bounds(value: object) -> None:
     if isinstance(value, Manifest):
         if value.store not in STORES:
@@ -256,6 +274,8 @@ def _check_bounds(value: object) -> None:
         _check_capture(value.capture, value.model.vocab_size)
         if (value.capture.num_tail_groups > 0) != (TAIL_GROUPS in value.reader_features):
             raise ValueError(f"reader_features: expected {TAIL_GROUPS!r} exactly where there are tail groups")
+        if (value.capture.num_tail_samples > 0) != (TAIL_SAMPLES in value.reader_features):
+            raise ValueError(f"reader_features: expected {TAIL_SAMPLES!r} exactly where there are draws from the tail")
     if isinstance(value, ShardCommit):
         _check_commit(value)
     if isinstance(value, Contents):
@@ -285,6 +305,11 @@ def _check_capture(capture: CaptureSettings, vocab_size: int) -> None:
         raise ValueError(f"capture.num_tail_groups: expected 0, or 2 to 256, found {capture.num_tail_groups}")
     if bool(capture.tail_partition) != (capture.num_tail_groups > 0):
         raise ValueError("capture.tail_partition: expected exactly where there are tail groups")
+    if not 0 <= capture.num_tail_samples <= MAX_TAIL_SAMPLES:
+        raise ValueError(
+            f"capture.num_tail_samples: expected 1 to {MAX_TAIL_SAMPLES}, or no such field, "
+            f"found {capture.num_tail_samples}"
+        )
 
 
 def _check_commit(commit: ShardCommit) -> None:

@@ -1,7 +1,7 @@
 """`BaseLogprobs`, the numpy record of one sample, and what must hold for it.
 
 Owns the invariants: label, alternatives and tail are a partition of the vocabulary. Numpy only.
-Shapes: P positions, K alternatives, G tail groups, V vocabulary. All logarithms are natural (nats).
+Shapes: P positions, K alternatives, G tail groups, M draws, V vocabulary. All logarithms are natural (nats).
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,10 @@ class BaseLogprobs:
     tail_logprobs:         float32 [P], log of the mass of everything else; -inf where there is nothing else
     tail_group_logprobs:   float32 [P, G], the tail's mass split over a fixed partition of the vocabulary into G groups;
                            their logsumexp is tail_logprobs. None where the cache has no groups
+    tail_sample_ids:       uint32 [P, M], draws with replacement from the base's distribution on the tail: a token that
+                           was drawn n times stands n times. Most probable first, then ascending, so that equal ones
+                           stand together; 2**32-1 in the whole row where the tail is -inf. None without draws
+    tail_sample_logprobs:  float32 [P, M], log p of those, same normaliser; -inf where the tail is. None without draws
     """
 
     positions: NDArray[np.int32]
@@ -43,6 +47,8 @@ class BaseLogprobs:
     alternative_logprobs: NDArray[np.float32]
     tail_logprobs: NDArray[np.float32]
     tail_group_logprobs: NDArray[np.float32] | None = None
+    tail_sample_ids: NDArray[np.uint32] | None = None
+    tail_sample_logprobs: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -56,6 +62,11 @@ class BaseLogprobs:
     def num_tail_groups(self) -> int:
         """G, 0 where the tail is not split."""
         return 0 if self.tail_group_logprobs is None else int(self.tail_group_logprobs.shape[1])
+
+    @property
+    def num_tail_samples(self) -> int:
+        """M, 0 where the tail was not drawn from."""
+        return 0 if self.tail_sample_ids is None else int(self.tail_sample_ids.shape[-1])
 
     def take(self, rows: NDArray[np.intp] | slice) -> "BaseLogprobs":
         """The record at these rows (not positions), in the order given."""
@@ -72,7 +83,7 @@ class BaseLogprobs:
 
     def kept_mass(self) -> NDArray[np.float64]:
         """Share of the non-target mass 1 - p(label) that the alternatives hold, [P]; 1 where there is none."""
-        masses, tail, _ = _masses(self, np.float32)
+        masses, tail = _masses(self, np.float32)
         kept = masses.sum(axis=1, dtype=np.float64)
         rest = kept + tail
         return np.where(rest > 0, kept / np.where(rest > 0, rest, 1), 1.0)
@@ -101,37 +112,92 @@ def unite(parts: Sequence[BaseLogprobs]) -> BaseLogprobs:
     return joined if len(parts) == 1 else joined.take(np.unique(joined.positions, return_index=True)[1])
 
 
-def keep_mass(record: BaseLogprobs, min_mass: float) -> BaseLogprobs:
+def keep_mass(record: BaseLogprobs, min_mass: float, token_groups: NDArray[np.uint8] | None = None) -> BaseLogprobs:
     """The record with the fewest alternatives that hold `min_mass` of the non-target mass 1 - p(label), row by row.
 
-    What is dropped moves into the tail. Where all alternatives together hold less, all are kept. min_mass: in (0, 1].
-    A record with tail groups is refused, since which group a dropped alternative belongs to is not known here.
+    What is dropped moves into the tail, and into its groups (see `narrow`). Where all alternatives together hold less,
+    all are kept. min_mass: in (0, 1].
     """
     if min_mass >= 1:
         return record
-    if record.tail_group_logprobs is not None:
-        raise ValueError("keep_mass: expected a record without tail groups")
-    mass, tail, top = _masses(record, np.float64)
+    mass, tail = _masses(record, np.float64)
     before = np.cumsum(mass, axis=1) - mass
     dropped = before >= min_mass * (mass.sum(axis=1) + tail)[:, None]
     dropped[:, :1] = False
+    return _into_tail(record, dropped, token_groups)
+
+
+def narrow(record: BaseLogprobs, top_k: int, token_groups: NDArray[np.uint8] | None = None) -> BaseLogprobs:
+    """The record as a capture of fewer alternatives would have made it, up to the errors of what is stored.
+
+    top_k: 1 to K. The least probable alternatives move into the tail, log(p(tail) + sum of p(dropped)), and each into
+    its tail group likewise. token_groups: uint8 [V], the tail group of each token; needed where the record has groups.
+    Raises ValueError, also for a record with draws: they are of the smaller tail, and none of the dropped alternatives.
+    """
+    if not 1 <= top_k <= record.num_alternatives:
+        raise ValueError(
+            f"narrowing a record to {top_k} alternatives: expected 1 to {record.num_alternatives}, which is all it "
+            "keeps. What was not captured cannot be had. Ask for fewer, or precompute with a larger --top-k."
+        )
+    if top_k == record.num_alternatives:
+        return record
+    dropped = np.broadcast_to(np.arange(record.num_alternatives) >= top_k, record.alternative_ids.shape)
+    moved = _into_tail(record, dropped, token_groups)
+    return replace(
+        moved,
+        alternative_ids=np.ascontiguousarray(moved.alternative_ids[:, :top_k]),
+        alternative_logprobs=np.ascontiguousarray(moved.alternative_logprobs[:, :top_k]),
+    )
+
+
+def _into_tail(
+    record: BaseLogprobs, dropped: NDArray[np.bool_], token_groups: NDArray[np.uint8] | None
+) -> BaseLogprobs:
+    """The record with these alternatives, bool [P, K], in its tail, and in its groups where it has some."""
+    if record.num_tail_samples:
+        raise ValueError(
+            f"dropping alternatives of a record with {record.num_tail_samples} draws: the draws are from the tail "
+            "without them. Drop the draws too, or draw from the larger tail."
+        )
+    logprobs = np.where(dropped, record.alternative_logprobs.astype(np.float64), -np.inf)
+    tail = record.tail_logprobs.astype(np.float64)
+    top = np.maximum(logprobs.max(axis=1, initial=-np.inf), tail)
+    top[top == -np.inf] = 0
     with np.errstate(divide="ignore"):
-        all_tail = (np.log(tail + np.where(dropped, mass, 0).sum(axis=1)) + top).astype(np.float32)
+        tail = np.log(np.exp(tail - top) + np.exp(logprobs - top[:, None]).sum(axis=1)) + top
     return replace(
         record,
         alternative_ids=np.where(dropped, np.uint32(NO_TOKEN), record.alternative_ids),
         alternative_logprobs=np.where(dropped, np.float32(-np.inf), record.alternative_logprobs),
-        tail_logprobs=np.where(dropped.any(axis=1), all_tail, record.tail_logprobs),
+        tail_logprobs=np.minimum(tail, 0).astype(np.float32),  # rounded masses may come to more than 1
+        tail_group_logprobs=_into_groups(record, logprobs, token_groups),
     )
 
 
-def _masses(record: BaseLogprobs, dtype: type) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
-    """exp of alternatives [P, K] and tail [P], both times exp(-top) [P], so that no row underflows as a whole."""
+def _into_groups(
+    record: BaseLogprobs, dropped_logprobs: NDArray[np.float64], token_groups: NDArray[np.uint8] | None
+) -> NDArray[np.float32] | None:
+    """The tail groups with what is dropped in them. dropped_logprobs: [P, K], -inf where an alternative stays."""
+    if record.tail_group_logprobs is None:
+        return None
+    if token_groups is None:
+        raise ValueError("dropping alternatives of a record with tail groups: expected token_groups, found None")
+    groups = record.tail_group_logprobs.astype(np.float64)
+    rows = np.arange(len(record))
+    for column in np.flatnonzero((dropped_logprobs > -np.inf).any(axis=0)):
+        moved = dropped_logprobs[:, column]
+        into = rows, token_groups[np.where(moved > -np.inf, record.alternative_ids[:, column], 0)]
+        groups[into] = np.logaddexp(groups[into], moved)
+    return np.minimum(groups, 0).astype(np.float32)
+
+
+def _masses(record: BaseLogprobs, dtype: type) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """exp of alternatives [P, K] and tail [P], both times a factor a row, so that no row underflows as a whole."""
     kept: NDArray[Any] = record.alternative_logprobs.astype(dtype, copy=False)
     tail = record.tail_logprobs
     top = np.maximum(kept.max(axis=1, initial=-np.inf), tail)
     top = np.where(top > -np.inf, top, 0)
-    return np.exp(kept - top[:, None].astype(dtype)), np.exp(tail.astype(np.float64) - top), top.astype(np.float64)
+    return np.exp(kept - top[:, None].astype(dtype)), np.exp(tail.astype(np.float64) - top)
 
 
 def check_positions(record: BaseLogprobs, token_ids: NDArray[np.uint32], where: str) -> None:
@@ -149,19 +215,30 @@ def check_positions(record: BaseLogprobs, token_ids: NDArray[np.uint32], where: 
 
 
 def check_rows(
-    record: BaseLogprobs, vocab_size: int, where: str, mass_tolerance: float = MASS_TOLERANCE, group_error: float = 0.0
+    record: BaseLogprobs,
+    vocab_size: int,
+    where: str,
+    mass_tolerance: float = MASS_TOLERANCE,
+    group_error: float = 0.0,
+    draw_error: float = 0.0,
 ) -> None:
     """Raise `InvalidRecord` unless every row is a distribution, whichever samples the rows are of.
 
     Checked: ids < V, unique in a row, never the label, absent exactly where the log-probability is -inf; rows in
     descending order; nothing NaN or positive; label + alternatives + tail masses sum to 1 within `mass_tolerance`; the
-    logsumexp of the tail groups is the tail's log-probability within group_error + mass_tolerance nats.
+    logsumexp of the tail groups is the tail's log-probability within group_error + mass_tolerance nats. Of draws: ids
+    < V, never the label nor an alternative, equal ones together and of one log-probability; descending, and none above
+    the tail's log-probability by more than draw_error + 1e-4 nats; absent exactly in rows where the tail is -inf.
     """
     _check_order(record, where)
     _check_ids(record, vocab_size, where)
     _check_masses(record, where, mass_tolerance)
     if record.tail_group_logprobs is not None:
         _check_groups(record, where, group_error + mass_tolerance)
+    if record.tail_sample_ids is not None and record.tail_sample_logprobs is not None:
+        draws = record.tail_sample_ids, record.tail_sample_logprobs
+        _check_draw_order(record, *draws, where, draw_error + MASS_TOLERANCE)
+        _check_draw_ids(record, *draws, vocab_size, where)
 
 
 def _check_shapes(record: BaseLogprobs, where: str) -> None:
@@ -176,6 +253,11 @@ def _check_shapes(record: BaseLogprobs, where: str) -> None:
     }
     if record.tail_group_logprobs is not None:
         expected["tail_group_logprobs"] = (np.float32, (rows, record.tail_group_logprobs.shape[-1]))
+    if (record.tail_sample_ids is None) != (record.tail_sample_logprobs is None):
+        raise InvalidRecord(f"tail_sample_ids and tail_sample_logprobs in {where}: expected both or none.")
+    if record.tail_sample_ids is not None:
+        draws = (rows, record.num_tail_samples)
+        expected |= {"tail_sample_ids": (np.uint32, draws), "tail_sample_logprobs": (np.float32, draws)}
     for name, (dtype, shape) in expected.items():
         array = getattr(record, name)
         if array.dtype != dtype or array.shape != shape:
@@ -237,4 +319,39 @@ def _check_groups(record: BaseLogprobs, where: str, tolerance: float) -> None:
         raise InvalidRecord(
             f"tail_group_logprobs in {where}, position {record.positions[row]}: their sum differs from the tail by "
             f"{off[row]:.4f} nats, expected at most {tolerance:g}."
+        )
+
+
+def _check_draw_order(
+    record: BaseLogprobs, ids: NDArray[np.uint32], logprobs: NDArray[np.float32], where: str, tolerance: float
+) -> None:
+    tail = record.tail_logprobs[:, None]
+    if not np.all(logprobs[:, :1] <= tail + np.float32(tolerance)):  # NaN fails
+        raise InvalidRecord(
+            f"tail_sample_logprobs in {where}: expected at most the tail's log-probability, and nothing NaN."
+        )
+    if not np.all(logprobs[:, 1:] <= logprobs[:, :-1]):
+        raise InvalidRecord(f"tail_sample_logprobs in {where}: expected most probable first, and nothing NaN.")
+    nothing = tail == -np.inf
+    if np.any((logprobs == -np.inf) != nothing) or np.any((ids == NO_TOKEN) != nothing):
+        raise InvalidRecord(f"draws in {where}: expected a whole row of them, absent exactly where there is no tail.")
+
+
+def _check_draw_ids(
+    record: BaseLogprobs, ids: NDArray[np.uint32], logprobs: NDArray[np.float32], vocab_size: int, where: str
+) -> None:
+    """Of rows in descending order. What is absent has NO_TOKEN."""
+    if np.any((ids >= vocab_size) & (ids != NO_TOKEN)):
+        raise InvalidRecord(f"tail_sample_ids in {where}: expected ids below {vocab_size}.")
+    if np.any(ids == record.label_ids[:, None]):
+        raise InvalidRecord(f"tail_sample_ids in {where}: the label stands among the draws from the tail.")
+    again = ids[:, 1:] == ids[:, :-1]
+    if np.any(again & (logprobs[:, 1:] != logprobs[:, :-1])):
+        raise InvalidRecord(f"tail_sample_logprobs in {where}: a token has two log-probabilities.")
+    once = ids.copy()
+    once[:, 1:][again] = NO_TOKEN
+    ordered = np.sort(np.concatenate([record.alternative_ids, once], axis=1), axis=1)
+    if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)):
+        raise InvalidRecord(
+            f"tail_sample_ids in {where}: an alternative of the row stands among the draws, or equal draws are apart."
         )

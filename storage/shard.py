@@ -91,8 +91,9 @@ def checked_record(columns: Columns, samples: Sequence[StoredSample], manifest: 
     record = decode(columns, positions, labels, capture)
     precision = PRECISIONS[capture.precision]
     group_error = precision.max_group_error + precision.max_error if precision else 0.0
+    draw_error = capture.max_error + 0.5 / precision.scalars if precision else 0.0
     try:
-        check_rows(record, manifest.model.vocab_size, where, mass_tolerance(capture), group_error)
+        check_rows(record, manifest.model.vocab_size, where, mass_tolerance(capture), group_error, draw_error)
     except InvalidRecord as error:
         raise corrupt(where, str(error)) from error
     return record

@@ -1,4 +1,4 @@
-"""What a cache is made of, for people: bytes by column, kept mass, how many alternatives a row keeps.
+"""What a cache is made of, for people: bytes by column, kept mass, alternatives and different draws of a row.
 
 Owns the sums; a large cache is sampled evenly over its shards. Must not decide anything.
 """
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import LogitCache
-from .records import BaseLogprobs
+from .records import NO_TOKEN, BaseLogprobs
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -19,7 +19,7 @@ class Statistics:
     """Of a cache, or of a sample of it.
 
     num_positions: rows that were read; is_sampled: not all of them. bytes_by_column: of all shards, by name, in
-    order. kept_mass, num_alternatives: one value a row read.
+    order. kept_mass, num_alternatives, num_distinct_draws (0 without draws): one value a row read.
     """
 
     num_positions: int
@@ -27,6 +27,7 @@ class Statistics:
     bytes_by_column: dict[str, int]
     kept_mass: NDArray[np.float64]
     num_alternatives: NDArray[np.int64]
+    num_distinct_draws: NDArray[np.int64]
 
     def kept_mass_percentiles(self) -> dict[int, float]:
         """Of the share of the non-target mass that a row keeps."""
@@ -35,6 +36,10 @@ class Statistics:
     def num_alternatives_percentiles(self) -> dict[int, float]:
         """Of the alternatives that a row keeps."""
         return self._percentiles(self.num_alternatives)
+
+    def num_distinct_draws_percentiles(self) -> dict[int, float]:
+        """Of the different tokens among a row's draws."""
+        return self._percentiles(self.num_distinct_draws)
 
     @staticmethod
     def _percentiles(values: NDArray[np.floating] | NDArray[np.integer]) -> dict[int, float]:
@@ -53,17 +58,23 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
     step = max(1, -(-cache.num_positions // max_positions))
     records = [_slim(cache.sample(i).logprobs) for i in range(0, len(cache), step)]
     if not records:
-        nothing = np.zeros(0)
-        return Statistics(0, False, columns, nothing, nothing.astype(np.int64))
-    kept = np.concatenate([mass for mass, _ in records])
+        nothing = np.zeros(0, dtype=np.int64)
+        return Statistics(0, False, columns, nothing.astype(np.float64), nothing, nothing)
+    kept, alternatives, draws = (np.concatenate(values) for values in zip(*records, strict=True))
     return Statistics(
         num_positions=len(kept),
         is_sampled=step > 1,
         bytes_by_column=columns,
         kept_mass=kept,
-        num_alternatives=np.concatenate([count for _, count in records]),
+        num_alternatives=alternatives,
+        num_distinct_draws=draws,
     )
 
 
-def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1)
+def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Kept mass, alternatives and different draws of each row."""
+    draws = np.zeros(len(record), dtype=np.int64)
+    if record.tail_sample_ids is not None:
+        ids = record.tail_sample_ids
+        draws = (ids[:, 1:] != ids[:, :-1]).sum(axis=1) + (ids[:, 0] != NO_TOKEN)
+    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1), draws

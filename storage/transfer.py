@@ -43,6 +43,10 @@ _PARQUET_SCHEMA = pa.schema(
         "tail_group_logprobs": pa.list_(_FLOATS),
     }
 )
+_PARQUET_DRAWS = (
+    pa.field("tail_sample_ids", pa.list_(_LISTS)),
+    pa.field("tail_sample_logprobs", pa.list_(_FLOATS)),
+)
 
 
 def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
@@ -138,20 +142,23 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
 
     Columns: sample_id, token_ids, num_tokens_cut, positions, label_ids, label_logprobs, alternative_ids and
     alternative_logprobs (lists of lists, without what is absent), tail_logprobs, tail_group_logprobs (empty lists where
-    the tail is not split). Raises FileExistsError where the file is there.
+    the tail is not split); where the cache has draws tail_sample_ids and tail_sample_logprobs (empty lists where there
+    is no tail). Raises FileExistsError where the file is there.
     """
     path = Path(file)
     cache = LogitCache.open(source)
     samples = cache.samples()
     num_rows, capture = 0, cache.manifest.capture
-    group_size = max(1, min(SAMPLES_A_ROW_GROUP, 2**30 // (capture.top_k * capture.max_length)))  # 32-bit offsets
+    widest = max(capture.top_k, capture.num_tail_groups, capture.num_tail_samples)
+    group_size = max(1, min(SAMPLES_A_ROW_GROUP, 2**30 // (widest * capture.max_length)))  # 32-bit offsets
+    schema = pa.schema([*_PARQUET_SCHEMA, *_PARQUET_DRAWS]) if capture.num_tail_samples else _PARQUET_SCHEMA
     if path.exists():
         raise FileExistsError(errno.EEXIST, "the file exists", str(path))
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
-        with pq.ParquetWriter(temporary, _PARQUET_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             while group := list(islice(samples, group_size)):
-                writer.write_batch(_parquet_rows(group))
+                writer.write_batch(_parquet_rows(group, schema))
                 num_rows += len(group)
         os.link(temporary, path)
     finally:
@@ -159,16 +166,19 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     return num_rows
 
 
-def _parquet_rows(samples: Sequence[CachedSample]) -> pa.RecordBatch:
+def _parquet_rows(samples: Sequence[CachedSample], schema: pa.Schema) -> pa.RecordBatch:
     record = concatenate([s.logprobs for s in samples])
     rows = [len(s.logprobs) for s in samples]
-    present = record.alternative_logprobs > -np.inf
-    counts = present.sum(axis=1)
     groups = record.tail_group_logprobs
     groups = np.zeros((len(record), 0), dtype=np.float32) if groups is None else groups
 
     def lists(values: NDArray[Any]) -> pa.ListArray:
         return _list_array(pa.array(values), rows)
+
+    def pairs(ids: NDArray[np.uint32], logprobs: NDArray[np.float32]) -> list[pa.ListArray]:
+        present = logprobs > -np.inf
+        counts = present.sum(axis=1)
+        return [_list_array(_list_array(pa.array(values[present]), counts), rows) for values in (ids, logprobs)]
 
     arrays = [
         pa.array([sample_id(s.token_ids).hex() for s in samples]),
@@ -177,12 +187,13 @@ def _parquet_rows(samples: Sequence[CachedSample]) -> pa.RecordBatch:
         lists(record.positions),
         lists(record.label_ids),
         lists(record.label_logprobs),
-        _list_array(_list_array(pa.array(record.alternative_ids[present]), counts), rows),
-        _list_array(_list_array(pa.array(record.alternative_logprobs[present]), counts), rows),
+        *pairs(record.alternative_ids, record.alternative_logprobs),
         lists(record.tail_logprobs),
         _list_array(_list_array(pa.array(groups.reshape(-1)), [groups.shape[1]] * len(record)), rows),
     ]
-    return pa.record_batch(arrays, schema=_PARQUET_SCHEMA)
+    if record.tail_sample_ids is not None and record.tail_sample_logprobs is not None:
+        arrays += pairs(record.tail_sample_ids, record.tail_sample_logprobs)
+    return pa.record_batch(arrays, schema=schema)
 
 
 def _list_array(values: Any, lengths: Sequence[int] | NDArray[np.intp]) -> pa.ListArray:

@@ -190,9 +190,10 @@ class CacheWriter:
         for number, sample in enumerate(samples):
             where, record = f"sample {sample_id(sample.token_ids).hex()}", sample.logprobs
             check_positions(record, sample.token_ids, where)
-            found = (record.num_alternatives, record.num_tail_groups)
-            if not len(record) or found != (capture.top_k, capture.num_tail_groups):
-                expected = f"{capture.top_k} alternatives and {capture.num_tail_groups} tail groups"
+            found = (record.num_alternatives, record.num_tail_groups, record.num_tail_samples)
+            if not len(record) or found != (capture.top_k, capture.num_tail_groups, capture.num_tail_samples):
+                expected = f"{capture.top_k} alternatives, {capture.num_tail_groups} tail groups and "
+                expected += f"{capture.num_tail_samples} draws"
                 raise InvalidRecord(f"{where}: expected one row or more of {expected}, found {len(record)} of {found}.")
             group.append(record)
             if sum(map(len, group)) >= ROWS_AT_ONCE or number == len(samples) - 1:

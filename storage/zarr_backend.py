@@ -38,8 +38,11 @@ TABLE_COLUMNS = (
     Column("positions", "<i4"),
 )
 _TABLE_BLOCK = 4096
-_LEVELS = {"alternative_ids": 4, "alternative_drops": 6, "alternative_logprobs": 4}
-_DELTA_ORDERS = {"alternative_logprobs": 1, "positions": 1}
+_LEVELS = {
+    **{"alternative_ids": 4, "alternative_drops": 6, "alternative_logprobs": 4},
+    **{"tail_sample_ids": 4, "tail_sample_drops": 6, "tail_sample_logprobs": 4},
+}
+_DELTA_ORDERS = {"alternative_logprobs": 1, "tail_sample_logprobs": 1, "positions": 1}
 _CRC_BYTES, _INDEX_ENTRY = 4, 16
 
 
@@ -166,6 +169,7 @@ def _attributes(column: Column, capture: CaptureSettings) -> dict[str, Any]:
         "label_steps": precision.scalars,
         "tail_steps": precision.scalars,
         "alternative_drops": precision.alternatives,
+        "tail_sample_drops": precision.alternatives,
         "tail_group_steps": precision.groups,
     }
     return {"steps_per_nat": steps[column.name]} if column.name in steps else {}

@@ -29,6 +29,15 @@ INDEX = np.dtype(
     [("sample_id", "<u8", 2), ("shard", "<u4"), ("num_tokens", "<u4"), ("num_positions", "<u4"), ("num_cut", "<u4")]
 )
 FILE = {"name": str, "size": int, "checksum": str}
+CAPTURE = {
+    "top_k": int,
+    "max_length": int,
+    "min_mass": float,
+    "precision": str,
+    "max_error": float,
+    "num_tail_groups": int,
+    "tail_partition": str,
+}
 MANIFEST = {
     "format_version": int,
     "reader_features": [str],
@@ -36,15 +45,7 @@ MANIFEST = {
     "store": str,
     "model": {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str},
     "tokenizer": ({"fingerprint": str, "chat_template": str}, None),
-    "capture": {
-        "top_k": int,
-        "max_length": int,
-        "min_mass": float,
-        "precision": str,
-        "max_error": float,
-        "num_tail_groups": int,
-        "tail_partition": str,
-    },
+    "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}),
     "model_name": str,
     "created_with": dict,
 }
@@ -120,10 +121,12 @@ def read_listed(folder: Path, listed: dict[str, Any]) -> bytes:
 def check_manifest(body: dict[str, Any]) -> None:
     capture, vocab = body["capture"], body["model"]["vocab_size"]
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
-    groups = capture["num_tail_groups"]
+    groups, features = capture["num_tail_groups"], body["reader_features"]
     require(body["format_version"] == 1, "another format version")
-    require(set(body["reader_features"]) <= {"tail-groups"}, "an unknown reader feature")
-    require(("tail-groups" in body["reader_features"]) == (groups > 0), "tail-groups without groups, or reversed")
+    require(set(features) <= {"tail-groups", "tail-samples"}, "an unknown reader feature")
+    require(("tail-groups" in features) == (groups > 0), "tail-groups without groups, or reversed")
+    require(("tail-samples" in features) == ("num_tail_samples" in capture), "tail-samples without draws, or reversed")
+    require(1 <= capture.get("num_tail_samples", 1) <= 4096, "num_tail_samples")
     require(body["store"] in ("zarr", "arrow"), "an unknown store")
     require(2 <= vocab < 2**24, "vocab_size")
     require(1 <= capture["top_k"] < vocab and capture["max_length"] >= 2, "top_k or max_length")
@@ -137,9 +140,16 @@ def check_manifest(body: dict[str, Any]) -> None:
 # Samples
 
 
+ROWS = (
+    *("label_logprobs", "alternative_ids", "alternative_logprobs", "tail_logprobs"),
+    *("tail_group_logprobs", "tail_sample_ids", "tail_sample_logprobs"),
+)
+"""What a sample has a row a position of; the last three are None where the cache has none."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Log-probabilities are float64, in nats; those of absent alternatives and of empty tails are -inf."""
+    """Log-probabilities are float64, in nats; those of what is absent and of empty tails are -inf."""
 
     token_ids: Array
     num_tokens_cut: int
@@ -149,18 +159,15 @@ class Sample:
     alternative_logprobs: Array  # [P, K]
     tail_logprobs: Array  # [P]
     tail_group_logprobs: Array | None  # [P, G]
+    tail_sample_ids: Array | None  # [P, M]
+    tail_sample_logprobs: Array | None  # [P, M]
 
     def joined(self, later: Sample) -> Sample:
         """The union of two captures; where they overlap this one counts."""
         positions, rows = np.unique(np.concatenate([self.positions, later.positions]), return_index=True)
-        joined = {
-            name: np.concatenate([getattr(self, name), getattr(later, name)])[rows]
-            for name in ("label_logprobs", "alternative_ids", "alternative_logprobs", "tail_logprobs")
-        }
-        groups = self.tail_group_logprobs
-        if groups is not None:
-            groups = np.concatenate([groups, later.tail_group_logprobs])[rows]
-        return Sample(self.token_ids, self.num_tokens_cut, positions, **joined, tail_group_logprobs=groups)
+        pairs = {name: (getattr(self, name), getattr(later, name)) for name in ROWS}
+        joined = {name: None if a is None else np.concatenate([a, b])[rows] for name, (a, b) in pairs.items()}
+        return Sample(self.token_ids, self.num_tokens_cut, positions, **joined)
 
 
 @dataclass(frozen=True)
@@ -258,7 +265,7 @@ def open_cache(folder: str | Path) -> Cache:
 def row_columns(capture: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and width of the columns with a row a position."""
     exact = capture["precision"] == "exact"
-    k, g = (capture["top_k"],), (capture["num_tail_groups"],)
+    k, g, m = (capture["top_k"],), (capture["num_tail_groups"],), (capture.get("num_tail_samples", 0),)
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
         "label_logprobs" if exact else "label_steps": ("float32" if exact else "uint32", ()),
         "alternative_ids": ("uint32", k),
@@ -267,6 +274,9 @@ def row_columns(capture: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
     }
     if g[0]:
         columns["tail_group_logprobs" if exact else "tail_group_steps"] = ("float32" if exact else "uint16", g)
+    if m[0]:
+        columns["tail_sample_ids"] = ("uint32", m)
+        columns["tail_sample_logprobs" if exact else "tail_sample_drops"] = ("float32" if exact else "uint16", m)
     return columns
 
 
@@ -274,22 +284,27 @@ def from_steps(steps: Array, steps_per_nat: int) -> Array:
     return np.where(steps == np.iinfo(steps.dtype).max, -np.inf, -steps.astype(np.float64) / steps_per_nat)
 
 
+def from_drops(drops: Array, steps_per_nat: int) -> Array:
+    logprobs = -np.cumsum(drops.astype(np.int64), axis=1) / steps_per_nat
+    return np.where(drops == ABSENT, -np.inf, logprobs)
+
+
 def decode_rows(columns: dict[str, Array], capture: dict[str, Any]) -> dict[str, Array | None]:
     """Columns as stored -> log-probabilities."""
-    ids, groups = columns["alternative_ids"], capture["num_tail_groups"] > 0
     if capture["precision"] == "exact":
-        names = ("label_logprobs", "alternative_logprobs", "tail_logprobs", "tail_group_logprobs")
-        rows = {name: columns[name].astype(np.float64) if name in columns else None for name in names}
-        return {**rows, "alternative_ids": ids}
-    drops = columns["alternative_drops"].astype(np.int64)
-    logprobs = -np.cumsum(drops, axis=1) / DROPS_PER_NAT[capture["precision"]]
+        rows = {name: columns.get(name) for name in ROWS}
+        return {n: a if a is None or n.endswith("ids") else a.astype(np.float64) for n, a in rows.items()}
+    drops_per_nat = DROPS_PER_NAT[capture["precision"]]
     tail = from_steps(columns["tail_steps"], 1024)
+    groups, draws = columns.get("tail_group_steps"), columns.get("tail_sample_drops")
     return {
         "label_logprobs": from_steps(columns["label_steps"], 1024),
-        "alternative_ids": ids,
-        "alternative_logprobs": np.where(drops == ABSENT, -np.inf, logprobs),
+        "alternative_ids": columns["alternative_ids"],
+        "alternative_logprobs": from_drops(columns["alternative_drops"], drops_per_nat),
         "tail_logprobs": tail,
-        "tail_group_logprobs": tail[:, None] + from_steps(columns["tail_group_steps"], 1) if groups else None,
+        "tail_group_logprobs": None if groups is None else tail[:, None] + from_steps(groups, 1),
+        "tail_sample_ids": columns.get("tail_sample_ids"),
+        "tail_sample_logprobs": None if draws is None else from_drops(draws, drops_per_nat),
     }
 
 
@@ -331,10 +346,32 @@ def check_rows(sample: Sample, capture: dict[str, Any], vocab: int) -> None:
         with np.errstate(invalid="ignore"):
             agree = np.where(np.isneginf(tail), np.isneginf(total), np.abs(total - tail) <= error)
         require(agree.all(), "the tail groups do not add up to the tail")
+    if sample.tail_sample_ids is not None:
+        check_draws(sample, labels, vocab, 1e-4 if exact else 1e-4 + 1 / 2048 + capture["max_error"])
+
+
+def check_draws(sample: Sample, labels: Array, vocab: int, error: float) -> None:
+    ids, draws, tail = sample.tail_sample_ids, sample.tail_sample_logprobs, sample.tail_logprobs
+    assert ids is not None and draws is not None
+    require(not np.isnan(draws).any(), "NaN among the draws")
+    require((np.isneginf(draws) == np.isneginf(tail)[:, None]).all(), "draws from nothing, or none from a tail")
+    require((draws[:, 1:] <= draws[:, :-1]).all(), "the draws ascend")
+    require((draws <= tail[:, None] + error).all(), "a draw is more probable than the tail")
+    for row in range(len(ids)):
+        if np.isneginf(tail[row]):
+            require((ids[row] == 0).all(), "an absent draw has an id")
+            continue
+        kept = set(sample.alternative_ids[row, np.isfinite(sample.alternative_logprobs[row])].tolist())
+        require(ids[row].max() < vocab, "a draw that the vocabulary does not have")
+        require(not set(ids[row].tolist()) & (kept | {int(labels[row])}), "a draw is the label or an alternative")
+        starts = np.flatnonzero(np.diff(ids[row].astype(np.int64), prepend=-1))
+        require(len(starts) == len(set(ids[row].tolist())), "equal draws do not stand together")
+        for run in np.split(draws[row], starts[1:]):
+            require((run == run[0]).all(), "a token has two log-probabilities")
 
 
 def rows_per_block(capture: dict[str, Any]) -> int:
-    return int(max(1, min(256, 2**20 // capture["top_k"])))
+    return int(max(1, min(256, 2**20 // (capture["top_k"] + capture.get("num_tail_samples", 0)))))
 
 
 # Stores: the bytes of a shard -> its columns

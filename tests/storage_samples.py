@@ -53,9 +53,10 @@ def make_manifest(
     precision: str = "exact",
     min_mass: float = 1.0,
     token_groups: NDArray[np.uint8] | None = None,
+    num_draws: int = 0,
 ) -> Manifest:
     """token_groups: uint8 [V], the tail group of each token; what its largest number says is how many there are."""
-    grouped = token_groups is not None
+    features = {"tail-groups": token_groups is not None, "tail-samples": num_draws > 0}
     return Manifest(
         store=store,
         model=ModelIdentity("w" * 32, "c" * 32, vocab_size, "bfloat16", "sdpa"),
@@ -68,10 +69,11 @@ def make_manifest(
             max_error=MAX_ERRORS[precision],
             num_tail_groups=0 if token_groups is None else int(token_groups.max()) + 1,
             tail_partition="" if token_groups is None else blake(token_groups.tobytes()),
+            num_tail_samples=num_draws,
         ),
         model_name="tests/model",
         created_with={"logitcache": "0"},
-        reader_features=("tail-groups",) if grouped else (),
+        reader_features=tuple(name for name, is_there in features.items() if is_there),
     )
 
 
@@ -89,6 +91,7 @@ def make_record(
     vocab_size: int,
     top_k: int,
     token_groups: NDArray[np.uint8] | None = None,
+    num_draws: int = 0,
 ) -> BaseLogprobs:
     """A record of these positions. Some rows are peaked, some keep fewer than K; with k = V - 1 a full row's tail
     is -inf."""
@@ -111,6 +114,7 @@ def make_record(
                 np.where(token_groups[order] == g, left, 0).sum(axis=1) for g in range(int(token_groups.max()) + 1)
             ]
             groups = np.log(np.stack(parts, axis=1)).astype(np.float32)
+        draws = make_draws(rng, order, np.where(kept, -np.inf, ranked), num_draws) if num_draws else (None, None)
         ids = np.where(kept, order, NO_TOKEN)[:, :top_k]
         return BaseLogprobs(
             positions=positions,
@@ -120,7 +124,24 @@ def make_record(
             alternative_logprobs=np.where(kept, ranked, -np.inf)[:, :top_k].astype(np.float32),
             tail_logprobs=np.log(left.sum(axis=1)).astype(np.float32),
             tail_group_logprobs=groups,
+            tail_sample_ids=draws[0],
+            tail_sample_logprobs=draws[1],
         )
+
+
+def make_draws(
+    rng: np.random.Generator, ids: NDArray[np.integer], logprobs: NDArray[np.float64], num_draws: int
+) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Draws with replacement, row by row, from a tail of these tokens [n, V] with these log-probabilities."""
+    drawn = np.full((len(ids), num_draws), NO_TOKEN, dtype=np.uint32)
+    drawn_logprobs = np.full(drawn.shape, -np.inf, dtype=np.float32)
+    for row in np.flatnonzero((logprobs > -np.inf).any(axis=1)):
+        p = np.exp(logprobs[row] - logprobs[row].max())
+        at = rng.choice(len(p), size=num_draws, p=p / p.sum())
+        found = logprobs[row, at].astype(np.float32)
+        order = np.lexsort((ids[row, at], -found))
+        drawn[row], drawn_logprobs[row] = ids[row, at[order]], found[order]
+    return drawn, drawn_logprobs
 
 
 def make_sample(
@@ -131,13 +152,15 @@ def make_sample(
     positions: Sequence[int] | None = None,
     token_ids: NDArray[np.uint32] | None = None,
     token_groups: NDArray[np.uint8] | None = None,
+    num_draws: int = 0,
 ) -> CachedSample:
     """A random sample. positions: by default about half of those possible, at least one."""
     if token_ids is None:
         token_ids = rng.integers(0, vocab_size, size=num_tokens, dtype=np.uint32)
     if positions is None:
         positions = np.flatnonzero(rng.random(len(token_ids) - 1) < 0.5).tolist() or [len(token_ids) - 2]
-    record = make_record(rng, token_ids, np.array(positions, dtype=np.int32), vocab_size, top_k, token_groups)
+    where = np.array(positions, dtype=np.int32)
+    record = make_record(rng, token_ids, where, vocab_size, top_k, token_groups, num_draws)
     return CachedSample(token_ids, record, num_tokens_cut=int(rng.integers(0, 3)))
 
 
@@ -147,9 +170,13 @@ def every_position(
     vocab_size: int = VOCAB,
     top_k: int = TOP_K,
     token_groups: NDArray[np.uint8] | None = None,
+    num_draws: int = 0,
 ) -> CachedSample:
     """A random sample of which every position is captured."""
-    return make_sample(rng, num_tokens, vocab_size, top_k, positions=range(num_tokens - 1), token_groups=token_groups)
+    where = range(num_tokens - 1)
+    return make_sample(
+        rng, num_tokens, vocab_size, top_k, positions=where, token_groups=token_groups, num_draws=num_draws
+    )
 
 
 def captures(sample: CachedSample, parts: Sequence[Sequence[int]]) -> list[CachedSample]:
@@ -260,6 +287,10 @@ def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: f
     assert (found.tail_group_logprobs is None) == (given.tail_group_logprobs is None)
     if given.tail_group_logprobs is not None:
         bounds["tail_group_logprobs"] = 1 / 2 + 1 / 2048
+    assert (found.tail_sample_ids is None) == (given.tail_sample_ids is None)
+    if given.tail_sample_ids is not None:
+        assert np.array_equal(found.tail_sample_ids, given.tail_sample_ids)  # type: ignore[arg-type]
+        bounds["tail_sample_logprobs"] = max_error
     for name, bound in bounds.items():
         a, b = getattr(found, name).astype(np.float64), getattr(given, name).astype(np.float64)
         assert np.array_equal(np.isneginf(a), np.isneginf(b)), name

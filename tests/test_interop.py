@@ -6,9 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import format_reader
 import numpy as np
@@ -20,7 +19,16 @@ from format_reader import FormatError, Sample, open_cache
 from numpy.typing import NDArray
 from storage_samples import STORES, TOP_K, VOCAB, make_manifest, make_sample, with_record
 
-from logitcache.storage import CachedSample, CacheWriter, LogitCache, Manifest, convert, export_parquet, merge
+from logitcache.storage import (
+    BaseLogprobs,
+    CachedSample,
+    CacheWriter,
+    LogitCache,
+    Manifest,
+    convert,
+    export_parquet,
+    merge,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
 
@@ -28,11 +36,22 @@ MAX_ERROR = {"exact": 0.0, "fine": 1 / 64, "compact": 1 / 32}
 LABEL_ERROR = {"exact": 0.0, "fine": 1 / 2048, "compact": 1 / 2048}
 GROUP_ERROR = {"exact": 0.0, "fine": 1 / 2 + 1 / 2048, "compact": 1 / 2 + 1 / 2048}
 MASS_ERROR = {precision: np.expm1(error) + 1e-4 for precision, error in MAX_ERROR.items()}
-NUM_GROUPS = 3
+DROPS_PER_NAT = {"fine": 32, "compact": 16}
+NUM_GROUPS, NUM_DRAWS = 3, 7
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 
-Case = tuple[str, str, int]
-CASES = [(store, precision, groups) for store in STORES for precision in MAX_ERROR for groups in (0, NUM_GROUPS)]
+
+class Case(NamedTuple):
+    """What a cache of these tests is like."""
+
+    store: str
+    precision: str
+    groups: int = 0
+    draws: int = 0
+
+
+EXTRAS = ((0, 0), (NUM_GROUPS, 0), (0, NUM_DRAWS))
+CASES = [Case(store, precision, *extra) for store in STORES for precision in MAX_ERROR for extra in EXTRAS]
 
 
 def token_groups(vocab_size: int) -> NDArray[np.uint8]:
@@ -40,14 +59,10 @@ def token_groups(vocab_size: int) -> NDArray[np.uint8]:
 
 
 def manifest_of(case: Case, vocab_size: int = VOCAB) -> Manifest:
-    store, precision, groups = case
-    manifest = make_manifest(store, vocab_size, TOP_K)
-    capture = replace(manifest.capture, precision=precision, max_error=MAX_ERROR[precision])
-    if not groups:
-        return replace(manifest, capture=capture)
-    partition = hashlib.blake2b(token_groups(vocab_size).tobytes(), digest_size=16).hexdigest()
-    capture = replace(capture, num_tail_groups=groups, tail_partition=partition)
-    return replace(manifest, capture=capture, reader_features=("tail-groups",))
+    groups = token_groups(vocab_size) if case.groups else None
+    return make_manifest(
+        case.store, vocab_size, TOP_K, precision=case.precision, token_groups=groups, num_draws=case.draws
+    )
 
 
 def with_groups(rng: np.random.Generator, sample: CachedSample, groups: int) -> CachedSample:
@@ -66,16 +81,20 @@ def make_shards(case: Case, vocab_size: int = VOCAB) -> list[list[CachedSample]]
     """Three shards; the second sample is captured twice, at overlapping positions and with other numbers."""
     rng = np.random.default_rng(0)
     twice = rng.integers(0, vocab_size, size=40, dtype=np.uint32)
+
+    def sample(num_tokens: int, **capture: Any) -> CachedSample:
+        return make_sample(rng, num_tokens, vocab_size, num_draws=case.draws, **capture)
+
     shards = [
-        [make_sample(rng, 700, vocab_size), make_sample(rng, 0, vocab_size, token_ids=twice, positions=range(5, 25))],
-        [make_sample(rng, n, vocab_size) for n in range(2, 25)],
-        [make_sample(rng, 0, vocab_size, token_ids=twice, positions=range(15, 35)), make_sample(rng, 9, vocab_size)],
+        [sample(700), sample(0, token_ids=twice, positions=range(5, 25))],
+        [sample(n) for n in range(2, 25)],
+        [sample(0, token_ids=twice, positions=range(15, 35)), sample(9)],
     ]
-    return [[with_groups(rng, sample, case[2]) for sample in shard] for shard in shards]
+    return [[with_groups(rng, sample, case.groups) for sample in shard] for shard in shards]
 
 
 def write(path: Path, case: Case, shards: list[list[CachedSample]], vocab_size: int = VOCAB) -> Path:
-    with CacheWriter(path, manifest_of(case, vocab_size), token_groups(vocab_size) if case[2] else None) as writer:
+    with CacheWriter(path, manifest_of(case, vocab_size), token_groups(vocab_size) if case.groups else None) as writer:
         for shard in shards:
             writer.commit(shard)
         writer.finalize()
@@ -125,6 +144,17 @@ def assert_holds(sample: Sample, written: CachedSample, precision: str) -> None:
     else:
         assert sample.tail_group_logprobs is not None
         assert_near(sample.tail_group_logprobs, record.tail_group_logprobs, GROUP_ERROR[precision])
+    assert_same_draws(sample, record)
+    if sample.tail_sample_logprobs is not None and record.tail_sample_logprobs is not None:
+        assert_near(sample.tail_sample_logprobs, record.tail_sample_logprobs, MAX_ERROR[precision])
+
+
+def assert_same_draws(sample: Sample, record: BaseLogprobs) -> None:
+    """The same tokens were drawn, where there is a tail."""
+    assert (sample.tail_sample_ids is None) == (record.tail_sample_ids is None)
+    if sample.tail_sample_ids is not None and record.tail_sample_ids is not None:
+        present = np.isfinite(record.tail_logprobs)
+        np.testing.assert_array_equal(sample.tail_sample_ids[present], record.tail_sample_ids[present])
 
 
 def assert_same(sample: Sample, cached: CachedSample) -> None:
@@ -143,6 +173,9 @@ def assert_same(sample: Sample, cached: CachedSample) -> None:
     else:
         assert sample.tail_group_logprobs is not None
         np.testing.assert_array_equal(sample.tail_group_logprobs.astype(np.float32), record.tail_group_logprobs)
+    assert_same_draws(sample, record)
+    if sample.tail_sample_logprobs is not None and record.tail_sample_logprobs is not None:
+        np.testing.assert_array_equal(sample.tail_sample_logprobs.astype(np.float32), record.tail_sample_logprobs)
 
 
 # The independent reader
@@ -159,10 +192,10 @@ def test_independent_reader_gives_what_was_written(caches: dict[Case, Path], cas
         written += shards.pop(tuple(ids))
     assert not shards
     for capture, sample in zip(captures, written, strict=True):
-        assert_holds(capture, sample, case[1])
+        assert_holds(capture, sample, case.precision)
     rows = np.concatenate([c.alternative_logprobs for c in captures])
     assert len(rows) > 256 and np.isneginf(rows).any() and np.isfinite(rows).any()
-    if case[2]:
+    if case.groups:
         np.testing.assert_array_equal(cache.token_groups, token_groups(VOCAB))
 
 
@@ -180,11 +213,11 @@ def test_empty_tails(tmp_path: Path, case: Case) -> None:
     """With K = V - 1 a full row leaves nothing to the tail."""
     rng = np.random.default_rng(1)
     vocab = TOP_K + 1
-    written = [with_groups(rng, make_sample(rng, 60, vocab), case[2])]
+    written = [with_groups(rng, make_sample(rng, 60, vocab, num_draws=case.draws), case.groups)]
     path = write(tmp_path / "cache", case, [written], vocab)
     (sample,) = open_cache(path).samples()
     assert np.isneginf(sample.tail_logprobs).any() and np.isfinite(sample.tail_logprobs).any()
-    assert_holds(sample, written[0], case[1])
+    assert_holds(sample, written[0], case.precision)
     assert_same(sample, LogitCache.open(path).sample(0))
 
 
@@ -193,10 +226,10 @@ def test_converted_and_merged_caches_are_of_the_format_too(
     tmp_path: Path, caches: dict[Case, Path], store: str
 ) -> None:
     other = "arrow" if store == "zarr" else "zarr"
-    convert(caches[store, "exact", NUM_GROUPS], tmp_path / "fine", store=other, precision="fine")
+    convert(caches[Case(store, "exact", NUM_GROUPS)], tmp_path / "fine", store=other, precision="fine")
     convert(tmp_path / "fine", tmp_path / "compact", precision="compact")
     assert open_cache(tmp_path / "compact").manifest["capture"]["max_error"] > MAX_ERROR["fine"]
-    case = (other, "fine", NUM_GROUPS)
+    case = Case(other, "fine", NUM_GROUPS)
     write(
         tmp_path / "more", case, [[with_groups(np.random.default_rng(2), make_sample(np.random.default_rng(2), 11), 3)]]
     )
@@ -210,7 +243,7 @@ def test_converted_and_merged_caches_are_of_the_format_too(
 @pytest.mark.parametrize("store", STORES)
 def test_independent_reader_sees_any_damage(tmp_path: Path, store: str) -> None:
     """One bit of any file, and any file that is missing; so what it accepts it has compared."""
-    case = (store, "fine", NUM_GROUPS)
+    case = Case(store, "fine", NUM_GROUPS)
     rng = np.random.default_rng(3)
     path = write(tmp_path / "cache", case, [[with_groups(rng, make_sample(rng, 12), NUM_GROUPS)]])
     assert len(list(open_cache(path).samples())) == 1
@@ -257,7 +290,7 @@ def test_snippets_of_the_page(caches: dict[Case, Path], store: str, precision: s
     if precision == "compact" and store == "arrow":
         assert " / -32 " in code and "compact: -16" in code
         code = code.replace(" / -32 ", " / -16 ")
-    for folder, samples in captures_by_shard(caches[store, precision, NUM_GROUPS]):
+    for folder, samples in captures_by_shard(caches[Case(store, precision, NUM_GROUPS)]):
         scope: dict[str, Any] = {"np": np, "zarr": zarr, "pyarrow": pa, "shard": str(folder)}
         exec(code, scope)
         expected = np.concatenate([s.alternative_logprobs for s in samples])
@@ -267,10 +300,23 @@ def test_snippets_of_the_page(caches: dict[Case, Path], store: str, precision: s
         np.testing.assert_array_equal(ids, np.concatenate([s.alternative_ids for s in samples]))
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_snippets_of_the_page_read_draws_in_the_same_way(caches: dict[Case, Path], store: str) -> None:
+    code = snippets()[store].replace("alternative_", "tail_sample_")
+    for folder, samples in captures_by_shard(caches[Case(store, "fine", 0, NUM_DRAWS)]):
+        scope: dict[str, Any] = {"np": np, "zarr": zarr, "pyarrow": pa, "shard": str(folder)}
+        exec(code, scope)
+        expected = np.concatenate([s.tail_sample_logprobs for s in samples])
+        present = np.isfinite(expected)
+        np.testing.assert_array_equal(scope["logprobs"][present], expected[present])
+        ids = scope["ids"] if "ids" in scope else scope["group"]["tail_sample_ids"][:]
+        np.testing.assert_array_equal(ids, np.concatenate([s.tail_sample_ids for s in samples]))
+
+
 @pytest.mark.parametrize("precision", MAX_ERROR)
-@pytest.mark.parametrize("groups", [0, NUM_GROUPS])
-def test_zarr_reads_every_array(caches: dict[Case, Path], precision: str, groups: int) -> None:
-    cache = caches["zarr", precision, groups]
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_zarr_reads_every_array(caches: dict[Case, Path], precision: str, extra: tuple[int, int]) -> None:
+    cache = caches[Case("zarr", precision, *extra)]
     capture = open_cache(cache).manifest["capture"]
     for folder in shard_folders(cache):
         commit = body(folder.parent / f"{folder.name.split('-')[0]}.json")
@@ -283,7 +329,7 @@ def test_zarr_reads_every_array(caches: dict[Case, Path], precision: str, groups
             assert array.dtype == values.dtype
             np.testing.assert_array_equal(np.asarray(array[:]), values)
             steps = {"label_steps": 1024, "tail_steps": 1024, "tail_group_steps": 1}
-            steps["alternative_drops"] = {"fine": 32, "compact": 16}.get(precision, 0)
+            steps |= dict.fromkeys(("alternative_drops", "tail_sample_drops"), DROPS_PER_NAT.get(precision, 0))
             assert array.attrs.get("steps_per_nat") == steps.get(name)
 
 
@@ -308,7 +354,7 @@ def assert_masses(found: NDArray[Any], samples: list[Sample], precision: str, fl
 
 @pytest.mark.parametrize("precision", MAX_ERROR)
 def test_pyarrow_and_pandas_read_the_rows(caches: dict[Case, Path], precision: str) -> None:
-    for folder, samples in captures_by_shard(caches["arrow", precision, 0]):
+    for folder, samples in captures_by_shard(caches[Case("arrow", precision)]):
         rows = pa.ipc.open_file(folder / "logprobs.arrow").read_all().to_pandas()
         tokens = pa.ipc.open_file(folder / "samples.arrow").read_all().to_pandas()
         assert [t.tolist() for t in tokens["token_ids"]] == [s.token_ids.tolist() for s in samples]
@@ -322,7 +368,7 @@ def test_pyarrow_and_pandas_read_the_rows(caches: dict[Case, Path], precision: s
             else:
                 label, tail = (0 if x == 2**32 - 1 else np.exp(-x / 1024) for x in (row.label_steps, row.tail_steps))
                 drops = row.alternative_drops_low + 256 * row.alternative_drops_high.astype(np.int64)
-                logprobs = -np.cumsum(drops) / {"fine": 32, "compact": 16}[precision]
+                logprobs = -np.cumsum(drops) / DROPS_PER_NAT[precision]
                 logprobs[drops == 65535] = -np.inf
             ids = row.alternative_ids_low + 65536 * row.alternative_ids_high.astype(np.uint32)
             top = int(ids[0]) if np.isfinite(logprobs[0]) else None
@@ -359,9 +405,9 @@ from rows
 @pytest.mark.parametrize("precision", MAX_ERROR)
 def test_duckdb_reads_the_rows(caches: dict[Case, Path], precision: str) -> None:
     duckdb = pytest.importorskip("duckdb")
-    steps = {"fine": 32, "compact": 16}.get(precision)
+    steps = DROPS_PER_NAT.get(precision)
     query = EXACT_QUERY if steps is None else STEPS_QUERY.format(k=TOP_K, steps=steps)
-    for folder, samples in captures_by_shard(caches["arrow", precision, 0]):
+    for folder, samples in captures_by_shard(caches[Case("arrow", precision)]):
         with duckdb.connect() as connection:
             connection.register("rows", pa.ipc.open_file(folder / "logprobs.arrow").read_all())
             assert_masses(connection.sql(query).fetchall(), samples, precision)
@@ -376,6 +422,17 @@ with rows as (
 select exp(label::double), coalesce(list_sum([exp(x::double) for x in logprobs]), 0) + exp(tail::double), ids[1]
 from rows
 """
+
+
+def assert_draws_of_table(row: dict[str, Any], sample: Sample) -> None:
+    """The columns are there exactly where the cache has draws, with empty lists where there is no tail."""
+    names = {"tail_sample_ids", "tail_sample_logprobs"}
+    if sample.tail_sample_ids is None or sample.tail_sample_logprobs is None:
+        assert not names & row.keys()
+        return
+    for name, values in (("ids", sample.tail_sample_ids), ("logprobs", sample.tail_sample_logprobs.astype(np.float32))):
+        drawn = zip(sample.tail_logprobs, values.tolist(), strict=True)
+        assert row[f"tail_sample_{name}"] == [v if np.isfinite(tail) else [] for tail, v in drawn]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -397,7 +454,7 @@ def test_exported_parquet_is_read_by_other_tools(tmp_path: Path, caches: dict[Ca
         ):
             mass = np.exp(logprobs.astype(np.float64)).sum() + np.exp(np.float64(tail))
             found.append((np.exp(np.float64(label)), mass, int(ids[0]) if len(ids) else None))
-    assert_masses(found, samples, case[1], float32=True)
+    assert_masses(found, samples, case.precision, float32=True)
 
     as_dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "datasets"))
     for row, sample in zip(as_dataset, samples, strict=True):
@@ -405,19 +462,20 @@ def test_exported_parquet_is_read_by_other_tools(tmp_path: Path, caches: dict[Ca
         assert row["positions"] == sample.positions.tolist()
         np.testing.assert_array_equal(np.float32(row["label_logprobs"]), sample.label_logprobs.astype(np.float32))
         assert [len(r) for r in row["alternative_ids"]] == np.isfinite(sample.alternative_logprobs).sum(axis=1).tolist()
+        assert_draws_of_table(row, sample)
 
     duckdb = pytest.importorskip("duckdb")
     with duckdb.connect() as connection:
         found = connection.execute(EXPORT_QUERY, {"file": str(file)}).fetchall()
-    assert_masses(found, samples, case[1], float32=True)
+    assert_masses(found, samples, case.precision, float32=True)
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_index_finds_a_sample(caches: dict[Case, Path], store: str) -> None:
     """NumPy finds the shard and the rows of a sample by its tokens; nothing but those rows need be read."""
-    cache = caches[store, "exact", 0]
+    cache = caches[Case(store, "exact")]
     index = np.load(cache / body(cache / "contents.json")["index"]["name"], allow_pickle=False)
-    wanted = make_shards((store, "exact", 0))[1][7]
+    wanted = make_shards(Case(store, "exact"))[1][7]
     key = np.frombuffer(hashlib.blake2b(wanted.token_ids.astype("<u4").tobytes(), digest_size=16).digest(), "<u8")
     (place,) = np.flatnonzero((index["sample_id"] == key).all(axis=1))
     same_shard = np.flatnonzero(index["shard"][:place] == index["shard"][place])

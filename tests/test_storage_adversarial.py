@@ -11,7 +11,7 @@ import pytest
 import torch
 from storage_samples import make_manifest, make_sample
 
-from logitcache.pipeline.losses import regularizer_values
+from logitcache.pipeline.losses import Objective, regularizer_values
 from logitcache.pipeline.targets import sparse_targets
 from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, LogitCache, repair, verify
 from logitcache.storage.records import keep_mass
@@ -71,7 +71,7 @@ def test_a_quantised_cache_gives_a_kl_that_is_small_and_not_negative_at_the_base
         writer.commit([sample])
         writer.finalize()
     targets = sparse_targets([LogitCache.open(tmp_path / "c").lookup(tokens)])
-    values = regularizer_values(torch.from_numpy(logits), targets, regularizer, "bucket")  # type: ignore[arg-type]
+    values = regularizer_values(torch.from_numpy(logits), targets, Objective(regularizer))  # type: ignore[arg-type]
     assert float(values.min()) > -1e-6
     assert float(values.mean()) < error**2 / 3
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "capture.max_error": replace(base, capture=replace(base.capture, precision="compact", max_error=3 / 64)),
         "capture.num_tail_groups": make_manifest(store, token_groups=GROUPS),
         "capture.tail_partition": make_manifest(store, token_groups=GROUPS),
+        "capture.num_tail_samples": make_manifest(store, num_draws=4),
     }
 
 
@@ -237,7 +238,7 @@ def label_outside_vocabulary(sample: CachedSample) -> CachedSample:
     return replace(with_record(sample, label_ids=labels), token_ids=tokens)
 
 
-FIELDS = [name for name in BaseLogprobs.__dataclass_fields__ if name != "tail_group_logprobs"]
+FIELDS = [field.name for field in fields(BaseLogprobs) if field.default is MISSING]
 FLOATS = ["label_logprobs", "alternative_logprobs", "tail_logprobs"]
 INVALID: dict[str, Callable[[CachedSample], CachedSample]] = {
     **{f"{name} of another type": cast(name, "<i8" if "log" not in name else "<f8") for name in FIELDS},

@@ -157,6 +157,16 @@ def test_tail_groups(url: str, store: str, precision: str) -> None:
     assert found is not None and np.array_equal(found, groups)
 
 
+@light
+@pytest.mark.parametrize("precision", ["exact", "compact"])
+def test_draws(url: str, store: str, precision: str) -> None:
+    sample = every_position(np.random.default_rng(41), 300, num_draws=9)
+    manifest = make_manifest(store, precision=precision, num_draws=9)
+    cache = LogitCache.open(write_cache(url, store, [[sample]], manifest))
+    within(cache.lookup(sample.token_ids), sample.logprobs, {"exact": 0, "compact": 1 / 32}[precision])
+    assert verify(url).is_intact
+
+
 def test_every_place_holds_the_same_bytes(url: str, store: str, tmp_path: Path) -> None:
     here = write_cache(tmp_path / "here", store, SHARDS)
     write_cache(url, store, SHARDS)
