@@ -39,6 +39,12 @@ class NotTheBase(PipelineError):
     reason = "not-the-base"
 
 
+class InvalidBatch(PipelineError):
+    """A collated batch that cannot be taken apart into samples."""
+
+    reason = "invalid-batch"
+
+
 class TrainingFailed(PipelineError):
     """Training cannot go on: a loss that is not finite, or an output folder that is in use."""
 

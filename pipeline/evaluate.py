@@ -134,7 +134,9 @@ def _sums(base: PreTrainedModel, adapted: nn.Module | None, batch: PaddedBatch) 
     """Sums over the batch, with one slice of [n, V] alive at a time and model."""
     models: list[nn.Module] = [base] if adapted is None else [base, adapted]
     hidden = [
-        hidden_states(m, batch.input_ids, batch.attention_mask).flatten(0, 1).index_select(0, batch.rows)
+        hidden_states(m, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        .flatten(0, 1)
+        .index_select(0, batch.rows)
         for m in models
     ]
     heads = [OutputHead(causal_lm_of(m)) for m in models]

@@ -3,7 +3,7 @@
 Owns the checks that make a wrong pairing of model, cache and data an error instead of a bad run. Must not train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
-from .errors import NotTheBase
-from .head import OutputHead, causal_lm_of, hidden_states
-from .losses import Regularizer, Tail, regularizer_mask, regularizer_values
+from .errors import NotTheBase, TrainingFailed
+from .head import OutputHead, causal_lm_of, hidden_states, logits_width
+from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
 from .samples import Sample
-from .targets import TrainingSet, collate, targets_of
+from .targets import PREFIX, Batch, model_inputs, pad_samples, targets_of, with_targets
 
 NUM_PROBED = 8
+SLICE_BYTES = 16 * 2**20
+"""Of float32 logits; the plain forms hold several times that."""
+
 KL_TOLERANCE_NATS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.05}
 """Largest mean KL(base || base + untrained adapter) by the coarser dtype of cache and model (docs/log.md has the
 measured floors: 2e-8 in float32, 1e-4 in bfloat16). To it comes max_error^2 / 3 of a quantised cache: rounding errors
@@ -30,10 +33,11 @@ spread evenly over [-e, e] make a KL of about e^2 / 6 (measured 3e-5 to 4e-5 at 
 class StepZero:
     """What the probe found: the noise floor of the regulariser, and of log p(label), in nats."""
 
-    num_samples: int
+    num_batches: int
     num_positions: int
     kl_nats: float
     label_error_nats: float
+    worst_label_error_nats: float
     tolerance_nats: float
 
 
@@ -63,6 +67,29 @@ def check_identity(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizer
         )
 
 
+def check_tail(cache: LogitCache | None, objective: Objective) -> None:
+    """Raise `TrainingFailed` where the cache does not hold what this objective compares."""
+    if cache is None or objective.regularizer == "none":
+        return
+    kept = cache.manifest.capture
+    if objective.tail == "groups" and not kept.num_tail_groups:
+        raise TrainingFailed(
+            f"training with tail groups: {cache.path} holds the tail as one mass. "
+            "Use --tail bucket, or precompute a cache with --tail-groups."
+        )
+    if objective.tail == "sampled" and not kept.num_tail_samples:
+        raise TrainingFailed(
+            f"training with tail sampled: {cache.path} holds no draws from the tail. "
+            "Use --tail bucket, or precompute a cache with --tail-samples."
+        )
+    if objective.masked and objective.tail == "renormalize" and kept.top_k == 1:
+        raise TrainingFailed(
+            f"training with {objective.regularizer} and the tail renormalised: {cache.path} keeps one alternative a "
+            "position, and one outcome alone always has probability 1. Use --tail bucket, or a cache with a larger "
+            "--top-k."
+        )
+
+
 def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
     """Raise `SampleNotCached` or `PositionNotCaptured` unless every sample is found; names the first that is not."""
     try:
@@ -76,45 +103,64 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
         raise
 
 
-@torch.no_grad()
-def probe_step_zero(
-    model: nn.Module, cache: LogitCache, samples: Sequence[Sample], regularizer: Regularizer, tail: Tail
-) -> StepZero:
-    """The regulariser of an untrained adapter on a few samples spread over the data; 0 but for numerical noise.
-
-    Raises `NotTheBase` where its mean is above the tolerance of the dtypes, naming the worst position.
-    """
+def probe_step_zero(model: nn.Module, cache: LogitCache, samples: Sequence[Sample], objective: Objective) -> StepZero:
+    """`measure` on a few samples spread over the data. Raises `NotTheBase` where it is above the noise."""
     step = max(1, len(samples) // NUM_PROBED)
-    dataset = TrainingSet(samples[::step][:NUM_PROBED], cache)
+    probed = samples[::step][:NUM_PROBED]
+    device = causal_lm_of(model).device
+    batches = ({k: v.to(device) for k, v in with_targets(pad_samples([s]), cache).items()} for s in probed)
+    found, (batch, place) = measure(model, batches, cache, objective)
+    check_step_zero(found, cache, f"{probed[batch].origin} at position {int(probed[batch].positions[place])}")
+    return found
+
+
+def check_step_zero(found: StepZero, cache: LogitCache, worst: str) -> None:
+    """Raise `NotTheBase` unless what `measure` found is noise. worst: where log p(label) differs most."""
+    if found.kl_nats <= found.tolerance_nats:
+        return
+    raise NotTheBase(
+        f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {found.tolerance_nats:g} nats "
+        f"with an untrained adapter, found {found.kl_nats:.4g}; log p(label) differs most in {worst}, by "
+        f"{found.worst_label_error_nats:.4g} nats. The model does not start from the distributions of the "
+        "cache. Use the dtype and attention implementation of the cache, and an adapter that starts as identity."
+    )
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, batches: Iterable[Batch], cache: LogitCache, objective: Objective
+) -> tuple[StepZero, tuple[int, int]]:
+    """KL(base || model) on batches with targets, in evaluation mode, and where log p(label) differs most: (batch, row).
+
+    Always with the tail as a bucket, which holds the whole distribution against the cache and is stored most exactly;
+    without the label where the objective is without it. 0 but for numerical noise where the model is the base.
+    """
     causal_lm = causal_lm_of(model)
+    form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
+    head = OutputHead(causal_lm)
+    num_rows = max(1, SLICE_BYTES // (4 * logits_width(causal_lm)))
+    values, errors = [], []
     training = model.training
     model.eval()
     try:
-        values, errors, where = [], [], []
-        for i in range(len(dataset)):
-            batch = {k: v.to(causal_lm.device) for k, v in collate([dataset[i]]).items()}
+        for batch in batches:
             targets = targets_of(batch)
             assert targets is not None
-            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
-            logits = OutputHead(causal_lm)(hidden.index_select(0, batch["rows"])).float()
-            keep = regularizer_mask(targets, regularizer)
-            values.append(regularizer_values(logits, targets, regularizer, tail)[keep])
-            label = logits.log_softmax(dim=1).gather(1, targets.label_ids[:, None]).squeeze(1)
-            errors.append((label - targets.label_logprobs).abs())
-            where += [(dataset.samples[i], int(p)) for p in dataset.samples[i].positions]
+            hidden = hidden_states(model, **model_inputs(batch)).flatten(0, 1)
+            hidden = hidden.index_select(0, batch[f"{PREFIX}rows"])
+            errors.append(torch.zeros(len(hidden), device=hidden.device))
+            for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
+                rows = slice(start, start + num_rows)
+                logits, part = head(hidden[rows]).float(), targets.rows(rows)
+                values.append(regularizer_values(logits, part, form)[regularizer_mask(part, form)])
+                errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
     finally:
         model.train(training)
     kl, error = torch.cat(values), torch.cat(errors)
     dtypes = {cache.manifest.model.dtype, str(causal_lm.dtype).removeprefix("torch.")}
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
-    found = StepZero(len(dataset), len(error), float(kl.mean()) if len(kl) else 0.0, float(error.mean()), tolerance)
-    if not found.kl_nats <= tolerance:
-        worst = int(error.argmax())
-        sample, position = where[worst]
-        raise NotTheBase(
-            f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {tolerance:g} nats with an "
-            f"untrained adapter, found {found.kl_nats:.4g}; log p(label) differs most in {sample.origin} at position "
-            f"{position}, by {float(error[worst]):.4g} nats. The model does not start from the distributions of the "
-            "cache. Use the dtype and attention implementation of the cache, and an adapter that starts as identity."
-        )
-    return found
+    mean_kl = float(kl.mean()) if len(kl) else 0.0
+    worst = int(error.nan_to_num(torch.inf).argmax())
+    found = StepZero(len(errors), len(error), mean_kl, float(error.mean()), float(error[worst]), tolerance)
+    batch_of = [(i, j) for i, e in enumerate(errors) for j in range(len(e))]
+    return found, batch_of[worst]

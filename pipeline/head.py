@@ -61,14 +61,15 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Last hidden states [B, T, D], what the output head is given. No logits are made.
 
-    The call goes through `model` itself (a PEFT or DistributedDataParallel wrapper), so that its hooks run; only the
-    causal language model inside skips its head.
+    inputs: those of the model's own forward (input_ids, attention_mask, position_ids, ...), but no labels. The call
+    goes through `model` itself (a PEFT or DistributedDataParallel wrapper), so that its hooks run; only the causal
+    language model inside skips its head.
     """
     with _head_skipped(causal_lm_of(model)):
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = model(**{**inputs, "use_cache": False})
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -89,7 +90,7 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     with torch.inference_mode():
         own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        ours = OutputHead(causal_lm)(hidden_states(causal_lm, ids, mask)).float()
+        ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float()
     tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 1e-2
     if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp(min=1.0):
         raise UnsupportedModel(

@@ -1,32 +1,87 @@
 """The formulas, as plain as the paper: cross-entropy and the regularisers, per position, in nats.
 
 Tensors only: knows neither storage nor models. Everything is float32 at least and in log space, since 1 - p(label)
-cancels; masking is by `where`, never by multiplication. docs/loss.md derives what stands here.
-Shapes: N positions, V vocabulary, K alternatives. p the base, q the adapted distribution, y the label, S the kept
-alternatives, T the tail (neither y nor in S).
+cancels; masking is by `where`, never by multiplication. docs/loss.md derives what stands here; `fused` has the same
+numbers without [N, V] memory. Gradients here are autograd's.
+Shapes: N positions, V vocabulary, K alternatives, G groups, M draws, J outcomes. p the base, q the adapted
+distribution, y the label, S the kept alternatives, T the tail (neither y nor in S).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Regularizer = Literal["masked-kl", "full-kl", "none"]
-Tail = Literal["bucket", "renormalize"]
+Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]
+Tail = Literal["bucket", "renormalize", "groups", "sampled"]
+Weighting = Literal["uniform", "non-target-mass"]
 
-LEAST_LOG_MASS = -9.210340
-"""log 1e-4: below it the base leaves nothing beside the label to compare, and masked KL skips the position
-(arXiv 2605.29498; 0.1 to 0.2 % of positions there)."""
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = mean cross-entropy + weight * mean regulariser; all that decides it. weight: loss per nat.
+
+    regularizer: what is compared. masked-kl: KL(p || q) over V without y (arXiv 2605.29498, eq. 1); masked-reverse-kl:
+    KL(q || p) there; masked-js: their Jensen-Shannon divergence; full-kl: KL(p || q) with y; none.
+    tail: what is compared beyond S. bucket: T as one outcome; groups: T's part in each group of the vocabulary;
+    renormalize: nothing, each side renormalised on S; sampled: draws from the base's own tail.
+    temperature: of both sides, the value times its square (Hinton et al. 2015); only where there is no tail.
+    weighting: non-target-mass multiplies each position by 1 - p(y).
+    min_base_rest: masked forms leave out positions with 1 - p(y) below it, value and count (1e-4 in the paper).
+    min_adapted_rest: masked forms are 0 where 1 - q(y) is below it (the paper clamps it at 1e-6; log space needs none).
+    kl_budget: nats a position; the weight is then adapted during training so that the mean regulariser meets it.
+    tokens_per_loss_chunk: positions whose logits are alive at a time; None: as many as fit a fixed size.
+    Raises ValueError for a combination that is not defined.
+    """
+
+    regularizer: Regularizer = "masked-kl"
+    tail: Tail = "bucket"
+    weight: float = 1.0
+    temperature: float = 1.0
+    weighting: Weighting = "uniform"
+    min_base_rest: float = 1e-4
+    min_adapted_rest: float = 0.0
+    kl_budget: float | None = None
+    tokens_per_loss_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("regularizer", Regularizer), ("tail", Tail), ("weighting", Weighting)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kinds))}, found {getattr(self, name)!r}")
+        for name in ("weight", "min_base_rest", "min_adapted_rest"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number of 0 or more, found {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
+        if self.kl_budget is not None and not (0 < self.kl_budget < math.inf and self.regularizer != "none"):
+            raise ValueError("kl_budget: expected nats above 0, and a regularizer to hold to them")
+        if self.tokens_per_loss_chunk is not None and self.tokens_per_loss_chunk < 1:
+            raise ValueError(f"tokens_per_loss_chunk: expected 1 or more, found {self.tokens_per_loss_chunk}")
+        if self.temperature != 1 and self.tail != "renormalize":
+            raise ValueError(
+                f"temperature {self.temperature} with tail {self.tail}: the mass of a tail at another temperature "
+                "does not follow from its mass at 1. Use tail renormalize"
+            )
+        if self.tail == "sampled" and self.regularizer in ("masked-reverse-kl", "masked-js"):
+            raise ValueError(f"{self.regularizer} with tail sampled: draws from the base estimate forward KL only")
+
+    @property
+    def masked(self) -> bool:
+        """Whether the label is no outcome."""
+        return self.regularizer.startswith("masked")
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """What the base says at N positions.
+    """What the base says at N positions. Ids int32 or int64, log-probabilities float16 or float32.
 
-    label_ids: int64 [N]; label_logprobs: float32 [N]; alternative_ids: int64 [N, K], the label's id where a row keeps
-    fewer; alternative_logprobs: float32 [N, K], -inf there; tail_logprobs: float32 [N].
+    label_ids [N]; label_logprobs [N]; alternative_ids [N, K], the label's id where a row keeps fewer;
+    alternative_logprobs [N, K], -inf there; tail_logprobs [N], -inf where there is no tail.
+    For tail `groups`: tail_group_logprobs [N, G] and token_groups [V], the group of each token, of all positions.
+    For tail `sampled`: draw_ids [N, M] and draw_logprobs [N, M], tokens drawn from T with replacement, and their log p.
     """
 
     label_ids: Tensor
@@ -34,107 +89,159 @@ class SparseTargets:
     alternative_ids: Tensor
     alternative_logprobs: Tensor
     tail_logprobs: Tensor
+    tail_group_logprobs: Tensor | None = None
+    token_groups: Tensor | None = None
+    draw_ids: Tensor | None = None
+    draw_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_ids)
 
-    def split(self, num_rows: int) -> list["SparseTargets"]:
-        """Consecutive slices of at most num_rows positions."""
-        fields = (
-            self.label_ids,
-            self.label_logprobs,
-            self.alternative_ids,
-            self.alternative_logprobs,
-            self.tail_logprobs,
-        )
-        return [SparseTargets(*parts) for parts in zip(*(f.split(num_rows) for f in fields), strict=True)]
+    def rows(self, rows: slice) -> "SparseTargets":
+        """These positions."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token_groups"}
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
 
 def cross_entropy(logits: Tensor, label_ids: Tensor) -> Tensor:
-    """-log q(y), float32 [N]. logits: [N, V], any float dtype; label_ids: int64 [N]."""
-    return F.cross_entropy(logits.float(), label_ids, reduction="none")
+    """-log q(y), float32 [N]. logits: [N, V], any float dtype; label_ids: [N]."""
+    return F.cross_entropy(logits.float(), label_ids.long(), reduction="none")
 
 
-def regularizer_mask(targets: SparseTargets, regularizer: Regularizer) -> Tensor:
-    """Positions that count, bool [N]: all for full KL; for masked KL those with 1 - p(y) >= 1e-4.
-
-    1 - p(y) is the mass of alternatives and tail, which a quantised cache holds to a relative error; log p(y), in steps
-    of 1/1024 nat, could not tell 1 - 4e-4 from 1.
-    """
-    if regularizer == "full-kl":
+def regularizer_mask(targets: SparseTargets, objective: Objective) -> Tensor:
+    """Positions that count, bool [N]: all for full KL; for masked forms those with 1 - p(y) >= min_base_rest."""
+    if not objective.masked:
         return torch.ones_like(targets.label_ids, dtype=torch.bool)
-    others = torch.cat([targets.alternative_logprobs, targets.tail_logprobs[:, None]], dim=1).float()
-    counts: Tensor = others.logsumexp(dim=1) >= LEAST_LOG_MASS
+    counts: Tensor = base_rest(targets) >= math.log(max(objective.min_base_rest, 1e-300))
     return counts
 
 
-def masked_kl(logits: Tensor, targets: SparseTargets, tail: Tail) -> Tensor:
-    """KL(p without y || q without y) over the kept alternatives, float32 [N].
+def base_rest(targets: SparseTargets) -> Tensor:
+    """log(1 - p(y)), float32 [N]: the mass of alternatives and tail, which a quantised cache holds to a relative error;
+    log p(y), in steps of 1/1024 nat, could not tell 1 - 4e-4 from 1."""
+    others = torch.cat([targets.alternative_logprobs.float(), targets.tail_logprobs.float()[:, None]], dim=1)
+    return others.logsumexp(dim=1)
 
-    p'(c) = p(c) / (1 - p(y)) for c != y, q' likewise (arXiv 2605.29498, eq. 1).
-    bucket: outcomes S and T, over V without y; a lower bound of the exact value, equal to it for K = V - 1.
-    renormalize: outcomes S only, each side renormalised on S; says nothing about T.
-    Value 0 and gradient 0 at q = p; no gradient at the label. logits: [N, V], any float dtype.
+
+def base_outcomes(targets: SparseTargets, objective: Objective) -> Tensor:
+    """log P, float32 [N, J], over the outcomes that are compared: y for full KL, S, and T or its groups.
+
+    Normalised by the recorded masses themselves, since those of a quantised cache miss 1 a little.
     """
-    labels = targets.label_ids[:, None]
-    q = logits.float().scatter(1, labels, -torch.inf)
-    present = targets.alternative_logprobs > -torch.inf
-    p_s, q_s = targets.alternative_logprobs.float(), q.gather(1, targets.alternative_ids)
-    if tail == "renormalize":
-        p_norm = _logsumexp(p_s)
-        q_norm = _logsumexp(torch.where(present, q_s, -torch.inf))
-        return _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
-    p_norm = _logsumexp(torch.cat([p_s, targets.tail_logprobs[:, None].float()], dim=1))
-    q_norm = _logsumexp(q)
-    kept = _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
-    return kept + _tail_term(q, targets, p_norm, q_norm)
+    _check_tail(targets, objective)
+    parts = [] if objective.masked else [targets.label_logprobs.float()[:, None]]
+    parts.append(targets.alternative_logprobs.float())
+    if objective.tail == "groups":
+        assert targets.tail_group_logprobs is not None
+        shares = targets.tail_group_logprobs.float()  # rounded more coarsely than the tail: only their shares count
+        parts.append(targets.tail_logprobs.float()[:, None] + _normalized(shares))
+    elif objective.tail != "renormalize":
+        parts.append(targets.tail_logprobs.float()[:, None])
+    return _normalized(torch.cat(parts, dim=1) / objective.temperature)
 
 
-def full_kl(logits: Tensor, targets: SparseTargets, tail: Tail) -> Tensor:
-    """KL(p || q) with the label an outcome like any other, float32 [N].
+def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
+    """The regulariser at every position, float32 [N], in nats; zeros for `none`. logits: [N, V], any float dtype.
 
-    bucket: outcomes y, S and T; a lower bound of the exact value, equal to it for K = V - 1.
-    renormalize: outcomes y and S only, each side renormalised on them.
+    masked-kl with bucket is a lower bound of the exact value, with groups a tighter one (data processing), equal to it
+    for K = V - 1; sampled is unbiased for it; renormalize says nothing about T. Value 0 and gradient 0 at q = p
+    (sampled: the gradient only in expectation). No masked form has a gradient at the label.
     """
-    q = logits.float()
-    labels = targets.label_ids[:, None]
-    present = F.pad(targets.alternative_logprobs > -torch.inf, (1, 0), value=True)
-    p_s = torch.cat([targets.label_logprobs[:, None], targets.alternative_logprobs], dim=1).float()
-    q_s = q.gather(1, torch.cat([labels, targets.alternative_ids], dim=1))
-    if tail == "renormalize":
-        p_norm = _logsumexp(p_s)
-        q_norm = _logsumexp(torch.where(present, q_s, -torch.inf))
-        return _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
-    p_norm = _logsumexp(torch.cat([p_s, targets.tail_logprobs[:, None].float()], dim=1))  # rounded rows miss 1 a little
-    q_norm = _logsumexp(q)
-    kept = _kl_terms(p_s - p_norm, q_s - q_norm, present).sum(dim=1)
-    return kept + _tail_term(q.scatter(1, labels, -torch.inf), targets, p_norm, q_norm)
-
-
-def regularizer_values(logits: Tensor, targets: SparseTargets, regularizer: Regularizer, tail: Tail) -> Tensor:
-    """The regulariser at every position, float32 [N]; zeros for `none`."""
-    if regularizer == "none":
+    if objective.regularizer == "none":
         return torch.zeros(len(targets), device=logits.device)
-    return (masked_kl if regularizer == "masked-kl" else full_kl)(logits, targets, tail)
+    log_p = base_outcomes(targets, objective)
+    labels = targets.label_ids.long()[:, None]
+    z = logits.float()
+    rest = z.scatter(1, labels, -torch.inf)
+    log_q, norm = _adapted_outcomes(z, rest, targets, objective)
+    if objective.tail == "sampled":
+        assert targets.draw_ids is not None
+        values = sampled_kl(log_p, log_q, rest.gather(1, targets.draw_ids.long()) - norm, targets)
+    else:
+        values = divergence(log_p, log_q, objective.regularizer) * objective.temperature**2
+    if objective.weighting == "non-target-mass":
+        values = values * base_rest(targets).exp()
+    if objective.masked and objective.min_adapted_rest > 0:
+        log_rest = (rest.logsumexp(dim=1) - z.logsumexp(dim=1)).detach()
+        values = torch.where(log_rest >= math.log(objective.min_adapted_rest), values, 0.0)
+    return values
 
 
-def _tail_term(q: Tensor, targets: SparseTargets, p_norm: Tensor, q_norm: Tensor) -> Tensor:
-    """p'_T (log p'_T - log q'_T), [N]; q: logits with the label at -inf. 0 where the base has no tail."""
-    p_tail = (targets.tail_logprobs.float()[:, None] - p_norm).squeeze(1)
-    has_tail = targets.tail_logprobs > -torch.inf
-    rest = q.scatter(1, targets.alternative_ids, -torch.inf)
-    rest = torch.where(has_tail[:, None], rest, 0.0)  # keeps the gradient of an empty logsumexp out
-    q_tail = rest.logsumexp(dim=1) - q_norm.squeeze(1)
-    return _kl_terms(p_tail, q_tail, has_tail)
+def divergence(log_p: Tensor, log_q: Tensor, regularizer: Regularizer) -> Tensor:
+    """KL(P || Q), KL(Q || P) or JS(P, Q), [N], of log-probabilities [N, J] over outcomes; 0 log 0 = 0."""
+    if regularizer == "masked-reverse-kl":
+        return _kl(log_q, log_p)
+    if regularizer == "masked-js":
+        log_m = torch.logaddexp(_finite(log_p), _finite(log_q)) - math.log(2)
+        return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    return _kl(log_p, log_q)
 
 
-def _kl_terms(p: Tensor, q: Tensor, present: Tensor) -> Tensor:
-    """p (log p - log q) of log-probabilities, 0 where an outcome is absent, and no gradient there."""
-    p, q = torch.where(present, p, 0.0), torch.where(present, q, 0.0)
-    return torch.where(present, p.exp() * (p - q), 0.0)
+def group_logsumexp(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """logsumexp of values [N, V] within each group, [N, G]; groups: [V]. -inf, and no gradient, where nothing is."""
+    index = groups.long().expand_as(values)
+    top = values.new_full((len(values), num_groups), -torch.inf)
+    top = top.scatter_reduce(1, index, values.detach(), "amax")
+    top = torch.where(top > -torch.inf, top, 0.0)
+    sums = torch.zeros_like(top).scatter_add(1, index, (values - top.gather(1, index)).exp())
+    return torch.where(sums > 0, top + torch.where(sums > 0, sums, 1.0).log(), -torch.inf)
 
 
-def _logsumexp(values: Tensor) -> Tensor:
-    """Over the last dimension, kept; 0 and no gradient where every value is -inf."""
-    empty = (values == -torch.inf).all(dim=-1, keepdim=True)
-    return torch.where(empty, 0.0, torch.where(empty, 0.0, values).logsumexp(dim=-1, keepdim=True))
+def _adapted_outcomes(z: Tensor, rest: Tensor, targets: SparseTargets, objective: Objective) -> tuple[Tensor, Tensor]:
+    """log Q [N, J] over the outcomes of `base_outcomes`, and what normalises it [N, 1]. rest: z with -inf at y."""
+    labels, kept = targets.label_ids.long()[:, None], targets.alternative_ids.long()
+    present = targets.alternative_logprobs > -torch.inf
+    parts = [] if objective.masked else [z.gather(1, labels)]
+    parts.append(torch.where(present, z.gather(1, kept), -torch.inf))
+    beyond = rest.scatter(1, kept, -torch.inf)
+    if objective.tail == "groups":
+        assert targets.token_groups is not None and targets.tail_group_logprobs is not None
+        parts.append(group_logsumexp(beyond, targets.token_groups, targets.tail_group_logprobs.shape[1]))
+    elif objective.tail != "renormalize":
+        parts.append(_logsumexp(beyond, empty=-torch.inf))
+    outcomes = torch.cat(parts, dim=1) / objective.temperature
+    norm = _logsumexp(outcomes)
+    return outcomes - norm, norm
+
+
+def sampled_kl(log_p: Tensor, log_q: Tensor, log_q_draws: Tensor, targets: SparseTargets) -> Tensor:
+    """Kept outcomes exactly, the tail by its draws: sum_S P log(P/Q) + P_T / M sum_i log(P(c_i) / Q(c_i)), [N].
+
+    log_p, log_q: [N, J], the last outcome T; log_q_draws: log Q(c_i), [N, M].
+    """
+    assert targets.draw_logprobs is not None
+    has_tail = targets.tail_logprobs[:, None] > -torch.inf
+    within = targets.draw_logprobs.float() - torch.where(has_tail, targets.tail_logprobs.float()[:, None], 0.0)
+    log_p_draws = torch.where(has_tail, log_p[:, -1:] + within, 0.0)
+    log_q_draws = torch.where(has_tail, log_q_draws, 0.0)
+    return _kl(log_p[:, :-1], log_q[:, :-1]) + log_p[:, -1].exp() * (log_p_draws - log_q_draws).mean(dim=1)
+
+
+def _check_tail(targets: SparseTargets, objective: Objective) -> None:
+    needed = {"groups": ("tail_group_logprobs", "token_groups"), "sampled": ("draw_ids", "draw_logprobs")}
+    for name in needed.get(objective.tail, ()):
+        if getattr(targets, name) is None:
+            raise ValueError(f"tail {objective.tail}: expected targets with {name}, found none")
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum p (log p - log q), [N]; outcomes with p = 0 have no term and no gradient."""
+    present = log_p > -torch.inf
+    p, q = torch.where(present, log_p, 0.0), torch.where(present, log_q, 0.0)
+    return torch.where(present, p.exp() * (p - q), 0.0).sum(dim=1)
+
+
+def _finite(logprobs: Tensor) -> Tensor:
+    """-inf as a number that no mass reaches, without a gradient: logaddexp of two -inf has none."""
+    return torch.where(logprobs > -torch.inf, logprobs, -1e30)
+
+
+def _normalized(logprobs: Tensor) -> Tensor:
+    """Over the last dimension, so that the masses sum to 1; -inf stays."""
+    return logprobs - _logsumexp(logprobs)
+
+
+def _logsumexp(values: Tensor, empty: float = 0.0) -> Tensor:
+    """Over the last dimension, kept; `empty`, and no gradient, where every value is -inf."""
+    nothing = (values == -torch.inf).all(dim=-1, keepdim=True)
+    return torch.where(nothing, empty, torch.where(nothing, 0.0, values).logsumexp(dim=-1, keepdim=True))

@@ -11,15 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, Manifest, sample_id
+from logitcache.storage.cache import stored_token_groups
 from logitcache.storage.encoding import PRECISIONS, columns_of
+from logitcache.storage.identity import digest
+from logitcache.storage.manifest import features_of
 from logitcache.storage.records import keep_mass
 
+from .errors import UnsupportedModel
 from .head import check_head, check_length
 from .models import Base, tokenizer_identity
+from .partition import token_groups
 from .samples import Sample, distinct
 from .teacher import capture
 
@@ -33,7 +39,8 @@ BYTES_A_SAMPLE_TABLE_ROW = 28
 class PrecomputeSettings:
     """top_k: alternatives a position (clipped to V - 1); max_length: tokens a sample; batch_tokens: padded tokens a
     forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow; precision: exact,
-    fine or compact; min_mass: keep the fewest alternatives with this share of the non-target mass (1: all top_k)."""
+    fine or compact; min_mass: keep the fewest alternatives with this share of the non-target mass (1: all top_k);
+    tail_groups: parts of the vocabulary to split the tail by (0: none); tail_samples: draws from the tail (0: none)."""
 
     top_k: int = 64
     max_length: int = 1024
@@ -42,6 +49,8 @@ class PrecomputeSettings:
     store: str = "zarr"
     precision: str = "fine"
     min_mass: float = 1.0
+    tail_groups: int = 0
+    tail_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,16 @@ class Plan:
         """Records the cache will gain."""
         return sum(len(s.positions) for s in self.samples)
 
-    def num_bytes(self, top_k: int, precision: str) -> int:
+    def num_bytes(self, top_k: int, settings: PrecomputeSettings) -> int:
         """Size of its records and tokens before compression."""
-        columns = columns_of(CaptureSettings(top_k, 2, precision=precision))
+        kept = CaptureSettings(
+            top_k,
+            2,
+            precision=settings.precision,
+            num_tail_groups=settings.tail_groups,
+            num_tail_samples=settings.tail_samples,
+        )
+        columns = columns_of(kept)
         rows = self.num_positions * sum(np.dtype(c.dtype).itemsize * max(c.width, 1) for c in columns)
         return rows + 4 * self.num_tokens + BYTES_A_SAMPLE_TABLE_ROW * self.num_samples
 
@@ -87,12 +103,35 @@ class PrecomputeReport:
     num_samples_found: int
 
 
-def manifest_for(base: Base, tokenizer: PreTrainedTokenizerBase | None, settings: PrecomputeSettings) -> Manifest:
-    """The manifest of a cache of this base with these settings."""
+def partition_for(base: Base, settings: PrecomputeSettings, path: str | Path) -> NDArray[np.uint8] | None:
+    """The tail group of each token, uint8 [V]: that of the cache at `path` if it was begun, or made from the base.
+
+    None without tail groups. Raises `UnsupportedModel` where the vocabulary has no so many groups.
+    """
+    if not settings.tail_groups:
+        return None
+    stored = stored_token_groups(path)
+    if stored is not None:
+        return stored
+    try:
+        return token_groups(base.model, settings.tail_groups)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"splitting the tail of {base.source.name}: {error}. Give another --tail-groups."
+        ) from error
+
+
+def manifest_for(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: PrecomputeSettings,
+    partition: NDArray[np.uint8] | None = None,
+) -> Manifest:
+    """The manifest of a cache of this base with these settings. partition: as `partition_for` gives it."""
     packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
     precision = PRECISIONS[settings.precision]
     top_k = min(settings.top_k, base.identity.vocab_size - 1)
-    return Manifest(
+    manifest = Manifest(
         store=settings.store,
         model=base.identity,
         tokenizer=tokenizer_identity(tokenizer),
@@ -102,10 +141,14 @@ def manifest_for(base: Base, tokenizer: PreTrainedTokenizerBase | None, settings
             min_mass=settings.min_mass,
             precision=settings.precision,
             max_error=precision.max_error if precision else 0.0,
+            num_tail_groups=settings.tail_groups,
+            tail_partition="" if partition is None else digest(partition.tobytes()),
+            num_tail_samples=settings.tail_samples,
         ),
         model_name=base.source.name,
         created_with={name: version(name) for name in packages},
     )
+    return replace(manifest, reader_features=features_of(manifest.capture))
 
 
 def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:
@@ -140,25 +183,32 @@ def without_captured(plan: Plan, captured: Mapping[bytes, NDArray[np.int32]]) ->
 
 
 def precompute(
-    base: Base, manifest: Manifest, plan: Plan, path: str | Path, progress: Progress = lambda _: None
+    base: Base,
+    manifest: Manifest,
+    plan: Plan,
+    path: str | Path,
+    progress: Progress = lambda _: None,
+    partition: NDArray[np.uint8] | None = None,
 ) -> PrecomputeReport:
     """Fill the cache at `path` with the samples of a plan, and finalise it.
 
-    Runs the base once over every sample that is missing. Raises what `CacheWriter` and `capture` raise; what was
-    committed before stays, and a later call goes on from there.
+    Runs the base once over every sample that is missing. partition: that of the manifest. Raises what `CacheWriter` and
+    `capture` raise; what was committed before stays, and a later call goes on from there.
     """
     check_head(base.model)
     check_length(base.model, max((len(s.token_ids) for s in plan.samples), default=0))
-    with CacheWriter(path, manifest) as writer:
+    kept = manifest.capture
+    groups = None if partition is None else torch.from_numpy(partition.copy())
+    with CacheWriter(path, manifest, partition) as writer:
         missing = without_captured(plan, writer.captured())
         progress(plan.num_tokens - missing.num_tokens)
         for shard in missing.shards:
             cached: list[CachedSample] = []
             for batch in shard:
-                records = capture(base.model, batch, manifest.capture.top_k)
+                records = capture(base.model, batch, kept.top_k, groups, kept.num_tail_samples)
                 for sample, record in zip(batch, records, strict=True):
-                    kept = keep_mass(record, manifest.capture.min_mass)
-                    cached.append(CachedSample(sample.token_ids, kept, sample.num_tokens_cut))
+                    fewer = keep_mass(record, kept.min_mass, partition)
+                    cached.append(CachedSample(sample.token_ids, fewer, sample.num_tokens_cut))
                 progress(sum(len(s.token_ids) for s in batch))
             writer.commit(cached)
         if not writer.is_final:

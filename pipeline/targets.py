@@ -1,46 +1,171 @@
-"""Joins samples with what the cache says of them: records -> `SparseTargets`, and the collator of training batches.
+"""Joins a batch with what the cache says of it: documents of a batch -> records -> `SparseTargets`.
 
-Owns alignment: row i of the targets is row i of the batch's supervised positions. Must not know models or losses'
-formulas.
+Owns alignment: which tokens of a batch are one sample, which of its positions are supervised, and that row i of the
+targets is position i of these. Works on what any collator of a causal language model makes (input_ids, labels, and an
+attention mask or position ids), so padding, packing and padding-free batches are all found by content. Must not know
+models or losses' formulas.
+Shapes: B rows, T time, N supervised positions of the batch, K alternatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
 
 from logitcache.storage import BaseLogprobs, LogitCache
 from logitcache.storage.records import NO_TOKEN
 
-from .losses import Regularizer, SparseTargets, regularizer_mask
-from .samples import Sample, pad_batch
+from .errors import InvalidBatch
+from .losses import Objective, SparseTargets, regularizer_mask
+from .samples import IGNORED, Sample, pad_batch
 
-TARGET_FIELDS = ("label_logprobs", "alternative_ids", "alternative_logprobs", "tail_logprobs")
+PREFIX = "base_"
+_IDS = ("alternative_ids", "draw_ids")
+_LOGPROBS = ("label_logprobs", "alternative_logprobs", "tail_logprobs", "tail_group_logprobs", "draw_logprobs")
+
+Batch = dict[str, Any]
+Collator = Callable[[Sequence[Any]], Batch]
 
 
 @dataclass(frozen=True)
-class TrainingSet(Dataset[tuple[Sample, BaseLogprobs | None]]):
-    """Samples, each with its record where there is a cache. Records are read when an item is asked for."""
+class Document:
+    """A sample inside a batch: its row and first column, tokens uint32 [L], supervised positions int32 [P] within."""
 
-    samples: Sequence[Sample]
+    row: int
+    column: int
+    token_ids: NDArray[np.uint32]
+    positions: NDArray[np.int32]
+
+
+def pad_samples(samples: Sequence[Sample]) -> Batch:
+    """Samples as any collator would have them: input_ids, attention_mask and labels, int64 [B, T]."""
+    padded = pad_batch(samples)
+    labels = torch.full_like(padded.input_ids, IGNORED)
+    labels.view(-1)[padded.rows + 1] = padded.label_ids
+    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class CachedCollator:
+    """Any collator, and then the rows of the cache for every supervised position of its batch.
+
+    Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]) and, with a cache, base_*:
+    ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
+    nothing casts on the way to a device. top_k: read fewer alternatives than the cache has. Runs in the workers of a
+    `DataLoader`, ahead of the step. Raises `SampleNotCached`, `PositionNotCaptured`, `CorruptCache`, `InvalidBatch`.
+    """
+
+    collator: Collator
     cache: LogitCache | None
+    top_k: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def __call__(self, features: Sequence[Any]) -> Batch:
+        return with_targets(self.collator(features), self.cache, self.top_k)
 
-    def __getitem__(self, index: int) -> tuple[Sample, BaseLogprobs | None]:
-        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Sample, BaseLogprobs | None]]:
-        """A batch at once, which a `DataLoader` asks for where it can."""
-        samples = [self.samples[i] for i in indices]
-        if self.cache is None:
-            return [(sample, None) for sample in samples]
-        records = self.cache.lookup_batch([s.token_ids for s in samples], [s.positions for s in samples])
-        return list(zip(samples, records, strict=True))
+def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None) -> Batch:
+    """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
+    documents = list(documents_of(batch))
+    width = batch["input_ids"].shape[1]
+    rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
+    labels = [d.token_ids[d.positions + 1].astype(np.int32) for d in documents]
+    added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
+    if cache is not None and documents:
+        found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
+        added |= target_columns(found)
+    return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
+
+
+def documents_of(batch: Batch) -> Iterator[Document]:
+    """The samples of a batch that have supervised positions, row by row.
+
+    A row is split where position_ids start again at 0; padding is where attention_mask is 0. The label of position t is
+    labels[t + 1], as everywhere in transformers; a document's first token is nobody's label.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise InvalidBatch(f"looking up a batch: expected {name} in it, found {', '.join(sorted(batch))}.")
+    tokens, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    mask, places = batch.get("attention_mask"), batch.get("position_ids")
+    for row in range(len(tokens)):
+        present = np.ones(tokens.shape[1], dtype=np.int64) if mask is None else mask[row].numpy().astype(np.int64)
+        starts = present.copy()
+        starts[1:] = np.diff(present)
+        if not np.isin(present, (0, 1)).all() or (starts == 1).sum() > 1:
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: expected an attention mask of ones with padding at the ends, found "
+                "something else. Packed rows need position_ids that start again at 0 with each document."
+            )
+        first, end = int(present.argmax()), int(present.sum())
+        begins = [0] if places is None else np.flatnonzero(places[row].numpy()[first : first + end] == 0).tolist()
+        if begins[:1] != [0]:
+            raise InvalidBatch(f"looking up row {row} of a batch: expected position_ids from 0 at its first token.")
+        for begin, stop in zip(begins, [*begins[1:], end], strict=True):
+            span = slice(first + begin, first + stop)
+            found = _document(row, span, tokens[row, span], labels[row, span])
+            if found is not None:
+                yield found
+
+
+def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None = None) -> SparseTargets:
+    """Records one after the other as tensors on the CPU. token_groups: [V], where the records have tail groups."""
+    labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
+    columns = {f"{PREFIX}{name}": torch.from_numpy(c) for name, c in target_columns(records).items()}
+    targets = targets_of({f"{PREFIX}label_ids": torch.from_numpy(labels), **columns}, token_groups)
+    assert targets is not None
+    return targets
+
+
+def target_columns(records: Sequence[BaseLogprobs]) -> dict[str, NDArray[Any]]:
+    """Records one after the other as compact columns; see `CachedCollator`."""
+    labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
+    names = {"draw_ids": "tail_sample_ids", "draw_logprobs": "tail_sample_logprobs"}
+    columns: dict[str, NDArray[Any]] = {}
+    for name in (*_IDS, *_LOGPROBS):
+        parts = [getattr(r, names.get(name, name)) for r in records]
+        if parts[0] is None:
+            continue
+        column = np.concatenate(parts)
+        if name in _IDS:
+            columns[name] = np.where(column == NO_TOKEN, labels[:, None], column.astype(np.int32))
+        else:
+            columns[name] = _as_bits(column)
+    return columns
+
+
+def targets_of(batch: Batch, token_groups: Tensor | None = None) -> SparseTargets | None:
+    """The targets that are in a batch, on its device; None where it was made without a cache.
+
+    token_groups: [V], the tail group of each token, on the same device.
+    """
+    if f"{PREFIX}alternative_ids" not in batch:
+        return None
+    columns: dict[str, Tensor] = {}
+    for name in (*_IDS, *_LOGPROBS):
+        column = batch.get(f"{PREFIX}{name}")
+        if column is not None:
+            floats = torch.float16 if column.dtype == torch.int16 else torch.float32
+            columns[name] = column if name in _IDS else column.view(floats)
+    return SparseTargets(batch[f"{PREFIX}label_ids"], **columns, token_groups=token_groups)
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What the model itself is given: no labels, and nothing of the cache."""
+    return {name: value for name, value in batch.items() if name != "labels" and not name.startswith(PREFIX)}
+
+
+def count_positions(batch: Batch, objective: Objective) -> Tensor:
+    """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device."""
+    labels: Tensor = batch[f"{PREFIX}label_ids"]
+    targets = targets_of(batch)
+    every = torch.full((), len(labels), dtype=torch.int64, device=labels.device)
+    if targets is None or objective.regularizer == "none":
+        return torch.stack([every, torch.zeros_like(every)])
+    return torch.stack([every, regularizer_mask(targets, objective).sum()])
 
 
 def samples_of(cache: LogitCache) -> list[Sample]:
@@ -53,46 +178,32 @@ def samples_of(cache: LogitCache) -> list[Sample]:
     return samples
 
 
-def sparse_targets(records: Sequence[BaseLogprobs]) -> SparseTargets:
-    """Records one after the other as tensors on the CPU."""
-    labels = np.concatenate([r.label_ids for r in records]).astype(np.int64)
-    ids = np.concatenate([r.alternative_ids for r in records]).astype(np.int64)
-    ids = np.where(ids == NO_TOKEN, labels[:, None], ids)
-    rest = (np.concatenate([getattr(r, n) for r in records]) for n in TARGET_FIELDS if n != "alternative_ids")
-    label_logprobs, alternative_logprobs, tail_logprobs = (torch.from_numpy(a.astype(np.float32)) for a in rest)
-    return SparseTargets(
-        torch.from_numpy(labels), label_logprobs, torch.from_numpy(ids), alternative_logprobs, tail_logprobs
-    )
+def groups_of(cache: LogitCache | None) -> Tensor | None:
+    """The tail group of each token, uint8 [V], on the CPU; None where the cache has none."""
+    groups = None if cache is None else cache.token_groups()
+    return None if groups is None else torch.from_numpy(groups.copy())
 
 
-def collate(items: Sequence[tuple[Sample, BaseLogprobs | None]]) -> dict[str, Any]:
-    """A training batch as a flat dict of tensors: `PaddedBatch`, and `SparseTargets` where there are records."""
-    padded = pad_batch([sample for sample, _ in items])
-    batch: dict[str, Any] = {
-        "input_ids": padded.input_ids,
-        "attention_mask": padded.attention_mask,
-        "rows": padded.rows,
-        "label_ids": padded.label_ids,
-    }
-    records = [record for _, record in items if record is not None]
-    if records:
-        targets = sparse_targets(records)
-        if not torch.equal(targets.label_ids, padded.label_ids):
-            raise ValueError("collating a batch: the labels of the records are not those of the samples")
-        batch |= {name: getattr(targets, name) for name in TARGET_FIELDS}
-    return batch
-
-
-def targets_of(batch: dict[str, Any]) -> SparseTargets | None:
-    """The targets that `collate` put into a batch."""
-    if TARGET_FIELDS[0] not in batch:
+def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any]) -> Document | None:
+    supervised = labels[1:] != IGNORED
+    if not supervised.any():
         return None
-    return SparseTargets(batch["label_ids"], *(batch[name] for name in TARGET_FIELDS))
+    if np.any(supervised & (labels[1:] != tokens[1:])):
+        at = int(np.flatnonzero(supervised & (labels[1:] != tokens[1:]))[0]) + 1
+        raise InvalidBatch(
+            f"looking up row {row} of a batch: expected labels equal to input_ids (or {IGNORED}), found "
+            f"{labels[at]} for {tokens[at]} at column {span.start + at}. Labels are not shifted here."
+        )
+    return Document(row, span.start, tokens.astype(np.uint32), np.flatnonzero(supervised).astype(np.int32))
 
 
-def count_positions(batch: dict[str, Any], regularizer: Regularizer) -> tuple[int, int]:
-    """Positions of a batch that count for the cross-entropy, and for the regulariser."""
-    targets = targets_of(batch)
-    if targets is None or regularizer == "none":
-        return len(batch["label_ids"]), 0
-    return len(batch["label_ids"]), int(regularizer_mask(targets, regularizer).sum())
+def _joined(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+
+def _as_bits(logprobs: NDArray[np.float32]) -> NDArray[Any]:
+    """As float16 where that is exact, which steps of 1/32 nat are down to -64; the bits as integers."""
+    with np.errstate(over="ignore"):
+        halves = logprobs.astype(np.float16)
+    exact = np.array_equal(halves.astype(np.float32), logprobs)
+    return halves.view(np.int16) if exact else np.ascontiguousarray(logprobs).view(np.int32)

@@ -2,17 +2,19 @@
 
 Owns the record's numbers: one body forward of a padded batch, then the head on slices of supervised positions only.
 [batch, time, vocabulary] is never held; one slice of logits in float32 is.
-Shapes: B samples, T time, N positions of the batch, n of a slice, V vocabulary, K alternatives, D hidden.
+Shapes: B samples, T time, N positions of the batch, n of a slice, V vocabulary, K alternatives, G groups,
+M draws, D hidden.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcache.storage import BaseLogprobs
+from logitcache.storage import BaseLogprobs, sample_id
 
 from .errors import NonFiniteLogits
 from .head import OutputHead, hidden_states, logits_width
@@ -23,22 +25,34 @@ SLICE_BYTES = 64 * 2**20
 
 
 @torch.inference_mode()
-def capture(model: PreTrainedModel, batch: Sequence[Sample], top_k: int) -> list[BaseLogprobs]:
+def capture(
+    model: PreTrainedModel,
+    batch: Sequence[Sample],
+    top_k: int,
+    token_groups: Tensor | None = None,
+    num_tail_samples: int = 0,
+) -> list[BaseLogprobs]:
     """The record of every supervised position of a batch, with K = min(top_k, V - 1).
 
     log p(c) = z_c - logsumexp(z) in float32 over the whole vocabulary; the tail is summed directly over the tokens that
-    are neither label nor kept. Raises `NonFiniteLogits` with the sample and the position.
+    are neither label nor kept. token_groups: int [V], to split the tail by; num_tail_samples: draws from the tail, the
+    same for a position of a sample whenever it is captured. Raises `NonFiniteLogits` with the sample and the position.
     """
     padded = pad_batch(batch, model.device)
-    hidden = hidden_states(model, padded.input_ids, padded.attention_mask).flatten(0, 1)
+    hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)
     vocab_size = logits_width(model)
     num_rows = max(1, SLICE_BYTES // (4 * vocab_size))
-    slices = zip(hidden.split(num_rows), padded.label_ids.split(num_rows), strict=True)
-    parts = [slice_record(head(h).float(), labels, top_k) for h, labels in slices]
-    label, ids, kept, tail = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    _check_finite(label, batch)
+    split = None if token_groups is None else one_hot(token_groups.to(hidden.device))
+    uniforms = torch.from_numpy(_uniforms(batch, num_tail_samples)).to(hidden.device)
+    slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)
+    parts = [slice_record(head(h).float(), labels, top_k, split, u) for h, labels, u in slices]
+    columns = {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
+    for name in ("alternative_ids", "tail_sample_ids"):
+        if name in columns:
+            columns[name] = columns[name].astype(np.uint32)  # -1 becomes NO_TOKEN
+    _check_finite(columns["label_logprobs"], batch)
     records, start = [], 0
     for sample in batch:
         rows = slice(start, start + len(sample.positions))
@@ -47,19 +61,19 @@ def capture(model: PreTrainedModel, batch: Sequence[Sample], top_k: int) -> list
             BaseLogprobs(
                 positions=sample.positions,
                 label_ids=sample.token_ids[sample.positions + 1],
-                label_logprobs=label[rows],
-                alternative_ids=ids[rows].astype(np.uint32),
-                alternative_logprobs=kept[rows],
-                tail_logprobs=tail[rows],
+                **{name: column[rows] for name, column in columns.items()},
             )
         )
     return records
 
 
-def slice_record(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p(label) [n], ids [n, K], their log p [n, K] and log p(tail) [n] of float32 logits [n, V].
+def slice_record(
+    logits: Tensor, labels: Tensor, top_k: int, groups: Tensor | None = None, uniforms: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The columns of `BaseLogprobs` that float32 logits [n, V] determine; logits are overwritten.
 
-    A row with a logit that is not finite comes back as NaN in its log p(label).
+    groups: one-hot, float32 [V, G]. uniforms: float64 [n, M] in [0, 1), M draws from the tail by inversion. A row with
+    a logit that is not finite comes back as NaN in its log p(label).
     """
     k = min(top_k, logits.shape[1] - 1)
     top = logits.amax(dim=1, keepdim=True)
@@ -69,7 +83,51 @@ def slice_record(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Te
     label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
     kept, ids = rest.scatter_(1, labels[:, None], -torch.inf).topk(k, dim=1)
     tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
-    return label.where(finite, torch.nan), ids, kept - normaliser, tail
+    columns = {
+        "label_logprobs": label.where(finite, torch.nan),
+        "alternative_ids": ids,
+        "alternative_logprobs": kept - normaliser,
+        "tail_logprobs": tail,
+    }
+    if groups is None and (uniforms is None or not uniforms.shape[1]):
+        return columns
+    most = rest.amax(dim=1, keepdim=True)
+    most = torch.where(most > -torch.inf, most, 0.0)
+    masses = (rest - most).exp()
+    if groups is not None:
+        columns["tail_group_logprobs"] = (masses @ groups).log() + (most - normaliser)
+    if uniforms is not None and uniforms.shape[1]:
+        drawn = _draw(masses, uniforms)
+        logprobs = rest.gather(1, drawn) - normaliser
+        order = logprobs.argsort(dim=1, descending=True, stable=True)  # of ids in ascending order
+        nothing = (tail == -torch.inf)[:, None]
+        columns["tail_sample_ids"] = torch.where(nothing, -1, drawn.gather(1, order))
+        columns["tail_sample_logprobs"] = torch.where(nothing, -torch.inf, logprobs.gather(1, order))
+    return columns
+
+
+def one_hot(groups: Tensor) -> Tensor:
+    """float32 [V, G] of the group of each token, [V]."""
+    return torch.nn.functional.one_hot(groups.long()).float()
+
+
+def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:
+    """Indices, ascending, int64 [n, M]: the first whose cumulative mass exceeds the uniform's share of the whole."""
+    cumulative = masses.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    below = total.nextafter(torch.zeros_like(total))  # a uniform next to 1 times the total may round to it
+    drawn = torch.searchsorted(cumulative, torch.minimum(uniforms * total, below), right=True)
+    return drawn.clamp_(max=masses.shape[1] - 1).sort(dim=1).values  # beyond the end only where there is no tail
+
+
+def _uniforms(batch: Sequence[Sample], num_draws: int) -> NDArray[np.float64]:
+    """float64 [N, M] in [0, 1) of the supervised positions: a function of tokens and position, not of the batch."""
+    parts = []
+    for sample in batch:
+        seed = int.from_bytes(sample_id(sample.token_ids), "little")
+        stream = np.random.Generator(np.random.Philox(key=seed))
+        parts.append(stream.random((len(sample.token_ids), num_draws))[sample.positions])
+    return np.concatenate(parts)
 
 
 def _check_finite(label_logprobs: np.ndarray, batch: Sequence[Sample]) -> None:

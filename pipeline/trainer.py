@@ -1,128 +1,149 @@
-"""What plugs into transformers' Trainer: CE + weight * regulariser from the cache, in one forward of the student.
+"""What plugs into transformers' Trainer, or any trainer made from it: CE + weight * regulariser from the cache.
 
 Owns normalisation: the cross-entropy and the regulariser are each a mean over their own positions of the whole
-accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. The formulas are in
-`losses`. Must not read caches: batches come with their targets from `targets.collate`.
+accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. Also owns what is
+refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `step`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from .errors import TrainingFailed
-from .fused import TOKENS_PER_LOSS_CHUNK, linear_losses
-from .head import OutputHead, causal_lm_of, hidden_states
-from .losses import Regularizer, Tail
-from .targets import collate, count_positions, targets_of
+from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
+from .budget import BudgetedWeight
+from .errors import InvalidBatch, NotTheBase, TrainingFailed
+from .gate import check_step_zero, check_tail, measure
+from .head import causal_lm_of, check_head, logits_width
+from .losses import Objective
+from .step import batch_loss
+from .targets import PREFIX, Batch, CachedCollator, count_positions, documents_of, groups_of
 
-@dataclass(frozen=True)
-class Objective:
-    """loss = mean CE + weight * mean regulariser; weight in loss per nat, dimensionless.
+CHECKED_ROWS = 100_000
+"""Rows of a data set that are looked up before the first step; later ones when their step comes."""
 
-    Arguments as in `losses`. tokens_per_loss_chunk: positions whose logits are alive at a time.
-    """
-
-    regularizer: Regularizer = "masked-kl"
-    tail: Tail = "bucket"
-    weight: float = 1.0
-    tokens_per_loss_chunk: int = TOKENS_PER_LOSS_CHUNK
+_ROWS_AT_ONCE = 64
 
 
-class CachedKLTrainer(Trainer):
-    """A Trainer whose loss reads the base from the batch. The base itself is never run.
+_AnyTrainer: Any = Trainer if TYPE_CHECKING else object
 
-    Logs `ce` and `kl` (nats a position, means over the logged steps) and `kl_weight` beside the Trainer's own.
-    Raises `TrainingFailed` for DataParallel, label smoothing and a loss that is not finite.
+
+class CachedKL(_AnyTrainer):
+    """Mixin before a Trainer class: its loss reads the base from a cache. The base itself is never run.
+
+        class CachedKLSFTTrainer(CachedKL, SFTTrainer): ...
+        CachedKLSFTTrainer(cache="cache/", objective=Objective(weight=1.0), model=..., args=..., train_dataset=...)
+
+    Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
+    top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
+    untrained model with the cache on the first batch (leave it on, unless that has been done).
+    Logs `ce` and `kl` (nats a position, means over the logged steps) and `kl_weight` beside the trainer's own. Batches
+    of evaluation are the trainer's own business. Raises `TrainingFailed` for what would be silently wrong (see
+    `check_supported`) and for a loss that is not finite, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
 
     loss_is_scaled_for_ga = True
+    data_collator: Any
 
     def __init__(
         self,
-        model: PeftModel,
-        args: TrainingArguments,
-        train_dataset: Dataset[Any],
-        objective: Objective,
-        callbacks: list[TrainerCallback] | None = None,
+        *args: Any,
+        cache: LogitCache | str | Path | None,
+        objective: Objective | None = None,
+        top_k: int | None = None,
+        check: bool = True,
+        **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=collate, callbacks=callbacks
-        )
-        if args.n_gpu > 1:
-            raise TrainingFailed(
-                f"training on {args.n_gpu} GPUs in one process (DataParallel) splits a batch without its targets. "
-                "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if args.label_smoothing_factor:
-            raise TrainingFailed("label smoothing and a regulariser towards the base are two answers to one question.")
-        self.objective = objective
-        self._meter = torch.zeros(2, device=args.device)
-        self._metered_steps = 0
+        super().__init__(*args, **kwargs)
+        self.objective = Objective() if objective is None else objective
+        if cache is None and self.objective.regularizer != "none":
+            raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
+        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        self.cache = None if self.objective.regularizer == "none" else opened
+        self.cached_top_k = top_k
+        check_supported(self)
+        check_tail(self.cache, self.objective)
+        device = self.args.device
+        groups = groups_of(self.cache) if self.objective.tail == "groups" else None
+        self._token_groups = None if groups is None else groups.to(device)
+        self._check = check
+        self._meter = torch.zeros(2, device=device)
+        self._step_meter = torch.zeros(2, device=device)
+        self._metered_steps, self._metered_weight = 0, 0.0
+        self.kl_weight = self.objective.weight
+        if self.objective.kl_budget is not None:
+            self.add_callback(BudgetCallback(self))
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own, whose batches bring their targets along, made where they are collated."""
+        if self._check and self.cache is not None:
+            check_head(causal_lm_of(self.model))
+        collator = self.data_collator
+        self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        if self._check and self.cache is not None:
+            self._check_data(loader.dataset)
+        return loader
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor]:
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
         """The batches of one optimizer step, and their positions on all processes: int64 [CE, regulariser]."""
         if self.state.global_step >= self.state.max_steps:  # resumed from its last step: the Trainer would do one more
             return [], torch.zeros(2, dtype=torch.int64, device=device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._metered_steps += 1
+        self._metered_weight += self.kl_weight
+        self._step_meter.zero_()
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
-            counts += torch.tensor(count_positions(batch, self.objective.regularizer), device=device)
+            counts += count_positions(batch, self.objective).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The Trainer's, but a run of one step has no warm-up: at a learning rate of 0 it would train nothing."""
-        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
-            self.args.warmup_steps = 0
-        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
-        return scheduler
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Any:
         """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
-        objective = self.objective
+        if f"{PREFIX}rows" not in inputs:  # evaluation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if self._check and self.cache is not None and self.state.global_step == 0:
+            self._check = False
+            self._check_base(model, inputs)
         if num_items_in_batch is None:
-            num_items_in_batch = torch.tensor(count_positions(inputs, objective.regularizer))
-        hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
-        selected = hidden.flatten(0, 1).index_select(0, inputs["rows"])
-        ce, kl = linear_losses(
-            selected,
-            OutputHead(causal_lm_of(model)),
-            inputs["label_ids"],
-            targets_of(inputs),
-            objective.regularizer,
-            objective.tail,
-            objective.tokens_per_loss_chunk,
-        )
-        means = torch.stack([ce, kl]) / num_items_in_batch.to(ce.device).clamp(min=1)
-        self._meter += means.detach()
-        loss = means[0] + objective.weight * means[1]
-        loss = loss * self.accelerator.num_processes  # distributed training averages gradients; these are sums
+            num_items_in_batch = count_positions(inputs, self.objective)
+        num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
+        found = batch_loss(model, inputs, self.objective, self.kl_weight * num_ce / num_kl, self._token_groups)
+        means = torch.stack([found.ce / num_ce, found.kl / num_kl])
+        self._meter += means
+        self._step_meter += means
+        # distributed training averages gradients over its data-parallel processes; these are sums
+        loss = found.loss / num_ce * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
+
+    def step_kl(self) -> float:
+        """Mean regulariser of the last optimizer step over all processes, nats a position."""
+        return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl and kl_weight to the logs of training steps, and stops a run whose loss is not finite."""
         if "loss" in logs and self._metered_steps:
-            ce, kl = (self.accelerator.reduce(self._meter, reduction="sum") / self._metered_steps).tolist()
-            logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self.objective.weight}
+            ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
+            logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
             self._meter.zero_()
-            self._metered_steps = 0
+            self._metered_steps, self._metered_weight = 0, 0.0
             if not torch.isfinite(torch.tensor([ce, kl])).all():
                 raise TrainingFailed(
                     f"training, step {self.state.global_step}: the loss is not finite (CE {ce}, KL {kl}). "
@@ -139,3 +160,132 @@ class CachedKLTrainer(Trainer):
                 "The last checkpoint is kept. Try a lower --lr."
             )
         super()._save_checkpoint(model, trial)
+
+    def _check_data(self, dataset: Any) -> None:
+        """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
+        if not hasattr(dataset, "__len__") or self.cache is None:
+            return
+        rows = iter(range(min(len(dataset), CHECKED_ROWS)))
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            for index in self._missing(dataset, chunk):
+                documents = list(documents_of(self.data_collator([dataset[index]])))
+                try:
+                    self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
+                except (SampleNotCached, PositionNotCaptured) as error:
+                    raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
+
+    def _missing(self, dataset: Any, chunk: list[int]) -> list[int]:
+        """Rows to look at one by one: none where all documents of the chunk are found."""
+        assert self.cache is not None
+        documents = list(documents_of(self.data_collator([dataset[i] for i in chunk])))
+        try:
+            self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
+        except (SampleNotCached, PositionNotCaptured):
+            return chunk
+        return []
+
+    def _check_base(self, model: nn.Module, inputs: Batch) -> None:
+        assert self.cache is not None
+        width, stored = logits_width(causal_lm_of(model)), self.cache.manifest.model.vocab_size
+        if width != stored:
+            raise NotTheBase(
+                f"pairing {self.cache.path} with {type(causal_lm_of(model)).__name__}: expected logits over {stored} "
+                f"tokens, found {width}. Use the model the cache was made from."
+            )
+        if not len(inputs[f"{PREFIX}rows"]):
+            raise InvalidBatch("checking step 0: the first batch has no supervised position.")
+        found, (_, place) = measure(model, [inputs], self.cache, self.objective)
+        row, column = divmod(int(inputs[f"{PREFIX}rows"][place]), inputs["input_ids"].shape[1])
+        check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")
+
+
+class CachedKLTrainer(CachedKL, Trainer):
+    """`CachedKL` over transformers' own Trainer. Raises as it does."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's, but a run of one step has no warm-up: at a learning rate of 0 it would train nothing."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0
+        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
+
+
+class BudgetCallback(TrainerCallback, ExportableState):
+    """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        objective = trainer.objective
+        assert objective.kl_budget is not None
+        self._trainer = trainer
+        self._weight = BudgetedWeight(objective.kl_budget, objective.weight)
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps."""
+        return {"args": {}, "attributes": vars(self._weight).copy()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            self._weight = BudgetedWeight(**saved["attributes"])
+        self._trainer.kl_weight = self._weight.weight
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.kl_weight = self._weight.update(self._trainer.step_kl())
+
+
+def check_supported(trainer: Any) -> None:
+    """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
+    args, model = trainer.args, trainer.model
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    config = causal_lm_of(model).config
+    refused: tuple[tuple[Callable[[], bool], str], ...] = (
+        (
+            lambda: args.n_gpu > 1,
+            f"{args.n_gpu} GPUs in one process (DataParallel) split a batch without its targets. "
+            "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            lambda: bool(args.label_smoothing_factor),
+            "label smoothing and a regulariser towards the base are two answers to one question. "
+            "Set label_smoothing_factor=0",
+        ),
+        (
+            lambda: _parallelism(trainer, "cp") > 1 or _parallelism(trainer, "sp") > 1,
+            "context or sequence parallelism cuts sequences across processes, and the targets would not be cut with "
+            "them. Set cp_size=1 and sp_size=1",
+        ),
+        (
+            lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
+            "FSDP and ZeRO-3 keep the output head in pieces outside of the model's forward. Use DDP, or ZeRO-1 or -2",
+        ),
+        (
+            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
+            "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
+            "Leave it at its default",
+        ),
+        (
+            lambda: bool(getattr(trainer, "aux_loss_enabled", False) or getattr(config, "output_router_logits", False)),
+            "the router's auxiliary loss of a mixture of experts is not computed here. "
+            "Set output_router_logits=False in the model's config",
+        ),
+    )
+    for holds, why in refused:
+        if holds():
+            raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
+
+
+def _parallelism(trainer: Any, kind: str) -> int:
+    size = getattr(trainer, f"get_{kind}_size", None)
+    return 1 if size is None else int(size())
+
+
+def _cutting(args: Any) -> str:
+    """What settings of TRL cut documents where the cache did not."""
+    packing = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
+    if packing in ("wrapped", "bfd_split"):
+        return f" packing_strategy={packing!r} cuts documents anywhere: use 'bfd', which keeps their beginnings whole."
+    if getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        return " truncation_mode='keep_end' cuts off beginnings: use 'keep_start'."
+    return ""

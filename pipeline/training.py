@@ -24,12 +24,13 @@ from logitcache.storage.identity import digest, digest_json
 
 from .adapters import IDENTITY_AT_START, AdapterSettings, attach
 from .errors import InputNotFound, TrainingFailed
-from .gate import StepZero, check_samples, probe_step_zero
+from .gate import StepZero, check_samples, check_tail, probe_step_zero
 from .head import check_head, check_length
+from .losses import Objective
 from .models import Base
 from .samples import Sample
-from .targets import TrainingSet
-from .trainer import CachedKLTrainer, Objective
+from .targets import pad_samples
+from .trainer import CachedKLTrainer
 
 RUN, LOG, TENSORBOARD, CHECKPOINTS = "run.json", "train_log.jsonl", "tensorboard", "checkpoints"
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
@@ -103,14 +104,17 @@ def train(
         ) from error
     step_zero = None
     if regularized is not None and IDENTITY_AT_START[adapter.kind]:
-        step_zero = probe_step_zero(model, regularized, samples, objective.regularizer, objective.tail)
+        step_zero = probe_step_zero(model, regularized, samples, objective)
     log = _JsonLog(out / LOG)
     trainer = CachedKLTrainer(
         model=model,
         args=_arguments(out, settings, base.model.device),
-        train_dataset=TrainingSet(samples, regularized),
-        objective=objective,
+        train_dataset=list(samples),
+        data_collator=pad_samples,
         callbacks=[log, _tensorboard(out), *callbacks],
+        cache=regularized,
+        objective=objective,
+        check=False,  # done above, with the names of the samples
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
@@ -138,12 +142,7 @@ def _check_combination(base: Base, cache: LogitCache | None, objective: Objectiv
             f"training {base.source.name} in float16: the gradients of one position among thousands are too small for "
             "it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
-    alone = objective.regularizer == "masked-kl" and objective.tail == "renormalize"
-    if alone and cache is not None and cache.manifest.capture.top_k == 1:
-        raise TrainingFailed(
-            f"training with masked-kl and the tail renormalised: {cache.path} keeps one alternative a position, and "
-            "one outcome alone always has probability 1. Use --tail bucket, or a cache with a larger --top-k."
-        )
+    check_tail(cache, objective)
 
 
 class _JsonLog(TrainerCallback):

@@ -17,9 +17,9 @@ from logitcache.pipeline.adapters import AdapterSettings, attach
 from logitcache.pipeline.errors import InvalidData, TrainingFailed, UnsupportedModel
 from logitcache.pipeline.evaluate import load_adapter
 from logitcache.pipeline.head import check_length
+from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.models import find_model, load_base
 from logitcache.pipeline.samples import make_samples as samples_of_rows
-from logitcache.pipeline.trainer import Objective
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.identity import weights_fingerprint
 

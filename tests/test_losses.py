@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitcache.pipeline.fused import linear_losses
+from logitcache.pipeline.fused import linear_loss
 from logitcache.pipeline.losses import (
-    LEAST_LOG_MASS,
+    Objective,
     SparseTargets,
     cross_entropy,
-    full_kl,
-    masked_kl,
     regularizer_mask,
     regularizer_values,
 )
@@ -51,6 +49,11 @@ def as_targets(record: Any, labels: np.ndarray) -> SparseTargets:
     return SparseTargets(torch.from_numpy(labels), label.float(), ids.long(), kept.float(), tail.float())
 
 
+def of(form: Any, logits: Tensor, targets: SparseTargets) -> Tensor:
+    """The regulariser (regularizer, tail) of these logits."""
+    return regularizer_values(logits, targets, Objective(*form))
+
+
 def value_and_gradient(values: Tensor, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Per-position values and d(sum)/d(logits) as numpy."""
     (gradient,) = torch.autograd.grad(values.sum(), logits)
@@ -64,7 +67,7 @@ def test_regularizer_equals_its_oracle(form: Any, shape: tuple[int, int, int], s
     _, adapted, labels, record = make_case(shape, scale)
     expected_value, expected_gradient = FORMS[form](record, adapted, labels)
     logits = torch.from_numpy(adapted).float().requires_grad_()
-    value, gradient = value_and_gradient(regularizer_values(logits, as_targets(record, labels), *form), logits)
+    value, gradient = value_and_gradient(of(form, logits, as_targets(record, labels)), logits)
     np.testing.assert_allclose(value, expected_value, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=2e-5)
 
@@ -75,7 +78,7 @@ def test_all_alternatives_give_the_exact_masked_kl(shape: tuple[int, int, int], 
     base, adapted, labels, record = make_case(shape, scale)
     expected_value, expected_gradient = oracles.masked_kl_full_oracle(base, adapted, labels)
     logits = torch.from_numpy(adapted).float().requires_grad_()
-    value, gradient = value_and_gradient(masked_kl(logits, as_targets(record, labels), "bucket"), logits)
+    value, gradient = value_and_gradient(regularizer_values(logits, as_targets(record, labels), Objective()), logits)
     np.testing.assert_allclose(value, expected_value, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=2e-5)
 
@@ -92,13 +95,13 @@ def test_cross_entropy_equals_its_oracle(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize("function", [masked_kl, full_kl])
+@pytest.mark.parametrize("regularizer", ["masked-kl", "full-kl"])
 def test_zero_value_and_gradient_where_adapted_equals_base(
-    function: Any, tail: Any, shape: tuple[int, int, int]
+    regularizer: Any, tail: Any, shape: tuple[int, int, int]
 ) -> None:
     base, _, labels, record = make_case(shape, 6.0)
     logits = torch.from_numpy(base).float().requires_grad_()
-    value, gradient = value_and_gradient(function(logits, as_targets(record, labels), tail), logits)
+    value, gradient = value_and_gradient(of((regularizer, tail), logits, as_targets(record, labels)), logits)
     assert np.abs(value).max() < 2e-6
     assert np.abs(gradient).max() < 2e-6
 
@@ -108,11 +111,11 @@ def test_masked_kl_has_no_gradient_at_the_label_and_ignores_its_logit(tail: Any)
     _, adapted, labels, record = make_case((9, 40, 8), 3.0)
     targets = as_targets(record, labels)
     logits = torch.from_numpy(adapted).float().requires_grad_()
-    value, gradient = value_and_gradient(masked_kl(logits, targets, tail), logits)
+    value, gradient = value_and_gradient(of(("masked-kl", tail), logits, targets), logits)
     assert np.all(gradient[np.arange(9), labels] == 0)
     moved = logits.detach().clone()
     moved[torch.arange(9), targets.label_ids] += 17.0
-    np.testing.assert_array_equal(masked_kl(moved, targets, tail).double().numpy(), value)
+    np.testing.assert_array_equal(of(("masked-kl", tail), moved, targets).double().numpy(), value)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -121,8 +124,8 @@ def test_invariant_to_a_constant_added_to_the_logits(form: Any) -> None:
     logits = torch.from_numpy(adapted).float()
     targets = as_targets(record, labels)
     torch.testing.assert_close(
-        regularizer_values(logits + 5.0, targets, *form),
-        regularizer_values(logits, targets, *form),
+        regularizer_values(logits + 5.0, targets, Objective(*form)),
+        regularizer_values(logits, targets, Objective(*form)),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -135,9 +138,9 @@ def test_half_precision_logits_are_used_as_they_are(form: Any, dtype: torch.dtyp
     _, adapted, labels, record = make_case((9, 40, 8), 3.0)
     half = torch.from_numpy(adapted).to(dtype)
     targets = as_targets(record, labels)
-    values = regularizer_values(half, targets, *form)
+    values = regularizer_values(half, targets, Objective(*form))
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values, regularizer_values(half.float(), targets, *form), rtol=0, atol=0)
+    torch.testing.assert_close(values, regularizer_values(half.float(), targets, Objective(*form)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", [*FORMS, ("full-kl", "renormalize")])
@@ -152,7 +155,7 @@ def test_rows_that_keep_fewer_alternatives(form: Any) -> None:
     results = []
     for record in (padded, narrow):
         logits = torch.from_numpy(adapted).float().requires_grad_()
-        results.append(value_and_gradient(regularizer_values(logits, as_targets(record, labels), *form), logits))
+        results.append(value_and_gradient(of(form, logits, as_targets(record, labels)), logits))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
 
@@ -165,7 +168,7 @@ def test_extreme_distributions_are_finite(form: Any) -> None:
     labels = rng.integers(0, 17, 40)
     record = oracles.record_oracle(base, labels, 5)
     logits = torch.from_numpy(rng.choice([-60.0, 0.0, 60.0], size=(40, 17))).float().requires_grad_()
-    value, gradient = value_and_gradient(regularizer_values(logits, as_targets(record, labels), *form), logits)
+    value, gradient = value_and_gradient(of(form, logits, as_targets(record, labels)), logits)
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
     assert (value > -1e-4).all()
 
@@ -176,9 +179,8 @@ def test_saturated_positions_are_left_out_of_masked_kl_only() -> None:
     logprobs = torch.tensor([math.log1p(-m) for m in masses]).round(decimals=3)  # log p(y) cannot tell the first two
     halves = torch.tensor([math.log(m / 2) for m in masses])
     targets = SparseTargets(labels, logprobs, labels[:, None], halves[:, None], halves)
-    assert pytest.approx(math.log(1e-4), rel=1e-7) == LEAST_LOG_MASS
-    assert regularizer_mask(targets, "masked-kl").tolist() == [True, False, True]
-    assert regularizer_mask(targets, "full-kl").tolist() == [True, True, True]
+    assert regularizer_mask(targets, Objective()).tolist() == [True, False, True]
+    assert regularizer_mask(targets, Objective("full-kl")).tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize("k", [1, 4, 16, 49])
@@ -186,11 +188,10 @@ def test_saturated_positions_are_left_out_of_masked_kl_only() -> None:
 def test_record_equals_its_oracle(k: int, scale: float) -> None:
     base, _, labels, _ = make_case((11, 50, k), scale)
     expected = oracles.record_oracle(base, labels, k)
-    label, ids, kept, tail = slice_record(torch.from_numpy(base).float(), torch.from_numpy(labels), k)
-    np.testing.assert_array_equal(ids.numpy(), expected.alternative_ids)
-    np.testing.assert_allclose(label.numpy(), expected.label_logprobs, rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(kept.numpy(), expected.alternative_logprobs, rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(tail.numpy(), expected.tail_logprobs, rtol=1e-6, atol=1e-5)
+    found = slice_record(torch.from_numpy(base).float(), torch.from_numpy(labels), k)
+    np.testing.assert_array_equal(found["alternative_ids"].numpy(), expected.alternative_ids)
+    for name in ("label_logprobs", "alternative_logprobs", "tail_logprobs"):
+        np.testing.assert_allclose(found[name].numpy(), getattr(expected, name), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
@@ -203,11 +204,14 @@ def test_sliced_losses_equal_the_plain_ones(form: Any, chunk: int) -> None:
     head = torch.nn.Linear(6, 50)
     hidden = torch.randn(13, 6, requires_grad=True)
     parameters = [hidden, *head.parameters()]
-    ce, kl = linear_losses(hidden, head, targets.label_ids, targets, *form, tokens_per_loss_chunk=chunk)
-    found = torch.autograd.grad(ce + 0.7 * kl, parameters)
+    objective = Objective(*form, tokens_per_loss_chunk=chunk)
+    loss, ce, kl = linear_loss(
+        hidden, head, targets.label_ids, targets if form[0] != "none" else None, objective, 0.7, list(head.parameters())
+    )
+    found = torch.autograd.grad(loss, parameters)
     logits = head(hidden)
     plain_ce = cross_entropy(logits, targets.label_ids).sum()
-    plain_kl = regularizer_values(logits, targets, *form)[regularizer_mask(targets, form[0])].sum()
+    plain_kl = regularizer_values(logits, targets, Objective(*form))[regularizer_mask(targets, Objective(*form))].sum()
     expected = torch.autograd.grad(plain_ce + 0.7 * plain_kl, parameters)
     torch.testing.assert_close(ce, plain_ce, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(kl, plain_kl, rtol=1e-5, atol=1e-5)
@@ -232,6 +236,6 @@ def test_sliced_losses_hold_one_slice_of_logits() -> None:
             return out
 
     with Watch():
-        ce, kl = linear_losses(hidden, head, targets.label_ids, targets, "masked-kl", "bucket", tokens_per_loss_chunk=8)
-        (ce + kl).backward()
+        objective = Objective(tokens_per_loss_chunk=8)
+        linear_loss(hidden, head, targets.label_ids, targets, objective, 1.0).loss.backward()
     assert 8 * 400 <= largest < 16 * 400

@@ -96,10 +96,11 @@ def test_the_head_is_called_so_an_adapter_on_it_counts() -> None:
     model.eval()
     ids = torch.arange(10)[None]
     own = model(input_ids=ids).logits
-    ours = OutputHead(model.get_base_model())(hidden_states(model, ids, torch.ones_like(ids)))
+    ours = OutputHead(model.get_base_model())(hidden_states(model, input_ids=ids, attention_mask=torch.ones_like(ids)))
     torch.testing.assert_close(ours, own)
     plain = torch.nn.functional.linear(
-        hidden_states(model, ids, torch.ones_like(ids)), model.get_base_model().lm_head.base_layer.weight
+        hidden_states(model, input_ids=ids, attention_mask=torch.ones_like(ids)),
+        model.get_base_model().lm_head.base_layer.weight,
     )
     assert (plain - own).abs().max() > 0.01
 

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 from logitcache.pipeline.adapters import AdapterSettings, attach
 from logitcache.pipeline.errors import NotTheBase, TrainingFailed
 from logitcache.pipeline.gate import probe_step_zero
+from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.models import Base, Source
 from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
 from logitcache.pipeline.samples import Sample
-from logitcache.pipeline.targets import TrainingSet, collate, count_positions, samples_of
-from logitcache.pipeline.trainer import CachedKLTrainer, Objective
+from logitcache.pipeline.targets import CachedCollator, count_positions, pad_samples, samples_of, with_targets
+from logitcache.pipeline.trainer import CachedKLTrainer
 from logitcache.pipeline.training import TrainSettings, train
 from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
 
@@ -67,7 +68,15 @@ def make_trainer(
     args.save_strategy = "no"
     for name, value in changes.items():
         setattr(args, name, value)
-    return CachedKLTrainer(model, args, TrainingSet(samples, cache), objective)
+    return CachedKLTrainer(
+        model=model,
+        args=args,
+        train_dataset=list(samples),
+        data_collator=pad_samples,
+        cache=cache,
+        objective=objective,
+        check=False,  # it is not the base any more
+    )
 
 
 def gradients_after_one_step(trainer: CachedKLTrainer) -> dict[str, torch.Tensor]:
@@ -195,10 +204,10 @@ def test_all_alternatives_train_like_an_online_teacher(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", samples, top_k=V - 1)
     seen: list[list[int]] = []
 
-    class Recording(TrainingSet):
-        def __getitems__(self, indices: Sequence[int]) -> Any:
-            seen.extend([index] for index in indices)
-            return super().__getitems__(indices)
+    class Recording(list[Sample]):
+        def __getitem__(self, index: Any) -> Any:
+            seen.append([index])
+            return super().__getitem__(index)
 
     torch.manual_seed(0)
     model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")
@@ -208,7 +217,15 @@ def test_all_alternatives_train_like_an_online_teacher(tmp_path: Path) -> None:
         tmp_path / "o", TrainSettings(lr=lr, max_steps=steps, batch_size=4, log_every=1), torch.device("cpu")
     )
     args.save_strategy, args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm = "no", "constant", 0, 0.0
-    trainer = CachedKLTrainer(model, args, Recording(samples, cache), Objective(weight=weight))
+    trainer = CachedKLTrainer(
+        model=model,
+        args=args,
+        train_dataset=Recording(samples),
+        data_collator=pad_samples,
+        cache=cache,
+        objective=Objective(weight=weight),
+        check=False,
+    )
     trainer.train()
     order = [[i for (i,) in seen[4 * s : 4 * s + 4]] for s in range(steps)]
     expected = online_losses(samples, order, weight, lr)
@@ -248,26 +265,32 @@ def test_saturated_positions_do_not_count(tmp_path: Path) -> None:
     """A base that is certain of some labels: these are in the CE's mean and not in the KL's."""
     samples = make_samples()
     cache = make_cache(tmp_path / "c", samples)
-    batch = collate([TrainingSet(samples, cache)[i] for i in range(4)])
-    num_ce, num_kl = count_positions(batch, "masked-kl")
+    batch = with_targets(pad_samples(samples[:4]), cache)
+
+    def counts(regularizer: Any) -> list[int]:
+        found: list[int] = count_positions(batch, Objective(regularizer)).tolist()
+        return found
+
+    num_ce, num_kl = counts("masked-kl")
     assert num_ce == num_kl == sum(len(s.positions) for s in samples[:4])
-    batch["alternative_logprobs"][:3] = batch["tail_logprobs"][:3] = -14.0
-    assert count_positions(batch, "masked-kl") == (num_ce, num_kl - 3)
-    assert count_positions(batch, "full-kl") == (num_ce, num_ce)
-    assert count_positions(batch, "none") == (num_ce, 0)
+    for name in ("base_alternative_logprobs", "base_tail_logprobs"):
+        batch[name].view(torch.float32)[:3] = -14.0
+    assert counts("masked-kl") == counts("masked-js") == [num_ce, num_kl - 3]
+    assert counts("full-kl") == [num_ce, num_ce]
+    assert counts("none") == [num_ce, 0]
 
 
 def test_targets_are_aligned_with_the_label_shift(cached: tuple[list[Sample], LogitCache]) -> None:
     """Row i of a batch: hidden state at position t, label token t+1, and the record of position t of that sample."""
     samples, cache = cached
-    batch = collate([TrainingSet(samples, cache)[i] for i in (3, 0, 5)])
+    batch = with_targets(pad_samples([samples[i] for i in (3, 0, 5)]), cache)
     length = batch["input_ids"].shape[1]
-    for row, flat in enumerate(batch["rows"].tolist()):
+    for row, flat in enumerate(batch["base_rows"].tolist()):
         sample, position = [samples[i] for i in (3, 0, 5)][flat // length], flat % length
-        assert batch["label_ids"][row] == sample.token_ids[position + 1]
+        assert batch["base_label_ids"][row] == sample.token_ids[position + 1]
         record = cache.lookup(sample.token_ids, np.array([position]))
-        assert float(batch["label_logprobs"][row]) == record.label_logprobs[0]
-        assert batch["alternative_ids"][row].tolist() == record.alternative_ids[0].tolist()
+        assert float(batch["base_label_logprobs"].view(torch.float32)[row]) == record.label_logprobs[0]
+        assert batch["base_alternative_ids"][row].tolist() == record.alternative_ids[0].tolist()
 
 
 def test_unused_column_removal_takes_nothing_from_a_batch(
@@ -327,13 +350,13 @@ def test_step_zero_refuses_a_model_that_is_not_the_base(
 ) -> None:
     samples, cache = cached
     with pytest.raises(NotTheBase, match=r"row \d+ at position \d+"):
-        probe_step_zero(make_model(seed=1), cache, samples, regularizer, "bucket")
+        probe_step_zero(make_model(seed=1), cache, samples, Objective(regularizer))
 
 
 def test_step_zero_leaves_the_mode_of_the_model(cached: tuple[list[Sample], LogitCache]) -> None:
     samples, cache = cached
     model = make_model().train()
-    probe_step_zero(model, cache, samples, "masked-kl", "bucket")
+    probe_step_zero(model, cache, samples, Objective())
     assert model.training
 
 
@@ -404,10 +427,12 @@ def test_trained_adapter_loads_and_regularization_holds_it_near_the_base(tmp_pat
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes_read_the_same_batches(tmp_path: Path, method: str) -> None:
     samples = make_samples()
-    dataset = TrainingSet(samples, make_cache(tmp_path / "c", samples))
-    here = list(DataLoader(dataset, 4, collate_fn=collate))
-    there = list(DataLoader(dataset, 4, collate_fn=collate, num_workers=2, multiprocessing_context=method))
+    collate = CachedCollator(pad_samples, make_cache(tmp_path / "c", samples))
+    here = list(DataLoader(samples, 4, collate_fn=collate))  # type: ignore[arg-type]  # a list serves
+    there = list(
+        DataLoader(samples, 4, collate_fn=collate, num_workers=2, multiprocessing_context=method)  # type: ignore[arg-type]
+    )
     assert len(here) == len(there) > 1
     for mine, theirs in zip(here, there, strict=True):
-        assert mine.keys() == theirs.keys() and "alternative_ids" in mine
+        assert mine.keys() == theirs.keys() and "base_alternative_ids" in mine
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)

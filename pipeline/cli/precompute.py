@@ -39,6 +39,20 @@ from .common import (
     help="Keep the fewest alternatives that hold this share of the non-target mass, --top-k at most.",
 )
 @click.option(
+    "--tail-groups",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default=True,
+    help="Split the mass beyond the alternatives over this many groups of the vocabulary (train --tail groups).",
+)
+@click.option(
+    "--tail-samples",
+    type=click.IntRange(0, 4096),
+    default=0,
+    show_default=True,
+    help="Draw this many tokens from beyond the alternatives (train --tail sampled).",
+)
+@click.option(
     "--precision",
     type=click.Choice(["exact", "fine", "compact"]),
     default="fine",
@@ -81,6 +95,8 @@ def precompute(
     cache: str,
     top_k: int,
     min_mass: float,
+    tail_groups: int,
+    tail_samples: int,
     precision: str,
     store: str,
     max_length: int,
@@ -95,6 +111,10 @@ def precompute(
     Rows: text; prompt + completion; messages (assistant turns are supervised); or input_ids (+ labels, -100 where not
     supervised). Interrupted, the same command goes on where it stopped. A finished cache gains what it lacks.
     """
+    if tail_groups == 1:
+        raise click.UsageError("--tail-groups 1 is the whole tail, which is always kept: give 2 or more, or 0.")
+    if tail_samples and min_mass < 1:
+        raise click.UsageError("--tail-samples with --min-mass: the draws are from beyond all --top-k. Leave one out.")
     quiet_libraries()
     from .. import precompute as job
     from ..models import configured_vocab_size, find_model, load_base, load_tokenizer, pick_device
@@ -102,7 +122,7 @@ def precompute(
     from ..samples import make_samples
 
     settings = job.PrecomputeSettings(
-        top_k, max_length, batch_tokens, shard_positions, store, precision=precision, min_mass=min_mass
+        top_k, max_length, batch_tokens, shard_positions, store, precision, min_mass, tail_groups, tail_samples
     )
     source = find_model(model)
     where = pick_device(device)
@@ -127,15 +147,16 @@ def precompute(
             "and are left out."
         )
     if dry_run:
-        size = human_bytes(plan.num_bytes(top_k, precision))
+        size = human_bytes(plan.num_bytes(top_k, settings))
         click.echo(
             f"Would run {source.name} over {plan.num_tokens:,} tokens into {len(plan.shards):,} shards, keeping "
             f"{top_k} of {vocab_size:,} alternatives a position at precision {precision}: {size} before compression. "
             "Nothing was written."
         )
         return
-    manifest = job.manifest_for(base, tokenizer, settings)
+    partition = job.partition_for(base, settings, cache)
+    manifest = job.manifest_for(base, tokenizer, settings, partition)
     with token_bar("precompute", plan.num_tokens) as progress:
-        report = job.precompute(base, manifest, plan, cache, progress)
+        report = job.precompute(base, manifest, plan, cache, progress, partition)
     already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""
     click.echo(f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {cache}.{already}")

@@ -18,19 +18,55 @@ from .common import CachePath, FiniteFloat, config_option, model_option, note, q
 @click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
 @click.option(
     "--regularizer",
-    type=click.Choice(["masked-kl", "full-kl", "none"]),
+    type=click.Choice(["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]),
     default="masked-kl",
     show_default=True,
-    help="masked-kl: KL to the base without the true token; full-kl: with it; none: plain cross-entropy.",
+    help="masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; none: "
+    "plain cross-entropy.",
 )
 @click.option(
     "--tail",
-    type=click.Choice(["bucket", "renormalize"]),
-    default="bucket",
+    type=click.Choice(["auto", "bucket", "groups", "renormalize", "sampled"]),
+    default="auto",
     show_default=True,
-    help="Tokens beyond the top-k: one outcome together, or left out with the rest renormalised.",
+    help="Tokens beyond the top-k: one outcome together; one a group of the vocabulary; left out with the rest "
+    "renormalised; by draws. auto: groups where the cache has them, else bucket.",
 )
 @click.option("--weight", type=FiniteFloat(min=0), default=1.0, show_default=True, help="Weight of the regulariser.")
+@click.option(
+    "--kl-budget",
+    type=FiniteFloat(min=0, min_open=True),
+    default=None,
+    help="Nats a position: adapt the weight, from --weight on, so that the mean regulariser meets this.",
+)
+@click.option(
+    "--temperature",
+    type=FiniteFloat(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of both distributions; other than 1 only with --tail renormalize.",
+)
+@click.option(
+    "--weighting",
+    type=click.Choice(["uniform", "non-target-mass"]),
+    default="uniform",
+    show_default=True,
+    help="Weight of a position: the same, or 1 - p(true token).",
+)
+@click.option(
+    "--min-base-rest",
+    type=FiniteFloat(0, 1),
+    default=1e-4,
+    show_default=True,
+    help="Leave out positions where the base leaves less than this beside the true token (masked-*).",
+)
+@click.option(
+    "--min-adapted-rest",
+    type=FiniteFloat(0, 1),
+    default=0.0,
+    show_default=True,
+    help="No regularisation where the adapted model leaves less than this beside the true token (masked-*).",
+)
 @click.option("--adapter", type=click.Choice(["lora"]), default="lora", show_default=True, help="PEFT adapter.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option(
@@ -90,6 +126,11 @@ def train(
     regularizer: str,
     tail: str,
     weight: float,
+    kl_budget: float | None,
+    temperature: float,
+    weighting: str,
+    min_base_rest: float,
+    min_adapted_rest: float,
     adapter: str,
     rank: int,
     alpha: float | None,
@@ -123,16 +164,31 @@ def train(
 
     from ..adapters import AdapterSettings
     from ..gate import check_identity
+    from ..losses import Objective
     from ..models import find_model, load_base, load_tokenizer, pick_device
     from ..rows import read_rows
     from ..samples import make_samples
     from ..targets import samples_of
-    from ..trainer import Objective
     from ..training import TrainSettings
     from ..training import train as run
     from .progress import TrainBar
 
     opened = None if cache is None else LogitCache.open(cache)
+    if tail == "auto":
+        tail = "groups" if opened is not None and opened.manifest.capture.num_tail_groups else "bucket"
+    try:
+        objective = Objective(
+            regularizer,  # type: ignore[arg-type]  # click has checked the choices
+            tail,  # type: ignore[arg-type]
+            weight,
+            temperature,
+            weighting,  # type: ignore[arg-type]
+            min_base_rest,
+            min_adapted_rest,
+            kl_budget,
+        )
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     rows = None if data is None else read_rows(data)
@@ -160,7 +216,7 @@ def train(
         opened,
         out,
         AdapterSettings(adapter, rank, 2.0 * rank if alpha is None else alpha, dropout, target_modules),
-        Objective(regularizer, tail, weight),  # type: ignore[arg-type]  # click has checked the choices
+        objective,
         TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every),
         resume,
         [TrainBar("train")],

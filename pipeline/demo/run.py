@@ -20,13 +20,12 @@ from ..adapters import AdapterSettings
 from ..errors import TrainingFailed
 from ..evaluate import Comparison, compare, load_adapter
 from ..gate import check_identity
-from ..losses import Regularizer
+from ..losses import Objective, Regularizer
 from ..models import Base, Source, find_model, load_base, load_tokenizer
 from ..precompute import PrecomputeSettings, make_plan, manifest_for, precompute
 from ..report import frontier_picture, markdown_table
 from ..rows import read_rows
 from ..samples import Sample, make_samples
-from ..trainer import Objective
 from ..training import TrainSettings, train
 from .text import Document, code_documents, prose_documents, split
 

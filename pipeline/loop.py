@@ -1,0 +1,79 @@
+"""For people with their own training loop: the loss of a batch against a cache, without a trainer.
+
+    anchored = CachedLoss("cache/", Objective(weight=1.0))
+    loss = anchored(model, batch).loss   # batch: input_ids, labels, attention_mask or position_ids
+    loss.backward()
+
+Owns nothing but this arrangement: looking up is `targets`, the loss `step`, the check of the first batch `gate`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from logitcache.storage import LogitCache
+
+from .fused import LinearLoss
+from .gate import check_step_zero, check_tail, measure
+from .losses import Objective
+from .step import batch_loss
+from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, groups_of, with_targets
+
+
+class CachedLoss:
+    """mean CE + weight * mean regulariser of a batch, each over its own positions.
+
+    cache: opened, or its path. check: on the first batch, hold the model (an untrained adapter) against the cache;
+    False where training goes on from a trained adapter. Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
+    """
+
+    def __init__(
+        self, cache: LogitCache | str | Path, objective: Objective | None = None, *, check: bool = True
+    ) -> None:
+        self.cache = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        self.objective = Objective() if objective is None else objective
+        if self.objective.kl_budget is not None:
+            raise ValueError("kl_budget: a loop of one's own gives kl_weight every step, from budget.BudgetedWeight")
+        check_tail(self.cache, self.objective)
+        self._check = check
+        self._groups = groups_of(self.cache) if self.objective.tail == "groups" else None
+
+    def collator(self, collator: Collator) -> CachedCollator:
+        """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
+        return CachedCollator(collator, self.cache)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""
+        return count_positions(self.looked_up(batch), self.objective)
+
+    def looked_up(self, batch: Batch) -> Batch:
+        """The batch with its targets: as it is where they are there, looked up where not."""
+        if f"{PREFIX}rows" in batch:
+            return batch
+        device = batch["input_ids"].device
+        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        found = with_targets(on_cpu, self.cache)
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, counts: Tensor | None = None, kl_weight: float | None = None
+    ) -> LinearLoss:
+        """The loss with gradient, and the means of CE and regulariser (nats a position) without.
+
+        counts: int64 [2], positions of the whole step (`count`), of which this batch is a part; by default its own.
+        kl_weight: in place of the objective's weight.
+        """
+        batch = self.looked_up(batch)
+        if self._check:
+            found, (_, place) = measure(model, [batch], self.cache, self.objective)
+            row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
+            check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")
+            self._check = False
+        counts = count_positions(batch, self.objective) if counts is None else counts
+        num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
+        weight = self.objective.weight if kl_weight is None else kl_weight
+        if self._groups is not None:
+            self._groups = self._groups.to(batch["input_ids"].device)
+        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, self._groups)
+        return LinearLoss(sums.loss / num_ce, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))

@@ -1,0 +1,38 @@
+"""The loss of one batch: student forward, supervised positions, head, loss. What trainers and own loops share.
+
+Owns the way from a batch with targets to a `LinearLoss`. Must not read caches: batches come from `targets`.
+Shapes: B rows, T time, D hidden, N supervised positions.
+"""
+
+from torch import Tensor, nn
+
+from .errors import UnsupportedModel
+from .fused import LinearLoss, linear_loss
+from .head import OutputHead, causal_lm_of, hidden_states
+from .losses import Objective
+from .targets import PREFIX, Batch, model_inputs, targets_of
+
+
+def batch_loss(
+    model: nn.Module, batch: Batch, objective: Objective, kl_weight: float | Tensor, token_groups: Tensor | None
+) -> LinearLoss:
+    """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
+
+    batch: as `targets.with_targets` makes it, on the model's device. kl_weight stands for `objective.weight`.
+    token_groups: [V], for tail `groups`. The head's trained parameters (LoRA on lm_head, modules_to_save) get their
+    gradients too.
+    """
+    hidden = hidden_states(model, **model_inputs(batch))
+    if hidden.shape[:2] != batch["input_ids"].shape:
+        raise UnsupportedModel(
+            f"running {type(causal_lm_of(model)).__name__} on {tuple(batch['input_ids'].shape)} tokens: found hidden "
+            f"states of {tuple(hidden.shape[:2])}. Adapters that add virtual tokens (prompt tuning, prefix tuning) are "
+            "not supported. Use one that leaves the sequence as it is, such as LoRA."
+        )
+    head = OutputHead(causal_lm_of(model))
+    selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
+    targets = targets_of(batch, token_groups)
+    parameters = list(head.module.parameters())
+    labels = batch[f"{PREFIX}label_ids"]
+    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters)
+    return found
