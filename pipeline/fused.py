@@ -70,6 +70,8 @@ def linear_loss(
     `losses.regularizer_values` (where `losses.regularizer_mask` is true) over the whole [N, V].
     """
     parameters = [p for p in head_parameters if p.requires_grad]
+    if objective.regularizer == "none":
+        targets = None
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient)
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
@@ -191,12 +193,17 @@ def _losses_and_gradient(
     if targets is None:
         kept_ids, z_kept = labels, z.gather(1, labels)
     else:
-        ids, present = targets.alternative_ids.long(), targets.alternative_logprobs > -torch.inf
+        ids = targets.alternative_ids.long()
         kept_ids = torch.cat([labels, ids], dim=1)
-        z_kept = torch.cat([z.gather(1, labels), torch.where(present, z.gather(1, ids), -torch.inf)], dim=1)
+        z_kept = torch.cat([z.gather(1, labels), torch.where(ids != labels, z.gather(1, ids), -torch.inf)], dim=1)
     drawn = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
     z_drawn = None if drawn is None else z.gather(1, drawn)
     tail = _Tail(z.scatter_(1, kept_ids, -torch.inf))
+    origin = torch.cat([tail.top, z_kept[:, 1:]], dim=1).amax(dim=1, keepdim=True)  # the logits' size costs no digits
+    origin = torch.where(origin == -torch.inf, 0.0, origin)
+    z_kept = z_kept - origin
+    z_drawn = None if z_drawn is None else z_drawn - origin
+    tail.top = tail.top - origin
     every = torch.cat([z_kept, tail.log_sum], dim=1)
     log_all, log_rest = every.logsumexp(dim=1, keepdim=True), every[:, 1:].logsumexp(dim=1, keepdim=True)
     ce = (log_all - z_kept[:, :1]).sum()
@@ -225,13 +232,16 @@ class _Tail:
     """The tokens of a slice that are neither label nor kept: e = exp(z - max z) [n, V] in place of z."""
 
     def __init__(self, z: Tensor) -> None:
-        top = z.amax(dim=1, keepdim=True)
-        self.top = torch.where(top == -torch.inf, 0.0, top)
-        self.e = z.sub_(self.top).exp_()
+        self.top = z.amax(dim=1, keepdim=True)  # -inf where there is no tail
+        self.e = z.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
         self.sum = self.e.sum(dim=1, keepdim=True)
-        self.log_sum = self.top + self.sum.log()  # log 0: no tail
         self.groups: Tensor | None = None
         self.group_sums: Tensor | None = None
+
+    @property
+    def log_sum(self) -> Tensor:
+        """log sum of exp(z), [n, 1]; -inf where there is no tail."""
+        return self.top + self.sum.log()
 
     def split(self, groups: Tensor, one_hot: Tensor) -> Tensor:
         """log of the sum in each group, [n, G]."""

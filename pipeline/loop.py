@@ -65,7 +65,7 @@ class CachedLoss:
         kl_weight: in place of the objective's weight.
         """
         batch = self.looked_up(batch)
-        if self._check:
+        if self._check and len(batch[f"{PREFIX}rows"]):
             found, (_, place) = measure(model, [batch], self.cache, self.objective)
             row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
             check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")

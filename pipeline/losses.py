@@ -152,6 +152,8 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
     log_p = base_outcomes(targets, objective)
     labels = targets.label_ids.long()[:, None]
     z = logits.float()
+    top = z.detach().scatter(1, labels, -torch.inf).amax(dim=1, keepdim=True)
+    z = z - torch.where(top == -torch.inf, 0.0, top)  # the size of the logits would cost digits
     rest = z.scatter(1, labels, -torch.inf)
     log_q, norm = _adapted_outcomes(z, rest, targets, objective)
     if objective.tail == "sampled":
@@ -190,7 +192,7 @@ def group_logsumexp(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 def _adapted_outcomes(z: Tensor, rest: Tensor, targets: SparseTargets, objective: Objective) -> tuple[Tensor, Tensor]:
     """log Q [N, J] over the outcomes of `base_outcomes`, and what normalises it [N, 1]. rest: z with -inf at y."""
     labels, kept = targets.label_ids.long()[:, None], targets.alternative_ids.long()
-    present = targets.alternative_logprobs > -torch.inf
+    present = kept != labels
     parts = [] if objective.masked else [z.gather(1, labels)]
     parts.append(torch.where(present, z.gather(1, kept), -torch.inf))
     beyond = rest.scatter(1, kept, -torch.inf)

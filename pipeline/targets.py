@@ -89,8 +89,15 @@ def documents_of(batch: Batch) -> Iterator[Document]:
     for name in ("input_ids", "labels"):
         if name not in batch:
             raise InvalidBatch(f"looking up a batch: expected {name} in it, found {', '.join(sorted(batch))}.")
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        shape = None if batch.get(name) is None else tuple(batch[name].shape)
+        if shape is not None and (len(shape) != 2 or shape != tuple(batch["input_ids"].shape)):
+            raise InvalidBatch(
+                f"looking up a batch: expected input_ids [rows, time] and {name} of that shape, found "
+                f"{tuple(batch['input_ids'].shape)} and {shape}. Give a mask of padding or position_ids."
+            )
     tokens, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
-    mask, places = batch.get("attention_mask"), batch.get("position_ids")
+    mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
     for row in range(len(tokens)):
         present = np.ones(tokens.shape[1], dtype=np.int64) if mask is None else mask[row].numpy().astype(np.int64)
         starts = present.copy()
@@ -101,9 +108,14 @@ def documents_of(batch: Batch) -> Iterator[Document]:
                 "something else. Packed rows need position_ids that start again at 0 with each document."
             )
         first, end = int(present.argmax()), int(present.sum())
-        begins = [0] if places is None else np.flatnonzero(places[row].numpy()[first : first + end] == 0).tolist()
-        if begins[:1] != [0]:
-            raise InvalidBatch(f"looking up row {row} of a batch: expected position_ids from 0 at its first token.")
+        places = None if position_ids is None else position_ids[row].numpy()[first : first + end]
+        begins = [0] if places is None else _beginnings(places, row)
+        if mask is not None and len(begins) > 1:
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: found {len(begins)} documents (position_ids start again at 0) and "
+                "an attention mask, with which a document would see those before it. Leave attention_mask out of "
+                "packed batches."
+            )
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
             span = slice(first + begin, first + stop)
             found = _document(row, span, tokens[row, span], labels[row, span])
@@ -182,6 +194,16 @@ def groups_of(cache: LogitCache | None) -> Tensor | None:
     """The tail group of each token, uint8 [V], on the CPU; None where the cache has none."""
     groups = None if cache is None else cache.token_groups()
     return None if groups is None else torch.from_numpy(groups.copy())
+
+
+def _beginnings(places: NDArray[Any], row: int) -> list[int]:
+    """Where the documents of a row begin: position_ids count up by one, from 0 in each."""
+    if not ((places[1:] == places[:-1] + 1) | (places[1:] == 0)).all() or np.any(places[:1] != 0):
+        raise InvalidBatch(
+            f"looking up row {row} of a batch: expected position_ids that count up by one, from 0 at the first token "
+            "of each document, found others. Let the collator make them so, or leave them out where nothing is packed."
+        )
+    return [0, *(np.flatnonzero(places[1:] == 0) + 1).tolist()]
 
 
 def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any]) -> Document | None:

@@ -18,12 +18,12 @@ from transformers.trainer_callback import ExportableState
 from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
 from .budget import BudgetedWeight
-from .errors import InvalidBatch, NotTheBase, TrainingFailed
+from .errors import NotTheBase, TrainingFailed
 from .gate import check_step_zero, check_tail, measure
 from .head import causal_lm_of, check_head, logits_width
 from .losses import Objective
 from .step import batch_loss
-from .targets import PREFIX, Batch, CachedCollator, count_positions, documents_of, groups_of
+from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of, groups_of
 
 CHECKED_ROWS = 100_000
 """Rows of a data set that are looked up before the first step; later ones when their step comes."""
@@ -84,12 +84,14 @@ class CachedKL(_AnyTrainer):
         """The trainer's own, whose batches bring their targets along, made where they are collated."""
         if self._check and self.cache is not None:
             check_head(causal_lm_of(self.model))
-        collator = self.data_collator
+        collator, settings = self.data_collator, self.accelerator.dataloader_config
+        dispatch = settings.dispatch_batches
         self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k)
+        settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
             loader = super().get_train_dataloader()
         finally:
-            self.data_collator = collator
+            self.data_collator, settings.dispatch_batches = collator, dispatch
         if self._check and self.cache is not None:
             self._check_data(loader.dataset)
         return loader
@@ -119,13 +121,15 @@ class CachedKL(_AnyTrainer):
         """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
         if f"{PREFIX}rows" not in inputs:  # evaluation
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if self._check and self.cache is not None and self.state.global_step == 0:
+        if self._check and self.cache is not None and self.state.global_step == 0 and len(inputs[f"{PREFIX}rows"]):
             self._check = False
-            self._check_base(model, inputs)
+            with self.accelerator.autocast():
+                self._check_base(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = count_positions(inputs, self.objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
-        found = batch_loss(model, inputs, self.objective, self.kl_weight * num_ce / num_kl, self._token_groups)
+        with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
+            found = batch_loss(model, inputs, self.objective, self.kl_weight * num_ce / num_kl, self._token_groups)
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
         self._meter += means
         self._step_meter += means
@@ -165,19 +169,20 @@ class CachedKL(_AnyTrainer):
         """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
         if not hasattr(dataset, "__len__") or self.cache is None:
             return
+        collate = self._get_collator_with_removed_columns(self.data_collator)
         rows = iter(range(min(len(dataset), CHECKED_ROWS)))
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            for index in self._missing(dataset, chunk):
-                documents = list(documents_of(self.data_collator([dataset[index]])))
+            for index in self._missing(dataset, chunk, collate):
+                documents = list(documents_of(collate([dataset[index]])))
                 try:
                     self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
                 except (SampleNotCached, PositionNotCaptured) as error:
                     raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
 
-    def _missing(self, dataset: Any, chunk: list[int]) -> list[int]:
+    def _missing(self, dataset: Any, chunk: list[int], collate: Collator) -> list[int]:
         """Rows to look at one by one: none where all documents of the chunk are found."""
         assert self.cache is not None
-        documents = list(documents_of(self.data_collator([dataset[i] for i in chunk])))
+        documents = list(documents_of(collate([dataset[i] for i in chunk])))
         try:
             self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
         except (SampleNotCached, PositionNotCaptured):
@@ -192,8 +197,6 @@ class CachedKL(_AnyTrainer):
                 f"pairing {self.cache.path} with {type(causal_lm_of(model)).__name__}: expected logits over {stored} "
                 f"tokens, found {width}. Use the model the cache was made from."
             )
-        if not len(inputs[f"{PREFIX}rows"]):
-            raise InvalidBatch("checking step 0: the first batch has no supervised position.")
         found, (_, place) = measure(model, [inputs], self.cache, self.objective)
         row, column = divmod(int(inputs[f"{PREFIX}rows"][place]), inputs["input_ids"].shape[1])
         check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")
@@ -268,7 +271,7 @@ def check_supported(trainer: Any) -> None:
         (
             lambda: bool(getattr(trainer, "aux_loss_enabled", False) or getattr(config, "output_router_logits", False)),
             "the router's auxiliary loss of a mixture of experts is not computed here. "
-            "Set output_router_logits=False in the model's config",
+            "Set output_router_logits=False in the model's config, and router_aux_loss_coef=0.0 in TRL's SFTConfig",
         ),
     )
     for holds, why in refused:
