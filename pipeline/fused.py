@@ -147,7 +147,7 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
         return call.objective.tokens_per_loss_chunk
     if not len(hidden):
         return 1
-    with torch.no_grad():
+    with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
         vocab_size = call.head(hidden.detach()[:1]).shape[1]
     return max(1, SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cuda"]) // (4 * vocab_size))
 

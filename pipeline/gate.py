@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
@@ -126,6 +126,21 @@ def check_step_zero(found: StepZero, cache: LogitCache, worst: str) -> None:
     )
 
 
+def check_width(model: nn.Module, cache: LogitCache) -> None:
+    """Raise `NotTheBase` unless the model has as many logits as the cache's base."""
+    width, stored = logits_width(causal_lm_of(model)), cache.manifest.model.vocab_size
+    if width != stored:
+        raise NotTheBase(
+            f"pairing {cache.path} with {type(causal_lm_of(model)).__name__}: expected logits over {stored} tokens, "
+            f"found {width}. Use the model the cache was made from, its vocabulary not resized."
+        )
+
+
+def _computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
+    kind = causal_lm.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal_lm.dtype
+
+
 @torch.no_grad()
 def measure(
     model: nn.Module, batches: Iterable[Batch], cache: LogitCache, objective: Objective
@@ -156,8 +171,9 @@ def measure(
                 errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
     finally:
         model.train(training)
+        torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     kl, error = torch.cat(values), torch.cat(errors)
-    dtypes = {cache.manifest.model.dtype, str(causal_lm.dtype).removeprefix("torch.")}
+    dtypes = {cache.manifest.model.dtype, str(_computed_in(causal_lm)).removeprefix("torch.")}
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
     mean_kl = float(kl.mean()) if len(kl) else 0.0
     worst = int(error.nan_to_num(torch.inf).argmax())

@@ -57,7 +57,9 @@ class OutputHead:
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT or distributed wrapper, or the model itself."""
-    inner: Any = getattr(model, "module", model)  # DistributedDataParallel
+    inner: Any = model
+    while wrapped := [m for n, m in inner.named_children() if n in ("module", "_orig_mod")]:
+        (inner,) = wrapped  # DistributedDataParallel, torch.compile
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
@@ -71,6 +73,12 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     with _head_skipped(causal_lm_of(model)):
         output = model(**{**inputs, "use_cache": False})
     hidden: Tensor = output.last_hidden_state
+    if hidden.shape[:2] != inputs["input_ids"].shape:
+        raise UnsupportedModel(
+            f"running {type(causal_lm_of(model)).__name__} on {tuple(inputs['input_ids'].shape)} tokens: found hidden "
+            f"states of {tuple(hidden.shape[:2])}. Adapters that add virtual tokens (prompt tuning) are not supported. "
+            "Use one that leaves the sequence as it is, such as LoRA."
+        )
     return hidden
 
 

@@ -6,7 +6,6 @@ Shapes: B rows, T time, D hidden, N supervised positions.
 
 from torch import Tensor, nn
 
-from .errors import UnsupportedModel
 from .fused import LinearLoss, linear_loss
 from .head import OutputHead, causal_lm_of, hidden_states
 from .losses import Objective
@@ -23,12 +22,6 @@ def batch_loss(
     gradients too.
     """
     hidden = hidden_states(model, **model_inputs(batch))
-    if hidden.shape[:2] != batch["input_ids"].shape:
-        raise UnsupportedModel(
-            f"running {type(causal_lm_of(model)).__name__} on {tuple(batch['input_ids'].shape)} tokens: found hidden "
-            f"states of {tuple(hidden.shape[:2])}. Adapters that add virtual tokens (prompt tuning, prefix tuning) are "
-            "not supported. Use one that leaves the sequence as it is, such as LoRA."
-        )
     head = OutputHead(causal_lm_of(model))
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
     targets = targets_of(batch, token_groups)

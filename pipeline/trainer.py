@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
 from .budget import BudgetedWeight
-from .errors import NotTheBase, TrainingFailed
-from .gate import check_step_zero, check_tail, measure
-from .head import causal_lm_of, check_head, logits_width
+from .errors import TrainingFailed
+from .gate import check_step_zero, check_tail, check_width, measure
+from .head import causal_lm_of, check_head
 from .losses import Objective
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of, groups_of
@@ -69,6 +69,8 @@ class CachedKL(_AnyTrainer):
         self.cached_top_k = top_k
         check_supported(self)
         check_tail(self.cache, self.objective)
+        if self.cache is not None:
+            check_width(self.model, self.cache)
         device = self.args.device
         groups = groups_of(self.cache) if self.objective.tail == "groups" else None
         self._token_groups = None if groups is None else groups.to(device)
@@ -191,12 +193,6 @@ class CachedKL(_AnyTrainer):
 
     def _check_base(self, model: nn.Module, inputs: Batch) -> None:
         assert self.cache is not None
-        width, stored = logits_width(causal_lm_of(model)), self.cache.manifest.model.vocab_size
-        if width != stored:
-            raise NotTheBase(
-                f"pairing {self.cache.path} with {type(causal_lm_of(model)).__name__}: expected logits over {stored} "
-                f"tokens, found {width}. Use the model the cache was made from."
-            )
         found, (_, place) = measure(model, [inputs], self.cache, self.objective)
         row, column = divmod(int(inputs[f"{PREFIX}rows"][place]), inputs["input_ids"].shape[1])
         check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")

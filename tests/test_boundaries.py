@@ -41,7 +41,7 @@ PIPELINE_ROOMS = {
     "losses": set(),
     "fused": {"losses"},
     "targets": {"errors", "losses", "samples", "storage"},
-    "step": {"errors", "fused", "head", "losses", "targets"},
+    "step": {"fused", "head", "losses", "targets"},
     "budget": set(),
     "adapters": set(),
     "gate": {"errors", "head", "losses", "models", "samples", "storage", "targets"},
