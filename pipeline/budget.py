@@ -32,7 +32,7 @@ class BudgetedWeight:
         if not math.isfinite(kl_nats):  # the trainer stops such a run
             return self.weight
         if self.log_integral is None:
-            self.log_integral = math.log(self.weight) if self.weight > 0 else 0.0
+            self.log_integral = math.log(max(self.weight, LEAST_WEIGHT))
         self.smoothed = SMOOTHING * self.smoothed + (1 - SMOOTHING) * max(kl_nats, 0.0)
         error = math.log(max(self.smoothed, 1e-12) / self.kl_budget)
         error = min(max(error, -math.log(MAX_RATIO)), math.log(MAX_RATIO))

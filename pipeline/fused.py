@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .losses import (
@@ -119,9 +119,11 @@ class _LinearLoss(torch.autograd.Function):
                 for total, gradient in zip((gradients[0][rows], *gradients[1:]), found, strict=True):
                     if gradient is not None:
                         total += gradient
+                del found
+            del part  # before the next slice is made
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
-        loss = ce + call.kl_weight * kl
+        loss = ce + _times(call.kl_weight, kl)
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
@@ -155,7 +157,7 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
 def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
     with torch.set_grad_enabled(call.with_gradient):
         logits = call.head(hidden)
-    keeps_output = type(logits.grad_fn).__name__ not in ("MmBackward0", "AddmmBackward0")
+    keeps_output = type(logits.grad_fn).__name__ not in ("MmBackward0", "AddmmBackward0") or _has_hooks(call.head)
     work = logits.detach().float()
     if work.data_ptr() == logits.data_ptr() and keeps_output:
         work = work.clone()
@@ -172,6 +174,13 @@ def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTarget
     return _Slice(logits, work, ce, kl)
 
 
+def _has_hooks(head: Head) -> bool:
+    """Whether somebody else may hold what the head returns."""
+    module = getattr(head, "module", head)
+    hooks = nn.modules.module._global_forward_hooks
+    return bool(hooks) or not isinstance(module, nn.Module) or any(m._forward_hooks for m in module.modules())
+
+
 def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
     """The general way, by autograd over `losses`; several times the memory of a slice."""
     assert targets is not None
@@ -180,7 +189,9 @@ def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: Sparse
         ce = cross_entropy(z, label_ids).sum()
         counts = regularizer_mask(targets, call.objective)
         kl = torch.where(counts, regularizer_values(z, targets, call.objective), 0.0).sum()
-        gradient = torch.autograd.grad(ce + call.kl_weight * kl, z)[0].to(logits.dtype) if call.with_gradient else None
+        gradient = (
+            torch.autograd.grad(ce + _times(call.kl_weight, kl), z)[0].to(logits.dtype) if call.with_gradient else None
+        )
     return _Slice(logits, gradient, ce.detach(), kl.detach())
 
 
@@ -308,8 +319,8 @@ class _Compared:
         scale = (weights * call.kl_weight)[:, None]
         return _Compared(
             torch.where(counts, values * weights, 0.0),
-            torch.where(counts[:, None], gradient * scale, 0.0),
-            None if drawn is None else torch.where(counts[:, None], drawn * scale, 0.0),
+            torch.where(counts[:, None], _times(scale, gradient), 0.0),
+            None if drawn is None else torch.where(counts[:, None], _times(scale, drawn), 0.0),
         )
 
 
@@ -326,6 +337,12 @@ def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: Regularizer) -> 
         against, factor = torch.logaddexp(log_p, log_q) - math.log(2), 0.5
     ratio = torch.where(q > 0, log_q - against, 0.0)
     return factor * q * (ratio - (q * ratio).sum(dim=1, keepdim=True))
+
+
+def _times(weight: float | Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is: without a weight an infinite value is nobody's business."""
+    weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+    return torch.where(weight == 0, 0.0, weight * value)
 
 
 def _share(gradient: Tensor, total: Tensor) -> Tensor:

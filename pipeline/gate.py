@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
 from .errors import NotTheBase, TrainingFailed
-from .head import OutputHead, causal_lm_of, hidden_states, logits_width
+from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
 from .samples import Sample
@@ -67,8 +67,8 @@ def check_identity(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizer
         )
 
 
-def check_tail(cache: LogitCache | None, objective: Objective) -> None:
-    """Raise `TrainingFailed` where the cache does not hold what this objective compares."""
+def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None = None) -> None:
+    """Raise `TrainingFailed` where the cache, read with top_k alternatives, does not hold what is to be compared."""
     if cache is None or objective.regularizer == "none":
         return
     kept = cache.manifest.capture
@@ -82,11 +82,11 @@ def check_tail(cache: LogitCache | None, objective: Objective) -> None:
             f"training with tail sampled: {cache.path} holds no draws from the tail. "
             "Use --tail bucket, or precompute a cache with --tail-samples."
         )
-    if objective.masked and objective.tail == "renormalize" and kept.top_k == 1:
+    if objective.masked and objective.tail == "renormalize" and min(top_k or kept.top_k, kept.top_k) == 1:
         raise TrainingFailed(
-            f"training with {objective.regularizer} and the tail renormalised: {cache.path} keeps one alternative a "
-            "position, and one outcome alone always has probability 1. Use --tail bucket, or a cache with a larger "
-            "--top-k."
+            f"training with {objective.regularizer} and the tail renormalised: one alternative a position is read from "
+            f"{cache.path}, and one outcome alone always has probability 1. Use --tail bucket, or a cache with a "
+            "larger --top-k."
         )
 
 
@@ -148,16 +148,15 @@ def measure(
     """KL(base || model) on batches with targets, in evaluation mode, and where log p(label) differs most: (batch, row).
 
     Always with the tail as a bucket, which holds the whole distribution against the cache and is stored most exactly;
-    without the label where the objective is without it. 0 but for numerical noise where the model is the base.
+    without the label where the objective is without it, unless nothing is left there. 0 but for numerical noise where
+    the model is the base.
     """
     causal_lm = causal_lm_of(model)
     form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
     head = OutputHead(causal_lm)
     num_rows = max(1, SLICE_BYTES // (4 * logits_width(causal_lm)))
     values, errors = [], []
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             targets = targets_of(batch)
             assert targets is not None
@@ -167,15 +166,15 @@ def measure(
             for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
                 rows = slice(start, start + num_rows)
                 logits, part = head(hidden[rows]).float(), targets.rows(rows)
-                values.append(regularizer_values(logits, part, form)[regularizer_mask(part, form)])
+                counts = regularizer_mask(part, form)  # where masked KL says nothing, full KL does
+                kl, full = (regularizer_values(logits, part, f) for f in (form, Objective("full-kl")))
+                values.append(torch.where(counts, kl, full))
                 errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
-    finally:
-        model.train(training)
-        torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
-    kl, error = torch.cat(values), torch.cat(errors)
+    torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
+    kls, error = torch.cat(values), torch.cat(errors)
     dtypes = {cache.manifest.model.dtype, str(_computed_in(causal_lm)).removeprefix("torch.")}
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
-    mean_kl = float(kl.mean()) if len(kl) else 0.0
+    mean_kl = float(kls.mean())
     worst = int(error.nan_to_num(torch.inf).argmax())
     found = StepZero(len(errors), len(error), mean_kl, float(error.mean()), float(error[worst]), tolerance)
     batch_of = [(i, j) for i, e in enumerate(errors) for j in range(len(e))]

@@ -43,6 +43,10 @@ class OutputHead:
         module: nn.Module = self._causal_lm.get_output_embeddings()
         return module
 
+    def parameters(self) -> list[Tensor]:
+        """Everything the output embedding computes with, trained or frozen."""
+        return list(self.module.parameters())
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
         logits: Tensor = self.module(hidden)
@@ -96,7 +100,7 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     vocab = causal_lm.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(8, device=device) * 7919 % vocab).reshape(1, 8)
     mask = torch.ones_like(ids)
-    with torch.inference_mode():
+    with torch.inference_mode(), evaluation_mode(causal_lm):
         own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float()
     tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 1e-2
@@ -130,6 +134,18 @@ def check_length(causal_lm: PreTrainedModel, longest: int) -> None:
     )
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout within; after it every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def _number(config: Any, name: str, default: float) -> float:
     value = getattr(config, name, None)
     if value is None:
@@ -146,8 +162,9 @@ def _head_skipped(causal_lm: PreTrainedModel) -> Iterator[None]:
         raise UnsupportedModel(f"splitting {type(causal_lm).__name__}: it has no body apart from its head.")
 
     def forward(**kwargs: Any) -> BaseModelOutput:
-        kwargs.pop("labels", None)  # PEFT passes it on, always None here
-        output: BaseModelOutput = body(**{k: v for k, v in kwargs.items() if v is not None})
+        for name in ("labels", "return_dict"):  # PEFT passes them on
+            kwargs.pop(name, None)
+        output: BaseModelOutput = body(**{k: v for k, v in kwargs.items() if v is not None}, return_dict=True)
         return output
 
     shadowed = vars(causal_lm).get("forward")  # an instance's own forward, where a library has patched one in

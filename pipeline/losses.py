@@ -8,6 +8,7 @@ distribution, y the label, S the kept alternatives, T the tail (neither y nor in
 """
 
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -52,8 +53,9 @@ class Objective:
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kinds))}, found {getattr(self, name)!r}")
         for name in ("weight", "min_base_rest", "min_adapted_rest"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of 0 or more, found {getattr(self, name)}")
+            most = 1 if name.startswith("min") else sys.float_info.max
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: expected 0 to {most:g}, found {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         if self.kl_budget is not None and not (0 < self.kl_budget < math.inf and self.regularizer != "none"):
@@ -109,10 +111,15 @@ def cross_entropy(logits: Tensor, label_ids: Tensor) -> Tensor:
 
 
 def regularizer_mask(targets: SparseTargets, objective: Objective) -> Tensor:
-    """Positions that count, bool [N]: all for full KL; for masked forms those with 1 - p(y) >= min_base_rest."""
+    """Positions that count, bool [N]: all for full KL; for masked forms those with 1 - p(y) >= min_base_rest.
+
+    Renormalised, also those alone that keep two alternatives: one outcome always has probability 1.
+    """
     if not objective.masked:
         return torch.ones_like(targets.label_ids, dtype=torch.bool)
     counts: Tensor = base_rest(targets) >= math.log(max(objective.min_base_rest, 1e-300))
+    if objective.tail == "renormalize":
+        counts = counts & ((targets.alternative_ids != targets.label_ids[:, None]).sum(dim=1) >= 2)
     return counts
 
 
@@ -228,7 +235,7 @@ def _check_tail(targets: SparseTargets, objective: Objective) -> None:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum p (log p - log q), [N]; outcomes with p = 0 have no term and no gradient."""
-    present = log_p > -torch.inf
+    present = log_p.exp() > 0  # what underflows has no mass either: 0 times inf is NaN
     p, q = torch.where(present, log_p, 0.0), torch.where(present, log_q, 0.0)
     return torch.where(present, p.exp() * (p - q), 0.0).sum(dim=1)
 

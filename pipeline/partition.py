@@ -33,7 +33,7 @@ def token_groups(model: PreTrainedModel, num_groups: int) -> NDArray[np.uint8]:
     centres = _first_centres(rows, num_groups)
     for _ in range(NUM_ITERATIONS):
         nearest, similarity = _nearest(rows, centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, rows)
+        sums = F.one_hot(nearest, num_groups).float().T @ rows  # in one order on every device, unlike index_add
         counts = nearest.bincount(minlength=num_groups)
         for empty in (counts == 0).nonzero().flatten().tolist():  # takes the token that is worst served
             worst = similarity.argmin()

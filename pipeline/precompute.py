@@ -127,7 +127,12 @@ def manifest_for(
     settings: PrecomputeSettings,
     partition: NDArray[np.uint8] | None = None,
 ) -> Manifest:
-    """The manifest of a cache of this base with these settings. partition: as `partition_for` gives it."""
+    """The manifest of a cache of this base with these settings. partition: as `partition_for` gives it.
+
+    Raises ValueError for tail samples with min_mass: the draws are from beyond all top_k alternatives.
+    """
+    if settings.tail_samples and settings.min_mass < 1:
+        raise ValueError("tail_samples with min_mass: the draws are from beyond all top_k alternatives")
     packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
     precision = PRECISIONS[settings.precision]
     top_k = min(settings.top_k, base.identity.vocab_size - 1)

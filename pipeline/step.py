@@ -25,7 +25,7 @@ def batch_loss(
     head = OutputHead(causal_lm_of(model))
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
     targets = targets_of(batch, token_groups)
-    parameters = list(head.module.parameters())
+    parameters = head.parameters()
     labels = batch[f"{PREFIX}label_ids"]
     found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters)
     return found

@@ -107,6 +107,12 @@ def documents_of(batch: Batch) -> Iterator[Document]:
                 f"looking up row {row} of a batch: expected an attention mask of ones with padding at the ends, found "
                 "something else. Packed rows need position_ids that start again at 0 with each document."
             )
+        if ((labels[row] != IGNORED) & (present == 0)).any():
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: expected labels of {IGNORED} where attention_mask is 0, found a "
+                "token to be learnt there. A mask made by `input_ids != pad` hides the end-of-text token where that "
+                "is the padding too: make it from the lengths."
+            )
         first, end = int(present.argmax()), int(present.sum())
         places = None if position_ids is None else position_ids[row].numpy()[first : first + end]
         begins = [0] if places is None else _beginnings(places, row)

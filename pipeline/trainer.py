@@ -20,7 +20,7 @@ from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 from .budget import BudgetedWeight
 from .errors import TrainingFailed
 from .gate import check_step_zero, check_tail, check_width, measure
-from .head import causal_lm_of, check_head
+from .head import OutputHead, causal_lm_of, check_head
 from .losses import Objective
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of, groups_of
@@ -68,17 +68,21 @@ class CachedKL(_AnyTrainer):
         self.cache = None if self.objective.regularizer == "none" else opened
         self.cached_top_k = top_k
         check_supported(self)
-        check_tail(self.cache, self.objective)
+        check_tail(self.cache, self.objective, top_k)
         if self.cache is not None:
             check_width(self.model, self.cache)
+        handler = getattr(self.accelerator, "ddp_handler", None)
+        if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
+            handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
         device = self.args.device
         groups = groups_of(self.cache) if self.objective.tail == "groups" else None
         self._token_groups = None if groups is None else groups.to(device)
         self._check = check
-        self._meter = torch.zeros(2, device=device)
-        self._step_meter = torch.zeros(2, device=device)
-        self._metered_steps, self._metered_weight = 0, 0.0
+        self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        self.reset_meters()
+        self._step_counts = True
         self.kl_weight = self.objective.weight
+        self.add_callback(_MeterReset(self))
         if self.objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
 
@@ -105,13 +109,17 @@ class CachedKL(_AnyTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from its last step: the Trainer would do one more
             return [], torch.zeros(2, dtype=torch.int64, device=device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._metered_steps += 1
-        self._metered_weight += self.kl_weight
+        if len(batches) < num_batches:  # a stream has ended
+            batches = []
+        self._metered_steps += bool(batches)
+        self._metered_weight += self.kl_weight if batches else 0.0
         self._step_meter.zero_()
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts += count_positions(batch, self.objective).to(device)
-        return batches, self.accelerator.reduce(counts, reduction="sum")
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        self._step_counts = bool(counts[1])
+        return batches, counts
 
     def compute_loss(
         self,
@@ -121,7 +129,8 @@ class CachedKL(_AnyTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
-        if f"{PREFIX}rows" not in inputs:  # evaluation
+        if f"{PREFIX}rows" not in inputs or not model.training:  # evaluation
+            inputs = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self._check and self.cache is not None and self.state.global_step == 0 and len(inputs[f"{PREFIX}rows"]):
             self._check = False
@@ -139,8 +148,15 @@ class CachedKL(_AnyTrainer):
         loss = found.loss / num_ce * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
-    def step_kl(self) -> float:
-        """Mean regulariser of the last optimizer step over all processes, nats a position."""
+    def reset_meters(self) -> None:
+        """What is logged next is of steps after this."""
+        self._meter.zero_()
+        self._metered_steps, self._metered_weight = 0, 0.0
+
+    def step_kl(self) -> float | None:
+        """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
+        if not self._step_counts:
+            return None
         return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -148,8 +164,7 @@ class CachedKL(_AnyTrainer):
         if "loss" in logs and self._metered_steps:
             ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
-            self._meter.zero_()
-            self._metered_steps, self._metered_weight = 0, 0.0
+            self.reset_meters()
             if not torch.isfinite(torch.tensor([ce, kl])).all():
                 raise TrainingFailed(
                     f"training, step {self.state.global_step}: the loss is not finite (CE {ce}, KL {kl}). "
@@ -157,15 +172,22 @@ class CachedKL(_AnyTrainer):
                 )
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves no adapter that is not finite, since the checkpoint before would be removed for it."""
-        trained = (p for p in model.parameters() if p.requires_grad)
+        trained = (p for p in self.model.parameters() if p.requires_grad)
         if not all(torch.isfinite(p).all() for p in trained):
             raise TrainingFailed(
                 f"training, step {self.state.global_step}: the adapter's weights are not finite. "
                 "The last checkpoint is kept. Try a lower --lr."
             )
-        super()._save_checkpoint(model, trial)
+        super().save_model(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """Without the budget, which restores itself: it cannot be made anew without its trainer."""
+        saved = dict(self.state.stateful_callbacks or {})
+        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k != BudgetCallback.__name__}
+        super()._load_callback_state()
+        self.state.stateful_callbacks = saved
 
     def _check_data(self, dataset: Any) -> None:
         """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
@@ -211,6 +233,16 @@ class CachedKLTrainer(CachedKL, Trainer):
         return scheduler
 
 
+class _MeterReset(TrainerCallback):
+    """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.reset_meters()
+
+
 class BudgetCallback(TrainerCallback, ExportableState):
     """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
 
@@ -227,11 +259,13 @@ class BudgetCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
-            self._weight = BudgetedWeight(**saved["attributes"])
+            self._weight = BudgetedWeight(**{**saved["attributes"], "kl_budget": self._weight.kl_budget})
         self._trainer.kl_weight = self._weight.weight
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.kl_weight = self._weight.update(self._trainer.step_kl())
+        step_kl = self._trainer.step_kl()
+        if step_kl is not None:
+            self._trainer.kl_weight = self._weight.update(step_kl)
 
 
 def check_supported(trainer: Any) -> None:

@@ -53,7 +53,7 @@ class Case:
         return regularizer_oracle(self.record, z, self.labels, form[0], form[1], self.token_groups, **options)
 
     def counted(self, form: Sequence[Any], min_base_rest: float = 1e-4) -> Any:
-        return counted_oracle(self.record, form[0], min_base_rest)
+        return counted_oracle(self.record, form[0], form[1], min_base_rest)
 
     def unit(self) -> float:
         """One rounding error of the largest logit or recorded log-probability."""

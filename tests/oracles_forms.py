@@ -120,14 +120,19 @@ def complete_record(
     )
 
 
-def counted_oracle(record: OracleRecord, regularizer: Regularizer, min_base_rest: float) -> NDArray[np.bool_]:
-    """Positions of the mean [N]: masked forms leave out those with less than min_base_rest on S and T together."""
+def counted_oracle(
+    record: OracleRecord, regularizer: Regularizer, tail: Tail, min_base_rest: float
+) -> NDArray[np.bool_]:
+    """Positions of the mean [N]: masked forms leave out those with less than min_base_rest on S and T together, and
+    renormalised those that keep one alternative or none, since one outcome alone always has probability 1."""
     if regularizer == "full-kl":
         return np.ones(np.shape(record.tail_logprobs)[0], np.bool_)
     rest = [
         log_sum_exp(np.append(s, t)) for s, t in zip(record.alternative_logprobs, record.tail_logprobs, strict=True)
     ]
-    return np.array([math.exp(r) >= min_base_rest for r in rest], np.bool_)
+    enough = [math.exp(r) >= min_base_rest for r in rest]
+    several = [np.count_nonzero(np.asarray(ids) != PAD_ID) >= 2 for ids in record.alternative_ids]
+    return np.array(enough, np.bool_) & (np.array(several, np.bool_) | (tail != "renormalize"))
 
 
 def regularizer_oracle(

@@ -309,9 +309,9 @@ def test_positions_that_count() -> None:
     b = np.log(np.stack([1 - rest, rest * 0.75, rest * 0.25], axis=1))
     for k in range(3):
         record = record_oracle(b, np.zeros(3, np.int64), k)
-        assert counted_oracle(record, "masked-js", 1e-4).tolist() == [True, False, True]
-        assert counted_oracle(record, "masked-kl", 0.0).tolist() == [True, True, True]
-        assert counted_oracle(record, "full-kl", 1e-4).tolist() == [True, True, True]
+        assert counted_oracle(record, "masked-js", "bucket", 1e-4).tolist() == [True, False, True]
+        assert counted_oracle(record, "masked-kl", "groups", 0.0).tolist() == [True, True, True]
+        assert counted_oracle(record, "full-kl", "renormalize", 1e-4).tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize("k", [2, 3])
