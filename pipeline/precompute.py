@@ -22,7 +22,6 @@ from logitcache.storage.identity import digest
 from logitcache.storage.manifest import features_of
 from logitcache.storage.records import keep_mass
 
-from .errors import UnsupportedModel
 from .head import check_head, check_length
 from .models import Base, tokenizer_identity
 from .partition import token_groups
@@ -37,7 +36,7 @@ BYTES_A_SAMPLE_TABLE_ROW = 28
 
 @dataclass(frozen=True)
 class PrecomputeSettings:
-    """top_k: alternatives a position (clipped to V - 1); max_length: tokens a sample; batch_tokens: padded tokens a
+    """top_k: alternatives a position; max_length: tokens a sample; batch_tokens: padded tokens a
     forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow; precision: exact,
     fine or compact; min_mass: keep the fewest alternatives with this share of the non-target mass (1: all top_k);
     tail_groups: parts of the vocabulary to split the tail by (0: none); tail_samples: draws from the tail (0: none)."""
@@ -51,6 +50,12 @@ class PrecomputeSettings:
     min_mass: float = 1.0
     tail_groups: int = 0
     tail_samples: int = 0
+
+    def fitted(self, vocab_size: int) -> "PrecomputeSettings":
+        """top_k and tail_groups no larger than the vocabulary allows; no groups where there is no tail."""
+        top_k = min(self.top_k, vocab_size - 1)
+        groups = min(self.tail_groups, vocab_size) if top_k < vocab_size - 1 else 0
+        return replace(self, top_k=top_k, tail_groups=groups)
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,10 @@ class Plan:
         """Records the cache will gain."""
         return sum(len(s.positions) for s in self.samples)
 
-    def num_bytes(self, top_k: int, settings: PrecomputeSettings) -> int:
+    def num_bytes(self, settings: PrecomputeSettings) -> int:
         """Size of its records and tokens before compression."""
         kept = CaptureSettings(
-            top_k,
+            settings.top_k,
             2,
             precision=settings.precision,
             num_tail_groups=settings.tail_groups,
@@ -106,19 +111,13 @@ class PrecomputeReport:
 def partition_for(base: Base, settings: PrecomputeSettings, path: str | Path) -> NDArray[np.uint8] | None:
     """The tail group of each token, uint8 [V]: that of the cache at `path` if it was begun, or made from the base.
 
-    None without tail groups. Raises `UnsupportedModel` where the vocabulary has no so many groups.
+    None without tail groups, or without a tail.
     """
-    if not settings.tail_groups:
+    num_groups = settings.fitted(base.identity.vocab_size).tail_groups
+    if not num_groups:
         return None
     stored = stored_token_groups(path)
-    if stored is not None:
-        return stored
-    try:
-        return token_groups(base.model, settings.tail_groups)
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"splitting the tail of {base.source.name}: {error}. Give another --tail-groups."
-        ) from error
+    return token_groups(base.model, num_groups) if stored is None else stored
 
 
 def manifest_for(
@@ -127,26 +126,27 @@ def manifest_for(
     settings: PrecomputeSettings,
     partition: NDArray[np.uint8] | None = None,
 ) -> Manifest:
-    """The manifest of a cache of this base with these settings. partition: as `partition_for` gives it.
+    """The manifest of a cache of this base with these settings, with tail groups where there is a partition.
 
+    partition: as `partition_for` gives it.
     Raises ValueError for tail samples with min_mass: the draws are from beyond all top_k alternatives.
     """
     if settings.tail_samples and settings.min_mass < 1:
         raise ValueError("tail_samples with min_mass: the draws are from beyond all top_k alternatives")
     packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
     precision = PRECISIONS[settings.precision]
-    top_k = min(settings.top_k, base.identity.vocab_size - 1)
+    fitted = settings.fitted(base.identity.vocab_size)
     manifest = Manifest(
         store=settings.store,
         model=base.identity,
         tokenizer=tokenizer_identity(tokenizer),
         capture=CaptureSettings(
-            top_k=top_k,
+            top_k=fitted.top_k,
             max_length=settings.max_length,
             min_mass=settings.min_mass,
             precision=settings.precision,
             max_error=precision.max_error if precision else 0.0,
-            num_tail_groups=settings.tail_groups,
+            num_tail_groups=0 if partition is None else fitted.tail_groups,
             tail_partition="" if partition is None else digest(partition.tobytes()),
             num_tail_samples=settings.tail_samples,
         ),

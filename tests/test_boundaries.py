@@ -37,7 +37,7 @@ PIPELINE_ROOMS = {
     "rows": {"errors", "samples"},
     "teacher": {"errors", "head", "samples", "storage"},
     "partition": {"head"},
-    "precompute": {"errors", "head", "models", "partition", "samples", "storage", "teacher"},
+    "precompute": {"head", "models", "partition", "samples", "storage", "teacher"},
     "losses": set(),
     "fused": {"losses"},
     "targets": {"errors", "losses", "samples", "storage"},

@@ -196,9 +196,14 @@ def test_the_cache_keeps_the_partition_it_was_begun_with(
         (("--tail-groups", 4, "--min-mass", 0.5), ("--tail", "auto")),
         (("--tail-samples", 8), ("--tail", "sampled")),
         (("--tail-samples", 8, "--tail-groups", 4), ("--tail", "sampled", "--regularizer", "full-kl")),
+        ((), ()),
+        (("--tail-groups", 0), ()),
         ((), ("--tail", "renormalize", "--temperature", 2)),
         ((), ("--regularizer", "masked-js", "--weighting", "non-target-mass")),
-        ((), ("--regularizer", "masked-reverse-kl", "--min-adapted-rest", 1e-6, "--min-base-rest", 1e-3)),
+        (
+            ("--tail-groups", 0),
+            ("--regularizer", "masked-reverse-kl", "--min-adapted-rest", 1e-6, "--min-base-rest", 1e-3),
+        ),
     ],
 )
 def test_every_form_trains(
@@ -210,7 +215,7 @@ def test_every_form_trains(
 
     run = json.loads((tmp_path / "o" / "run.json").read_text())
     assert run["status"] == "finished" and run["result"]["final"]["kl"] > 0
-    expected = "groups" if "groups" in str(made) and "sampled" not in trained else "bucket"
+    expected = "groups" if "--tail-groups" in made and ("--tail-groups", 0) != made else "bucket"
     if "--tail" not in trained:
         assert run["objective"]["tail"] == expected
 
@@ -227,7 +232,7 @@ def test_every_form_trains(
 def test_what_the_cache_or_the_formula_does_not_have_is_refused(
     tmp_path: Path, tiny_model: Path, status: int, flags: tuple[object, ...], words: str
 ) -> None:
-    precompute(tiny_model, text_data(tmp_path), tmp_path / "c")
+    precompute(tiny_model, text_data(tmp_path), tmp_path / "c", "--tail-groups", 0)
     assert words in refused(status, *train_line(tiny_model, tmp_path / "c", tmp_path / "o", *flags))
 
 

@@ -43,7 +43,7 @@ from .common import (
     type=click.IntRange(0, 256),
     default=0,
     show_default=True,
-    help="Split the mass beyond the alternatives over this many groups of the vocabulary (train --tail groups).",
+    help="Groups of the vocabulary to split the mass beyond the alternatives over; 0: keep it as one.",
 )
 @click.option(
     "--tail-samples",
@@ -135,7 +135,7 @@ def precompute(
         vocab_size = base.identity.vocab_size
     found = make_samples(rows, tokenizer, max_length, vocab_size)
     plan = job.make_plan(found.samples, settings)
-    top_k = min(top_k, vocab_size - 1)
+    settings = settings.fitted(vocab_size)
     note(
         f"{found.num_rows:,} rows: {plan.num_samples:,} distinct samples, {plan.num_tokens:,} tokens, "
         f"{plan.num_positions:,} supervised positions."
@@ -147,11 +147,12 @@ def precompute(
             "and are left out."
         )
     if dry_run:
-        size = human_bytes(plan.num_bytes(top_k, settings))
+        size = human_bytes(plan.num_bytes(settings))
+        groups = f" and the rest in {settings.tail_groups} groups" if settings.tail_groups else ""
         click.echo(
             f"Would run {source.name} over {plan.num_tokens:,} tokens into {len(plan.shards):,} shards, keeping "
-            f"{top_k} of {vocab_size:,} alternatives a position at precision {precision}: {size} before compression. "
-            "Nothing was written."
+            f"{settings.top_k} of {vocab_size:,} alternatives{groups} a position at precision {precision}: {size} "
+            "before compression. Nothing was written."
         )
         return
     partition = job.partition_for(base, settings, cache)
