@@ -32,7 +32,7 @@ from .losses import (
     sampled_kl,
 )
 
-SLICE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Size of a slice of float32 logits, by the kind of device."""
 
 LEAST_GROUP_SUM = 1e-30

@@ -215,7 +215,7 @@ def test_every_form_trains(
 
     run = json.loads((tmp_path / "o" / "run.json").read_text())
     assert run["status"] == "finished" and run["result"]["final"]["kl"] > 0
-    expected = "groups" if "--tail-groups" in made and ("--tail-groups", 0) != made else "bucket"
+    expected = "groups" if "--tail-groups" in made and made != ("--tail-groups", 0) else "bucket"
     if "--tail" not in trained:
         assert run["objective"]["tail"] == expected
 
