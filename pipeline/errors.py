@@ -39,6 +39,12 @@ class NotTheBase(PipelineError):
     reason = "not-the-base"
 
 
+class UnsuitableAdapter(PipelineError):
+    """An adapter that cannot be had as it is asked for: its kind, its rank, or layers that it cannot change."""
+
+    reason = "unsuitable-adapter"
+
+
 class InvalidBatch(PipelineError):
     """A collated batch that cannot be taken apart into samples."""
 

@@ -22,17 +22,22 @@ from transformers.integrations import TensorBoardCallback
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
 
-from .adapters import IDENTITY_AT_START, AdapterSettings, attach
+from .adapters import IDENTITY_AT_START, AdapterSettings, adapter_callbacks, attach, save, save_start
 from .errors import InputNotFound, TrainingFailed
 from .gate import StepZero, check_samples, check_tail, probe_step_zero
 from .head import check_head, check_length
+from .kinds import check_settings, keeps_start
 from .losses import Objective
 from .models import Base
+from .nullspace import NullSpace, check_null_space
 from .samples import Sample
 from .targets import pad_samples
 from .trainer import CachedKLTrainer
 
 RUN, LOG, TENSORBOARD, CHECKPOINTS = "run.json", "train_log.jsonl", "tensorboard", "checkpoints"
+START = "start"
+"""Folder of the first factors, among the checkpoints, of an adapter that cannot do without them."""
+
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
 
 
@@ -78,17 +83,18 @@ def train(
     cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). The base's
     model object becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`,
     `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`,
-    `InputNotFound` (no layer of the names to adapt).
+    `InputNotFound` (no layer of the names to adapt), `UnsuitableAdapter`.
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
     _check_combination(base, cache, objective)
+    check_settings(adapter)
     description = _describe(base, samples, cache, adapter, objective, settings)
     checkpoint = _prepare_folder(out, description, resume)
     finished = _finished_report(out)
     if finished is not None:
         return finished
-    started = perf_counter()
+    started, start = perf_counter(), out / CHECKPOINTS / START
     check_head(base.model)
     check_length(base.model, max(len(s.token_ids) for s in samples))
     regularized = cache if objective.regularizer != "none" else None
@@ -96,7 +102,8 @@ def train(
         check_samples(regularized, samples)
     set_seed(settings.seed)
     try:
-        model = attach(base.model, adapter, str(base.source.folder))
+        kept = start if checkpoint is not None and keeps_start(adapter) else None
+        model = attach(base.model, adapter, str(base.source.folder), samples, kept)
     except ValueError as error:
         raise InputNotFound(
             f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
@@ -111,7 +118,7 @@ def train(
         args=_arguments(out, settings, base.model.device),
         train_dataset=list(samples),
         data_collator=pad_samples,
-        callbacks=[log, _tensorboard(out), *callbacks],
+        callbacks=[log, _tensorboard(out), *adapter_callbacks(model, adapter), *callbacks],
         cache=regularized,
         objective=objective,
         check=False,  # done above, with the names of the samples
@@ -119,6 +126,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         _write_json(out / RUN, {**description, "status": "started"})
+        if keeps_start(adapter) and checkpoint is None:
+            save_start(model, start)
     trainer.train(resume_from_checkpoint=checkpoint)
     report = TrainReport(
         num_steps=trainer.state.global_step,
@@ -129,8 +138,7 @@ def train(
         step_zero=step_zero,
     )
     if trainer.is_world_process_zero():
-        model.peft_config["default"].base_model_name_or_path = base.source.name
-        model.save_pretrained(str(out), save_embedding_layers=False)  # no vocabulary is ever resized here
+        save(model, out, adapter, base.source.name, start)
         _write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
     return report
 
@@ -236,13 +244,23 @@ def _describe(
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": _data_fingerprint(samples),
         },
-        "adapter": asdict(adapter),
+        "adapter": _describe_adapter(base, adapter),
         "objective": asdict(objective),
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": str(base.model.device),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
+
+
+def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
+    """With the null space's content, where there is one. Raises `NotTheBase` where it is another model's."""
+    described = {k: v for k, v in asdict(adapter).items() if k not in ("nullspace", "variant")}
+    if adapter.kind != "lora-null":
+        return described
+    space = NullSpace.open(Path(adapter.nullspace))
+    check_null_space(space, base, adapter.rank, adapter.nullspace)
+    return {**described, "variant": adapter.variant, "nullspace": space.checksum, "path": adapter.nullspace}
 
 
 def _data_fingerprint(samples: Sequence[Sample]) -> str:

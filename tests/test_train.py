@@ -142,6 +142,7 @@ def _ddp_worker(rank: int, port: int, folder: str, queue: Any) -> None:
     found = gradients_after_one_step(trainer)
     if rank == 0:
         queue.put(({k: v.numpy() for k, v in found.items()}, trainer.state.log_history[0]))
+    torch.distributed.barrier()  # a process that leaves while the other still talks to it aborts
     torch.distributed.destroy_process_group()
 
 

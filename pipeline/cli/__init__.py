@@ -19,13 +19,14 @@ from logitcache.storage import (
     SampleNotCached,
 )
 
-from ..errors import InputNotFound, NotTheBase, PipelineError
+from ..errors import InputNotFound, NotTheBase, PipelineError, UnsuitableAdapter
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
 from .merge import merge
+from .nullspace import nullspace
 from .precompute import precompute
 from .repair import repair
 from .train import train
@@ -40,6 +41,7 @@ STATUSES: dict[type[Exception], int] = {
     IncompleteCache: 5,
     NotACache: 2,
     InputNotFound: 2,
+    UnsuitableAdapter: 2,
 }
 """Exit status by class; every other refusal is 1."""
 
@@ -61,7 +63,7 @@ def cli() -> None:
     """
 
 
-for _verb in (precompute, inspect, verify, repair, merge, convert, export, train, evaluate, demo):
+for _verb in (precompute, inspect, verify, repair, merge, convert, export, nullspace, train, evaluate, demo):
     cli.add_command(_verb)
 
 

@@ -7,6 +7,12 @@ import click
 
 from .common import CachePath, FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options
 
+ADAPTERS = (
+    *("lora", "dora", "rslora", "gaussian", "orthogonal", "mica", "pissa", "olora", "milora", "corda", "lora-ga"),
+    *("lora-null", "eva", "randlora", "vera", "adalora", "loftq"),
+)
+"""The kinds, and those of PEFT that are refused with a reason; written out, since the table imports PEFT."""
+
 
 @click.command(short_help="Train an adapter against the cached base.")
 @config_option
@@ -67,10 +73,29 @@ from .common import CachePath, FiniteFloat, config_option, model_option, note, q
     show_default=True,
     help="No regularisation where the adapted model leaves less than this beside the true token (masked-*).",
 )
-@click.option("--adapter", type=click.Choice(["lora"]), default="lora", show_default=True, help="PEFT adapter.")
+@click.option(
+    "--adapter",
+    type=click.Choice(ADAPTERS),
+    default="lora",
+    show_default=True,
+    help="Kind of adapter (docs/adapters.md).",
+)
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option(
     "--alpha", type=FiniteFloat(), default=None, help="Scale of the adapter is alpha / rank.  [default: 2 * rank]"
+)
+@click.option(
+    "--nullspace",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Null spaces made by `logitcache nullspace`; for --adapter lora-null.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["v1", "v2", "base-intact"]),
+    default=None,
+    help="Of lora-null: train A and B; B only; leave the base's weights as they are.  [default: v1]",
 )
 @click.option(
     "--dropout", type=FiniteFloat(0, 1), default=0.0, show_default=True, help="Dropout on the adapter's input."
@@ -134,6 +159,8 @@ def train(
     adapter: str,
     rank: int,
     alpha: float | None,
+    nullspace: Path | None,
+    variant: str | None,
     dropout: float,
     target_modules: str,
     lr: float,
@@ -159,11 +186,16 @@ def train(
         raise click.UsageError("--regularizer none needs --data, or a --cache to take the samples from.")
     if max_steps == 0:
         raise click.UsageError("--max-steps 0 would train nothing: give a positive number, or -1 for --epochs.")
+    if adapter == "lora-null" and nullspace is None:
+        raise click.UsageError("--adapter lora-null needs --nullspace: make one with `logitcache nullspace`.")
+    if adapter != "lora-null" and (nullspace is not None or variant is not None):
+        raise click.UsageError(f"--nullspace and --variant are for --adapter lora-null, not for {adapter}.")
     quiet_libraries()
     from logitcache.storage import IdentityMismatch, LogitCache
 
     from ..adapters import AdapterSettings
     from ..gate import check_identity
+    from ..kinds import KINDS, check_settings
     from ..losses import Objective
     from ..models import find_model, load_base, load_tokenizer, pick_device
     from ..rows import read_rows
@@ -173,6 +205,18 @@ def train(
     from ..training import train as run
     from .progress import TrainBar
 
+    settings = AdapterSettings(
+        adapter,
+        rank,
+        2.0 * rank if alpha is None else alpha,
+        dropout,
+        target_modules,
+        "" if nullspace is None else str(nullspace),
+        variant or "v1",
+    )
+    check_settings(settings)
+    if alpha is not None and not KINDS[adapter].has_alpha:
+        raise click.UsageError(f"--alpha has no place in --adapter {adapter}, whose scale is trained. Leave it out.")
     opened = None if cache is None else LogitCache.open(cache)
     if tail == "auto":
         tail = "groups" if opened is not None and opened.manifest.capture.num_tail_groups else "bucket"
@@ -215,7 +259,7 @@ def train(
         samples,
         opened,
         out,
-        AdapterSettings(adapter, rank, 2.0 * rank if alpha is None else alpha, dropout, target_modules),
+        settings,
         objective,
         TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every),
         resume,

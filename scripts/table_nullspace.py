@@ -1,0 +1,106 @@
+"""How much of its inputs' energy an adapter's A sees: LoRA-Null, MiLoRA and random rows, layer by layer.
+
+Owns the table docs/benchmarks/nullspace.csv, on the demo's base and the prose it was trained on. A column is the mean
+energy of a layer's inputs along the rows of A, over that along a random direction: 1 is what chance gives, eps^2 =
+1.4e-14 the rounding of float32. `held_out`: the same A on prose that neither the base nor the calibration has seen.
+
+    python scripts/table_nullspace.py                  rank 16, 256 samples of at most 256 tokens; a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from logitcache.pipeline.covariances import energy_ratio, input_covariances, linear_layers
+from logitcache.pipeline.demo.text import prose_documents, split
+from logitcache.pipeline.factors import minor_components, projected_factors
+from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
+from logitcache.pipeline.nullspace import InputSpace, NullSpace, NullSpaceSettings, compute_null_space
+from logitcache.pipeline.samples import Sample, make_samples
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "nullspace.csv"
+BASE = files("logitcache.pipeline.demo").joinpath("base")
+MAX_LENGTH, MAX_CHARS = 256, 1100
+KINDS = ("lora_null", "milora", "random")
+
+
+def prose(base: Base, held_out: bool, count: int) -> list[Sample]:
+    """Pieces of about MAX_CHARS characters of prose, spread over the documents."""
+    documents = split(prose_documents())[held_out]
+    pieces = [d.text[i : i + MAX_CHARS] for d in documents for i in range(0, len(d.text) - 200, MAX_CHARS)]
+    count = min(count, len(pieces))
+    chosen = [pieces[i * len(pieces) // count] for i in range(count)]
+    rows = ((f"piece {i}", {"text": text}) for i, text in enumerate(chosen))
+    return make_samples(rows, load_tokenizer(base.source), MAX_LENGTH, base.identity.vocab_size).samples
+
+
+def ratios_by_layer(
+    base: Base, null: NullSpace, texts: dict[str, Sequence[Sample]]
+) -> Iterator[tuple[str, InputSpace, dict[str, float]]]:
+    """Layer, the null space of its input, and `energy_ratio` of each kind's A on each text, as 'kind on text'."""
+    layers, generator = linear_layers(base.model), torch.Generator().manual_seed(0)
+    found = {name: {g.layers: c for g, c in input_covariances(base.model, used)} for name, used in texts.items()}
+    for space in null.spaces:
+        for name in space.group.layers:
+            weight = layers[name].weight.detach()
+            rows: dict[str, Tensor] = {
+                "lora_null": projected_factors(weight, space.directions, 1.0)[1],
+                "milora": minor_components(weight, null.rank, 1.0)[1],
+                "random": torch.randn(null.rank, space.group.width, generator=generator),
+            }
+            yield (
+                name,
+                space,
+                {f"{k} on {t}": energy_ratio(rows[k], found[t][space.group.layers]) for t in texts for k in KINDS},
+            )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    with as_file(BASE) as folder:
+        base = load_base(Source("demo base", folder), "float32", torch.device("cpu"))
+        texts: dict[str, Sequence[Sample]] = {
+            "calibration": prose(base, False, args.samples),
+            "held_out": prose(base, True, args.samples),
+        }
+        null = compute_null_space(base, texts["calibration"], NullSpaceSettings(args.rank, args.samples, MAX_LENGTH))
+    for finding in null.findings():
+        print(finding)
+    lines: list[dict[str, Any]] = []
+    for name, space, ratios in ratios_by_layer(base, null, texts):
+        lines.append(
+            {
+                "layer": name.removeprefix("model."),
+                "width": space.group.width,
+                "rank": null.rank,
+                "calibration_tokens": null.num_tokens,
+                "null_dimension": space.null_dimension(torch.float32),
+                "energy_share": f"{space.energy_share:.2e}",
+                **{column: f"{value:.2e}" for column, value in ratios.items()},
+            }
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    print(f"{len(lines)} layers: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What it costs to regularise towards `disable_adapter()` where an adapter has rewritten the base.
+
+Owns the measurements behind docs/benchmarks/wrong_teacher.csv: the demo's base, data, steps and settings, an adapter
+that takes its first factors out of the weights, and four ways of training it:
+
+    plain CE                no regulariser
+    live disable_adapter()  exact masked KL, the teacher run in every step as online implementations do: without the
+                            adapter, which is the residual model and not the base
+    live true base          the same with a second copy of the untouched base as the teacher: what should have been
+    cache                   masked KL from the cache of the untouched base, as `logitcache train` does it
+
+The live arms are written here, dense and plain, over transformers' Trainer with the product's own arguments, so that
+steps, order of samples and learning rates are the same. Every adapter is saved, loaded on the untouched base and
+evaluated there. What is in the CSV is not run again; nats a token.
+
+    python scripts/wrong_teacher.py                                     pissa, two seeds: 8 runs of about a minute
+    python scripts/wrong_teacher.py --adapter corda olora milora        more of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, set_seed
+from transformers.utils import logging
+
+from logitcache.pipeline.adapters import AdapterSettings, attach, save, save_start
+from logitcache.pipeline.demo.run import DemoSettings, _fill_cache, write_data
+from logitcache.pipeline.evaluate import compare, load_adapter
+from logitcache.pipeline.losses import Objective
+from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
+from logitcache.pipeline.rows import read_rows
+from logitcache.pipeline.samples import IGNORED, make_samples
+from logitcache.pipeline.targets import pad_samples
+from logitcache.pipeline.training import TrainSettings, _arguments, train
+from logitcache.storage import LogitCache
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "wrong_teacher.csv"
+WORK = Path(tempfile.gettempdir()) / "logitcache-wrong-teacher"
+BASE = files("logitcache.pipeline.demo").joinpath("base")
+PLAIN, LIVE, TRUE, CACHE = "plain CE", "live disable_adapter()", "live true base", "cache"
+ARMS = (PLAIN, LIVE, TRUE, CACHE)
+ADAPTERS = ("pissa", "corda", "olora", "milora")
+KEY = ("adapter", "arm", "seed", "lr", "steps", "weight")
+MIN_REST = 1e-4
+Line = dict[str, str]
+
+
+def masked_kl(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(p without y || q without y) of [N, V] logits, mean over positions where 1 - p(y) >= MIN_REST."""
+    y = labels[:, None]
+    log_p, log_q = (z.float().scatter(1, y, -torch.inf).log_softmax(dim=1) for z in (base, logits))
+    hole = F.one_hot(labels, logits.shape[1]).bool()
+    values = (log_p.exp() * (log_p - log_q).masked_fill(hole, 0.0)).sum(dim=1)
+    return values[base.float().softmax(dim=1).gather(1, y)[:, 0] <= 1 - MIN_REST].mean()
+
+
+class LiveTeacher(Trainer):
+    """CE + weight * masked KL to a teacher that is run in every step: `base`, or the model without its adapter."""
+
+    def __init__(self, *args: Any, base: nn.Module | None, weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.base, self.weight = base, weight
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """The loss of a batch, a float32 scalar."""
+        labels = inputs.pop("labels")[:, 1:]
+        kept = labels != IGNORED
+        with torch.no_grad(), nullcontext() if self.base is not None else model.disable_adapter():
+            teacher = (self.base or model)(**inputs, use_cache=False).logits[:, :-1][kept]
+        logits = model(**inputs, use_cache=False).logits[:, :-1][kept]
+        return F.cross_entropy(logits, labels[kept]) + self.weight * masked_kl(teacher, logits, labels[kept])
+
+
+class Demo:
+    """The demo's base, data and cache, kept in `work`."""
+
+    def __init__(self, folder: Path, work: Path, settings: DemoSettings) -> None:
+        self.source, self.work, self.settings = Source("demo base", folder), work, settings
+        self.untouched = self.load()
+        paths = write_data(work / f"data-{settings.max_steps}-{settings.num_held_out}", settings)
+        tokenizer, vocab_size = load_tokenizer(self.source), self.untouched.identity.vocab_size
+        self.train_set, self.new, self.prior = (
+            make_samples(read_rows(str(path)), tokenizer, settings.max_length, vocab_size).samples for path in paths
+        )
+        path = work / f"cache-{settings.max_steps}-k{settings.top_k}"
+        self.cache: LogitCache = _fill_cache(path, self.untouched, self.train_set, settings, print)
+        self.tail = "groups" if self.cache.manifest.capture.num_tail_groups else "bucket"
+
+    def load(self) -> Base:
+        """Anew: an adapter changes the model it is attached to."""
+        return load_base(self.source, "float32", torch.device("cpu"))
+
+    def run(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> float:
+        """Train one adapter into `out`; its seconds."""
+        started = time.perf_counter()
+        if arm in (LIVE, TRUE):
+            self._live(adapter, arm, job, weight, out)
+        else:
+            objective = Objective("none") if arm == PLAIN else Objective(tail=self.tail, weight=weight)  # type: ignore[arg-type]
+            train(self.load(), self.train_set, self.cache, out, adapter, objective, job)
+        return time.perf_counter() - started
+
+    def _live(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> None:
+        set_seed(job.seed)
+        model = attach(self.load().model, adapter, str(self.source.folder), self.train_set)
+        save_start(model, out / "checkpoints" / "start")
+        args = _arguments(out, job, torch.device("cpu"))
+        args.save_strategy = "no"
+        trainer = LiveTeacher(
+            model=model,
+            args=args,
+            train_dataset=list(self.train_set),
+            data_collator=pad_samples,
+            base=self.load().model if arm == TRUE else None,
+            weight=weight,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        save(model, out, adapter, self.source.name, out / "checkpoints" / "start")
+
+    def measure(self, out: Path) -> Line:
+        """Learning and forgetting of a trained adapter, on the untouched base."""
+        adapted = load_adapter(self.load().model, str(out))
+        new, prior = (compare(self.untouched.model, adapted, held_out) for held_out in (self.new, self.prior))
+        assert new.after is not None and prior.after is not None
+        values = {
+            "new_ce": new.after.ce_nats,
+            "prior_ce": prior.after.ce_nats,
+            "learning": new.before.ce_nats - new.after.ce_nats,
+            "forgetting": prior.after.ce_nats - prior.before.ce_nats,
+            "kl_new": new.kl_nats,
+            "kl_prior": prior.kl_nats,
+        }
+        return {name: f"{value:.4f}" for name, value in values.items()}
+
+    def residual(self, adapter: AdapterSettings, seed: int) -> str:
+        """What `disable_adapter()` forgets before any training: its cross-entropy on prior text less the base's."""
+        set_seed(seed)
+        model = attach(self.load().model, adapter, str(self.source.folder), self.train_set).eval()
+        with model.disable_adapter():
+            found = compare(self.untouched.model, model, self.prior)
+        assert found.after is not None
+        return f"{found.after.ce_nats - found.before.ce_nats:.4f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    defaults = DemoSettings()
+    parser.add_argument("--adapter", nargs="+", choices=ADAPTERS, default=["pissa"])
+    parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(defaults.seeds))
+    parser.add_argument("--lr", nargs="+", type=float, default=[2e-3])
+    parser.add_argument("--weight", type=float, default=defaults.weight)
+    parser.add_argument("--steps", type=int, default=defaults.max_steps)
+    parser.add_argument("--held-out", type=int, default=defaults.num_held_out)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    settings = replace(defaults, max_steps=args.steps, num_held_out=args.held_out)
+    with as_file(BASE) as folder:
+        demo = Demo(folder, args.work, settings)
+        for kind in args.adapter:
+            sweep(demo, AdapterSettings(kind, settings.rank, 2.0 * settings.rank), args)
+
+
+def sweep(demo: Demo, adapter: AdapterSettings, args: argparse.Namespace) -> None:
+    """Every seed, learning rate and arm that is not in the CSV yet."""
+    for seed in args.seeds:
+        residual = ""
+        for lr in args.lr:
+            for arm in args.arm:
+                key = dict(
+                    zip(
+                        KEY, (adapter.kind, arm, str(seed), f"{lr:g}", str(args.steps), f"{args.weight:g}"), strict=True
+                    )
+                )
+                lines = read_csv(args.out)
+                if any(all(line[k] == v for k, v in key.items()) for line in lines):
+                    continue
+                residual = residual or demo.residual(adapter, seed)
+                out = args.work / "run"
+                shutil.rmtree(out, ignore_errors=True)
+                job = TrainSettings(lr=lr, batch_size=demo.settings.batch_size, max_steps=args.steps, seed=seed)
+                seconds = demo.run(adapter, arm, job, args.weight, out)
+                found = {**key, "tail": demo.tail if arm == CACHE else "", **demo.measure(out)}
+                found |= {"residual_forgetting": residual, "seconds": f"{seconds:.1f}"}
+                write_csv([*lines, found], args.out)
+                print(f"{adapter.kind}, {arm}, seed {seed}, lr {lr:g}: learnt {found['learning']}, forgot "
+                      f"{found['forgetting']} nats, {seconds:.0f} s")  # fmt: skip
+
+
+def read_csv(path: Path) -> list[Line]:
+    """The lines that are there."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(lines: Sequence[Line], path: Path) -> None:
+    """All of them, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
