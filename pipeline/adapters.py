@@ -25,7 +25,6 @@ from .adalora import AdaLoraCallback
 from .covariances import linear_layers
 from .errors import TrainingFailed, UnsuitableAdapter
 from .kinds import (
-    IDENTITY_AT_START,
     KINDS,
     NAME,
     AdapterSettings,
@@ -41,7 +40,7 @@ from .samples import Sample
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 
-__all__ = ["IDENTITY_AT_START", "AdapterSettings", "adapter_callbacks", "attach", "save", "save_start"]
+__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start"]
 
 
 def attach(

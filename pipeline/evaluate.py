@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputNotFound, NonFiniteLogits, NotTheBase, UnsupportedModel
-from .head import OutputHead, causal_lm_of, check_length, hidden_states, logits_width
+from .head import OutputHead, causal_lm_of, check_length, hidden_states, rows_at_once
 from .models import Base, first_line
 from .precompute import PrecomputeSettings, make_plan
 from .samples import PaddedBatch, Sample, pad_batch
@@ -140,7 +140,7 @@ def _sums(base: PreTrainedModel, adapted: nn.Module | None, batch: PaddedBatch) 
         for m in models
     ]
     heads = [OutputHead(causal_lm_of(m)) for m in models]
-    num_rows = max(1, SLICE_BYTES // (4 * logits_width(base)))
+    num_rows = rows_at_once(base, SLICE_BYTES)
     sums: dict[str, Tensor] = {}
     for labels, *parts in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
         logprobs = [head(h).float().log_softmax(dim=1) for head, h in zip(heads, parts, strict=True)]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .covariances import spread
 from .errors import UnsuitableAdapter
 from .head import OutputHead, causal_lm_of, hidden_states
-from .samples import IGNORED, Sample, pad_batch
+from .samples import Sample, pad_batch, pad_samples
 
 NUM_SAMPLES = 256
 """Of the training samples; LoRA-GA, which runs backwards too, takes a quarter of them."""
@@ -124,7 +124,4 @@ def _eva_batches(adapted: PeftModel, samples: Sequence[Sample], num_components: 
             "Train on more text, or use a lower --rank."
         )
     for part in parts[:-1] or parts:
-        padded = pad_batch(part, device)
-        labels = torch.full_like(padded.input_ids, IGNORED)
-        labels.view(-1)[padded.rows + 1] = padded.label_ids
-        yield {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
+        yield pad_samples(part, device)

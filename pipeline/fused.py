@@ -64,10 +64,11 @@ def linear_loss(
 ) -> LinearLoss:
     """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
 
-    hidden: [N, D]; head: [n, D] -> logits [n, V]; label_ids: [N]; targets: of the same positions, None for the
-    regulariser `none`; head_parameters: the tensors inside the head that are trained. kl_weight stands for
-    `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the sums of `losses.cross_entropy` and
-    `losses.regularizer_values` (where `losses.regularizer_mask` is true) over the whole [N, V].
+    hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
+    targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
+    are trained. kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the
+    sums of `losses.cross_entropy` and `losses.regularizer_values` (where `losses.regularizer_mask` is true) over the
+    whole [N, V].
     """
     parameters = [p for p in head_parameters if p.requires_grad]
     if objective.regularizer == "none":
@@ -149,8 +150,10 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
         return call.objective.tokens_per_loss_chunk
     if not len(hidden):
         return 1
-    with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
-        vocab_size = call.head(hidden.detach()[:1]).shape[1]
+    vocab_size = getattr(call.head, "vocab_size", None)
+    if vocab_size is None:
+        with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
+            vocab_size = call.head(hidden.detach()[:1]).shape[1]
     return max(1, SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cuda"]) // (4 * vocab_size))
 
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
 from .errors import NotTheBase, TrainingFailed
-from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width
+from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
-from .samples import Sample
-from .targets import PREFIX, Batch, model_inputs, pad_samples, targets_of, with_targets
+from .samples import Sample, pad_samples
+from .targets import PREFIX, Batch, model_inputs, targets_of, with_targets
 
 NUM_PROBED = 8
 SLICE_BYTES = 16 * 2**20
@@ -114,6 +114,13 @@ def probe_step_zero(model: nn.Module, cache: LogitCache, samples: Sequence[Sampl
     return found
 
 
+def check_first_batch(model: nn.Module, batch: Batch, cache: LogitCache, objective: Objective) -> None:
+    """`measure` on a batch with targets. Raises `NotTheBase` where it is above the noise, naming row and column."""
+    found, (_, place) = measure(model, [batch], cache, objective)
+    row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
+    check_step_zero(found, cache, f"row {row} of the first batch at column {column}")
+
+
 def check_step_zero(found: StepZero, cache: LogitCache, worst: str) -> None:
     """Raise `NotTheBase` unless what `measure` found is noise. worst: where log p(label) differs most."""
     if found.kl_nats <= found.tolerance_nats:
@@ -154,7 +161,7 @@ def measure(
     causal_lm = causal_lm_of(model)
     form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
     head = OutputHead(causal_lm)
-    num_rows = max(1, SLICE_BYTES // (4 * logits_width(causal_lm)))
+    num_rows = rows_at_once(causal_lm, SLICE_BYTES)
     values, errors = [], []
     with evaluation_mode(model):
         for batch in batches:
@@ -166,9 +173,10 @@ def measure(
             for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
                 rows = slice(start, start + num_rows)
                 logits, part = head(hidden[rows]).float(), targets.rows(rows)
-                counts = regularizer_mask(part, form)  # where masked KL says nothing, full KL does
-                kl, full = (regularizer_values(logits, part, f) for f in (form, Objective("full-kl")))
-                values.append(torch.where(counts, kl, full))
+                kl, counts = regularizer_values(logits, part, form), regularizer_mask(part, form)
+                if not bool(counts.all()):  # where masked KL says nothing, full KL does
+                    kl = torch.where(counts, kl, regularizer_values(logits, part, Objective("full-kl")))
+                values.append(kl)
                 errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
     torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     kls, error = torch.cat(values), torch.cat(errors)

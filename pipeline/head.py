@@ -43,6 +43,11 @@ class OutputHead:
         module: nn.Module = self._causal_lm.get_output_embeddings()
         return module
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return logits_width(self._causal_lm)
+
     def parameters(self) -> list[Tensor]:
         """Everything the output embedding computes with, trained or frozen."""
         return list(self.module.parameters())
@@ -92,6 +97,11 @@ def logits_width(model: PreTrainedModel) -> int:
     if head is None or getattr(head, "weight", None) is None:
         raise UnsupportedModel(f"splitting {type(model).__name__}: it has no output embedding (lm_head) to work with.")
     return int(head.weight.shape[0])
+
+
+def rows_at_once(model: PreTrainedModel, num_bytes: int) -> int:
+    """How many rows of float32 logits fit into num_bytes; 1 at least."""
+    return max(1, num_bytes // (4 * logits_width(model)))
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:

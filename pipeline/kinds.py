@@ -209,9 +209,6 @@ REFUSED = {
 }
 """Kinds of PEFT that are left out, and why."""
 
-IDENTITY_AT_START = dict.fromkeys(KINDS, True)
-"""Whether base + untrained adapter computes what the base does, so that KL(base || adapted) is 0 before step 1."""
-
 
 def rewrites_base(settings: AdapterSettings) -> bool:
     """Whether `disable_adapter()` is another model than the base."""

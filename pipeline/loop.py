@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logitcache.storage import LogitCache
 
 from .fused import LinearLoss
-from .gate import check_step_zero, check_tail, check_width, measure
+from .gate import check_first_batch, check_tail, check_width
 from .losses import Objective
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, groups_of, with_targets
@@ -67,9 +67,7 @@ class CachedLoss:
         batch = self.looked_up(batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
             check_width(model, self.cache)
-            found, (_, place) = measure(model, [batch], self.cache, self.objective)
-            row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
-            check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")
+            check_first_batch(model, batch, self.cache, self.objective)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)

@@ -105,6 +105,14 @@ def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> Pa
     return PaddedBatch(*(torch.from_numpy(a).to(device) for a in (input_ids, mask, rows, labels)))
 
 
+def pad_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Samples as any collator would have them: input_ids, attention_mask and labels, int64 [B, T]."""
+    padded = pad_batch(samples, device)
+    labels = torch.full_like(padded.input_ids, IGNORED)
+    labels.view(-1)[padded.rows + 1] = padded.label_ids
+    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
+
+
 def _tokenize(
     row: Row, tokenizer: PreTrainedTokenizerBase | None, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -21,7 +21,7 @@ from logitcache.storage.records import NO_TOKEN
 
 from .errors import InvalidBatch
 from .losses import Objective, SparseTargets, regularizer_mask
-from .samples import IGNORED, Sample, pad_batch
+from .samples import IGNORED, Sample
 
 PREFIX = "base_"
 _IDS = ("alternative_ids", "draw_ids")
@@ -39,14 +39,6 @@ class Document:
     column: int
     token_ids: NDArray[np.uint32]
     positions: NDArray[np.int32]
-
-
-def pad_samples(samples: Sequence[Sample]) -> Batch:
-    """Samples as any collator would have them: input_ids, attention_mask and labels, int64 [B, T]."""
-    padded = pad_batch(samples)
-    labels = torch.full_like(padded.input_ids, IGNORED)
-    labels.view(-1)[padded.rows + 1] = padded.label_ids
-    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
 
 
 @dataclass(frozen=True)

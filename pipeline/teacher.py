@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from logitcache.storage import BaseLogprobs, sample_id
 
 from .errors import NonFiniteLogits
-from .head import OutputHead, hidden_states, logits_width
+from .head import OutputHead, hidden_states, rows_at_once
 from .samples import Sample, pad_batch
 
 SLICE_BYTES = 64 * 2**20
@@ -42,8 +42,7 @@ def capture(
     hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)
-    vocab_size = logits_width(model)
-    num_rows = max(1, SLICE_BYTES // (4 * vocab_size))
+    num_rows = rows_at_once(model, SLICE_BYTES)
     split = None if token_groups is None else one_hot(token_groups.to(hidden.device))
     uniforms = torch.from_numpy(_uniforms(batch, num_tail_samples)).to(hidden.device)
     slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)

@@ -19,7 +19,7 @@ from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
 from .budget import BudgetedWeight
 from .errors import TrainingFailed
-from .gate import check_step_zero, check_tail, check_width, measure
+from .gate import check_first_batch, check_tail, check_width
 from .head import OutputHead, causal_lm_of, check_head
 from .losses import Objective
 from .step import batch_loss
@@ -80,7 +80,7 @@ class CachedKL(_AnyTrainer):
         self._check = check
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self.reset_meters()
-        self._step_counts = True
+        self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.objective.weight
         self.add_callback(_MeterReset(self))
         if self.objective.kl_budget is not None:
@@ -118,7 +118,7 @@ class CachedKL(_AnyTrainer):
         for batch in batches:
             counts += count_positions(batch, self.objective).to(device)
         counts = self.accelerator.reduce(counts, reduction="sum")
-        self._step_counts = bool(counts[1])
+        self._step_counts = counts[1]
         return batches, counts
 
     def compute_loss(
@@ -135,7 +135,7 @@ class CachedKL(_AnyTrainer):
         if self._check and self.cache is not None and self.state.global_step == 0 and len(inputs[f"{PREFIX}rows"]):
             self._check = False
             with self.accelerator.autocast():
-                self._check_base(model, inputs)
+                check_first_batch(model, inputs, self.cache, self.objective)
         if num_items_in_batch is None:
             num_items_in_batch = count_positions(inputs, self.objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
@@ -155,7 +155,7 @@ class CachedKL(_AnyTrainer):
 
     def step_kl(self) -> float | None:
         """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
-        if not self._step_counts:
+        if not int(self._step_counts):
             return None
         return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
 
@@ -196,28 +196,24 @@ class CachedKL(_AnyTrainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         rows = iter(range(min(len(dataset), CHECKED_ROWS)))
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            for index in self._missing(dataset, chunk, collate):
-                documents = list(documents_of(collate([dataset[index]])))
-                try:
-                    self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
-                except (SampleNotCached, PositionNotCaptured) as error:
+            if self._miss(dataset, chunk, collate) is None:
+                continue
+            for index in chunk:  # one by one, for the first in the order of the data
+                error = self._miss(dataset, [index], collate)
+                if error is not None:
                     raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
 
-    def _missing(self, dataset: Any, chunk: list[int], collate: Collator) -> list[int]:
-        """Rows to look at one by one: none where all documents of the chunk are found."""
+    def _miss(
+        self, dataset: Any, indices: list[int], collate: Collator
+    ) -> SampleNotCached | PositionNotCaptured | None:
+        """What the cache says of the documents of these rows; None where it has them all."""
         assert self.cache is not None
-        documents = list(documents_of(collate([dataset[i] for i in chunk])))
+        documents = list(documents_of(collate([dataset[i] for i in indices])))
         try:
             self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
-        except (SampleNotCached, PositionNotCaptured):
-            return chunk
-        return []
-
-    def _check_base(self, model: nn.Module, inputs: Batch) -> None:
-        assert self.cache is not None
-        found, (_, place) = measure(model, [inputs], self.cache, self.objective)
-        row, column = divmod(int(inputs[f"{PREFIX}rows"][place]), inputs["input_ids"].shape[1])
-        check_step_zero(found, self.cache, f"row {row} of the first batch at column {column}")
+        except (SampleNotCached, PositionNotCaptured) as error:
+            return error
+        return None
 
 
 class CachedKLTrainer(CachedKL, Trainer):

@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
 
-from .adapters import IDENTITY_AT_START, AdapterSettings, adapter_callbacks, attach, save, save_start
+from .adapters import AdapterSettings, adapter_callbacks, attach, save, save_start
 from .errors import InputNotFound, TrainingFailed
 from .gate import StepZero, check_samples, check_tail, probe_step_zero
 from .head import check_head, check_length
@@ -30,8 +30,7 @@ from .kinds import check_settings, keeps_start
 from .losses import Objective
 from .models import Base
 from .nullspace import NullSpace, check_null_space
-from .samples import Sample
-from .targets import pad_samples
+from .samples import Sample, pad_samples
 from .trainer import CachedKLTrainer
 
 RUN, LOG, TENSORBOARD, CHECKPOINTS = "run.json", "train_log.jsonl", "tensorboard", "checkpoints"
@@ -110,7 +109,7 @@ def train(
             "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
         ) from error
     step_zero = None
-    if regularized is not None and IDENTITY_AT_START[adapter.kind]:
+    if regularized is not None:
         step_zero = probe_step_zero(model, regularized, samples, objective)
     log = _JsonLog(out / LOG)
     trainer = CachedKLTrainer(

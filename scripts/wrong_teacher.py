@@ -44,8 +44,7 @@ from logitcache.pipeline.evaluate import compare, load_adapter
 from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
 from logitcache.pipeline.rows import read_rows
-from logitcache.pipeline.samples import IGNORED, make_samples
-from logitcache.pipeline.targets import pad_samples
+from logitcache.pipeline.samples import IGNORED, make_samples, pad_samples
 from logitcache.pipeline.training import TrainSettings, _arguments, train
 from logitcache.storage import LogitCache
 

@@ -25,7 +25,6 @@ from logitcache.pipeline.evaluate import load_adapter
 from logitcache.pipeline.factors import minor_components
 from logitcache.pipeline.gate import probe_step_zero
 from logitcache.pipeline.kinds import (
-    IDENTITY_AT_START,
     KINDS,
     NAME,
     REFUSED,
@@ -36,9 +35,9 @@ from logitcache.pipeline.kinds import (
 )
 from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.nullspace import NullSpaceSettings, compute_null_space
-from logitcache.pipeline.samples import Sample
+from logitcache.pipeline.samples import Sample, pad_samples
 from logitcache.pipeline.step import batch_loss
-from logitcache.pipeline.targets import pad_samples, with_targets
+from logitcache.pipeline.targets import with_targets
 from logitcache.storage import LogitCache
 
 RANK = 4
@@ -93,8 +92,7 @@ def logits(model: Any, samples: list[Sample] | None = None) -> Tensor:
 
 
 def test_the_command_line_offers_the_table() -> None:
-    assert set(ADAPTERS) == KINDS.keys() | REFUSED.keys() == IDENTITY_AT_START.keys() | REFUSED.keys()
-    assert all(IDENTITY_AT_START.values())
+    assert set(ADAPTERS) == KINDS.keys() | REFUSED.keys()
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES, ids=IDS)

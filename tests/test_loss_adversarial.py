@@ -24,8 +24,8 @@ from logitcache.pipeline.head import check_head
 from logitcache.pipeline.loop import CachedLoss
 from logitcache.pipeline.losses import Objective, SparseTargets, regularizer_values
 from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.pipeline.samples import Sample
-from logitcache.pipeline.targets import CachedCollator, count_positions, pad_samples, with_targets
+from logitcache.pipeline.samples import Sample, pad_samples
+from logitcache.pipeline.targets import CachedCollator, count_positions, with_targets
 from logitcache.pipeline.trainer import BudgetCallback, CachedKLTrainer
 from logitcache.storage import LogitCache
 

@@ -19,8 +19,8 @@ from logitcache.pipeline.gate import probe_step_zero
 from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.models import Base, Source
 from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.pipeline.samples import Sample
-from logitcache.pipeline.targets import CachedCollator, count_positions, pad_samples, samples_of, with_targets
+from logitcache.pipeline.samples import Sample, pad_samples
+from logitcache.pipeline.targets import CachedCollator, count_positions, samples_of, with_targets
 from logitcache.pipeline.trainer import CachedKLTrainer
 from logitcache.pipeline.training import TrainSettings, train
 from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached

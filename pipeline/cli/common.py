@@ -63,6 +63,25 @@ def model_option(function: F) -> F:
     return option(function)
 
 
+def batch_options(function: F) -> F:
+    """--max-length and --batch-tokens, of text that is read once."""
+    length: Callable[[F], F] = click.option(
+        "--max-length",
+        type=click.IntRange(min=2),
+        default=1024,
+        show_default=True,
+        help="Tokens a sample; the rest is cut.",
+    )
+    batch: Callable[[F], F] = click.option(
+        "--batch-tokens",
+        type=click.IntRange(min=1),
+        default=8192,
+        show_default=True,
+        help="Tokens a forward, with padding.",
+    )
+    return length(batch(function))
+
+
 def runtime_options(function: F) -> F:
     """--dtype and --device."""
     dtype: Callable[[F], F] = click.option(

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from .common import config_option, model_option, note, quiet_libraries, runtime_options, token_bar
+from .common import batch_options, config_option, model_option, note, quiet_libraries, runtime_options, token_bar
 
 
 @click.command(short_help="Learning on new text and forgetting on prior text, in one table.")
@@ -13,20 +13,7 @@ from .common import config_option, model_option, note, quiet_libraries, runtime_
 @click.option("--adapter", metavar="DIR", help="Folder of the trained adapter; without it only the base is measured.")
 @click.option("--data", required=True, metavar="NEW", help="Held-out text of the new task.")
 @click.option("--prior", required=True, metavar="PRIOR", help="Text of what the base knew, to measure forgetting.")
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens a sample; the rest is cut.",
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    default=8192,
-    show_default=True,
-    help="Tokens a forward, with padding.",
-)
+@batch_options
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import click
 
-from .common import FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options, token_bar
+from .common import (
+    FiniteFloat,
+    batch_options,
+    config_option,
+    model_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+    token_bar,
+)
 
 
 @click.command(short_help="Find the input directions that a model leaves unused, for lora-null.")
@@ -18,20 +27,7 @@ from .common import FiniteFloat, config_option, model_option, note, quiet_librar
 @click.option(
     "--max-samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples, spread over the data."
 )
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens a sample; the rest is cut.",
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    default=8192,
-    show_default=True,
-    help="Tokens a forward, with padding.",
-)
+@batch_options
 @click.option(
     "--memory-limit",
     type=FiniteFloat(min=0, min_open=True),
