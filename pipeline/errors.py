@@ -55,3 +55,9 @@ class TrainingFailed(PipelineError):
     """Training cannot go on: a loss that is not finite, or an output folder that is in use."""
 
     reason = "training-failed"
+
+
+class UnreadableSweep(PipelineError):
+    """Files of a sweep that are damaged, half-written, or contradict one another."""
+
+    reason = "unreadable-sweep"

@@ -58,6 +58,9 @@ PIPELINE_ROOMS = {
     },
     "evaluate": {"errors", "head", "models", "precompute", "samples", "teacher"},
     "report": {"evaluate", "storage"},
+    "checked_json": {"errors"},
+    "results": {"checked_json", "errors"},
+    "frontier": {"results"},
 }
 
 

@@ -19,7 +19,7 @@ from logitcache.storage import (
     SampleNotCached,
 )
 
-from ..errors import InputNotFound, NotTheBase, PipelineError, UnsuitableAdapter
+from ..errors import InputNotFound, NotTheBase, PipelineError, UnreadableSweep, UnsuitableAdapter
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -40,6 +40,7 @@ STATUSES: dict[type[Exception], int] = {
     NotTheBase: 4,
     IncompleteCache: 5,
     NotACache: 2,
+    UnreadableSweep: 3,
     InputNotFound: 2,
     UnsuitableAdapter: 2,
 }

@@ -1,0 +1,264 @@
+"""Learning against forgetting as numbers: means over seeds, the Pareto front, budgets, hypervolume, drift prevented.
+
+Owns what is compared with what. A *setting* is a method with all its settings but the seed; every comparison is between
+means of settings, never between single runs, and nothing is interpolated between settings. Knows no files and makes no
+pictures; numpy at most.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from .results import Cost, Outcome, Run, Scalar
+
+SEED = "seed"
+OBJECTIVE = (
+    *("regularizer", "tail", "weight", "kl_budget", "top_k", "temperature", "label_smoothing"),
+    *("weighting", "min_base_rest", "min_adapted_rest"),
+)
+"""Settings in which a run may differ from the reference that its forgetting is compared with."""
+
+BUDGET_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+CURVE_SHARE = 0.25
+"""The budget at which one setting stands for a method, in learning curves and at equal learning."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds, and the ends of the 95 % t-interval of the mean; None with one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at one combination of settings, over the seeds that finished. values: all settings but the seed.
+
+    learning and forgetting: of its runs, nats a token. num_planned: its runs, finished or not.
+    """
+
+    method: str
+    values: dict[str, Scalar]
+    runs: tuple[Run, ...]
+    outcomes: tuple[Outcome, ...]
+    learning: Estimate
+    forgetting: Estimate
+    num_planned: int
+
+    def mean(self, value: Callable[[Outcome], float | None]) -> float | None:
+        """Mean over seeds of anything that a run came to; None where a seed lacks it."""
+        found = [v for v in map(value, self.outcomes) if v is not None]
+        return math.fsum(found) / len(found) if len(found) == len(self.outcomes) else None
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Budgets of forgetting in nats a token, and the largest mean forgetting that they are shares of."""
+
+    nats: tuple[float, ...]
+    shares: tuple[float, ...]
+    largest: float
+    of_reference: bool
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and mean +- t(.975, n - 1) s / sqrt(n), with s the sample standard deviation (n - 1)."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(mean, None, None, 1)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = t_quantile(n - 1) * deviation / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+@cache
+def t_quantile(degrees: int, share: float = 0.95) -> float:
+    """t with P(|T| <= t) = share, for Student's distribution with `degrees` >= 1 degrees of freedom."""
+    low, high = 0.0, 1.0
+    while _within(high, degrees) < share:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _within(middle, degrees) < share else (low, middle)
+    return high
+
+
+def _within(t: float, degrees: int) -> float:
+    """P(|T| <= t): the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, degrees, 2):  # even degrees: 1, 3, ..., n - 1; odd: 2, 4, ..., n - 1
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def settings_of(runs: Sequence[Run]) -> list[Setting]:
+    """The settings of which at least one seed finished, in the order of the runs."""
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        rest = sorted((k, v) for k, v in run.settings.items() if k != SEED)
+        groups.setdefault((run.method, *rest), []).append(run)
+    return [_setting(members) for members in groups.values() if any(run.outcome is not None for run in members)]
+
+
+def _setting(members: list[Run]) -> Setting:
+    finished = [(run, run.outcome) for run in members if run.outcome is not None]
+    return Setting(
+        method=members[0].method,
+        values={k: v for k, v in members[0].settings.items() if k != SEED},
+        runs=tuple(run for run, _ in finished),
+        outcomes=tuple(outcome for _, outcome in finished),
+        learning=estimate([outcome.learning for _, outcome in finished]),
+        forgetting=estimate([outcome.forgetting for _, outcome in finished]),
+        num_planned=len(members),
+    )
+
+
+def dominates(a: Setting, b: Setting) -> bool:
+    """Whether a learns at least as much as b, forgets at most as much, and is better in one of them."""
+    (x, y), (u, v) = _point(a), _point(b)
+    return x >= u and y <= v and (x, y) != (u, v)
+
+
+def pareto_front(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings that no other dominates, from the least learning to the most."""
+    front = [s for s in settings if not any(dominates(other, s) for other in settings)]
+    return sorted(front, key=_point)
+
+
+def is_reference(setting: Setting) -> bool:
+    """Plain cross-entropy: no regulariser and no label smoothing."""
+    return setting.values.get("regularizer") == "none" and not setting.values.get("label_smoothing")
+
+
+def budgets_of(settings: Sequence[Setting]) -> Budgets:
+    """Fixed shares of the largest mean forgetting of plain cross-entropy, or of any setting where there is none.
+
+    Where that is not above 0, the only budget is 0.
+    """
+    reference = [s for s in settings if is_reference(s)]
+    largest = max(s.forgetting.mean for s in reference or settings)
+    shares = BUDGET_SHARES if largest > 0 else (0.0,)
+    return Budgets(tuple(share * max(largest, 0.0) for share in shares), shares, largest, bool(reference))
+
+
+def best_within(settings: Sequence[Setting], budget_nats: float) -> Setting | None:
+    """The setting that learns most among those whose mean forgetting is at most the budget; None: there is none."""
+    within = [s for s in settings if s.forgetting.mean <= budget_nats]
+    return max(within, key=lambda s: (s.learning.mean, -s.forgetting.mean), default=None)
+
+
+def representative(settings: Sequence[Setting], budgets: Budgets) -> Setting:
+    """What stands for a method: the best within `CURVE_SHARE` of the largest forgetting, else the least forgetting."""
+    best = best_within(settings, CURVE_SHARE * max(budgets.largest, 0.0))
+    return best or min(settings, key=lambda s: (s.forgetting.mean, -s.learning.mean))
+
+
+def least_forgetting_at(settings: Sequence[Setting], learning_nats: float) -> Setting | None:
+    """The setting that forgets least among those that learn at least so much; None: none learns so much."""
+    enough = [s for s in settings if s.learning.mean >= learning_nats]
+    return min(enough, key=lambda s: (s.forgetting.mean, -s.learning.mean), default=None)
+
+
+def reference_forgetting(settings: Sequence[Setting]) -> float:
+    """Where hypervolume begins: the worst mean forgetting of the settings that count in it, rounded up to .01 nats.
+
+    Those learn something, and no setting of the same method dominates them; a setting that went astray in both moves
+    nothing. Over all settings where none learns.
+    """
+    counting = [s for group in by_method(settings).values() for s in pareto_front(group) if s.learning.mean > 0]
+    worst = max(s.forgetting.mean for s in counting or settings)
+    return math.ceil(round(worst * 100, 9)) / 100
+
+
+def hypervolume(points: Sequence[tuple[float, float]], forgetting_limit: float) -> float:
+    """Area in nats^2 that points (learning, forgetting) dominate, from (0, forgetting_limit); exact.
+
+    The union of the rectangles [0, learning] x [forgetting, forgetting_limit]. A point with no learning, or with
+    forgetting beyond the limit, has none. Summed in slabs of forgetting, by falling learning.
+    """
+    area, level = 0.0, forgetting_limit
+    for learning, forgetting in sorted(points, key=lambda p: (-p[0], p[1])):
+        if learning > 0 and forgetting < level:
+            area += learning * (level - forgetting)
+            level = forgetting
+    return area
+
+
+def drift_prevented(setting: Setting, settings: Sequence[Setting]) -> float | None:
+    """1 - forgetting / forgetting of plain cross-entropy with the same adapter, rank, learning rate and data.
+
+    "The same": equal in everything but `OBJECTIVE`. None where there is no such setting or not one alone, where it
+    does not forget, and for itself.
+    """
+    same = [s for s in settings if is_reference(s) and s is not setting and _frame(s) == _frame(setting)]
+    if is_reference(setting) or len(same) != 1 or same[0].forgetting.mean <= 0:
+        return None
+    return 1 - setting.forgetting.mean / same[0].forgetting.mean
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a sweep's finished runs, and of the base beside them: once for the cache, or live in every step."""
+
+    training: float
+    capture: float
+    live: float
+    num_runs: int
+    num_plain: int
+    num_regularized_steps: int
+
+    @property
+    def cached_sum(self) -> float:
+        """Training, and the base once."""
+        return self.training + self.capture
+
+    @property
+    def live_sum(self) -> float:
+        """Training, and the base in every step that has a regulariser."""
+        return self.training + self.live
+
+
+def spent_on(runs: Sequence[Run], cost: Cost) -> Spent:
+    """What the finished runs took, as measured, and the base by `cost`. Plain cross-entropy needs no base."""
+    finished = [(run.settings.get("regularizer") == "none", run.outcome) for run in runs if run.outcome is not None]
+    steps = sum(outcome.num_steps for plain, outcome in finished if not plain)
+    return Spent(
+        training=math.fsum(outcome.seconds for _, outcome in finished),
+        capture=cost.capture_seconds,
+        live=steps * cost.live_extra_seconds,
+        num_runs=len(finished),
+        num_plain=sum(plain for plain, _ in finished),
+        num_regularized_steps=steps,
+    )
+
+
+def by_method(settings: Sequence[Setting], methods: Sequence[str] = ()) -> dict[str, list[Setting]]:
+    """The settings of each method that has any, in the order of `methods` or else of the settings."""
+    order = methods or list(dict.fromkeys(s.method for s in settings))
+    return {m: found for m in order if (found := [s for s in settings if s.method == m])}
+
+
+def varying(runs: Sequence[Run]) -> list[str]:
+    """Fields other than the seed in which these runs differ, in the order of their settings."""
+    names = dict.fromkeys(k for run in runs for k in run.settings if k != SEED)
+    return [k for k in names if len({run.settings.get(k) for run in runs}) > 1]
+
+
+def _frame(setting: Setting) -> dict[str, Scalar]:
+    return {k: v for k, v in setting.values.items() if k not in OBJECTIVE}
+
+
+def _point(setting: Setting) -> tuple[float, float]:
+    return setting.learning.mean, setting.forgetting.mean
