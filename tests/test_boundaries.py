@@ -57,10 +57,14 @@ PIPELINE_ROOMS = {
         *("targets", "trainer"),
     },
     "evaluate": {"errors", "head", "models", "precompute", "samples", "teacher"},
-    "report": {"evaluate", "storage"},
+    "report": {"evaluate"},
     "checked_json": {"errors"},
     "results": {"checked_json", "errors"},
     "frontier": {"results"},
+    "pictures": {"frontier", "results", "storage"},
+    "page": {"report"},
+    "sweep_tables": {"frontier", "results"},
+    "sweep_report": {"frontier", "page", "pictures", "results", "sweep_tables"},
 }
 
 

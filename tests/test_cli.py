@@ -119,6 +119,7 @@ FLAGS: dict[str, list[str]] = {
         "--prior",
         *RUNTIME,
     ],
+    "report": ["--config", "--out", "DIR"],
     "demo": ["--config", "--out"],
 }
 """The public surface. A change here is a change for users: it belongs into the changelog."""
@@ -172,6 +173,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "evaluate": {"max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
+    "report": {"out": "that of the sweep"},
     "demo": {"out": "demo-output"},
     "inspect": {"max-positions": "200000"},
     "verify": {},

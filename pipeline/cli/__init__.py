@@ -29,6 +29,7 @@ from .merge import merge
 from .nullspace import nullspace
 from .precompute import precompute
 from .repair import repair
+from .report import report
 from .train import train
 from .verify import verify
 
@@ -64,7 +65,7 @@ def cli() -> None:
     """
 
 
-for _verb in (precompute, inspect, verify, repair, merge, convert, export, nullspace, train, evaluate, demo):
+for _verb in (precompute, inspect, verify, repair, merge, convert, export, nullspace, train, evaluate, report, demo):
     cli.add_command(_verb)
 
 

@@ -22,8 +22,9 @@ from ..evaluate import Comparison, compare, load_adapter
 from ..gate import check_identity
 from ..losses import Objective, Regularizer
 from ..models import Base, Source, find_model, load_base, load_tokenizer
+from ..pictures import frontier_picture
 from ..precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from ..report import frontier_picture, markdown_table
+from ..report import markdown_table
 from ..rows import read_rows
 from ..samples import Sample, make_samples
 from ..training import TrainSettings, train

@@ -1,0 +1,34 @@
+"""`logitcache report`: what a sweep came to, as pages, pictures and a table."""
+
+from pathlib import Path
+
+import click
+
+from .common import config_option, quiet_libraries
+
+
+@click.command(short_help="What a sweep came to: report.html, report.md, results.csv and pictures.")
+@config_option
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder for the report.  [default: that of the sweep]",
+)
+def report(folder: Path, out: Path | None) -> None:
+    """Compare the runs of a sweep: learning against forgetting, budgets, hypervolume, curves and cost.
+
+    A sweep that is still running, or that has failed runs, is reported as far as it has come. report.html is one file
+    and needs no network.
+    """
+    quiet_libraries()
+    from ..report import table
+    from ..sweep_report import write_sweep_report
+
+    written = write_sweep_report(folder, folder if out is None else out)
+    if written.rows:
+        click.echo("Most learning within a budget of forgetting, nats a token, means over seeds:\n")
+        click.echo(table(written.rows) + "\n")
+    click.echo("\n".join(written.sentences))
+    click.echo("\nWrote " + "  ".join(str(path) for path in written.files))
