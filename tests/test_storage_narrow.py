@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from storage_samples import (
@@ -127,6 +127,7 @@ def test_narrowing_equals_a_capture_of_fewer(
 
 @many
 @given(seed=seeds, top_k=st.integers(1, TOP_K), num_groups=st.none() | st.integers(2, 9))
+@example(seed=98530, top_k=TOP_K, num_groups=None)  # a tail of 2e-16 nats, in a record that stays as it is
 def test_rows_that_keep_fewer_are_narrowed_too(seed: int, top_k: int, num_groups: int | None) -> None:
     """Absent alternatives, and rows from which nothing is dropped: these stay as they are, bit for bit."""
     rng = np.random.default_rng(seed)
@@ -137,7 +138,7 @@ def test_rows_that_keep_fewer_are_narrowed_too(seed: int, top_k: int, num_groups
     same = (record.alternative_ids != NO_TOKEN).sum(axis=1) <= top_k
     for name in found.columns().keys() - {"alternative_ids", "alternative_logprobs"}:
         values = getattr(record, name)[same]
-        values = np.minimum(values, 0) if name.startswith("tail") else values
+        values = np.minimum(values, 0) if name.startswith("tail") and top_k < TOP_K else values
         np.testing.assert_array_equal(getattr(found, name)[same], values)
     assert np.array_equal(found.alternative_ids, record.alternative_ids[:, :top_k])
     assert narrow(record, TOP_K, groups) is record and narrow(record, TOP_K) is record
