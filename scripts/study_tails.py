@@ -1,31 +1,27 @@
-"""What each form of the tail is worth: how true its gradient is for the bytes it takes, and what training makes of it.
+"""What each form of the tail is worth: how true its gradient is for the bytes it takes.
 
-Owns the measurements behind docs/benchmarks/tails.csv and tail_frontier.csv, on the demo's base (V = 4,096; it knows
-prose) and the demo's new domain (source code). The exact masked KL and the zero-tail forms are written here from their
-formulas, dense; every other form is the project's own, of what a real cache at precision fine gives back. Trade-off:
-what is small enough to compare with the whole vocabulary says little about ids of a large one, which take more bytes.
+Owns the measurements behind docs/benchmarks/tails.csv, on the demo's base (V = 4,096; it knows prose) and the demo's
+new domain (source code). The exact masked KL and the zero-tail forms are written here from their formulas, dense; every
+other form is the project's own, of what a real cache at precision fine gives back. Trade-off: what is small enough to
+compare with the whole vocabulary says little about ids of a large one, which take more bytes. What training makes of
+the forms is study_frontier.py's.
 Shapes: N positions of a batch of 8 samples, V vocabulary, K alternatives, G groups, M draws, D hidden.
 
-    python scripts/study_tails.py fidelity            on adapted models, against the exact gradient; 10 minutes
-    python scripts/study_tails.py frontier            the demo's training: learning and forgetting, tail by tail
-    python scripts/study_tails.py frontier --table    only print what is in the CSV
+    python scripts/study_tails.py                     on adapted models, against the exact gradient; 10 minutes
+    python scripts/study_tails.py --table             only print what is in the CSV
 
-Both keep data, models and caches of training in --work, so that a second run is quicker; `frontier` goes on where it
-was stopped.
+Data, models and caches of training are kept in --work, so that a second run is quicker.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from itertools import groupby, product
 from pathlib import Path
 from statistics import mean
@@ -35,134 +31,39 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from peft import PeftModel
+from study_demo import (
+    BASE,
+    BATCH,
+    OUT,
+    PLAIN,
+    REFERENCE,
+    Arm,
+    Demo,
+    Line,
+    arguments,
+    bytes_a_position,
+    read_csv,
+    start,
+    write_csv,
+)
 from torch import Tensor
-from transformers.utils import logging
 
-from logitcache.pipeline.adapters import AdapterSettings
-from logitcache.pipeline.demo.run import DemoSettings, Outcome, write_data
-from logitcache.pipeline.evaluate import compare, load_adapter
 from logitcache.pipeline.head import OutputHead, causal_lm_of, hidden_states
-from logitcache.pipeline.losses import Objective, Regularizer, SparseTargets, Tail, base_rest, regularizer_values
-from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
+from logitcache.pipeline.losses import Objective, SparseTargets, base_rest, regularizer_values
+from logitcache.pipeline.models import Base
 from logitcache.pipeline.partition import token_groups
-from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.pipeline.rows import read_rows
-from logitcache.pipeline.samples import Sample, make_samples, pad_batch
+from logitcache.pipeline.precompute import PrecomputeSettings
+from logitcache.pipeline.samples import Sample, pad_batch
 from logitcache.pipeline.targets import groups_of, sparse_targets
-from logitcache.pipeline.training import TrainSettings, train
 from logitcache.storage import LogitCache
-from logitcache.storage.encoding import PRECISIONS, columns_of
+from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.statistics import describe
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-WORK = Path(tempfile.gettempdir()) / "logitcache-study-tails"
-BASE = files("logitcache.pipeline.demo").joinpath("base")
-BATCH, LEARNING_RATE, MIN_REST = 8, 2e-3, 1e-4
+MIN_REST = 1e-4
 KEPT = (8, 16, 32, 64, 128, 256)
 WIDTHS = (7, 8, 8, 9, 13, 13, 6, 9)
-SAID = ("arm", "weight", "seed", "learning", "forgetting", "kl_prior", "seconds")
-Line = dict[str, str]
-
-
-# The demo, with any tail
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A tail that is trained with, and the cache it needs; top_k 0: every other token."""
-
-    name: str
-    top_k: int = 64
-    tail: Tail = "bucket"
-    tail_groups: int = 0
-    tail_samples: int = 0
-    regularizer: Regularizer = "masked-kl"
-    precision: str = "fine"
-
-
-PLAIN = Arm("plain CE", regularizer="none")
-REFERENCE = Arm("bucket k=64")
-ARMS = (
-    REFERENCE,
-    Arm("groups k=32 G=64", 32, "groups", 64),
-    Arm("groups k=16 G=64", 16, "groups", 64),
-    Arm("renormalize k=64", 64, "renormalize"),
-    Arm("sampled k=16 M=32", 16, "sampled", 0, 32),
-    Arm("exact", 0, precision="exact"),
-    Arm("full KL, bucket k=64", regularizer="full-kl"),
-    Arm("masked JS, bucket k=64", regularizer="masked-js"),
-    Arm("masked reverse KL, bucket k=64", regularizer="masked-reverse-kl"),
-    Arm("bucket k=16", 16),
-    Arm("groups k=64 G=64", 64, "groups", 64),
-)
-WEIGHTS = (0.3, 1.0, 3.0)
 MODELS = ((PLAIN, 1), (REFERENCE, 1), (REFERENCE, 10))
 """That the forms are compared on: how they are trained, and by what --steps is divided."""
-
-
-class Demo:
-    """The demo's base and data; `steps` decides how much there is to train on. work: where everything is kept."""
-
-    def __init__(self, folder: Path, work: Path, steps: int) -> None:
-        self.source, self.work, self.settings = Source("demo base", folder), work, DemoSettings(max_steps=steps)
-        self.tokenizer = load_tokenizer(self.source)
-        self.untouched = self._base()
-        data = work / f"data-{steps}"
-        if not data.exists():
-            write_data(data.with_suffix(".new"), self.settings)
-            data.with_suffix(".new").rename(data)
-        self.train_set, self.new, self.prior = (
-            self._samples(data / f"{name}.jsonl") for name in ("new_train", "new_heldout", "prior_heldout")
-        )
-
-    def fill(
-        self, path: Path, samples: Sequence[Sample], job: PrecomputeSettings, groups: NDArray[np.uint8] | None = None
-    ) -> LogitCache:
-        """A cache as `logitcache precompute` makes it. groups: uint8 [V], any partition."""
-        manifest = manifest_for(self.untouched, self.tokenizer, job, groups)
-        precompute(self.untouched, manifest, make_plan(samples, job), path, partition=groups)
-        return LogitCache.open(path)
-
-    def cache(self, arm: Arm) -> LogitCache | None:
-        """What the arm is trained with, made once."""
-        if arm.regularizer == "none":
-            return None
-        k = arm.top_k or self.untouched.identity.vocab_size - 1
-        rows = 32_768 if arm.top_k else 2_048  # a shard is made in memory
-        job = PrecomputeSettings(k, self.settings.max_length, shard_positions=rows, precision=arm.precision)
-        job = replace(job, tail_groups=arm.tail_groups, tail_samples=arm.tail_samples)
-        name = f"cache-{self.settings.max_steps}-k{k}-g{arm.tail_groups}-m{arm.tail_samples}-{arm.precision}"
-        groups = token_groups(self.untouched.model, arm.tail_groups) if arm.tail_groups else None
-        return self.fill(self.work / name, self.train_set, job, groups)
-
-    def train(
-        self, arm: Arm, cache: LogitCache | None, weight: float, seed: int, folder: Path
-    ) -> tuple[PeftModel, float]:
-        """The adapted model and the seconds its training took, as the demo trains; a finished run is only loaded."""
-        rank, steps = self.settings.rank, self.settings.max_steps
-        adapter = AdapterSettings(rank=rank, alpha=2.0 * rank)
-        objective = Objective(regularizer=arm.regularizer, tail=arm.tail, weight=weight)
-        settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
-        again = (folder / "run.json").exists()
-        report = train(self._base(), self.train_set, cache, folder, adapter, objective, settings, resume=again)
-        return load_adapter(self._base().model, str(folder)), report.seconds
-
-    def _base(self) -> Base:
-        """Loaded anew: an adapter changes the model it is attached to."""
-        return load_base(self.source, "float32", torch.device("cpu"))
-
-    def _samples(self, path: Path) -> list[Sample]:
-        vocab_size = self.untouched.identity.vocab_size
-        return make_samples(read_rows(str(path)), self.tokenizer, self.settings.max_length, vocab_size).samples
-
-
-def bytes_a_position(cache: LogitCache) -> float:
-    """Of the record's columns as they lie on disk, without the sample table."""
-    sizes = describe(cache, max_positions=1).bytes_by_column
-    return sum(sizes[column.name] for column in columns_of(cache.manifest.capture)) / cache.num_positions
-
-
-# Fidelity: the forms
 
 
 @dataclass(frozen=True)
@@ -411,140 +312,11 @@ def print_fidelity(model: str, lines: Sequence[Line]) -> None:
         print(f"{marks:3}{line['form']:35}" + "".join(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True)))
 
 
-# Frontier
-
-
-def frontier(args: argparse.Namespace) -> None:
-    """Train what is not in the CSV yet, a whole sweep of one seed before the next, and compare."""
-    out = args.out or OUT / "tail_frontier.csv"
-    lines, steps = read_csv(out), str(args.steps)
-    done = {(line["arm"], line["weight"], line["seed"], line["steps"]) for line in lines}
-    sweep = [(PLAIN, 0.0), *product(ARMS, WEIGHTS)]
-    runs = [(arm, weight, seed) for seed in range(args.seeds) for arm, weight in sweep]
-    missing = [run for run in runs if (run[0].name, f"{run[1]:g}", str(run[2]), steps) not in done]
-    if missing and not args.table:
-        with as_file(BASE) as folder:
-            demo = Demo(folder, args.work, args.steps)
-            for number, run in enumerate(missing, 1):
-                started = time.perf_counter()
-                lines.append(trained(demo, *run))
-                write_csv(lines, out)
-                said = "  ".join(f"{name} {value}" for name, value in lines[-1].items() if name in SAID)
-                print(f"{number}/{len(missing)} {said}  {time.perf_counter() - started:.0f} s in all", flush=True)
-    print_frontier([line for line in lines if line["steps"] == steps])
-
-
-def trained(demo: Demo, arm: Arm, weight: float, seed: int) -> Line:
-    """One run: cache, training, learning and forgetting as the demo has them."""
-    cache, folder = demo.cache(arm), demo.work / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    adapted, seconds = demo.train(arm, cache, weight, seed, folder)
-    shutil.rmtree(folder)
-    new, prior = (compare(demo.untouched.model, adapted, samples) for samples in (demo.new, demo.prior))
-    found = Outcome(arm.name, seed, new, prior, seconds)
-    assert prior.kl_nats is not None
-    kept = {"top_k": "", "bytes_a_position": ""}
-    if cache is not None:
-        kept = {"top_k": str(cache.manifest.capture.top_k), "bytes_a_position": f"{bytes_a_position(cache):.1f}"}
-    return {
-        "arm": arm.name,
-        "regularizer": arm.regularizer,
-        "tail": arm.tail if cache is not None else "",
-        "tail_groups": str(arm.tail_groups),
-        "tail_samples": str(arm.tail_samples),
-        **kept,
-        "weight": f"{weight:g}",
-        "seed": str(seed),
-        "steps": str(demo.settings.max_steps),
-        "learning": f"{found.learning:.4f}",
-        "forgetting": f"{found.forgetting:.4f}",
-        "kl_prior": f"{prior.kl_nats:.4f}",
-        "seconds": f"{seconds:.1f}",
-    }
-
-
-def print_frontier(lines: list[Line]) -> None:
-    """Learning and forgetting of every arm, and its learning where it forgets what the reference does at each weight.
-
-    Between its weights (and plain CE, weight 0) an arm's learning is interpolated linearly in its forgetting, seed by
-    seed; `-` where its sweep does not reach. Means over seeds ± half the range.
-    """
-    levels = [_mean(lines, REFERENCE, weight, "forgetting") for weight in WEIGHTS]
-    seeds = sorted({line["seed"] for line in lines})
-    titles = [*(f"weight {weight:g}" for weight in WEIGHTS), *(f"at {level:+.3f}" for level in levels)]
-    print(f"\nlearning/forgetting; then learning interpolated at a forgetting\n{'':32}", end="")
-    print("".join(f"{title:17}" for title in titles))
-    for arm in (PLAIN, *ARMS):
-        weights = (0.0,) if arm == PLAIN else WEIGHTS
-        cells = [f"{_mean(lines, arm, w, 'learning'):.3f}/{_mean(lines, arm, w, 'forgetting'):+.3f}" for w in weights]
-        if arm != PLAIN:
-            cells += [_mean_and_range([learning_at(lines, arm, level, seed) for seed in seeds]) for level in levels]
-        print(f"{arm.name:32}" + "".join(f"{cell:17}" for cell in cells))
-
-
-def learning_at(lines: list[Line], arm: Arm, forgetting: float, seed: str) -> float:
-    """Interpolated along the arm's sweep; NaN outside."""
-    sweep = [line for line in lines if line["arm"] in (arm.name, PLAIN.name) and line["seed"] == seed]
-    points = sorted((float(line["forgetting"]), float(line["learning"])) for line in sweep)
-    if len(points) < 2:
-        return float("nan")
-    forgot, learnt = ([point[i] for point in points] for i in (0, 1))
-    return float(np.interp(forgetting, forgot, learnt, left=np.nan, right=np.nan))
-
-
-def _mean(lines: list[Line], arm: Arm, weight: float, what: str) -> float:
-    found = [float(line[what]) for line in lines if line["arm"] == arm.name and line["weight"] == f"{weight:g}"]
-    return mean(found) if found else float("nan")
-
-
-def _mean_and_range(values: list[float]) -> str:
-    reached = [value for value in values if not np.isnan(value)]
-    if not reached:
-        return "-"
-    return f"{mean(reached):.3f}" + (f" ± {(max(reached) - min(reached)) / 2:.3f}" if len(values) > 1 else "")
-
-
-# Files
-
-
-def read_csv(path: Path) -> list[Line]:
-    """The lines of a CSV, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(lines: list[Line], path: Path) -> None:
-    """One line a measurement; all of them, or the file stays as it was."""
-    unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    unfinished.replace(path)
-
-
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    first, second = commands.add_parser("fidelity"), commands.add_parser("frontier")
-    for command in (first, second):
-        command.add_argument("--steps", type=int, default=50, help="of training")
-        command.add_argument("--work", type=Path, default=WORK, help="folder for data, models and caches of training")
-        command.add_argument("--out", type=Path, help="the CSV, by default in docs/benchmarks")
-        command.add_argument("--threads", type=int, help="of torch")
-        command.add_argument("--table", action="store_true", help="only print what is in the CSV")
-    first.add_argument("--samples", type=int, default=16, help="held-out samples, of some 210 positions each")
-    second.add_argument("--seeds", type=int, default=1)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    args.work.mkdir(parents=True, exist_ok=True)
-    {"fidelity": fidelity, "frontier": frontier}[args.command](args)
+    parser = arguments(__doc__)
+    parser.add_argument("--samples", type=int, default=16, help="held-out samples, of some 210 positions each")
+    fidelity(start(parser))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""The demo's base, data and training with any tail: what study_tails.py and study_frontier.py have in common.
+
+Owns where these are kept between runs, the first two of the tails that are compared, and the CSVs. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers.utils import logging
+
+from logitcache.pipeline.adapters import AdapterSettings
+from logitcache.pipeline.demo.run import DemoSettings, write_data
+from logitcache.pipeline.evaluate import load_adapter
+from logitcache.pipeline.losses import Objective, Regularizer, Tail
+from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
+from logitcache.pipeline.partition import token_groups
+from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.pipeline.rows import read_rows
+from logitcache.pipeline.samples import Sample, make_samples
+from logitcache.pipeline.training import TrainSettings, train
+from logitcache.storage import LogitCache
+from logitcache.storage.encoding import columns_of
+from logitcache.storage.statistics import describe
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+WORK = Path(tempfile.gettempdir()) / "logitcache-study-tails"
+BASE = files("logitcache.pipeline.demo").joinpath("base")
+BATCH, LEARNING_RATE = 8, 2e-3
+Line = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A tail that is trained with, and the cache it needs; top_k 0: every other token."""
+
+    name: str
+    top_k: int = 64
+    tail: Tail = "bucket"
+    tail_groups: int = 0
+    tail_samples: int = 0
+    regularizer: Regularizer = "masked-kl"
+    precision: str = "fine"
+
+
+PLAIN = Arm("plain CE", regularizer="none")
+REFERENCE = Arm("bucket k=64")
+
+
+class Demo:
+    """The demo's base and data; `steps` decides how much there is to train on. work: where everything is kept."""
+
+    def __init__(self, folder: Path, work: Path, steps: int) -> None:
+        self.source, self.work, self.settings = Source("demo base", folder), work, DemoSettings(max_steps=steps)
+        self.tokenizer = load_tokenizer(self.source)
+        self.untouched = self._base()
+        data = work / f"data-{steps}"
+        if not data.exists():
+            write_data(data.with_suffix(".new"), self.settings)
+            data.with_suffix(".new").rename(data)
+        self.train_set, self.new, self.prior = (
+            self._samples(data / f"{name}.jsonl") for name in ("new_train", "new_heldout", "prior_heldout")
+        )
+
+    def fill(
+        self, path: Path, samples: Sequence[Sample], job: PrecomputeSettings, groups: NDArray[np.uint8] | None = None
+    ) -> LogitCache:
+        """A cache as `logitcache precompute` makes it. groups: uint8 [V], any partition."""
+        manifest = manifest_for(self.untouched, self.tokenizer, job, groups)
+        precompute(self.untouched, manifest, make_plan(samples, job), path, partition=groups)
+        return LogitCache.open(path)
+
+    def cache(self, arm: Arm) -> LogitCache | None:
+        """What the arm is trained with, made once."""
+        if arm.regularizer == "none":
+            return None
+        k = arm.top_k or self.untouched.identity.vocab_size - 1
+        rows = 32_768 if arm.top_k else 2_048  # a shard is made in memory
+        job = PrecomputeSettings(k, self.settings.max_length, shard_positions=rows, precision=arm.precision)
+        job = replace(job, tail_groups=arm.tail_groups, tail_samples=arm.tail_samples)
+        name = f"cache-{self.settings.max_steps}-k{k}-g{arm.tail_groups}-m{arm.tail_samples}-{arm.precision}"
+        groups = token_groups(self.untouched.model, arm.tail_groups) if arm.tail_groups else None
+        return self.fill(self.work / name, self.train_set, job, groups)
+
+    def train(
+        self, arm: Arm, cache: LogitCache | None, weight: float, seed: int, folder: Path
+    ) -> tuple[PeftModel, float]:
+        """The adapted model and the seconds its training took, as the demo trains; a finished run is only loaded."""
+        rank, steps = self.settings.rank, self.settings.max_steps
+        adapter = AdapterSettings(rank=rank, alpha=2.0 * rank)
+        objective = Objective(regularizer=arm.regularizer, tail=arm.tail, weight=weight)
+        settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
+        again = (folder / "run.json").exists()
+        report = train(self._base(), self.train_set, cache, folder, adapter, objective, settings, resume=again)
+        return load_adapter(self._base().model, str(folder)), report.seconds
+
+    def _base(self) -> Base:
+        """Loaded anew: an adapter changes the model it is attached to."""
+        return load_base(self.source, "float32", torch.device("cpu"))
+
+    def _samples(self, path: Path) -> list[Sample]:
+        vocab_size = self.untouched.identity.vocab_size
+        return make_samples(read_rows(str(path)), self.tokenizer, self.settings.max_length, vocab_size).samples
+
+
+def bytes_a_position(cache: LogitCache) -> float:
+    """Of the record's columns as they lie on disk, without the sample table."""
+    sizes = describe(cache, max_positions=1).bytes_by_column
+    return sum(sizes[column.name] for column in columns_of(cache.manifest.capture)) / cache.num_positions
+
+
+def read_csv(path: Path) -> list[Line]:
+    """The lines of a CSV, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(lines: list[Line], path: Path) -> None:
+    """One line a measurement; all of them, or the file stays as it was."""
+    unfinished = path.with_name(f"{path.name}.new")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    unfinished.replace(path)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What both studies take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="of training")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for data, models and caches of training")
+    parser.add_argument("--out", type=Path, help="the CSV, by default in docs/benchmarks")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--table", action="store_true", help="only print what is in the CSV")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the arguments, and let the libraries be quiet."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
