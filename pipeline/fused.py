@@ -67,8 +67,8 @@ def linear_loss(
     hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
     targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
     are trained. kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the
-    sums of `losses.cross_entropy` and `losses.regularizer_values` (where `losses.regularizer_mask` is true) over the
-    whole [N, V].
+    sums of `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
+    `losses.regularizer_mask` is true) over the whole [N, V].
     """
     parameters = [p for p in head_parameters if p.requires_grad]
     if objective.regularizer == "none":
@@ -203,7 +203,9 @@ def _losses_and_gradient(
     z: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None
 ) -> tuple[Tensor, Tensor] | None:
     """The sums of the slice; logits z, float32 [n, V], become d loss / d z. None where digits would be lost."""
-    labels = label_ids.long()[:, None]
+    labels, smoothing = label_ids.long()[:, None], call.objective.label_smoothing
+    if smoothing:
+        z_mean = z.sub_(z.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
     if targets is None:
         kept_ids, z_kept = labels, z.gather(1, labels)
     else:
@@ -226,6 +228,10 @@ def _losses_and_gradient(
     beyond = (tail.log_sum - log_all).exp()
     if targets is None:
         tail.scale(beyond)
+        if smoothing:  # the gradient is q - (1 - e) 1_y - e / V
+            ce = (1 - smoothing) * ce + smoothing * (log_all + origin - z_mean).sum()
+            z.sub_(smoothing / z.shape[1])
+            kept += smoothing - smoothing / z.shape[1]
         z.scatter_(1, kept_ids, kept)
         return ce, torch.zeros_like(ce)
     found = _Compared.of(z_kept, tail, z_drawn, (log_rest - log_all).squeeze(1), targets, call)

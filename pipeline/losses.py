@@ -35,6 +35,7 @@ class Objective:
     min_adapted_rest: masked forms are 0 where 1 - q(y) is below it (the paper clamps it at 1e-6; log space needs none).
     kl_budget: nats a position; the weight is then adapted during training so that the mean regulariser meets it.
     tokens_per_loss_chunk: positions whose logits are alive at a time; None: as many as fit a fixed size.
+    label_smoothing: share of the label's mass that is spread over all V tokens; with regularizer none only.
     Raises ValueError for a combination that is not defined.
     """
 
@@ -47,6 +48,7 @@ class Objective:
     min_adapted_rest: float = 0.0
     kl_budget: float | None = None
     tokens_per_loss_chunk: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, kinds in (("regularizer", Regularizer), ("tail", Tail), ("weighting", Weighting)):
@@ -62,6 +64,13 @@ class Objective:
             raise ValueError("kl_budget: expected nats above 0, and a regularizer to hold to them")
         if self.tokens_per_loss_chunk is not None and self.tokens_per_loss_chunk < 1:
             raise ValueError(f"tokens_per_loss_chunk: expected 1 or more, found {self.tokens_per_loss_chunk}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected 0 to less than 1, found {self.label_smoothing}")
+        if self.label_smoothing and self.regularizer != "none":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} with {self.regularizer}: two answers to what the tokens "
+                "beside the label should be. Use regularizer none"
+            )
         if self.temperature != 1 and self.tail != "renormalize":
             raise ValueError(
                 f"temperature {self.temperature} with tail {self.tail}: the mass of a tail at another temperature "
@@ -105,9 +114,13 @@ class SparseTargets:
         return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
 
-def cross_entropy(logits: Tensor, label_ids: Tensor) -> Tensor:
-    """-log q(y), float32 [N]. logits: [N, V], any float dtype; label_ids: [N]."""
-    return F.cross_entropy(logits.float(), label_ids.long(), reduction="none")
+def cross_entropy(logits: Tensor, label_ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log q(y), float32 [N]. logits: [N, V], any float dtype; label_ids: [N].
+
+    With label smoothing e (Szegedy et al. 2016, arXiv 1512.00567): -(1 - e) log q(y) - e mean_c log q(c) over all V
+    tokens, y among them; +inf where a token cannot occur (a logit of -inf).
+    """
+    return F.cross_entropy(logits.float(), label_ids.long(), reduction="none", label_smoothing=label_smoothing)
 
 
 def regularizer_mask(targets: SparseTargets, objective: Objective) -> Tensor:
