@@ -40,7 +40,7 @@ from .samples import Sample
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 
-__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start"]
+__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start", "target_layers"]
 
 
 def attach(
@@ -57,7 +57,7 @@ def attach(
     where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
     """
     check_settings(settings)
-    kind, layers = KINDS[settings.kind], _target_layers(model, settings)
+    kind, layers = KINDS[settings.kind], target_layers(model, settings)
     _check_layers(model, layers, settings)
     rewritten = layers if rewrites_base(settings) else {}
     originals = {name: layer.weight.detach().cpu().clone() for name, layer in rewritten.items()}
@@ -187,7 +187,8 @@ def _as_plain_lora(config: PeftConfig) -> None:
         setattr(config, name, None)
 
 
-def _target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
+def target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
+    """The layers that these settings adapt, by their names in the base (eva may leave some of them as they are)."""
     wanted = targets_of(settings)
     if wanted == "all-linear":
         return linear_layers(model)

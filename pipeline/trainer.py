@@ -22,6 +22,7 @@ from .errors import TrainingFailed
 from .gate import check_first_batch, check_tail, check_width
 from .head import OutputHead, causal_lm_of, check_head
 from .losses import Objective
+from .penalties import Penalty
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of, groups_of
 
@@ -43,9 +44,11 @@ class CachedKL(_AnyTrainer):
     Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
     top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
     untrained model with the cache on the first batch (leave it on, unless that has been done).
-    Logs `ce` and `kl` (nats a position, means over the logged steps) and `kl_weight` beside the trainer's own. Batches
-    of evaluation are the trainer's own business. Raises `TrainingFailed` for what would be silently wrong (see
-    `check_supported`) and for a loss that is not finite, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
+    penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
+    Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
+    and `penalty`, without its weight, beside the trainer's own. Batches of evaluation are the trainer's own business.
+    Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
+    `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
 
     loss_is_scaled_for_ga = True
@@ -58,12 +61,17 @@ class CachedKL(_AnyTrainer):
         objective: Objective | None = None,
         top_k: int | None = None,
         check: bool = True,
+        penalty: Penalty | None = None,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = Objective() if objective is None else objective
         if cache is None and self.objective.regularizer != "none":
             raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
+        if penalty is not None and self.objective.label_smoothing:
+            raise TrainingFailed(
+                "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
+            )
         opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.cache = None if self.objective.regularizer == "none" else opened
         self.cached_top_k = top_k
@@ -79,6 +87,8 @@ class CachedKL(_AnyTrainer):
         self._token_groups = None if groups is None else groups.to(device)
         self._check = check
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        self.penalty, self._num_micro_batches = penalty, 1
+        self._penalty_meter = torch.zeros((), device=device)
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.objective.weight
@@ -111,6 +121,7 @@ class CachedKL(_AnyTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) < num_batches:  # a stream has ended
             batches = []
+        self._num_micro_batches = max(1, len(batches))
         self._metered_steps += bool(batches)
         self._metered_weight += self.kl_weight if batches else 0.0
         self._step_meter.zero_()
@@ -146,11 +157,16 @@ class CachedKL(_AnyTrainer):
         self._step_meter += means
         # distributed training averages gradients over its data-parallel processes; these are sums
         loss = found.loss / num_ce * (self.accelerator.num_processes // self.get_tp_size())
+        if self.penalty is not None:  # the same on every process, so that the average of its gradients is its gradient
+            part = self.penalty() / self._num_micro_batches
+            self._penalty_meter += part.detach()
+            loss = loss + self.penalty.weight * part
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
     def reset_meters(self) -> None:
         """What is logged next is of steps after this."""
         self._meter.zero_()
+        self._penalty_meter.zero_()
         self._metered_steps, self._metered_weight = 0, 0.0
 
     def step_kl(self) -> float | None:
@@ -160,15 +176,21 @@ class CachedKL(_AnyTrainer):
         return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ce, kl and kl_weight to the logs of training steps, and stops a run whose loss is not finite."""
+        """Adds ce, kl, kl_weight and penalty to the logs of training steps; stops a run whose loss is not finite."""
         if "loss" in logs and self._metered_steps:
             ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
+            terms, advice = f"CE {ce}, KL {kl}", "Try a lower --lr."
+            if self.penalty is not None:
+                logs["penalty"] = float(self._penalty_meter) / self._metered_steps
+                terms += f", penalty {logs['penalty']}"
+            if self.objective.label_smoothing:
+                advice = "Try a lower --lr, or no label smoothing: it is infinite where a logit is -inf."
             self.reset_meters()
-            if not torch.isfinite(torch.tensor([ce, kl])).all():
+            if not torch.isfinite(torch.tensor([ce, kl, logs.get("penalty", 0.0)])).all():
                 raise TrainingFailed(
-                    f"training, step {self.state.global_step}: the loss is not finite (CE {ce}, KL {kl}). "
-                    "The last checkpoint is kept. Try a lower --lr."
+                    f"training, step {self.state.global_step}: the loss is not finite ({terms}). "
+                    f"The last checkpoint is kept. {advice}"
                 )
         super().log(logs, start_time)
 
@@ -277,8 +299,8 @@ def check_supported(trainer: Any) -> None:
         ),
         (
             lambda: bool(args.label_smoothing_factor),
-            "label smoothing and a regulariser towards the base are two answers to one question. "
-            "Set label_smoothing_factor=0",
+            "label smoothing by the trainer would be ignored, as the loss is made here. "
+            'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
         ),
         (
             lambda: _parallelism(trainer, "cp") > 1 or _parallelism(trainer, "sp") > 1,

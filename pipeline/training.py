@@ -22,14 +22,15 @@ from transformers.integrations import TensorBoardCallback
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
 
-from .adapters import AdapterSettings, adapter_callbacks, attach, save, save_start
+from .adapters import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from .errors import InputNotFound, TrainingFailed
 from .gate import StepZero, check_samples, check_tail, probe_step_zero
 from .head import check_head, check_length
-from .kinds import check_settings, keeps_start
+from .kinds import check_settings, keeps_start, rewrites_base
 from .losses import Objective
 from .models import Base
 from .nullspace import NullSpace, check_null_space
+from .penalties import Penalty, PenaltySettings, fisher_diagonal
 from .samples import Sample, pad_samples
 from .trainer import CachedKLTrainer
 
@@ -76,19 +77,21 @@ def train(
     settings: TrainSettings,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    penalty: PenaltySettings | None = None,
 ) -> TrainReport:
     """Train an adapter of `base` on samples, regularised by a cache, into the folder `out`.
 
-    cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). The base's
-    model object becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`,
-    `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`,
-    `InputNotFound` (no layer of the names to adapt), `UnsuitableAdapter`.
+    cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). penalty: on
+    the change of the weights, in addition; ewc's Fisher information is of these samples. The base's model object
+    becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`,
+    `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`, `InputNotFound` (no layer of
+    the names to adapt), `UnsuitableAdapter`.
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
     _check_combination(base, cache, objective)
     check_settings(adapter)
-    description = _describe(base, samples, cache, adapter, objective, settings)
+    description = _describe(base, samples, cache, adapter, objective, settings, penalty)
     checkpoint = _prepare_folder(out, description, resume)
     finished = _finished_report(out)
     if finished is not None:
@@ -99,6 +102,10 @@ def train(
     regularized = cache if objective.regularizer != "none" else None
     if regularized is not None:
         check_samples(regularized, samples)
+    fisher = None  # of the base as it is, which `attach` may rewrite
+    if penalty is not None and penalty.kind == "ewc":
+        names = list(target_layers(base.model, adapter))
+        fisher = fisher_diagonal(base.model, names, samples, penalty.num_fisher_samples)
     set_seed(settings.seed)
     try:
         kept = start if checkpoint is not None and keeps_start(adapter) else None
@@ -121,6 +128,7 @@ def train(
         cache=regularized,
         objective=objective,
         check=False,  # done above, with the names of the samples
+        penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(adapter)),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
@@ -174,7 +182,7 @@ class _JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "ce" not in logs:
             return
-        names = ("loss", "ce", "kl", "kl_weight", "grad_norm", "learning_rate")
+        names = ("loss", "ce", "kl", "kl_weight", "penalty", "grad_norm", "learning_rate")
         self.last = {name: logs[name] for name in names if name in logs}
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("a", encoding="utf-8") as f:
@@ -232,6 +240,7 @@ def _describe(
     adapter: AdapterSettings,
     objective: Objective,
     settings: TrainSettings,
+    penalty: PenaltySettings | None,
 ) -> dict[str, Any]:
     """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
     return {
@@ -245,6 +254,7 @@ def _describe(
         },
         "adapter": _describe_adapter(base, adapter),
         "objective": asdict(objective),
+        "penalty": None if penalty is None else asdict(penalty),
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": str(base.model.device),
