@@ -77,6 +77,7 @@ FLAGS: dict[str, list[str]] = {
         "--epochs",
         "--grad-accum",
         "--kl-budget",
+        "--label-smoothing",
         "--log-every",
         "--lr",
         "--max-length",
@@ -142,6 +143,7 @@ DEFAULTS = {
         "regularizer": "masked-kl",
         "tail": "auto",
         "weight": "1.0",
+        "label-smoothing": "0.0",
         "temperature": "1.0",
         "weighting": "uniform",
         "min-base-rest": "0.0001",
@@ -704,6 +706,53 @@ def test_every_regularizer_runs(regularizer: str, tail: str, tmp_path: Path, tin
     assert log[-1]["loss"] == pytest.approx(log[-1]["ce"] + 2 * log[-1]["kl"], rel=1e-5)
 
 
+@pytest.mark.parametrize("regularizer", ["l2-sp", "ewc"])
+def test_penalties_on_the_weights_run_without_a_cache(
+    regularizer: str, tmp_path: Path, tiny_model: Path, data: Path, cache: Path
+) -> None:
+    more = ["--regularizer", regularizer, "--weight", 0.5, "--max-steps", 3, "--log-every", 1]
+    outcome = done(*train_line(tiny_model, None, tmp_path / "o", "--data", data, *more))
+    assert outcome.err == "" and "Trained 3 steps" in outcome.out
+    run, log = read_run(tmp_path / "o"), read_log(tmp_path / "o")
+    assert run["objective"]["regularizer"] == "none" and run["cache"] is None and run["result"]["step_zero"] is None
+    assert run["penalty"] == {"kind": regularizer, "weight": 0.5, "num_fisher_samples": 64}
+    assert log[0]["penalty"] == 0 and log[-1]["penalty"] > 0
+    for entry in log:
+        assert entry["kl"] == 0
+        assert entry["loss"] == pytest.approx(entry["ce"] + 0.5 * entry["penalty"], rel=1e-5)
+    done(*train_line(tiny_model, cache, tmp_path / "p", *more))  # the samples of a cache, in their order there
+    assert read_run(tmp_path / "p")["data"]["num_samples"] == 12
+    assert read_log(tmp_path / "p")[-1]["penalty"] > 0
+
+
+def test_label_smoothing_is_trained_and_logged(tmp_path: Path, tiny_model: Path, data: Path) -> None:
+    line = ["--data", data, "--regularizer", "none", "--max-steps", 1]
+    found = {}
+    for share in (0, 0.1, 0.2):
+        done(*train_line(tiny_model, None, tmp_path / str(share), *line, "--label-smoothing", share))
+        assert read_run(tmp_path / str(share))["objective"]["label_smoothing"] == share
+        found[share] = read_log(tmp_path / str(share))[0]["ce"]
+        assert read_log(tmp_path / str(share))[0]["loss"] == found[share]
+    even = found[0] + (found[0.2] - found[0]) / 2  # the same untrained model: the loss is linear in the share
+    assert found[0.1] == pytest.approx(even, rel=1e-5) and abs(found[0.2] - found[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--label-smoothing", 0.1], "--label-smoothing goes with --regularizer none, not with masked-kl"),
+        (["--label-smoothing", 0.1, "--regularizer", "ewc"], "--label-smoothing goes with --regularizer none"),
+        (["--label-smoothing", 1, "--regularizer", "none"], "'--label-smoothing'"),
+        (["--kl-budget", 0.1, "--regularizer", "l2-sp"], "--kl-budget is of a mean KL, which --regularizer l2-sp"),
+    ],
+)
+def test_baselines_that_do_not_go_together_are_2(
+    more: list[object], named: str, tmp_path: Path, tiny_model: Path, cache: Path
+) -> None:
+    assert named in refused(2, *train_line(tiny_model, cache, tmp_path / "o", *more))
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_seed_decides_the_run(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         done(*train_line(tiny_model, cache, tmp_path / name, "--max-steps", 1, "--seed", seed))
@@ -748,7 +797,8 @@ def test_arguments_out_of_range_are_2(
 
 def test_a_regularizer_without_a_cache_is_2(tmp_path: Path, tiny_model: Path, data: Path) -> None:
     assert "needs --cache" in refused(2, *train_line(tiny_model, None, tmp_path / "o", "--data", data))
-    assert "needs --data" in refused(2, *train_line(tiny_model, None, tmp_path / "o", "--regularizer", "none"))
+    for without in ("none", "l2-sp", "ewc"):
+        assert "needs --data" in refused(2, *train_line(tiny_model, None, tmp_path / "o", "--regularizer", without))
     assert not (tmp_path / "o").exists()
 
 

@@ -13,22 +13,29 @@ ADAPTERS = (
 )
 """The kinds, and those of PEFT that are refused with a reason; written out, since the table imports PEFT."""
 
+PENALTIES = ("l2-sp", "ewc")
+"""On the weights, as `penalties.PENALTIES` has them."""
+
 
 @click.command(short_help="Train an adapter against the cached base.")
 @config_option
 @model_option
 @click.option(
-    "--cache", type=CachePath(), metavar="DIR", help="Cache made by precompute; not needed with --regularizer none."
+    "--cache",
+    type=CachePath(),
+    metavar="DIR",
+    help="Cache made by precompute; not needed with --regularizer none, l2-sp or ewc.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter.")
 @click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
 @click.option(
     "--regularizer",
-    type=click.Choice(["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]),
+    type=click.Choice(["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", *PENALTIES, "none"]),
     default="masked-kl",
     show_default=True,
-    help="masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; none: "
-    "plain cross-entropy.",
+    help="masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; l2-sp: "
+    "half the squared change of the adapted weights; ewc: the same weighted by their Fisher information from the new "
+    "data; none: plain cross-entropy.",
 )
 @click.option(
     "--tail",
@@ -39,6 +46,13 @@ ADAPTERS = (
     "renormalised; by draws. auto: groups where the cache has them, else bucket.",
 )
 @click.option("--weight", type=FiniteFloat(min=0), default=1.0, show_default=True, help="Weight of the regulariser.")
+@click.option(
+    "--label-smoothing",
+    type=FiniteFloat(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the true token's mass that is spread over the vocabulary; with --regularizer none.",
+)
 @click.option(
     "--kl-budget",
     type=FiniteFloat(min=0, min_open=True),
@@ -151,6 +165,7 @@ def train(
     regularizer: str,
     tail: str,
     weight: float,
+    label_smoothing: float,
     kl_budget: float | None,
     temperature: float,
     weighting: str,
@@ -177,13 +192,19 @@ def train(
 ) -> None:
     """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
 
+    Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md).
+
     Writes an adapter that PeftModel.from_pretrained reads, run.json (what was run), train_log.jsonl and tensorboard/.
     Several GPUs: torchrun --nproc-per-node N -m logitcache.pipeline train ...
     """
-    if regularizer != "none" and cache is None:
+    if regularizer not in ("none", *PENALTIES) and cache is None:
         raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
     if cache is None and data is None:
-        raise click.UsageError("--regularizer none needs --data, or a --cache to take the samples from.")
+        raise click.UsageError(f"--regularizer {regularizer} needs --data, or a --cache to take the samples from.")
+    if regularizer != "none" and label_smoothing:
+        raise click.UsageError(f"--label-smoothing goes with --regularizer none, not with {regularizer}.")
+    if regularizer in PENALTIES and kl_budget is not None:
+        raise click.UsageError(f"--kl-budget is of a mean KL, which --regularizer {regularizer} knows nothing of.")
     if max_steps == 0:
         raise click.UsageError("--max-steps 0 would train nothing: give a positive number, or -1 for --epochs.")
     if adapter == "lora-null" and nullspace is None:
@@ -198,6 +219,7 @@ def train(
     from ..kinds import KINDS, check_settings
     from ..losses import Objective
     from ..models import find_model, load_base, load_tokenizer, pick_device
+    from ..penalties import PenaltySettings
     from ..rows import read_rows
     from ..samples import make_samples
     from ..targets import samples_of
@@ -220,9 +242,10 @@ def train(
     opened = None if cache is None else LogitCache.open(cache)
     if tail == "auto":
         tail = "groups" if opened is not None and opened.manifest.capture.num_tail_groups else "bucket"
+    penalty = PenaltySettings(regularizer, weight) if regularizer in PENALTIES else None  # type: ignore[arg-type]
     try:
         objective = Objective(
-            regularizer,  # type: ignore[arg-type]  # click has checked the choices
+            regularizer if penalty is None else "none",  # type: ignore[arg-type]  # click has checked the choices
             tail,  # type: ignore[arg-type]
             weight,
             temperature,
@@ -230,6 +253,7 @@ def train(
             min_base_rest,
             min_adapted_rest,
             kl_budget,
+            label_smoothing=label_smoothing,
         )
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
@@ -264,6 +288,7 @@ def train(
         TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every),
         resume,
         [TrainBar("train")],
+        penalty,
     )
     if int(os.environ.get("RANK", "0")):  # torchrun: one process speaks
         return
