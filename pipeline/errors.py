@@ -61,3 +61,15 @@ class UnreadableSweep(PipelineError):
     """Files of a sweep that are damaged, half-written, or contradict one another."""
 
     reason = "unreadable-sweep"
+
+
+class NotComparable(PipelineError):
+    """Two evaluations of different bases or data, whose ratio would mean nothing."""
+
+    reason = "not-comparable"
+
+
+class TasksFailed(PipelineError):
+    """The evaluation harness could not load or run a task."""
+
+    reason = "tasks-failed"

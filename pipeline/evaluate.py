@@ -1,60 +1,45 @@
 """Learning and forgetting: how well base and adapted model predict new text and prior text.
 
-Owns the metrics. "Before" is always measured on a base that no adapter has touched: base and adapted model are two
-models in memory here (once, not in every training step). Must not train.
-Shapes: N positions, V vocabulary.
+Owns running models over samples, for the sums that `metrics` makes numbers of. "Before" is always a base that no
+adapter has touched: either a second model in memory (`compare`), or what a cache says of it (`compare_cached`, with one
+model in memory). Must not train.
+Shapes: N positions of a batch, V vocabulary, D documents.
 """
 
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import InputNotFound, NonFiniteLogits, NotTheBase, UnsupportedModel
-from .head import OutputHead, causal_lm_of, check_length, hidden_states, rows_at_once
+from logitcache.storage import LogitCache, ModelIdentity, sample_id
+from logitcache.storage.encoding import PRECISIONS
+from logitcache.storage.identity import digest
+
+from .errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
+from .gate import SLICE_BYTES as PLAIN_SLICE_BYTES
+from .gate import check_samples, check_width
+from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidden_states, rows_at_once
+from .losses import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
+from .metrics import Comparison, Metrics, comparison_of
 from .models import Base, first_line
 from .precompute import PrecomputeSettings, make_plan
-from .samples import PaddedBatch, Sample, pad_batch
+from .samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
+from .targets import PREFIX, model_inputs, targets_of, with_targets
 from .teacher import SLICE_BYTES
 
 Progress = Callable[[int], None]
+Values = dict[str, Tensor]
+"""Columns of `metrics.DocumentSums` for every position of a batch, [N]."""
 
-
-@dataclass(frozen=True)
-class Metrics:
-    """Means over the supervised positions of a data set: cross-entropy in nats, share of tokens predicted first."""
-
-    num_positions: int
-    ce_nats: float
-    token_accuracy: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(cross-entropy)."""
-        return math.exp(self.ce_nats)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One data set before and after; kl_nats: mean KL(base || adapted) over the whole vocabulary. None: no adapter."""
-
-    before: Metrics
-    after: Metrics | None = None
-    kl_nats: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON, perplexities included."""
-        sides = {"before": self.before, "after": self.after}
-        flat = {k: None if m is None else {**asdict(m), "perplexity": m.perplexity} for k, m in sides.items()}
-        return {**flat, "kl_nats": self.kl_nats}
+_FULL_KL = Objective("full-kl")
 
 
 def check_adapter(folder: str, base: Base) -> None:
@@ -100,7 +85,6 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
     return model.eval()
 
 
-@torch.inference_mode()
 def compare(
     base: PreTrainedModel,
     adapted: nn.Module | None,
@@ -108,49 +92,216 @@ def compare(
     batch_tokens: int = 8192,
     progress: Progress = lambda _: None,
 ) -> Comparison:
-    """Metrics of both models on the same positions; equal samples count once."""
-    check_length(base, max(len(s.token_ids) for s in samples))
-    totals: dict[str, Tensor] = {}
-    plan = make_plan(samples, PrecomputeSettings(batch_tokens=batch_tokens))
+    """Both models on the same positions, over the whole vocabulary; equal samples count once.
+
+    Raises `NonFiniteLogits`, `UnsupportedModel` for a sample that is too long, `InvalidData` where nothing is
+    supervised.
+    """
+    models = [base] if adapted is None else [base, adapted]
+
+    def values(batch: Sequence[Sample]) -> Values:
+        return _live_values(models, pad_batch(batch, base.device))
+
+    found, samples = _document_sums(models, samples, batch_tokens, values, progress)
+    return comparison_of(found, "base", samples_fingerprint(samples))
+
+
+def compare_cached(
+    adapted: nn.Module,
+    cache: LogitCache,
+    samples: Sequence[Sample],
+    batch_tokens: int = 8192,
+    progress: Progress = lambda _: None,
+) -> Comparison:
+    """The same with the base's side from a cache of it, so that only the adapted model is in memory.
+
+    Cross-entropy before is exact, up to the cache's rounding of log p(label). KL and the cross-entropy against the
+    base's distribution are over label, alternatives and the tail as one outcome: lower bounds (data processing), equal
+    to `compare` at K = V - 1. The base's first token is the label or the first alternative, whichever is recorded as
+    more probable; equal values go to the smaller id, as in argmax; where both are within the rounding of each other the
+    position counts as `undecided`.
+    The caller checks that cache and model belong together (`gate.check_identity`); here only the width is.
+    Raises what `compare` raises, `NotTheBase`, `SampleNotCached` and `PositionNotCaptured` before anything is run.
+    """
+    check_width(adapted, cache)
+    samples = [s for s in samples if len(s.positions)]
+    check_samples(cache, samples)
+
+    def values(batch: Sequence[Sample]) -> Values:
+        return _cached_values(adapted, cache, batch)
+
+    found, samples = _document_sums([adapted], samples, batch_tokens, values, progress)
+    return comparison_of(found, "cache", samples_fingerprint(samples))
+
+
+def samples_fingerprint(samples: Sequence[Sample]) -> str:
+    """Which positions of which token sequences, whatever their order and number of copies."""
+    documents = (s for s in distinct(samples) if len(s.positions))
+    lines = (f"{sample_id(s.token_ids).hex()} {digest(s.positions.astype('<i4').tobytes())}\n" for s in documents)
+    return digest("".join(sorted(lines)).encode())
+
+
+def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) -> float:
+    """The drift on prior text, in percent, in the JSON that `evaluate --json` printed for another adapter.
+
+    prior, base: what it must have been measured on and against. Raises `InvalidData` where it is no such file,
+    `NotComparable` where it is of another base or of other prior text.
+    """
+    where = f"comparing with {path}"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        model, theirs = found["model"], found["prior"]
+        identity, samples, drift = (model["weights"], model["config"]), theirs["samples"], theirs["drift_percent"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidData(
+            f"{where}: expected what `logitcache evaluate --json` prints, with prior text, found something else "
+            f"({type(error).__name__}: {first_line(error)}). Evaluate the plain adapter again with --json."
+        ) from error
+    if isinstance(drift, bool) or not isinstance(drift, (int, float)) or not math.isfinite(drift):
+        raise InvalidData(
+            f"{where}: expected the drift of an adapter, found {drift}. Evaluate the plain adapter with --adapter."
+        )
+    differs = [
+        what
+        for what, equal in (
+            ("base (weights or configuration)", identity == (base.weights, base.config)),
+            ("prior text (tokens, or which of them are supervised)", samples == samples_fingerprint(prior)),
+        )
+        if not equal
+    ]
+    if differs:
+        raise NotComparable(
+            f"{where}: it is of another {' and another '.join(differs)}. A ratio of the two drifts would mean nothing. "
+            "Evaluate both adapters with the same --model and prior text."
+        )
+    return float(drift)
+
+
+@torch.inference_mode()
+def _document_sums(
+    models: Sequence[nn.Module],
+    samples: Sequence[Sample],
+    batch_tokens: int,
+    values: Callable[[Sequence[Sample]], Values],
+    progress: Progress,
+) -> tuple[dict[str, NDArray[np.float64]], list[Sample]]:
+    """Sums over the positions of each document, [D], and the documents: distinct samples with supervised positions."""
+    plan = make_plan([s for s in samples if len(s.positions)], PrecomputeSettings(batch_tokens=batch_tokens))
+    documents = list(plan.samples)
+    if not documents:
+        raise InvalidData("evaluating: expected a sample with a supervised token at least, found none.")
+    for model in models:
+        check_length(causal_lm_of(model), len(documents[0].token_ids))
+    parts: dict[str, list[NDArray[np.float64]]] = {}
     for batch in (batch for shard in plan.shards for batch in shard):
-        padded = pad_batch(batch, base.device)
-        for name, value in _sums(base, adapted, padded).items():
-            totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+        counts = np.array([len(s.positions) for s in batch])
+        for name, column in values(batch).items():
+            part = np.add.reduceat(column.double().cpu().numpy(), np.cumsum(counts) - counts)
+            parts.setdefault(name, []).append(part)
+        parts.setdefault("positions", []).append(counts.astype(np.float64))
         progress(sum(len(s.token_ids) for s in batch))
-    count = plan.num_positions
-    mean = {name: float(total) / count for name, total in totals.items()}
-    if not all(math.isfinite(value) for value in mean.values()):
+    sums = {name: np.concatenate(columns) for name, columns in parts.items()}
+    _check_finite(sums, documents)
+    return sums, documents
+
+
+def _check_finite(sums: dict[str, NDArray[np.float64]], documents: Sequence[Sample]) -> None:
+    wrong = [name for name, column in sums.items() if not np.isfinite(column).all()]
+    if wrong:
+        first = documents[int(np.argmax(~np.isfinite(sums[wrong[0]])))]
         raise NonFiniteLogits(
-            f"evaluating on {samples[0].origin} and {len(samples) - 1} more samples: {mean} is not finite. "
+            f"evaluating on {first.origin}: {', '.join(wrong)} is not finite. "
             "The base or the adapter is damaged. Try --dtype float32, or train again."
         )
-    before = Metrics(count, mean["ce_before"], mean["hits_before"])
-    if adapted is None:
-        return Comparison(before)
-    return Comparison(before, Metrics(count, mean["ce_after"], mean["hits_after"]), mean["kl"])
 
 
-def _sums(base: PreTrainedModel, adapted: nn.Module | None, batch: PaddedBatch) -> dict[str, Tensor]:
-    """Sums over the batch, with one slice of [n, V] alive at a time and model."""
-    models: list[nn.Module] = [base] if adapted is None else [base, adapted]
-    hidden = [
-        hidden_states(m, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        .flatten(0, 1)
-        .index_select(0, batch.rows)
-        for m in models
-    ]
+def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
+    """Of the base, or of the base and the adapted model, with one slice of [n, V] alive at a time and model."""
+    hidden = [_hidden_of(m, batch.rows, input_ids=batch.input_ids, attention_mask=batch.attention_mask) for m in models]
     heads = [OutputHead(causal_lm_of(m)) for m in models]
-    num_rows = rows_at_once(base, SLICE_BYTES)
-    sums: dict[str, Tensor] = {}
-    for labels, *parts in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
-        logprobs = [head(h).float().log_softmax(dim=1) for head, h in zip(heads, parts, strict=True)]
-        slice_sums = {}
-        for side, q in zip(("before", "after"), logprobs, strict=False):
-            slice_sums[f"ce_{side}"] = -q.gather(1, labels[:, None]).double().sum()
-            slice_sums[f"hits_{side}"] = (q.argmax(dim=1) == labels).sum()
-        if adapted is not None:
+    num_rows = rows_at_once(causal_lm_of(models[0]), SLICE_BYTES)
+    parts = []
+    for labels, *rows in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
+        logprobs = [head(h).float().log_softmax(dim=1) for head, h in zip(heads, rows, strict=True)]
+        first = [q.argmax(dim=1) for q in logprobs]
+        found: Values = {}
+        for side, q, token in zip(("before", "after"), logprobs, first, strict=False):
+            found[f"ce_{side}"] = -q.gather(1, labels[:, None]).squeeze(1)
+            found[f"hits_{side}"] = token == labels
+        if len(models) > 1:
             p, q = logprobs
-            slice_sums["kl"] = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).double().sum()
-        for name, value in slice_sums.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    return sums
+            mass = p.exp()
+            found["kl"] = torch.where(p > -torch.inf, mass * (p - q), 0.0).sum(dim=1, dtype=torch.float64)
+            found["base_ce"] = -torch.where(mass > 0, mass * q, 0.0).sum(dim=1, dtype=torch.float64)
+            found["agreement"] = first[0] == first[1]
+            found["undecided"] = torch.zeros_like(found["agreement"])
+        parts.append(found)
+    return _joined(parts)
+
+
+def _cached_values(adapted: nn.Module, cache: LogitCache, batch: Sequence[Sample]) -> Values:
+    """Of the adapted model against the rows of the cache."""
+    causal_lm = causal_lm_of(adapted)
+    columns = {k: v.to(causal_lm.device) for k, v in with_targets(pad_samples(batch), cache).items()}
+    targets = targets_of(columns)
+    assert targets is not None
+    hidden = _hidden_of(adapted, columns[f"{PREFIX}rows"], **model_inputs(columns))
+    head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_SLICE_BYTES)
+    precision = PRECISIONS[cache.manifest.capture.precision]
+    rounding = 0.0 if precision is None else precision.max_error + 0.5 / precision.scalars
+    parts = []
+    for start in range(0, len(hidden), num_rows):
+        rows = slice(start, start + num_rows)
+        logits, part = head(hidden[rows]).float(), targets.rows(rows)
+        labels, first = part.label_ids.long(), logits.argmax(dim=1)
+        base_first, undecided = _first_tokens(part, rounding)
+        kl = regularizer_values(logits, part, _FULL_KL)
+        log_p = base_outcomes(part, _FULL_KL)
+        entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(dim=1)
+        parts.append(
+            {
+                "ce_before": -part.label_logprobs.float(),
+                "hits_before": base_first == labels,
+                "ce_after": cross_entropy(logits, labels),
+                "hits_after": first == labels,
+                "kl": kl,
+                "base_ce": kl + entropy,
+                "agreement": base_first == first,
+                "undecided": undecided,
+            }
+        )
+    return _joined(parts)
+
+
+def _first_tokens(targets: SparseTargets, rounding: float) -> tuple[Tensor, Tensor]:
+    """The token that the base predicts first, int64 [N], and whether the rounding, in nats, leaves that open, bool [N].
+
+    Alternatives stand in the base's own order, so that only the label can be taken for the first of them.
+    """
+    label, other = targets.label_logprobs.float(), targets.alternative_logprobs[:, 0].float()
+    label_ids, other_ids = targets.label_ids.long(), targets.alternative_ids[:, 0].long()
+    label_first = (label > other) | ((label == other) & (label_ids < other_ids))
+    undecided = (label - other).abs() <= rounding if rounding else torch.zeros_like(label_first)
+    return torch.where(label_first, label_ids, other_ids), undecided
+
+
+def _hidden_of(model: nn.Module, rows: Tensor, **inputs: Tensor) -> Tensor:
+    """Hidden states [N, D] at these rows of the flattened batch, without dropout."""
+    with evaluation_mode(model):
+        return hidden_states(model, **inputs).flatten(0, 1).index_select(0, rows)
+
+
+def _joined(parts: Sequence[Values]) -> Values:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+__all__ = [
+    "Comparison",
+    "Metrics",
+    "check_adapter",
+    "compare",
+    "compare_cached",
+    "load_adapter",
+    "plain_drift",
+    "samples_fingerprint",
+]

@@ -112,12 +112,17 @@ FLAGS: dict[str, list[str]] = {
     ],
     "evaluate": [
         "--adapter",
+        "--against",
         "--batch-tokens",
         "--data",
         "--json",
         "--max-length",
         "--model",
+        "--new-cache",
         "--prior",
+        "--prior-cache",
+        "--tasks",
+        "--tasks-path",
         *RUNTIME,
     ],
     "report": ["--config", "--out", "DIR"],
@@ -403,7 +408,7 @@ def test_evaluate_the_base_alone(tiny_model: Path, data: Path, write_rows: Write
     assert found["new"]["after"] is None and found["new"]["kl_nats"] is None
     assert found["new"]["before"]["perplexity"] == pytest.approx(np.exp(found["new"]["before"]["ce_nats"]))
     table = done(*line).out
-    assert table.splitlines()[0].split() == ["before", "after", "change"]
+    assert table.splitlines()[0].split("  ")[-1] == "95 % interval of the change"
     assert f"{found['new']['before']['ce_nats']:.3f}" in table
 
 
@@ -450,7 +455,7 @@ def test_results_on_stdout_and_notes_on_stderr(
     assert outcome.returncode == 0, outcome.stderr
     cached, trained, *table = outcome.stdout.splitlines()
     assert cached.startswith("Cached ") and trained.startswith("Trained 1 steps ")
-    assert len(table) == 2 + 5 + 5
+    assert len(table) == 2 + 8 + 8
     rows, cut, noise = outcome.stderr.splitlines()  # and nothing else: no bar, no advice of a library
     assert rows.startswith("12 rows: ") and " were cut " in cut and noise.startswith("Before step 1 ")
     assert "\r" not in outcome.stderr

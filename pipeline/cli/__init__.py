@@ -19,7 +19,14 @@ from logitcache.storage import (
     SampleNotCached,
 )
 
-from ..errors import InputNotFound, NotTheBase, PipelineError, UnreadableSweep, UnsuitableAdapter
+from ..errors import (
+    InputNotFound,
+    NotComparable,
+    NotTheBase,
+    PipelineError,
+    UnreadableSweep,
+    UnsuitableAdapter,
+)
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -39,6 +46,7 @@ STATUSES: dict[type[Exception], int] = {
     SampleNotCached: 4,
     PositionNotCaptured: 4,
     NotTheBase: 4,
+    NotComparable: 4,
     IncompleteCache: 5,
     NotACache: 2,
     UnreadableSweep: 3,

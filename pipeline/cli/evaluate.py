@@ -1,26 +1,91 @@
 """`logitcache evaluate`: what was learnt, what was forgotten."""
 
+import contextlib
 import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from .common import batch_options, config_option, model_option, note, quiet_libraries, runtime_options, token_bar
+from .common import (
+    CachePath,
+    batch_options,
+    config_option,
+    model_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+    token_bar,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from logitcache.storage import LogitCache
+
+    from ..evaluate import Comparison
+    from ..models import Base
+    from ..samples import Row, Sample
+
+
+@dataclass(frozen=True)
+class _Side:
+    """New or prior text: its rows, and the cache that stands for the base; one of them, or both."""
+
+    name: str
+    rows: "Iterator[tuple[str, Row]] | None"
+    cache: "LogitCache | None"
 
 
 @click.command(short_help="Learning on new text and forgetting on prior text, in one table.")
 @config_option
 @model_option
 @click.option("--adapter", metavar="DIR", help="Folder of the trained adapter; without it only the base is measured.")
-@click.option("--data", required=True, metavar="NEW", help="Held-out text of the new task.")
-@click.option("--prior", required=True, metavar="PRIOR", help="Text of what the base knew, to measure forgetting.")
+@click.option("--data", metavar="NEW", help="Held-out text of the new task; by default the samples of --new-cache.")
+@click.option(
+    "--prior",
+    metavar="PRIOR",
+    help="Text of what the base knew, to measure forgetting; by default the samples of --prior-cache.",
+)
+@click.option(
+    "--new-cache", type=CachePath(), metavar="DIR", help="Cache of the new text, to stand for the base: it is not run."
+)
+@click.option(
+    "--prior-cache", type=CachePath(), metavar="DIR", help="Cache of the prior text, to stand for the base: likewise."
+)
+@click.option(
+    "--against",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
+)
+@click.option(
+    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs logitcache[tasks])."
+)
+@click.option(
+    "--tasks-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder with YAML files of tasks of your own.",
+)
 @batch_options
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     model: str,
     adapter: str | None,
-    data: str,
-    prior: str,
+    data: str | None,
+    prior: str | None,
+    new_cache: str | None,
+    prior_cache: str | None,
+    against: Path | None,
+    tasks: str | None,
+    tasks_path: Path | None,
     max_length: int,
     batch_tokens: int,
     dtype: str,
@@ -29,32 +94,139 @@ def evaluate(
 ) -> None:
     """Measure base and adapted model on new and on prior text: learning and forgetting in one table.
 
-    "Before" is the untouched base: two models are in memory here, unlike in training.
+    "Before" is the untouched base: a second model in memory, unlike in training, or a cache that it made of the text.
+    docs/how-to/evaluate.md says what each number means.
     """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    given = {"new": (data, new_cache), "prior": (prior, prior_cache)}
+    _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
-    from ..evaluate import check_adapter, compare, load_adapter
+    from logitcache.storage import LogitCache
+
+    from ..evaluate import check_adapter, load_adapter, plain_drift
+    from ..gate import check_identity
+    from ..metrics import drift_prevented, finite_or_none
     from ..models import find_model, load_base, load_tokenizer, pick_device
     from ..report import evaluation_rows, table
     from ..rows import read_rows
-    from ..samples import make_samples
+    from ..tasks import check_harness, run_tasks
 
+    if names:
+        check_harness()
     source, where = find_model(model), pick_device(device)
     tokenizer = load_tokenizer(source)
-    rows = {"new": read_rows(data), "prior": read_rows(prior)}
+    sides = [
+        _Side(name, None if text is None else read_rows(text), None if cache is None else LogitCache.open(cache))
+        for name, (text, cache) in given.items()
+        if (text, cache) != (None, None)
+    ]
+    if names and tokenizer is None:
+        raise click.UsageError(f"--tasks are text, and {source.folder} has no tokenizer. Save it there.")
     base = load_base(source, dtype, where)
-    adapted = None
+    for side in sides:
+        if side.cache is not None:
+            check_identity(side.cache, base, tokenizer)
+            _tell_dtype(side, base)
+    samples = {side.name: _samples_of(side, base, tokenizer, max_length) for side in sides}
+    plain = None if against is None else plain_drift(against, samples["prior"], base.identity)
+    adapted: Any = None
     if adapter is not None:
         check_adapter(adapter, base)
-        adapted = load_adapter(load_base(source, dtype, where).model, adapter)
-    results = {}
-    for name, pairs in rows.items():
-        found = make_samples(pairs, tokenizer, max_length, base.identity.vocab_size)
-        if found.num_truncated:
-            note(f"{name}: {found.num_truncated:,} rows were cut to {max_length} tokens.")
-        total = sum(len(s.token_ids) for s in found.samples)
-        with token_bar(f"evaluate {name}", total) as progress:
-            results[name] = compare(base.model, adapted, found.samples, batch_tokens, progress)
-    if as_json:
-        click.echo(json.dumps({name: result.as_dict() for name, result in results.items()}, indent=2))
-    else:
-        click.echo(table(evaluation_rows(results)))
+        needs_base = bool(names) or any(side.cache is None for side in sides)
+        adapted = load_adapter((load_base(source, dtype, where) if needs_base else base).model, adapter)
+    results = {side.name: _compared(side, base, adapted, samples[side.name], batch_tokens) for side in sides}
+    found: dict[str, Any] = {
+        "model": {"name": source.name, "weights": base.identity.weights, "config": base.identity.config},
+        **{name: result.as_dict() for name, result in results.items()},
+    }
+    prevented = None
+    if plain is not None:
+        drift = results["prior"].drift_percent
+        assert drift is not None
+        prevented = drift_prevented(drift, plain)
+        found["drift_prevented"] = None if prevented is None else finite_or_none(prevented)
+        if prevented is None:
+            note(f"The plain adapter did not drift on this text ({plain:+.1f} %): there was nothing to prevent.")
+    scores = []
+    if names:
+        assert tokenizer is not None
+        with _no_bars_in_files():
+            scores = run_tasks(
+                [base.model] if adapted is None else [base.model, adapted],
+                tokenizer,
+                names,
+                tasks_path,
+                max(1, batch_tokens // max_length),
+            )
+        found["tasks"] = [score.as_dict() for score in scores]
+    click.echo(json.dumps(found, indent=2) if as_json else table(evaluation_rows(results, prevented, scores)))
+
+
+def _check_usage(
+    adapter: str | None,
+    given: dict[str, tuple[str | None, str | None]],
+    against: Path | None,
+    tasks: str | None,
+    names: list[str],
+    tasks_path: Path | None,
+) -> None:
+    flags = {"new": ("--data", "--new-cache"), "prior": ("--prior", "--prior-cache")}
+    for name, (text, cache) in given.items():
+        if text is None and cache is None and tasks is None:
+            raise click.UsageError(f"Give the {name} text: {flags[name][0]}, or {flags[name][1]} with its samples.")
+        if cache is not None and adapter is None:
+            raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
+    if against is not None and (adapter is None or given["prior"] == (None, None)):
+        raise click.UsageError("--against compares the drift of two adapters on prior text: give --adapter and it.")
+    if tasks is not None and not names:
+        raise click.UsageError("--tasks names no task. Give names separated by commas.")
+    if tasks_path is not None and not names:
+        raise click.UsageError("--tasks-path is where --tasks are looked up. Give --tasks.")
+
+
+def _samples_of(
+    side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int
+) -> "list[Sample]":
+    """Those of the text, cut as the cache was unless --max-length is given, or else those of the cache."""
+    from ..samples import make_samples
+    from ..targets import samples_of
+
+    if side.rows is None:
+        assert side.cache is not None
+        return samples_of(side.cache)
+    source = click.get_current_context().get_parameter_source("max_length")
+    if side.cache is not None and source == ParameterSource.DEFAULT:
+        max_length = side.cache.manifest.capture.max_length
+    found = make_samples(side.rows, tokenizer, max_length, base.identity.vocab_size)
+    if found.num_truncated:
+        note(f"{side.name}: {found.num_truncated:,} rows were cut to {max_length} tokens.")
+    return found.samples
+
+
+def _tell_dtype(side: _Side, base: "Base") -> None:
+    assert side.cache is not None
+    theirs = side.cache.manifest.model.dtype
+    if theirs != base.identity.dtype:
+        note(
+            f"{side.name}: the cache was made in {theirs}, the model runs in {base.identity.dtype}; that alone moves "
+            f"the numbers a little. --dtype {theirs} avoids it."
+        )
+
+
+def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", batch_tokens: int) -> "Comparison":
+    from ..evaluate import compare, compare_cached
+
+    with token_bar(f"evaluate {side.name}", sum(len(s.token_ids) for s in samples)) as progress:
+        if side.cache is not None:
+            return compare_cached(adapted, side.cache, samples, batch_tokens, progress)
+        return compare(base.model, adapted, samples, batch_tokens, progress)
+
+
+@contextlib.contextmanager
+def _no_bars_in_files() -> Iterator[None]:
+    """The harness draws its bars on any stderr; here only on a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
