@@ -1,6 +1,15 @@
-"""What can be wrong with a user's input, besides the cache itself: one class each, with a stable `reason` code."""
+"""What can be wrong with a user's input, besides the cache itself: one class each, with a stable `reason` code.
+
+Also what the machine's own refusals, of its memory or its disk, look like.
+"""
 
 from typing import ClassVar
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says of a GPU, and of a CPU."""
+
+_NO_FILE = ("(os error ", "failed writing file", "unexpected pos ")
+"""What safetensors says of a full disk, and torch; neither raises OSError."""
 
 
 class PipelineError(Exception):
@@ -73,3 +82,13 @@ class TasksFailed(PipelineError):
     """The evaluation harness could not load or run a task."""
 
     reason = "tasks-failed"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether main memory or a GPU's ran out, by whatever class a library says so."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def is_file_failure(error: Exception) -> bool:
+    """Whether a file could not be read or written, as on a full disk, by whatever class a library says so."""
+    return isinstance(error, OSError) or any(sign in str(error) for sign in _NO_FILE)

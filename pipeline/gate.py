@@ -72,6 +72,16 @@ def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None
     if cache is None or objective.regularizer == "none":
         return
     kept = cache.manifest.capture
+    if top_k is not None and top_k > kept.top_k:
+        raise TrainingFailed(
+            f"training with --top-k {top_k}: {cache.path} holds {kept.top_k} alternatives a position, and no more "
+            "can be read. Use a smaller one, or precompute a cache with more."
+        )
+    if top_k is not None and top_k < kept.top_k and kept.num_tail_samples:
+        raise TrainingFailed(
+            f"training with --top-k {top_k}: the draws in {cache.path} are from the tail beyond {kept.top_k} "
+            "alternatives, and say nothing of a larger one. Leave --top-k out, or use a cache without draws."
+        )
     if objective.tail == "groups" and not kept.num_tail_groups:
         raise TrainingFailed(
             f"training with tail groups: {cache.path} holds the tail as one mass. "

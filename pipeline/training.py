@@ -44,7 +44,8 @@ _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr"
 @dataclass(frozen=True)
 class TrainSettings:
     """epochs over the samples, or max_steps optimizer steps if positive; batch_size samples a device and micro-batch;
-    grad_accum micro-batches a step; lr: peak learning rate of AdamW (cosine, 3 % warm-up, no weight decay)."""
+    grad_accum micro-batches a step; lr: peak learning rate of AdamW (cosine, 3 % warm-up, no weight decay); top_k:
+    alternatives read of those in the cache (None: all)."""
 
     lr: float = 2e-4
     epochs: float = 1.0
@@ -53,6 +54,7 @@ class TrainSettings:
     seed: int = 0
     max_steps: int = -1
     log_every: int = 10
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train(
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
-    _check_combination(base, cache, objective)
+    _check_combination(base, cache, objective, settings.top_k)
     check_settings(adapter)
     description = _describe(base, samples, cache, adapter, objective, settings, penalty)
     checkpoint = _prepare_folder(out, description, resume)
@@ -127,12 +129,13 @@ def train(
         callbacks=[log, _tensorboard(out), *adapter_callbacks(model, adapter), *callbacks],
         cache=regularized,
         objective=objective,
+        top_k=settings.top_k,
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(adapter)),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
-        _write_json(out / RUN, {**description, "status": "started"})
+        write_json(out / RUN, {**description, "status": "started"})
         if keeps_start(adapter) and checkpoint is None:
             save_start(model, start)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -146,18 +149,18 @@ def train(
     )
     if trainer.is_world_process_zero():
         save(model, out, adapter, base.source.name, start)
-        _write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
+        write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
     return report
 
 
-def _check_combination(base: Base, cache: LogitCache | None, objective: Objective) -> None:
+def _check_combination(base: Base, cache: LogitCache | None, objective: Objective, top_k: int | None) -> None:
     """Raise `TrainingFailed` for settings that would train something else than they say."""
     if base.model.dtype == torch.float16:
         raise TrainingFailed(
             f"training {base.source.name} in float16: the gradients of one position among thousands are too small for "
             "it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
-    check_tail(cache, objective)
+    check_tail(cache, objective, top_k)
 
 
 class _JsonLog(TrainerCallback):
@@ -250,7 +253,7 @@ def _describe(
             "num_samples": len(samples),
             "num_tokens": sum(len(s.token_ids) for s in samples),
             "num_positions": sum(len(s.positions) for s in samples),
-            "fingerprint": _data_fingerprint(samples),
+            "fingerprint": data_fingerprint(samples),
         },
         "adapter": _describe_adapter(base, adapter),
         "objective": asdict(objective),
@@ -272,7 +275,8 @@ def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
     return {**described, "variant": adapter.variant, "nullspace": space.checksum, "path": adapter.nullspace}
 
 
-def _data_fingerprint(samples: Sequence[Sample]) -> str:
+def data_fingerprint(samples: Sequence[Sample]) -> str:
+    """Of the samples, their order and their supervised tokens; two data sets with one fingerprint are the same."""
     return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
 
 
@@ -349,7 +353,8 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -57,6 +57,12 @@ PIPELINE_ROOMS = {
         *("adapters", "errors", "gate", "head", "kinds", "losses", "models", "nullspace", "penalties", "samples"),
         *("storage", "targets", "trainer"),
     },
+    "grid": {"errors", "kinds", "losses", "penalties", "storage", "training"},
+    "sweep": {
+        *("errors", "evaluate", "gate", "grid", "head", "models", "precompute", "rows", "samples", "storage"),
+        *("targets", "teacher", "training"),
+    },
+    "jobs": {"errors", "grid", "models", "sweep"},
     "metrics": set(),
     "evaluate": {
         *("errors", "gate", "head", "losses", "metrics", "models", "precompute", "samples", "storage", "targets"),

@@ -94,6 +94,7 @@ FLAGS: dict[str, list[str]] = {
         "--tail",
         "--target-modules",
         "--temperature",
+        "--top-k",
         "--variant",
         "--weight",
         "--weighting",
@@ -126,6 +127,7 @@ FLAGS: dict[str, list[str]] = {
         *RUNTIME,
     ],
     "report": ["--config", "--out", "DIR"],
+    "sweep": ["--dry-run", "--jobs", "--out", "--retry-failed", *RUNTIME],
     "demo": ["--config", "--out"],
 }
 """The public surface. A change here is a change for users: it belongs into the changelog."""

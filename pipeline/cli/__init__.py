@@ -26,6 +26,8 @@ from ..errors import (
     PipelineError,
     UnreadableSweep,
     UnsuitableAdapter,
+    is_file_failure,
+    is_out_of_memory,
 )
 from .convert import convert
 from .demo import demo
@@ -37,6 +39,7 @@ from .nullspace import nullspace
 from .precompute import precompute
 from .repair import repair
 from .report import report
+from .sweep import sweep
 from .train import train
 from .verify import verify
 
@@ -55,12 +58,6 @@ STATUSES: dict[type[Exception], int] = {
 }
 """Exit status by class; every other refusal is 1."""
 
-NO_MEMORY = ("out of memory", "can't allocate memory")
-"""What torch says of a GPU, and of a CPU."""
-
-NO_FILE = ("(os error ", "failed writing file", "unexpected pos ")
-"""What safetensors says of a full disk, and torch; neither raises OSError."""
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="logitcache")
@@ -73,7 +70,10 @@ def cli() -> None:
     """
 
 
-for _verb in (precompute, inspect, verify, repair, merge, convert, export, nullspace, train, evaluate, report, demo):
+for _verb in (
+    *(precompute, inspect, verify, repair, merge, convert, export),
+    *(nullspace, train, evaluate, sweep, report, demo),
+):
     cli.add_command(_verb)
 
 
@@ -111,12 +111,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _tell(error: Exception) -> str | None:
     """A sentence about a refusal of the machine: of its disk or its memory."""
     what = " ".join(str(error).split()).rstrip(".")
-    if isinstance(error, MemoryError) or any(sign in what for sign in NO_MEMORY):
+    if is_out_of_memory(error):
         return (
             f"memory ran out ({what[:200]}). What was committed is kept. Run the same command again with a smaller "
             "--batch-tokens (train: --batch-size and a larger --grad-accum, into a new --out)."
         )
-    if isinstance(error, OSError) or any(sign in what for sign in NO_FILE):
+    if is_file_failure(error):
         if isinstance(error, OSError) and error.strerror:
             what = error.strerror + (f": {error.filename}" if error.filename else "")
         return (

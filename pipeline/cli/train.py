@@ -45,6 +45,12 @@ PENALTIES = ("l2-sp", "ewc")
     help="Tokens beyond the top-k: one outcome together; one a group of the vocabulary; left out with the rest "
     "renormalised; by draws. auto: groups where the cache has them, else bucket.",
 )
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
+)
 @click.option("--weight", type=FiniteFloat(min=0), default=1.0, show_default=True, help="Weight of the regulariser.")
 @click.option(
     "--label-smoothing",
@@ -164,6 +170,7 @@ def train(
     data: str | None,
     regularizer: str,
     tail: str,
+    top_k: int | None,
     weight: float,
     label_smoothing: float,
     kl_budget: float | None,
@@ -285,7 +292,7 @@ def train(
         out,
         settings,
         objective,
-        TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every),
+        TrainSettings(lr, epochs, batch_size, grad_accum, seed, max_steps, log_every, top_k),
         resume,
         [TrainBar("train")],
         penalty,

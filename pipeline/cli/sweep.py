@@ -1,0 +1,81 @@
+"""`logitcache sweep`: a grid of runs against one cache."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import note, quiet_libraries, runtime_options
+
+if TYPE_CHECKING:
+    from ..sweep import Done
+
+
+@click.command(short_help="Train and evaluate a grid of settings against one cache.")
+@click.option(
+    "--config",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML file: model, cache, new, prior, grid, methods (docs/how-to/sweep.md).",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the runs and results."
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes at once, one a GPU where there are GPUs; each holds the base.",
+)
+@click.option("--retry-failed", is_flag=True, help="Do again what failed before.")
+@click.option("--dry-run", is_flag=True, help="List the runs and what is done of them, and stop.")
+@runtime_options
+def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool, dtype: str, device: str) -> None:
+    """Train and evaluate every run of a grid against one cache; `logitcache report` then shows what came out.
+
+    Killed and started again, it does what is left. Several of these commands may work on one --out at the same time,
+    on one machine or on many that share the folder. A run that fails is recorded, and the others go on.
+    """
+    quiet_libraries()
+    from ..grid import read_config
+    from ..jobs import run_in_processes
+    from ..models import pick_device
+    from ..report import table
+    from ..sweep import RUNS, SWEEP, measure_cost, prepare, run_all, state_of
+
+    asked = read_config(config)
+    states = [state_of(out / RUNS / run.name) for run in asked.runs]
+    varied = [n for n in asked.runs[0].settings if len({str(run.settings[n]) for run in asked.runs}) > 1]
+    if dry_run:
+        rows = [["method", *varied, "state"]]
+        for run, state in zip(asked.runs, states, strict=True):
+            rows.append([run.method, *(_shown(run.settings[n]) for n in varied), state])
+        click.echo(table(rows))
+        click.echo(f"{len(asked.runs):,} runs, {states.count('finished'):,} of them finished. Nothing was done.")
+        return
+    left = sum(state not in ("finished", *(() if retry_failed else ("failed",))) for state in states)
+    note(f"{len(asked.runs):,} runs, {left:,} of them to do.")
+    prepared = prepare(asked, out, dtype, pick_device(device), note)
+    if jobs == 1:
+        doing = run_all(prepared, retry_failed)
+    else:
+        doing = run_in_processes(asked, out, dtype, device, jobs, retry_failed)
+    for number, done in enumerate(doing, 1):
+        what = ", ".join(f"{name} {_shown(done.spec.settings[name])}" for name in varied if name != "regularizer")
+        click.echo(f"{number}/{left} {done.spec.method} ({what}): {_outcome(done)}")
+    measure_cost(prepared)
+    failed = sum(state_of(out / RUNS / run.name) == "failed" for run in asked.runs)
+    finished = sum(state_of(out / RUNS / run.name) == "finished" for run in asked.runs)
+    click.echo(f"{finished:,} of {len(asked.runs):,} runs finished, {failed:,} failed: {out / SWEEP}")
+    click.echo(f"Next: logitcache report {out}")
+
+
+def _outcome(done: "Done") -> str:
+    if done.learning is None or done.forgetting is None or done.seconds is None:
+        return f"failed: {done.error}"
+    return f"learnt {done.learning:.3f}, forgot {done.forgetting:+.3f} nats a token, trained in {done.seconds:.0f} s"
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
