@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from .errors import InputNotFound, TasksFailed
 from .metrics import intervals_of, resampled_totals
@@ -63,7 +63,8 @@ def run_tasks(
     `TasksFailed` where the harness fails, for example because it is offline and a data set is not in its cache.
     """
     check_harness()
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -72,7 +73,7 @@ def run_tasks(
     for model in models:
         try:
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-            results.append(simple_evaluate(wrapped, tasks=list(names), task_manager=manager))
+            results.append(evaluate(wrapped, _loaded(manager, names, DEFAULT_OTHER_SEED)))
         except Exception as error:  # tasks run code of their own, and load data sets
             raise TasksFailed(
                 f"running {', '.join(names)}: {first_line(error)}. Check the task with lm-evaluation-harness itself."
@@ -81,7 +82,7 @@ def run_tasks(
 
 
 def scores_of(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> list[TaskScore]:
-    """The numbers in what `lm_eval.simple_evaluate` returns, of the base and of the adapted model."""
+    """The numbers in what `lm_eval.evaluate` returns, of the base and of the adapted model."""
     scores = []
     for task, values in before["results"].items():
         for key, value in values.items():
@@ -101,6 +102,18 @@ def scores_of(before: Mapping[str, Any], after: Mapping[str, Any] | None = None)
                 )
             )
     return scores
+
+
+def _loaded(manager: Any, names: Sequence[str], seed: int) -> Any:
+    """The tasks, with shots and seed as `lm_eval.simple_evaluate` sets them. That function also runs git and pip to
+    describe the machine, which takes longer than a small task and writes on the terminal."""
+    loaded = manager.load(list(names))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    set_seed(seed)  # of both models alike, for tasks that sample
+    return loaded
 
 
 def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
