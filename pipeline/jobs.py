@@ -6,7 +6,7 @@ and sees to it that none is done twice. Several machines: start `logitcache swee
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,17 +24,23 @@ _prepared: Prepared | None = None
 
 
 def run_in_processes(
-    config: SweepConfig, out: Path, dtype: str, device: str, jobs: int, retry_failed: bool = False
+    config: SweepConfig,
+    out: Path,
+    dtype: str,
+    device: str,
+    jobs: int,
+    retry_failed: bool = False,
+    on_start: Callable[[], None] | None = None,
 ) -> Iterator[Done]:
     """What the runs came to, as they end; those that are done already do not come. The folder has been prepared.
 
-    Raises what stops all runs, and `TrainingFailed` where a process was killed.
+    on_start: called first in every process. Raises what stops all runs, and `TrainingFailed` where one was killed.
     """
     context = multiprocessing.get_context("spawn")  # CUDA and torch's threads do not survive a fork
     slots: Any = context.Queue()
     for slot in range(jobs):
         slots.put(slot)
-    with ProcessPoolExecutor(jobs, context, _start, (config, out, dtype, device, jobs, slots)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start, (config, out, dtype, device, jobs, slots, on_start)) as pool:
         futures = [pool.submit(_run, spec, retry_failed) for spec in config.runs]
         try:
             for future in as_completed(futures):
@@ -51,8 +57,12 @@ def run_in_processes(
                 future.cancel()
 
 
-def _start(config: SweepConfig, out: Path, dtype: str, device: str, jobs: int, slots: Any) -> None:
+def _start(
+    config: SweepConfig, out: Path, dtype: str, device: str, jobs: int, slots: Any, on_start: Callable[[], None] | None
+) -> None:
     global _prepared
+    if on_start is not None:
+        on_start()
     _take_gpu(slots.get())
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     _prepared = prepare(config, out, dtype, pick_device(device))

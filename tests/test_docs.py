@@ -37,9 +37,13 @@ def test_readme_commands_and_python_run(
     (tmp_path / "base").symlink_to(tiny_model)
     for name in ("train", "new", "prior"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows(6)))
+    config = {"model": "base/", "cache": "cache/", "new": "new.jsonl", "prior": "prior.jsonl"}
+    config |= {"grid": {"lr": 1e-3, "max_steps": 1, "rank": 2}, "methods": {"plain": {"regularizer": "none"}, "KL": {}}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(config))  # which YAML includes
     lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("logitcache ")]
     verbs = [shlex.split(line)[1] for line in lines]
-    assert verbs == ["precompute", "inspect", "train", "evaluate", "convert", "merge", "export", "inspect"]
+    made = ["precompute", "inspect", "train", "evaluate", "sweep", "report"]
+    assert verbs == [*made, "convert", "merge", "export", "inspect"]
     for verb, line in zip(verbs, lines, strict=True):
         if verb == "merge":
             shutil.copytree("cache", "more")

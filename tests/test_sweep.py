@@ -64,7 +64,7 @@ def swept(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("swept")
     outcome = done("sweep", "--config", write_config(folder, inputs), "--out", folder / "out")
     assert "4 of 4 runs finished, 0 failed" in outcome.out
-    assert outcome.out.count("learnt") == 4 and "masked (weight 1, lr 0.001, top_k 4): learnt" in outcome.out
+    assert outcome.out.count("learnt") == 4 and "masked (lr 0.001): learnt" in outcome.out
     return folder / "out"
 
 

@@ -1,5 +1,6 @@
 """`logitcache sweep`: a grid of runs against one cache."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import click
 from .common import note, quiet_libraries, runtime_options
 
 if TYPE_CHECKING:
+    from ..grid import RunSpec
     from ..sweep import Done
 
 
@@ -46,8 +48,8 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
 
     asked = read_config(config)
     states = [state_of(out / RUNS / run.name) for run in asked.runs]
-    varied = [n for n in asked.runs[0].settings if len({str(run.settings[n]) for run in asked.runs}) > 1]
     if dry_run:
+        varied = _varied(asked.runs)
         rows = [["method", *varied, "state"]]
         for run, state in zip(asked.runs, states, strict=True):
             rows.append([run.method, *(_shown(run.settings[n]) for n in varied), state])
@@ -60,15 +62,22 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
     if jobs == 1:
         doing = run_all(prepared, retry_failed)
     else:
-        doing = run_in_processes(asked, out, dtype, device, jobs, retry_failed)
+        doing = run_in_processes(asked, out, dtype, device, jobs, retry_failed, quiet_libraries)
+    axes = {method: _varied([run for run in asked.runs if run.method == method]) for method in asked.methods}
     for number, done in enumerate(doing, 1):
-        what = ", ".join(f"{name} {_shown(done.spec.settings[name])}" for name in varied if name != "regularizer")
-        click.echo(f"{number}/{left} {done.spec.method} ({what}): {_outcome(done)}")
+        spec = done.spec
+        what = ", ".join(f"{name} {_shown(spec.settings[name])}" for name in axes[spec.method]) or "one setting"
+        click.echo(f"{number}/{left} {spec.method} ({what}): {_outcome(done)}")
     measure_cost(prepared)
     failed = sum(state_of(out / RUNS / run.name) == "failed" for run in asked.runs)
     finished = sum(state_of(out / RUNS / run.name) == "finished" for run in asked.runs)
     click.echo(f"{finished:,} of {len(asked.runs):,} runs finished, {failed:,} failed: {out / SWEEP}")
     click.echo(f"Next: logitcache report {out}")
+
+
+def _varied(runs: "Sequence[RunSpec]") -> list[str]:
+    """The fields in which runs differ."""
+    return [name for name in runs[0].settings if len({str(run.settings[name]) for run in runs}) > 1]
 
 
 def _outcome(done: "Done") -> str:
