@@ -613,6 +613,7 @@ def test_run_json_says_what_was_run(trained: Path, cache: Path, tiny_model: Path
         "seed": 0,
         "max_steps": 10,
         "log_every": 1,
+        "top_k": None,
     }
     assert run["objective"]["regularizer"] == "masked-kl" and run["objective"]["tail"] == "bucket"
     assert run["versions"]["torch"] == torch.__version__
