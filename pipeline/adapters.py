@@ -36,6 +36,7 @@ from .kinds import (
     rewrites_base,
     targets_of,
 )
+from .quantized import held_in
 from .samples import Sample
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
@@ -57,6 +58,7 @@ def attach(
     where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
     """
     check_settings(settings)
+    _check_quantized(model, settings)
     kind, layers = KINDS[settings.kind], target_layers(model, settings)
     _check_layers(model, layers, settings)
     rewritten = layers if rewrites_base(settings) else {}
@@ -194,6 +196,21 @@ def target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
         return linear_layers(model)
     fits = {n: m for n, m in model.named_modules() if any(n == name or n.endswith(f".{name}") for name in wanted)}
     return {n: m for n, m in fits.items() if getattr(m, "weight", None) is not None}
+
+
+def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
+    held = held_in(model)
+    if held is None or held in KINDS[settings.kind].quantized:
+        return
+    able = ", ".join(name for name, kind in KINDS.items() if held in kind.quantized)
+    why = (
+        "it takes part of each weight out, and what is left would be quantised again, which starts elsewhere"
+        if rewrites_base(settings)
+        else "its first values are made from the weights, and these are packed"
+    )
+    raise UnsuitableAdapter(
+        f"attaching {settings.kind} to weights of {held}: {why}. Use {able or 'another model'}, or leave --load-in out."
+    )
 
 
 def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:

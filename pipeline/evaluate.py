@@ -26,10 +26,10 @@ from logitcache.storage.identity import digest
 from .errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from .gate import SLICE_BYTES as PLAIN_SLICE_BYTES
 from .gate import check_samples, check_width
-from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidden_states, rows_at_once
+from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidden_states, logits_width, rows_at_once
 from .losses import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from .metrics import Comparison, Metrics, comparison_of
-from .models import Base, first_line
+from .models import Base, find_model, first_line, load_base
 from .precompute import PrecomputeSettings, make_plan
 from .samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
 from .targets import PREFIX, model_inputs, targets_of, with_targets
@@ -43,9 +43,12 @@ _FULL_KL = Objective("full-kl")
 
 
 def check_adapter(folder: str, base: Base) -> None:
-    """Raise `InputNotFound` where the folder is no adapter, `NotTheBase` where its run.json names another model."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputNotFound(f"loading adapter {folder!r}: expected adapter_config.json in it, found none.")
+    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `NotTheBase` where its run.json names
+    another model."""
+    if not (Path(folder) / "adapter_config.json").is_file() and not _is_whole(folder):
+        raise InputNotFound(
+            f"loading adapter {folder!r}: expected adapter_config.json in it, or a whole model, found neither."
+        )
     run = Path(folder) / "run.json"
     if not run.is_file():  # an adapter made elsewhere
         return
@@ -64,15 +67,24 @@ def check_adapter(folder: str, base: Base) -> None:
         )
 
 
-def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: str) -> nn.Module:
     """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this.
 
-    Raises `UnsupportedModel` where the adapter is damaged or does not fit; a factor that is missing would be random.
+    Where the folder is a model that was trained as a whole: that one, in the dtype and on the device of `base`. Raises
+    `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would be random.
     """
+    if _is_whole(folder):
+        whole: nn.Module = load_base(find_model(folder), str(base.dtype).removeprefix("torch."), base.device).model
+        if logits_width(whole) != logits_width(base):
+            raise UnsupportedModel(
+                f"loading {folder!r}: expected logits over {logits_width(base)} tokens as the base has, found "
+                f"{logits_width(whole)}. Give the model it was trained from."
+            )
+        return whole
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            model: PeftModel = PeftModel.from_pretrained(base, folder)
+            model: nn.Module = PeftModel.from_pretrained(base, folder)
         places = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
         stray = sorted(load_peft_weights(folder, device="cpu").keys() - places)
         if stray:
@@ -83,6 +95,12 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
             "Give the model it was trained on, or train it again."
         ) from error
     return model.eval()
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether a folder holds a model and no adapter."""
+    path = Path(folder)
+    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
 
 
 def compare(

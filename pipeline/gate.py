@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
-from .errors import NotTheBase, TrainingFailed
+from .errors import InvalidData, NotTheBase, TrainingFailed
 from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
+from .quantized import quantization_of
 from .samples import Sample, pad_samples
-from .targets import PREFIX, Batch, model_inputs, targets_of, with_targets
+from .targets import PREFIX, Batch, cut_of, model_inputs, targets_of, with_targets
 
 NUM_PROBED = 8
 SLICE_BYTES = 16 * 2**20
@@ -27,6 +28,25 @@ KL_TOLERANCE_NATS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.05}
 """Largest mean KL(base || base + untrained adapter) by the coarser dtype of cache and model (docs/log.md has the
 measured floors: 2e-8 in float32, 1e-4 in bfloat16). To it comes max_error^2 / 3 of a quantised cache: rounding errors
 spread evenly over [-e, e] make a KL of about e^2 / 6 (measured 3e-5 to 4e-5 at 1/64)."""
+
+KL_TOLERANCE_QUANTIZED_NATS = {"8bit": 0.02, "4bit": 0.3}
+"""Comes to it for weights that were quantised on loading. Measured (docs/log.md): 8 bits .0003 on the demo's base, at
+most .0015 on narrow models of random weights; 4 bits .008 and .21. Another model of random weights: 2.0. The demo's
+base with two layers swapped .09 to .14, with a tenth of noise on every weight .03: what is that near, 4 bits hide, and
+only the fingerprint refuses."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How a cache belongs to the model that is trained.
+
+    teacher_is_base: it is of this very model, where training starts, and that is checked; False: of another one with
+    the same tokenizer. ignore_padding: where the two have logits of different widths, what lies beyond the narrower is
+    no token of either.
+    """
+
+    teacher_is_base: bool = True
+    ignore_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +61,17 @@ class StepZero:
     tolerance_nats: float
 
 
-def check_identity(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_identity(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing | None = None
+) -> None:
     """Raise `IdentityMismatch` unless the cache is of this model and, where both have one, this tokenizer.
 
-    dtype and attention implementation may differ: `probe_step_zero` measures what they change.
+    dtype and attention implementation may differ: `probe_step_zero` measures what they change. Where the teacher is not
+    the base: unless both have one tokenizer, and logits of one width or, padding ignored, for every token of it.
     """
+    if pairing is not None and not pairing.teacher_is_base:
+        _check_teacher(cache, base, tokenizer, pairing)
+        return
     expected, found = cache.manifest.model, base.identity
     differs = [
         f"{name}: {getattr(expected, name)} in the cache, {getattr(found, name)} in the model"
@@ -63,8 +89,42 @@ def check_identity(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizer
         raise IdentityMismatch(
             f"pairing {cache.path} with {base.source.name}: the cache was made from {cache.manifest.model_name} and "
             f"differs in {'; '.join(differs)}. Its distributions are not this model's. "
-            "Use the model it was made from, or precompute a cache for this one."
+            "Use the model it was made from, or precompute a cache for this one. If it is meant to learn from "
+            "another, say so (train: --teacher-is-not-base)."
         )
+
+
+def _check_teacher(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing) -> None:
+    what = f"teaching {base.source.name} by {cache.path}, made from {cache.manifest.model_name}"
+    theirs, ours = cache.manifest.tokenizer, tokenizer_identity(tokenizer)
+    if theirs is None or ours is None or tokenizer is None:
+        where = "the model's folder" if ours is None else "the folder the cache was made from"
+        raise IdentityMismatch(
+            f"{what}: expected the same tokenizer beside both models, found none in {where}. Without it nothing says "
+            "that an id means the same to both. Save the tokenizer there."
+        )
+    if theirs.fingerprint != ours.fingerprint:
+        raise IdentityMismatch(
+            f"{what}: expected one tokenizer, found {theirs.fingerprint} in the cache and {ours.fingerprint} beside "
+            "the model. An id may mean one token to the teacher and another to the student. Use a teacher with the "
+            "student's tokenizer; where only special tokens differ, save the teacher's beside the student."
+        )
+    width, stored, longest = base.identity.vocab_size, cache.manifest.model.vocab_size, _num_ids(tokenizer)
+    if width != stored and not pairing.ignore_padding:
+        raise IdentityMismatch(
+            f"{what}: expected logits over as many tokens, found {stored:,} in the cache and {width:,} in the model "
+            f"(the tokenizer has {longest:,}). If what lies beyond is padding, leave it out with --ignore-padding."
+        )
+    if width != stored and longest > min(width, stored):
+        raise IdentityMismatch(
+            f"{what}: expected logits for all {longest:,} ids of the tokenizer, found {stored:,} in the cache and "
+            f"{width:,} in the model. What one of them lacks is no padding. Use another teacher, or another tokenizer."
+        )
+
+
+def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id it can make, added tokens included."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None = None) -> None:
@@ -113,20 +173,29 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
         raise
 
 
-def probe_step_zero(model: nn.Module, cache: LogitCache, samples: Sequence[Sample], objective: Objective) -> StepZero:
+def probe_step_zero(
+    model: nn.Module,
+    cache: LogitCache,
+    samples: Sequence[Sample],
+    objective: Objective,
+    vocab_size: int | None = None,
+) -> StepZero:
     """`measure` on a few samples spread over the data. Raises `NotTheBase` where it is above the noise."""
     step = max(1, len(samples) // NUM_PROBED)
     probed = samples[::step][:NUM_PROBED]
     device = causal_lm_of(model).device
-    batches = ({k: v.to(device) for k, v in with_targets(pad_samples([s]), cache).items()} for s in probed)
-    found, (batch, place) = measure(model, batches, cache, objective)
+    cut = cut_of(cache, vocab_size)
+    batches = ({k: v.to(device) for k, v in with_targets(pad_samples([s]), cache, cut=cut).items()} for s in probed)
+    found, (batch, place) = measure(model, batches, cache, objective, vocab_size)
     check_step_zero(found, cache, f"{probed[batch].origin} at position {int(probed[batch].positions[place])}")
     return found
 
 
-def check_first_batch(model: nn.Module, batch: Batch, cache: LogitCache, objective: Objective) -> None:
+def check_first_batch(
+    model: nn.Module, batch: Batch, cache: LogitCache, objective: Objective, vocab_size: int | None = None
+) -> None:
     """`measure` on a batch with targets. Raises `NotTheBase` where it is above the noise, naming row and column."""
-    found, (_, place) = measure(model, [batch], cache, objective)
+    found, (_, place) = measure(model, [batch], cache, objective, vocab_size)
     row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
     check_step_zero(found, cache, f"row {row} of the first batch at column {column}")
 
@@ -143,14 +212,47 @@ def check_step_zero(found: StepZero, cache: LogitCache, worst: str) -> None:
     )
 
 
-def check_width(model: nn.Module, cache: LogitCache) -> None:
-    """Raise `NotTheBase` unless the model has as many logits as the cache's base."""
+def common_width(model: nn.Module, cache: LogitCache) -> int:
+    """The lesser number of logits, of the model and of the cache's base."""
+    return min(logits_width(causal_lm_of(model)), cache.manifest.model.vocab_size)
+
+
+def check_width(
+    model: nn.Module, cache: LogitCache, objective: Objective | None = None, vocab_size: int | None = None
+) -> None:
+    """Raise `NotTheBase` unless the model has as many logits as the cache's base.
+
+    vocab_size: of both, the first tokens only; `NotTheBase` where one has fewer, `TrainingFailed` for draws from a tail
+    that is cut.
+    """
     width, stored = logits_width(causal_lm_of(model)), cache.manifest.model.vocab_size
-    if width != stored:
+    pair = f"pairing {cache.path} with {type(causal_lm_of(model)).__name__}"
+    if vocab_size is None and width != stored:
         raise NotTheBase(
-            f"pairing {cache.path} with {type(causal_lm_of(model)).__name__}: expected logits over {stored} tokens, "
-            f"found {width}. Use the model the cache was made from, its vocabulary not resized."
+            f"{pair}: expected logits over {stored} tokens, found {width}. Use the model the cache was made from, its "
+            "vocabulary not resized; or, where what lies beyond the lesser is padding, have it ignored "
+            "(docs/how-to/distil.md)."
         )
+    if vocab_size is not None and vocab_size > min(width, stored):
+        raise NotTheBase(
+            f"{pair}: expected logits over {vocab_size} tokens in both, found {stored} in the cache and {width} in the "
+            f"model. Give vocab_size={min(width, stored)}, if what lies beyond is padding."
+        )
+    if vocab_size is not None and vocab_size < stored and objective is not None and objective.tail == "sampled":
+        raise TrainingFailed(
+            f"training with tail sampled on {vocab_size} of the {stored} tokens of {cache.path}: a draw beyond them "
+            "says nothing of those below. Use --tail bucket."
+        )
+
+
+def check_tokens(samples: Sequence[Sample], vocab_size: int) -> None:
+    """Raise `InvalidData`, naming the sample, for a token from vocab_size on."""
+    for sample in samples:
+        if len(sample.token_ids) and int(sample.token_ids.max()) >= vocab_size:
+            raise InvalidData(
+                f"reading {sample.origin}: token id {int(sample.token_ids.max())} is beyond the {vocab_size} tokens "
+                "that student and teacher share. No tokenizer makes padding. Remove the row."
+            )
 
 
 def _computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
@@ -160,17 +262,21 @@ def _computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, batches: Iterable[Batch], cache: LogitCache, objective: Objective
+    model: nn.Module,
+    batches: Iterable[Batch],
+    cache: LogitCache,
+    objective: Objective,
+    vocab_size: int | None = None,
 ) -> tuple[StepZero, tuple[int, int]]:
     """KL(base || model) on batches with targets, in evaluation mode, and where log p(label) differs most: (batch, row).
 
     Always with the tail as a bucket, which holds the whole distribution against the cache and is stored most exactly;
     without the label where the objective is without it, unless nothing is left there. 0 but for numerical noise where
-    the model is the base.
+    the model is the base. vocab_size: the first tokens only, as the batches have it.
     """
     causal_lm = causal_lm_of(model)
     form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
-    head = OutputHead(causal_lm)
+    head = OutputHead(causal_lm, vocab_size)
     num_rows = rows_at_once(causal_lm, SLICE_BYTES)
     values, errors = [], []
     with evaluation_mode(model):
@@ -192,6 +298,7 @@ def measure(
     kls, error = torch.cat(values), torch.cat(errors)
     dtypes = {cache.manifest.model.dtype, str(_computed_in(causal_lm)).removeprefix("torch.")}
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
+    tolerance += KL_TOLERANCE_QUANTIZED_NATS.get(quantization_of(causal_lm) or "", 0.0)
     mean_kl = float(kls.mean())
     worst = int(error.nan_to_num(torch.inf).argmax())
     found = StepZero(len(errors), len(error), mean_kl, float(error.mean()), float(error[worst]), tolerance)

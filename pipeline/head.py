@@ -26,11 +26,12 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 class OutputHead:
     """Hidden states [..., D] -> logits [..., V], as the model's own forward makes them.
 
-    logits = cap * tanh(lm_head(h) * multiplier / divisor / cap), each only where the configuration has it.
+    logits = cap * tanh(lm_head(h) * multiplier / divisor / cap), each only where the configuration has it. vocab_size:
+    of a wider head, the logits of the first tokens only; what it pads with is as good as not there.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
-        self._causal_lm = causal_lm
+    def __init__(self, causal_lm: PreTrainedModel, vocab_size: int | None = None) -> None:
+        self._causal_lm, self._vocab_size = causal_lm, vocab_size
         config = causal_lm.config.get_text_config()
         self.multiplier = math.prod(_number(config, name, 1.0) for name in _MULTIPLIERS)
         self.divisor = math.prod(_number(config, name, 1.0) for name in _DIVISORS)
@@ -46,7 +47,7 @@ class OutputHead:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return logits_width(self._causal_lm)
+        return logits_width(self._causal_lm) if self._vocab_size is None else self._vocab_size
 
     def parameters(self) -> list[Tensor]:
         """Everything the output embedding computes with, trained or frozen."""
@@ -55,6 +56,8 @@ class OutputHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
         logits: Tensor = self.module(hidden)
+        if self._vocab_size is not None and logits.shape[-1] > self._vocab_size:
+            logits = logits[..., : self._vocab_size]
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
         if self.divisor != 1.0:
@@ -94,9 +97,18 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 def logits_width(model: PreTrainedModel) -> int:
     """V: the width of the logits, which a padded head makes larger than the tokenizer's vocabulary."""
     head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
+    weight = getattr(head, "weight", None)
+    if head is None or weight is None:
         raise UnsupportedModel(f"splitting {type(model).__name__}: it has no output embedding (lm_head) to work with.")
-    return int(head.weight.shape[0])
+    if weight.is_floating_point() and weight.dim() == 2:
+        return int(weight.shape[0])
+    width = getattr(head, "out_features", None)  # a quantised weight may be packed
+    if not isinstance(width, int):
+        raise UnsupportedModel(
+            f"splitting {type(model).__name__}: its output embedding ({type(head).__name__}) is quantised in a way "
+            "that hides how many logits it makes. Leave the lm_head out of the quantisation."
+        )
+    return width
 
 
 def rows_at_once(model: PreTrainedModel, num_bytes: int) -> int:

@@ -30,10 +30,14 @@ from transformers.pytorch_utils import Conv1D
 from .errors import InputNotFound, UnsuitableAdapter
 from .factors import calibrate_corda, calibrate_eva, calibrate_loraga, minor_components, projected_factors
 from .nullspace import NullSpace
+from .quantized import LOAD_IN
 from .samples import Sample
 
 NAME = "default"
 """Of the adapter inside PEFT's model."""
+
+NO_ADAPTER = "none"
+"""The kind of settings by which every weight of the model is trained; no row of `KINDS`, see `full`."""
 
 VARIANTS = ("v1", "v2", "base-intact")
 """Of lora-null: train A and B; train B only; leave W as it is, with B = 0 and A = U, the null space."""
@@ -66,7 +70,7 @@ class Kind:
     config: PEFT's configuration for settings and the layers' names. rewrites_base: W becomes W - s B A, so that
     `disable_adapter()` is no longer the base. before, after: done to the model around PEFT's own initialisation.
     rank_sides: r times this is at most the smaller side of every layer. even: of even rank only. has_alpha: whether
-    alpha counts.
+    alpha counts. quantized: rows of `quantized.LOAD_IN`, weights that it may stand on.
     """
 
     config: Callable[[AdapterSettings, Layers], PeftConfig]
@@ -77,6 +81,7 @@ class Kind:
     rank_sides: int = 0
     even: bool = False
     has_alpha: bool = True
+    quantized: tuple[str, ...] = ()
 
 
 def targets_of(settings: AdapterSettings) -> Any:
@@ -173,10 +178,10 @@ def _start_null(adapted: PeftModel, settings: AdapterSettings, _: Sequence[Sampl
 
 
 KINDS: dict[str, Kind] = {
-    "lora": Kind(_lora()),
-    "dora": Kind(_lora(use_dora=True)),
-    "rslora": Kind(_lora(use_rslora=True)),
-    "gaussian": Kind(_lora("gaussian")),
+    "lora": Kind(_lora(), quantized=LOAD_IN),
+    "dora": Kind(_lora(use_dora=True), quantized=("4bit",)),
+    "rslora": Kind(_lora(use_rslora=True), quantized=LOAD_IN),
+    "gaussian": Kind(_lora("gaussian"), quantized=LOAD_IN),
     "orthogonal": Kind(_lora("orthogonal"), even=True),
     "mica": Kind(_lora("mica"), rank_sides=1),
     "pissa": Kind(_lora("pissa"), rewrites_base=True, rank_sides=1),
@@ -197,10 +202,10 @@ KINDS: dict[str, Kind] = {
         rank_sides=2,
     ),
     "lora-null": Kind(_lora(), rewrites_base=True, after=_start_null, rank_sides=1),
-    "eva": Kind(_eva, after=_start_eva, needs_samples=True, rank_sides=1),
-    "randlora": Kind(_randlora),
-    "vera": Kind(_vera, has_alpha=False),
-    "adalora": Kind(_adalora),
+    "eva": Kind(_eva, after=_start_eva, needs_samples=True, rank_sides=1, quantized=LOAD_IN),
+    "randlora": Kind(_randlora, quantized=LOAD_IN),
+    "vera": Kind(_vera, has_alpha=False, quantized=LOAD_IN),
+    "adalora": Kind(_adalora, quantized=LOAD_IN),
 }
 
 REFUSED = {
@@ -212,16 +217,25 @@ REFUSED = {
 
 def rewrites_base(settings: AdapterSettings) -> bool:
     """Whether `disable_adapter()` is another model than the base."""
+    if settings.kind == NO_ADAPTER:
+        return False
     return KINDS[settings.kind].rewrites_base and not (settings.kind == "lora-null" and settings.variant == VARIANTS[2])
 
 
 def keeps_start(settings: AdapterSettings) -> bool:
     """Whether a run needs its first factors again: to be resumed, or to be saved."""
-    return rewrites_base(settings) or KINDS[settings.kind].needs_samples
+    return settings.kind != NO_ADAPTER and (rewrites_base(settings) or KINDS[settings.kind].needs_samples)
 
 
 def check_settings(settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for settings that no model could be given."""
+    if settings.kind == NO_ADAPTER:
+        if settings != AdapterSettings(NO_ADAPTER):
+            raise UnsuitableAdapter(
+                "training every weight (adapter none): rank, alpha, dropout, target modules and null space are an "
+                "adapter's. Leave them out."
+            )
+        return
     what = f"preparing adapter {settings.kind}"
     if settings.kind in REFUSED:
         raise UnsuitableAdapter(f"{what}: {REFUSED[settings.kind]}.")
@@ -250,6 +264,8 @@ def lora_layers(adapted: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 def matrix_shape(layer: Any) -> tuple[int, int]:
     """[out, in]."""
+    if not layer.weight.is_floating_point() and hasattr(layer, "out_features"):  # quantised: packed
+        return layer.out_features, layer.in_features
     rows, columns = layer.weight.shape
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 

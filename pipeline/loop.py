@@ -18,30 +18,38 @@ from .fused import LinearLoss
 from .gate import check_first_batch, check_tail, check_width
 from .losses import Objective
 from .step import batch_loss
-from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, groups_of, with_targets
+from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, groups_of, with_targets
 
 
 class CachedLoss:
     """mean CE + weight * mean regulariser of a batch, each over its own positions.
 
     cache: opened, or its path. check: on the first batch, hold the model (an untrained adapter) against the cache;
-    False where training goes on from a trained adapter. Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
+    False where training goes on from a trained adapter, or where the teacher is another model. vocab_size: where model
+    and cache have logits of different widths by padding, the lesser of these; that many tokens are compared.
+    Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
 
     def __init__(
-        self, cache: LogitCache | str | Path, objective: Objective | None = None, *, check: bool = True
+        self,
+        cache: LogitCache | str | Path,
+        objective: Objective | None = None,
+        *,
+        check: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.cache = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.objective = Objective() if objective is None else objective
         if self.objective.kl_budget is not None:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step, from budget.BudgetedWeight")
         check_tail(self.cache, self.objective)
-        self._check = check
-        self._groups = groups_of(self.cache) if self.objective.tail == "groups" else None
+        self._check, self._check_width, self._vocab_size = check, True, vocab_size
+        self._cut = cut_of(self.cache, vocab_size)
+        self._groups = groups_of(self.cache, vocab_size) if self.objective.tail == "groups" else None
 
     def collator(self, collator: Collator) -> CachedCollator:
         """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
-        return CachedCollator(collator, self.cache)
+        return CachedCollator(collator, self.cache, cut=self._cut)
 
     def count(self, batch: Batch) -> Tensor:
         """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""
@@ -53,7 +61,7 @@ class CachedLoss:
             return batch
         device = batch["input_ids"].device
         on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        found = with_targets(on_cpu, self.cache)
+        found = with_targets(on_cpu, self.cache, cut=self._cut)
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def __call__(
@@ -65,14 +73,16 @@ class CachedLoss:
         kl_weight: in place of the objective's weight.
         """
         batch = self.looked_up(batch)
+        if self._check_width:
+            check_width(model, self.cache, self.objective, self._vocab_size)
+            self._check_width = False
         if self._check and len(batch[f"{PREFIX}rows"]):
-            check_width(model, self.cache)
-            check_first_batch(model, batch, self.cache, self.objective)
+            check_first_batch(model, batch, self.cache, self.objective, self._vocab_size)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
         weight = self.objective.weight if kl_weight is None else kl_weight
         if self._groups is not None:
             self._groups = self._groups.to(batch["input_ids"].device)
-        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, self._groups)
+        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, self._groups, self._vocab_size)
         return LinearLoss(sums.loss / num_ce, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))

@@ -19,6 +19,7 @@ from logitcache.storage.identity import config_fingerprint, digest_json, weights
 
 from .errors import InputNotFound, UnsupportedModel
 from .head import logits_width
+from .quantized import make_trainable, quantization
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -70,12 +71,15 @@ def find_model(name: str) -> Source:
     return Source(name, folder)
 
 
-def load_base(source: Source, dtype: str, device: torch.device) -> Base:
+def load_base(source: Source, dtype: str, device: torch.device, load_in: str | None = None) -> Base:
     """The causal language model in `source`, in evaluation mode, with every weight read from its files.
 
-    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. Raises `UnsupportedModel` where a weight is
-    missing from the files (it would be random) or the folder is not a causal language model.
+    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantized.LOAD_IN`, in which
+    to hold the linear layers; the identity stays that of the files. Raises `UnsupportedModel` where a weight is
+    missing from the files (it would be random) or the folder is not a causal language model, `InputNotFound` where the
+    package that quantises is not installed.
     """
+    how = {} if load_in is None else _quantising(source, dtype, device, load_in)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -84,6 +88,7 @@ def load_base(source: Source, dtype: str, device: torch.device) -> Base:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **how,
         )
         weights = weights_fingerprint(source.folder)
     except Exception as error:  # transformers and safetensors raise many kinds
@@ -97,7 +102,11 @@ def load_base(source: Source, dtype: str, device: torch.device) -> Base:
             f"loading model {source.name!r}: {len(missing)} weights are not in its files, or not of the shape that its "
             f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
         )
-    model.to(device).eval()
+    model.eval()
+    if load_in is None:
+        model.to(device)
+    else:
+        make_trainable(model, source.name)
     identity = ModelIdentity(
         weights=weights,
         config=config_fingerprint(source.folder),
@@ -144,9 +153,20 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerId
 
 def configured_vocab_size(source: Source) -> int:
     """The vocabulary size in config.json, for estimates that load no weights."""
+    return int(_config(source).vocab_size)
+
+
+def _quantising(source: Source, dtype: str, device: torch.device, load_in: str) -> dict[str, Any]:
+    """What `from_pretrained` is told; 4-bit weights are multiplied in the dtype of the others."""
+    found = getattr(_config(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    wanted = found if isinstance(found, torch.dtype) else torch.float32
+    return {"quantization_config": quantization(load_in, wanted, source.name), "device_map": {"": str(device)}}
+
+
+def _config(source: Source) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        return int(config.get_text_config().vocab_size)
+        return config.get_text_config()
     except Exception as error:  # transformers raises many kinds
         raise UnsupportedModel(
             f"loading model {source.name!r}: {first_line(error)}. Repair {source.folder / 'config.json'}."

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .errors import UnsupportedModel
 from .head import logits_width
 
 NUM_ITERATIONS = 30
@@ -24,12 +25,19 @@ ROWS_AT_ONCE = 16_384
 def token_groups(model: PreTrainedModel, num_groups: int) -> NDArray[np.uint8]:
     """The group of each token, uint8 [V], none of them empty; num_groups: 2 to 256 and at most V.
 
-    Raises ValueError where the vocabulary has fewer distinct tokens than groups are asked for.
+    Raises ValueError where the vocabulary has fewer distinct tokens than groups are asked for, `UnsupportedModel` where
+    the output embedding is packed.
     """
     vocab_size = logits_width(model)
     if not 2 <= num_groups <= min(256, vocab_size):
         raise ValueError(f"splitting {vocab_size} tokens: expected 2 to {min(256, vocab_size)} groups")
-    rows = F.normalize(model.get_output_embeddings().weight.float(), dim=1)
+    weight = model.get_output_embeddings().weight
+    if len(weight) != vocab_size:
+        raise UnsupportedModel(
+            f"splitting the vocabulary of {type(model).__name__} into groups: its output embedding is packed, a row is "
+            "no token. Leave --tail-groups out."
+        )
+    rows = F.normalize(weight.float(), dim=1)
     centres = _first_centres(rows, num_groups)
     for _ in range(NUM_ITERATIONS):
         nearest, similarity = _nearest(rows, centres)

@@ -13,16 +13,21 @@ from .targets import PREFIX, Batch, model_inputs, targets_of
 
 
 def batch_loss(
-    model: nn.Module, batch: Batch, objective: Objective, kl_weight: float | Tensor, token_groups: Tensor | None
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    kl_weight: float | Tensor,
+    token_groups: Tensor | None,
+    vocab_size: int | None = None,
 ) -> LinearLoss:
     """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
 
     batch: as `targets.with_targets` makes it, on the model's device. kl_weight stands for `objective.weight`.
-    token_groups: [V], for tail `groups`. The head's trained parameters (LoRA on lm_head, modules_to_save) get their
-    gradients too.
+    token_groups: [V], for tail `groups`. vocab_size: of the logits, the first tokens only. The head's trained
+    parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too.
     """
     hidden = hidden_states(model, **model_inputs(batch))
-    head = OutputHead(causal_lm_of(model))
+    head = OutputHead(causal_lm_of(model), vocab_size)
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
     targets = targets_of(batch, token_groups)
     parameters = head.parameters()

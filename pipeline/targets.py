@@ -21,6 +21,7 @@ from logitcache.storage.records import NO_TOKEN
 
 from .errors import InvalidBatch
 from .losses import Objective, SparseTargets, regularizer_mask
+from .padding import Cut, cut_columns
 from .samples import IGNORED, Sample
 
 PREFIX = "base_"
@@ -47,19 +48,21 @@ class CachedCollator:
 
     Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]) and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
-    nothing casts on the way to a device. top_k: read fewer alternatives than the cache has. Runs in the workers of a
-    `DataLoader`, ahead of the step. Raises `SampleNotCached`, `PositionNotCaptured`, `CorruptCache`, `InvalidBatch`.
+    nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
+    first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
+    `PositionNotCaptured`, `CorruptCache`, `InvalidBatch`.
     """
 
     collator: Collator
     cache: LogitCache | None
     top_k: int | None = None
+    cut: Cut | None = None
 
     def __call__(self, features: Sequence[Any]) -> Batch:
-        return with_targets(self.collator(features), self.cache, self.top_k)
+        return with_targets(self.collator(features), self.cache, self.top_k, self.cut)
 
 
-def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None) -> Batch:
+def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: Cut | None = None) -> Batch:
     """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
     documents = list(documents_of(batch))
     width = batch["input_ids"].shape[1]
@@ -68,7 +71,7 @@ def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = Non
     added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
     if cache is not None and documents:
         found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
-        added |= target_columns(found)
+        added |= target_columns(found, cut)
     return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
 
 
@@ -130,8 +133,8 @@ def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None 
     return targets
 
 
-def target_columns(records: Sequence[BaseLogprobs]) -> dict[str, NDArray[Any]]:
-    """Records one after the other as compact columns; see `CachedCollator`."""
+def target_columns(records: Sequence[BaseLogprobs], cut: Cut | None = None) -> dict[str, NDArray[Any]]:
+    """Records one after the other as compact columns; see `CachedCollator`. Raises `InvalidBatch` as `cut_columns`."""
     labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
     names = {"draw_ids": "tail_sample_ids", "draw_logprobs": "tail_sample_logprobs"}
     columns: dict[str, NDArray[Any]] = {}
@@ -140,11 +143,12 @@ def target_columns(records: Sequence[BaseLogprobs]) -> dict[str, NDArray[Any]]:
         if parts[0] is None:
             continue
         column = np.concatenate(parts)
-        if name in _IDS:
-            columns[name] = np.where(column == NO_TOKEN, labels[:, None], column.astype(np.int32))
-        else:
-            columns[name] = _as_bits(column)
-    return columns
+        columns[name] = (
+            np.where(column == NO_TOKEN, labels[:, None], column.astype(np.int32)) if name in _IDS else column
+        )
+    if cut is not None:
+        columns = cut_columns(columns, labels, cut)
+    return {name: column if name in _IDS else _as_bits(column) for name, column in columns.items()}
 
 
 def targets_of(batch: Batch, token_groups: Tensor | None = None) -> SparseTargets | None:
@@ -188,10 +192,18 @@ def samples_of(cache: LogitCache) -> list[Sample]:
     return samples
 
 
-def groups_of(cache: LogitCache | None) -> Tensor | None:
-    """The tail group of each token, uint8 [V], on the CPU; None where the cache has none."""
+def groups_of(cache: LogitCache | None, vocab_size: int | None = None) -> Tensor | None:
+    """The tail group of each token (of the first vocab_size), uint8 [V], on the CPU; None where the cache has none."""
     groups = None if cache is None else cache.token_groups()
-    return None if groups is None else torch.from_numpy(groups.copy())
+    return None if groups is None else torch.from_numpy(groups[:vocab_size].copy())
+
+
+def cut_of(cache: LogitCache, vocab_size: int | None) -> Cut | None:
+    """What to take of a cache where the first vocab_size tokens are compared; None where that is all it has."""
+    if vocab_size is None or cache.manifest.model.vocab_size <= vocab_size:
+        return None
+    groups = cache.token_groups()
+    return Cut(vocab_size, None if groups is None else groups[:vocab_size].copy())
 
 
 def _beginnings(places: NDArray[Any], row: int) -> list[int]:

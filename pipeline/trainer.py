@@ -19,12 +19,12 @@ from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
 from .budget import BudgetedWeight
 from .errors import TrainingFailed
-from .gate import check_first_batch, check_tail, check_width
+from .gate import check_first_batch, check_tail, check_width, common_width
 from .head import OutputHead, causal_lm_of, check_head
 from .losses import Objective
 from .penalties import Penalty
 from .step import batch_loss
-from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of, groups_of
+from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, documents_of, groups_of
 
 CHECKED_ROWS = 100_000
 """Rows of a data set that are looked up before the first step; later ones when their step comes."""
@@ -43,7 +43,8 @@ class CachedKL(_AnyTrainer):
 
     Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
     top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
-    untrained model with the cache on the first batch (leave it on, unless that has been done).
+    untrained model with the cache on the first batch (leave it on, unless that has been done, or the teacher is another
+    model). ignore_padding: where model and cache have logits of different widths, compare what both have.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
     and `penalty`, without its weight, beside the trainer's own. Batches of evaluation are the trainer's own business.
@@ -62,6 +63,7 @@ class CachedKL(_AnyTrainer):
         top_k: int | None = None,
         check: bool = True,
         penalty: Penalty | None = None,
+        ignore_padding: bool = False,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -77,13 +79,16 @@ class CachedKL(_AnyTrainer):
         self.cached_top_k = top_k
         check_supported(self)
         check_tail(self.cache, self.objective, top_k)
+        self._vocab_size: int | None = None
         if self.cache is not None:
-            check_width(self.model, self.cache)
+            self._vocab_size = common_width(self.model, self.cache) if ignore_padding else None
+            check_width(self.model, self.cache, self.objective, self._vocab_size)
+        self._cut = None if self.cache is None else cut_of(self.cache, self._vocab_size)
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
             handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
         device = self.args.device
-        groups = groups_of(self.cache) if self.objective.tail == "groups" else None
+        groups = groups_of(self.cache, self._vocab_size) if self.objective.tail == "groups" else None
         self._token_groups = None if groups is None else groups.to(device)
         self._check = check
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
@@ -102,7 +107,7 @@ class CachedKL(_AnyTrainer):
             check_head(causal_lm_of(self.model))
         collator, settings = self.data_collator, self.accelerator.dataloader_config
         dispatch = settings.dispatch_batches
-        self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k)
+        self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k, self._cut)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
             loader = super().get_train_dataloader()
@@ -146,12 +151,13 @@ class CachedKL(_AnyTrainer):
         if self._check and self.cache is not None and self.state.global_step == 0 and len(inputs[f"{PREFIX}rows"]):
             self._check = False
             with self.accelerator.autocast():
-                check_first_batch(model, inputs, self.cache, self.objective)
+                check_first_batch(model, inputs, self.cache, self.objective, self._vocab_size)
         if num_items_in_batch is None:
             num_items_in_batch = count_positions(inputs, self.objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
         with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
-            found = batch_loss(model, inputs, self.objective, self.kl_weight * num_ce / num_kl, self._token_groups)
+            weight = self.kl_weight * num_ce / num_kl
+            found = batch_loss(model, inputs, self.objective, weight, self._token_groups, self._vocab_size)
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
         self._meter += means
         self._step_meter += means
@@ -195,11 +201,11 @@ class CachedKL(_AnyTrainer):
         super().log(logs, start_time)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Saves no adapter that is not finite, since the checkpoint before would be removed for it."""
+        """Saves no weights that are not finite, since the checkpoint before would be removed for them."""
         trained = (p for p in self.model.parameters() if p.requires_grad)
         if not all(torch.isfinite(p).all() for p in trained):
             raise TrainingFailed(
-                f"training, step {self.state.global_step}: the adapter's weights are not finite. "
+                f"training, step {self.state.global_step}: what is trained is not finite. "
                 "The last checkpoint is kept. Try a lower --lr."
             )
         super().save_model(*args, **kwargs)

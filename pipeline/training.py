@@ -1,14 +1,14 @@
 """The training job: check, attach an adapter, train, save, and say exactly what was run.
 
-Owns the order of these steps and the output folder: the adapter (as PEFT writes it), run.json, train_log.jsonl,
-tensorboard/, checkpoints/. The mathematics is in `trainer`, the checks in `gate`. Must not print.
+Owns the order of these steps and the output folder: the adapter (as PEFT writes it) or the whole model, run.json,
+train_log.jsonl, tensorboard/, checkpoints/. The mathematics is in `trainer`, the checks in `gate`. Must not print.
 """
 
 import json
 import os
 import platform
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
@@ -24,13 +25,24 @@ from logitcache.storage.identity import digest, digest_json
 
 from .adapters import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from .errors import InputNotFound, TrainingFailed
-from .gate import StepZero, check_samples, check_tail, probe_step_zero
+from .full import computes_in_bfloat16, save_whole, unfreeze
+from .gate import (
+    Pairing,
+    StepZero,
+    check_samples,
+    check_tail,
+    check_tokens,
+    check_width,
+    common_width,
+    probe_step_zero,
+)
 from .head import check_head, check_length
-from .kinds import check_settings, keeps_start, rewrites_base
+from .kinds import NO_ADAPTER, check_settings, keeps_start, rewrites_base
 from .losses import Objective
 from .models import Base
 from .nullspace import NullSpace, check_null_space
 from .penalties import Penalty, PenaltySettings, fisher_diagonal
+from .quantized import held_in, quantization_of
 from .samples import Sample, pad_samples
 from .trainer import CachedKLTrainer
 
@@ -80,20 +92,29 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     penalty: PenaltySettings | None = None,
+    pairing: Pairing | None = None,
+    on_step_zero: Callable[[StepZero], None] = lambda _: None,
 ) -> TrainReport:
-    """Train an adapter of `base` on samples, regularised by a cache, into the folder `out`.
+    """Train an adapter of `base`, or all of it, on samples, regularised by a cache, into the folder `out`.
 
-    cache: required unless the regulariser is `none`; its identity has been checked (`gate.check_identity`). penalty: on
-    the change of the weights, in addition; ewc's Fisher information is of these samples. The base's model object
-    becomes the student's backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`,
-    `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`, `InputNotFound` (no layer of
-    the names to adapt), `UnsuitableAdapter`.
+    cache: required unless the regulariser is `none`; its identity has been checked with the same pairing
+    (`gate.check_identity`). penalty: on the change of the weights, in addition; ewc's Fisher information is of these
+    samples. on_step_zero is told what was measured before step 1. The base's model object becomes the student's
+    backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
+    `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`, `InputNotFound` (no layer of the names to
+    adapt), `UnsuitableAdapter`.
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    pairing = pairing or Pairing()
     _check_combination(base, cache, objective, settings.top_k)
+    if penalty is not None and (adapter.kind == NO_ADAPTER or held_in(base.model) is not None):
+        raise TrainingFailed(
+            f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
+            "adapter on weights that are not quantised, or another regulariser."
+        )
     check_settings(adapter)
-    description = _describe(base, samples, cache, adapter, objective, settings, penalty)
+    description = _describe(base, samples, cache, adapter, objective, settings, penalty, pairing)
     checkpoint = _prepare_folder(out, description, resume)
     finished = _finished_report(out)
     if finished is not None:
@@ -102,28 +123,29 @@ def train(
     check_head(base.model)
     check_length(base.model, max(len(s.token_ids) for s in samples))
     regularized = cache if objective.regularizer != "none" else None
+    vocab_size = None
     if regularized is not None:
+        if pairing.ignore_padding:
+            vocab_size = common_width(base.model, regularized)
+            check_tokens(samples, vocab_size)
+        check_width(base.model, regularized, objective, vocab_size)
         check_samples(regularized, samples)
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
         names = list(target_layers(base.model, adapter))
         fisher = fisher_diagonal(base.model, names, samples, penalty.num_fisher_samples)
     set_seed(settings.seed)
-    try:
-        kept = start if checkpoint is not None and keeps_start(adapter) else None
-        model = attach(base.model, adapter, str(base.source.folder), samples, kept)
-    except ValueError as error:
-        raise InputNotFound(
-            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
-            "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
-        ) from error
+    mixed = adapter.kind == NO_ADAPTER and computes_in_bfloat16(base.model)
+    model = _student(base, adapter, samples, start if checkpoint is not None else None)
     step_zero = None
-    if regularized is not None:
-        step_zero = probe_step_zero(model, regularized, samples, objective)
+    if regularized is not None and pairing.teacher_is_base:
+        with torch.autocast(base.model.device.type, torch.bfloat16, enabled=mixed):
+            step_zero = probe_step_zero(model, regularized, samples, objective, vocab_size)
+        on_step_zero(step_zero)
     log = _JsonLog(out / LOG)
     trainer = CachedKLTrainer(
         model=model,
-        args=_arguments(out, settings, base.model.device),
+        args=_arguments(out, settings, base.model.device, mixed),
         train_dataset=list(samples),
         data_collator=pad_samples,
         callbacks=[log, _tensorboard(out), *adapter_callbacks(model, adapter), *callbacks],
@@ -132,11 +154,12 @@ def train(
         top_k=settings.top_k,
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(adapter)),
+        ignore_padding=pairing.ignore_padding,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         write_json(out / RUN, {**description, "status": "started"})
-        if keeps_start(adapter) and checkpoint is None:
+        if isinstance(model, PeftModel) and keeps_start(adapter) and checkpoint is None:
             save_start(model, start)
     trainer.train(resume_from_checkpoint=checkpoint)
     report = TrainReport(
@@ -148,9 +171,27 @@ def train(
         step_zero=step_zero,
     )
     if trainer.is_world_process_zero():
-        save(model, out, adapter, base.source.name, start)
+        if isinstance(model, PeftModel):
+            save(model, out, adapter, base.source.name, start)
+        else:
+            save_whole(model, base.source, out)
         write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
     return report
+
+
+def _student(
+    base: Base, adapter: AdapterSettings, samples: Sequence[Sample], start: Path | None
+) -> PreTrainedModel | PeftModel:
+    """What is trained: the base's model with an adapter on it, or itself. start: of a run that is resumed."""
+    if adapter.kind == NO_ADAPTER:
+        return unfreeze(base.model)
+    try:
+        return attach(base.model, adapter, str(base.source.folder), samples, start if keeps_start(adapter) else None)
+    except ValueError as error:
+        raise InputNotFound(
+            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
+            "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
+        ) from error
 
 
 def _check_combination(base: Base, cache: LogitCache | None, objective: Objective, top_k: int | None) -> None:
@@ -201,7 +242,8 @@ def _entry(line: str) -> dict[str, Any] | None:
     return entry
 
 
-def _arguments(out: Path, settings: TrainSettings, device: torch.device) -> TrainingArguments:
+def _arguments(out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False) -> TrainingArguments:
+    """mixed: float32 weights that are computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
@@ -226,6 +268,7 @@ def _arguments(out: Path, settings: TrainSettings, device: torch.device) -> Trai
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         use_cpu=device.type == "cpu",
+        bf16=mixed,
         dataloader_pin_memory=device.type == "cuda",
     )
 
@@ -244,6 +287,7 @@ def _describe(
     objective: Objective,
     settings: TrainSettings,
     penalty: PenaltySettings | None,
+    pairing: Pairing,
 ) -> dict[str, Any]:
     """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
     return {
@@ -255,6 +299,7 @@ def _describe(
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": data_fingerprint(samples),
         },
+        "pairing": {**asdict(pairing), "load_in": quantization_of(base.model)},
         "adapter": _describe_adapter(base, adapter),
         "objective": asdict(objective),
         "penalty": None if penalty is None else asdict(penalty),
@@ -267,6 +312,8 @@ def _describe(
 
 def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
     """With the null space's content, where there is one. Raises `NotTheBase` where it is another model's."""
+    if adapter.kind == NO_ADAPTER:
+        return {"kind": NO_ADAPTER}
     described = {k: v for k, v in asdict(adapter).items() if k not in ("nullspace", "variant")}
     if adapter.kind != "lora-null":
         return described

@@ -68,6 +68,7 @@ FLAGS: dict[str, list[str]] = {
     "convert": ["--config", "--precision", "--store", "SOURCE", "TARGET"],
     "export": ["--config", "--out", "--to", "DIR"],
     "train": [
+        *("--ignore-padding", "--load-in", "--student", "--teacher-is-not-base"),
         "--adapter",
         "--alpha",
         "--batch-size",
@@ -230,7 +231,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, cache: P
 
 def test_verbs_and_flags_are_frozen() -> None:
     found = {
-        verb: sorted(p.opts[-1] if isinstance(p, click.Option) else str(p.make_metavar(ctx)) for p in command.params)
+        verb: sorted(
+            name
+            for p in command.params
+            for name in (p.opts if isinstance(p, click.Option) else [str(p.make_metavar(ctx))])
+        )
         for verb, command in cli.commands.items()
         for ctx in [click.Context(command)]
     }

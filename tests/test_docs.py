@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import text_rows
+from conftest import make_model, make_tokenizer, text_rows
 
 from logitcache.pipeline.cli import run
 
@@ -22,9 +22,9 @@ OF_A_PROTOCOL = {
 """Methods whose docstring stands where they are declared."""
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """Fenced code blocks of a language ('' for none)."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     return [text for kind, text in fenced if kind == language]
 
 
@@ -52,6 +52,27 @@ def test_readme_commands_and_python_run(
     scope: dict[str, object] = {}
     exec(code, scope)
     assert len(scope["record"]) > 0  # type: ignore[arg-type]
+
+
+def test_commands_of_the_distillation_page_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny_model)
+    make_model(seed=7, hidden_size=48).save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    for name in ("train", "new", "prior"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows(6)))
+    page = (ROOT / "docs" / "how-to" / "distil.md").read_text(encoding="utf-8")
+    lines = [line for block in blocks("", page) for line in block.splitlines()]
+    verbs = [shlex.split(line)[1] for line in lines]
+    assert verbs == ["precompute", "train", "train", "evaluate", "evaluate", "precompute", "train"]
+    for line in lines:
+        if "--load-in" not in line or importlib.util.find_spec("bitsandbytes") is not None:
+            assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

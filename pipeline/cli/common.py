@@ -113,13 +113,13 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if not isinstance(loaded, dict):
         raise click.UsageError(f"{path}: expected a mapping of flag names to values.", ctx)
     options = [p for p in ctx.command.params if isinstance(p, click.Option) and p.name != "config"]
-    known = {p.opts[-1].removeprefix("--"): str(p.name) for p in options}
+    known = {opt.removeprefix("--"): str(p.name) for p in options for opt in p.opts}  # --model is --student too
     given = {str(key).replace("_", "-"): value for key, value in loaded.items()}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise click.UsageError(f"{path}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.", ctx)
-    if len(given) < len(loaded):
-        raise click.UsageError(f"{path}: expected each key once, found one with a hyphen and with an underscore.", ctx)
+    if len({known[key] for key in given}) < len(loaded):
+        raise click.UsageError(f"{path}: expected each key once, found one under two spellings.", ctx)
     nested = [key for key, value in given.items() if isinstance(value, (dict, list)) or value is None]
     if nested:
         raise click.UsageError(f"{path}: expected one plain value for {nested[0]!r}.", ctx)
@@ -131,14 +131,17 @@ def quiet_libraries() -> None:
     """Let only this program speak: no library's bars, advice or load reports on the user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets)(\.|$)")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets|bitsandbytes)(\.|$)"
+    )
     import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in ("torch.distributed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

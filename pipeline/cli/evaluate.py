@@ -45,7 +45,9 @@ class _Side:
 @click.command(short_help="Learning on new text and forgetting on prior text, in one table.")
 @config_option
 @model_option
-@click.option("--adapter", metavar="DIR", help="Folder of the trained adapter; without it only the base is measured.")
+@click.option(
+    "--adapter", metavar="DIR", help="Folder of the trained adapter, or model; without it only the base is measured."
+)
 @click.option("--data", metavar="NEW", help="Held-out text of the new task; by default the samples of --new-cache.")
 @click.option(
     "--prior",

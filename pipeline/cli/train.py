@@ -1,11 +1,12 @@
-"""`logitcache train`: an adapter, regularised by a cache."""
+"""`logitcache train`: an adapter or a whole model, regularised by a cache, or taught by it."""
 
 import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from .common import CachePath, FiniteFloat, config_option, model_option, note, quiet_libraries, runtime_options
+from .common import CachePath, FiniteFloat, config_option, note, quiet_libraries, runtime_options
 
 ADAPTERS = (
     *("lora", "dora", "rslora", "gaussian", "orthogonal", "mica", "pissa", "olora", "milora", "corda", "lora-ga"),
@@ -16,17 +17,39 @@ ADAPTERS = (
 PENALTIES = ("l2-sp", "ewc")
 """On the weights, as `penalties.PENALTIES` has them."""
 
+ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
+"""What has no place where there is no adapter."""
 
-@click.command(short_help="Train an adapter against the cached base.")
+
+@click.command(short_help="Train an adapter, or a model, against the cached base or teacher.")
 @config_option
-@model_option
+@click.option(
+    "--student",
+    "--model",
+    "model",
+    required=True,
+    metavar="M",
+    help="Model to train: the base of the cache, or a student of it. A local folder or a hub id.",
+)
 @click.option(
     "--cache",
     type=CachePath(),
     metavar="DIR",
     help="Cache made by precompute; not needed with --regularizer none, l2-sp or ewc.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter.")
+@click.option(
+    "--teacher-is-not-base",
+    is_flag=True,
+    help="The cache is of another model with the same tokenizer: its weights and step 0 are not checked.",
+)
+@click.option(
+    "--ignore-padding",
+    is_flag=True,
+    help="Teacher and student pad their vocabularies to different widths: compare the tokens that both have.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
+)
 @click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
 @click.option(
     "--regularizer",
@@ -95,10 +118,10 @@ PENALTIES = ("l2-sp", "ewc")
 )
 @click.option(
     "--adapter",
-    type=click.Choice(ADAPTERS),
+    type=click.Choice([*ADAPTERS, "none"]),
     default="lora",
     show_default=True,
-    help="Kind of adapter (docs/adapters.md).",
+    help="Kind of adapter (docs/adapters.md); none: every weight of the model is trained.",
 )
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option(
@@ -161,11 +184,19 @@ PENALTIES = ("l2-sp", "ewc")
 @click.option(
     "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps between log entries."
 )
+@click.option(
+    "--load-in",
+    type=click.Choice(["8bit", "4bit"]),
+    default=None,
+    help="Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).",
+)
 @runtime_options
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
 def train(
     model: str,
     cache: str | None,
+    teacher_is_not_base: bool,
+    ignore_padding: bool,
     out: Path,
     data: str | None,
     regularizer: str,
@@ -193,6 +224,7 @@ def train(
     max_steps: int,
     max_length: int | None,
     log_every: int,
+    load_in: str | None,
     dtype: str,
     device: str,
     resume: bool,
@@ -201,7 +233,8 @@ def train(
 
     Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md).
 
-    Writes an adapter that PeftModel.from_pretrained reads, run.json (what was run), train_log.jsonl and tensorboard/.
+    Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), run.json (what was run),
+    train_log.jsonl and tensorboard/.
     Several GPUs: torchrun --nproc-per-node N -m logitcache.pipeline train ...
     """
     if regularizer not in ("none", *PENALTIES) and cache is None:
@@ -212,6 +245,19 @@ def train(
         raise click.UsageError(f"--label-smoothing goes with --regularizer none, not with {regularizer}.")
     if regularizer in PENALTIES and kl_budget is not None:
         raise click.UsageError(f"--kl-budget is of a mean KL, which --regularizer {regularizer} knows nothing of.")
+    if teacher_is_not_base and regularizer in ("none", *PENALTIES):
+        raise click.UsageError(
+            f"--teacher-is-not-base with --regularizer {regularizer}: nothing is learnt from the teacher."
+        )
+    if ignore_padding and not teacher_is_not_base:
+        raise click.UsageError("--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache.")
+    if adapter == "none":
+        _check_no_adapter(load_in)
+    if regularizer in PENALTIES and (adapter == "none" or load_in is not None):
+        raise click.UsageError(
+            f"--regularizer {regularizer} is on what an adapter changes of weights that can be read: not with "
+            "--adapter none or --load-in."
+        )
     if max_steps == 0:
         raise click.UsageError("--max-steps 0 would train nothing: give a positive number, or -1 for --epochs.")
     if adapter == "lora-null" and nullspace is None:
@@ -222,7 +268,7 @@ def train(
     from logitcache.storage import IdentityMismatch, LogitCache
 
     from ..adapters import AdapterSettings
-    from ..gate import check_identity
+    from ..gate import Pairing, StepZero, check_identity
     from ..kinds import KINDS, check_settings
     from ..losses import Objective
     from ..models import find_model, load_base, load_tokenizer, pick_device
@@ -234,15 +280,17 @@ def train(
     from ..training import train as run
     from .progress import TrainBar
 
-    settings = AdapterSettings(
-        adapter,
-        rank,
-        2.0 * rank if alpha is None else alpha,
-        dropout,
-        target_modules,
-        "" if nullspace is None else str(nullspace),
-        variant or "v1",
-    )
+    settings = AdapterSettings(adapter)
+    if adapter != "none":
+        settings = AdapterSettings(
+            adapter,
+            rank,
+            2.0 * rank if alpha is None else alpha,
+            dropout,
+            target_modules,
+            "" if nullspace is None else str(nullspace),
+            variant or "v1",
+        )
     check_settings(settings)
     if alpha is not None and not KINDS[adapter].has_alpha:
         raise click.UsageError(f"--alpha has no place in --adapter {adapter}, whose scale is trained. Leave it out.")
@@ -267,9 +315,10 @@ def train(
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     rows = None if data is None else read_rows(data)
-    base = load_base(source, dtype, pick_device(device))
+    base = load_base(source, dtype, pick_device(device), load_in)
+    pairing = Pairing(not teacher_is_not_base, ignore_padding)
     if opened is not None:
-        check_identity(opened, base, tokenizer)
+        check_identity(opened, base, tokenizer, pairing)
         captured = opened.manifest.capture.max_length
         if max_length not in (None, captured) and data is not None:
             raise IdentityMismatch(
@@ -285,6 +334,16 @@ def train(
     else:
         assert opened is not None
         samples = samples_of(opened)
+    speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
+
+    def tell(found: StepZero) -> None:
+        if speaks:
+            quantised = f"noise floor of {load_in} weights; above {found.tolerance_nats:.2g} they are refused"
+            why = "noise floor" if load_in is None else quantised
+            note(f"Before step 1 the KL to the base was {abs(found.kl_nats):.1g} nats ({why}).")
+
+    if teacher_is_not_base and opened is not None and speaks:
+        note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
     report = run(
         base,
         samples,
@@ -296,10 +355,23 @@ def train(
         resume,
         [TrainBar("train")],
         penalty,
+        pairing,
+        tell,
     )
-    if int(os.environ.get("RANK", "0")):  # torchrun: one process speaks
+    if not speaks:
         return
-    if report.step_zero is not None:
-        note(f"Before step 1 the KL to the base was {abs(report.step_zero.kl_nats):.1g} nats (noise floor).")
     final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl") if name in report.final)
     click.echo(f"Trained {report.num_steps:,} steps in {report.seconds:.0f} s ({final}, nats a position): {out}")
+
+
+def _check_no_adapter(load_in: str | None) -> None:
+    """Raise `click.UsageError` for what belongs to an adapter, on the line or in the --config file."""
+    ctx = click.get_current_context()
+    for name in ADAPTERS_OWN:
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None):
+            flag = name.replace("_", "-")
+            raise click.UsageError(f"--{flag} has no place in --adapter none, which trains every weight. Leave it out.")
+    if load_in is not None:
+        raise click.UsageError(
+            f"--load-in {load_in} with --adapter none: quantised weights cannot be trained. Give an adapter."
+        )
