@@ -130,8 +130,10 @@ class LocalFiles:
         return (self._path / name).is_file()
 
     def names(self, folder: str) -> list[str]:
-        path = self._path / folder
-        return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        try:
+            return sorted(p.name for p in (self._path / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):  # asked first, it may go in between: another writer tidies
+            return []
 
     def sizes(self, folder: str) -> dict[str, int]:
         path = self._path / folder
