@@ -6,6 +6,7 @@ of pages, pictures and files.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .frontier import (
     SEED,
@@ -97,18 +98,30 @@ def equal_learning_sentences(view: View) -> list[str]:
 
 
 def method_rows(sweep: Sweep) -> Rows:
-    """What each method keeps fixed and what it was tried with."""
+    """What all methods share, what each keeps fixed, and what it was tried with."""
     rows = [["method", "the same in all its runs", "varied", "seeds"]]
+    shared = _shared(sweep)
+    if shared:
+        rows.append(["all of them", ", ".join(f"{k} {value_text(v)}" for k, v in shared.items()), "-", "-"])
     for method in sweep.methods:
         runs = [run for run in sweep.runs if run.method == method]
         varied = varying(runs)
-        names = [k for k in (runs[0].settings if runs else {}) if k != SEED and k not in varied]
+        names = [k for k in (runs[0].settings if runs else {}) if k != SEED and k not in varied and k not in shared]
         fixed = [f"{k} {value_text(runs[0].settings[k])}" for k in names if runs[0].settings[k] is not None]
         ranges = [f"{k} {', '.join(_distinct(runs, k))}" for k in varied]
         rows.append(
             [method, ", ".join(fixed) or "-", "; ".join(ranges) or "-", ", ".join(_distinct(runs, SEED)) or "-"]
         )
     return rows
+
+
+def _shared(sweep: Sweep) -> dict[str, Any]:
+    """The settings that are the same in every run of several methods, less those that say nothing."""
+    if len({run.method for run in sweep.runs}) < 2:
+        return {}
+    first, others = sweep.runs[0].settings, [run.settings for run in sweep.runs[1:]]
+    same = {k: v for k, v in first.items() if k != SEED and all(k in o and o[k] == v for o in others)}
+    return {k: v for k, v in same.items() if v not in (None, "")}
 
 
 def _distinct(runs: Sequence[Run], name: str) -> list[str]:
