@@ -107,7 +107,7 @@ def method_rows(sweep: Sweep) -> Rows:
         runs = [run for run in sweep.runs if run.method == method]
         varied = varying(runs)
         names = [k for k in (runs[0].settings if runs else {}) if k != SEED and k not in varied and k not in shared]
-        fixed = [f"{k} {value_text(runs[0].settings[k])}" for k in names if runs[0].settings[k] is not None]
+        fixed = [f"{k} {value_text(runs[0].settings[k])}" for k in names if runs[0].settings[k] not in (None, "")]
         ranges = [f"{k} {', '.join(_distinct(runs, k))}" for k in varied]
         rows.append(
             [method, ", ".join(fixed) or "-", "; ".join(ranges) or "-", ", ".join(_distinct(runs, SEED)) or "-"]
