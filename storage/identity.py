@@ -65,7 +65,8 @@ class CaptureSettings:
     alternatives that hold this share of the non-target mass (1: always K); precision: exact, fine or compact;
     max_error: of an alternative's log-probability against what the base said, in nats; num_tail_groups: G, parts the
     tail is split into (0: not split); tail_partition: `digest` of the group of each token, "" without groups;
-    num_tail_samples: M, draws from the tail that a row keeps (0: none).
+    num_tail_samples: M, draws from the tail that a row keeps (0: none); tail_from_remainder: the tail is 1 minus the
+    rest of the row, from an engine that returns nothing else of it, and not a sum of its own.
     """
 
     top_k: int
@@ -76,6 +77,7 @@ class CaptureSettings:
     num_tail_groups: int = 0
     tail_partition: str = ""
     num_tail_samples: int = 0
+    tail_from_remainder: bool = False
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -19,7 +19,8 @@ from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest,
 FORMAT_VERSION = 1
 TAIL_GROUPS = "tail-groups"
 TAIL_SAMPLES = "tail-samples"
-READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES})
+TAIL_FROM_REMAINDER = "tail-from-remainder"
+READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_JSON_BYTES = 16 * 2**20
@@ -30,7 +31,7 @@ MAX_TAIL_SAMPLES = 4096
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
 
-_LATER_FIELDS: dict[type, dict[str, Any]] = {CaptureSettings: {"num_tail_samples": 0}}
+_LATER_FIELDS: dict[type, dict[str, Any]] = {CaptureSettings: {"num_tail_samples": 0, "tail_from_remainder": False}}
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
 
 _UNIT = re.compile(r"[0-9a-f]{32}")
@@ -261,7 +262,11 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 def features_of(capture: CaptureSettings) -> tuple[str, ...]:
     """The reader features of a cache with these settings."""
-    held = {TAIL_GROUPS: capture.num_tail_groups, TAIL_SAMPLES: capture.num_tail_samples}
+    held = {
+        TAIL_GROUPS: capture.num_tail_groups,
+        TAIL_SAMPLES: capture.num_tail_samples,
+        TAIL_FROM_REMAINDER: capture.tail_from_remainder,
+    }
     return tuple(name for name, count in held.items() if count)
 
 
@@ -276,6 +281,8 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"reader_features: expected {TAIL_GROUPS!r} exactly where there are tail groups")
         if (value.capture.num_tail_samples > 0) != (TAIL_SAMPLES in value.reader_features):
             raise ValueError(f"reader_features: expected {TAIL_SAMPLES!r} exactly where there are draws from the tail")
+        if value.capture.tail_from_remainder != (TAIL_FROM_REMAINDER in value.reader_features):
+            raise ValueError(f"reader_features: expected {TAIL_FROM_REMAINDER!r} exactly where the capture says so")
     if isinstance(value, ShardCommit):
         _check_commit(value)
     if isinstance(value, Contents):
@@ -310,6 +317,8 @@ def _check_capture(capture: CaptureSettings, vocab_size: int) -> None:
             f"capture.num_tail_samples: expected 1 to {MAX_TAIL_SAMPLES}, or no such field, "
             f"found {capture.num_tail_samples}"
         )
+    if capture.tail_from_remainder and (capture.num_tail_groups or capture.num_tail_samples):
+        raise ValueError("capture.tail_from_remainder: expected neither groups of such a tail nor draws from it")
 
 
 def _check_commit(commit: ShardCommit) -> None:

@@ -45,7 +45,7 @@ MANIFEST = {
     "store": str,
     "model": {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str},
     "tokenizer": ({"fingerprint": str, "chat_template": str}, None),
-    "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}),
+    "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}, CAPTURE | {"tail_from_remainder": bool}),
     "model_name": str,
     "created_with": dict,
 }
@@ -123,7 +123,10 @@ def check_manifest(body: dict[str, Any]) -> None:
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
     groups, features = capture["num_tail_groups"], body["reader_features"]
     require(body["format_version"] == 1, "another format version")
-    require(set(features) <= {"tail-groups", "tail-samples"}, "an unknown reader feature")
+    require(set(features) <= {"tail-groups", "tail-samples", "tail-from-remainder"}, "an unknown reader feature")
+    remainder = "tail_from_remainder" in capture
+    require(("tail-from-remainder" in features) == remainder, "tail-from-remainder without its field, or reversed")
+    require(not remainder or (capture["tail_from_remainder"] and groups == 0), "tail_from_remainder")
     require(("tail-groups" in features) == (groups > 0), "tail-groups without groups, or reversed")
     require(("tail-samples" in features) == ("num_tail_samples" in capture), "tail-samples without draws, or reversed")
     require(1 <= capture.get("num_tail_samples", 1) <= 4096, "num_tail_samples")

@@ -116,6 +116,7 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
         "num_tail_groups": 0,
         "tail_partition": "",
         "num_tail_samples": 0,
+        "tail_from_remainder": False,
     }
     assert contents["num_samples"] == 12 and contents["num_tokens"] == contents["num_positions"] + 12
     assert contents["num_tokens_cut"] == 0 and contents["num_shards"] == len(commits(cache)) > 1

@@ -86,6 +86,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "capture.num_tail_groups": make_manifest(store, token_groups=GROUPS),
         "capture.tail_partition": make_manifest(store, token_groups=GROUPS),
         "capture.num_tail_samples": make_manifest(store, num_draws=4),
+        "capture.tail_from_remainder": make_manifest(store, tail_from_remainder=True),
     }
 
 

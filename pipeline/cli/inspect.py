@@ -56,6 +56,7 @@ def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
         kept = f"the fewest alternatives with {100 * capture['min_mass']:g} % of the non-target mass, {kept} at most"
     groups = f", tail in {capture['num_tail_groups']} groups" if capture["num_tail_groups"] else ""
     groups += f", {capture['num_tail_samples']} draws from the tail" if capture["num_tail_samples"] else ""
+    groups += ", tail as 1 minus the rest" if capture["tail_from_remainder"] else ""
     return [
         f"{path}: {facts['store']} cache, format version {facts['format_version']}",
         f"  model        {facts['model_name']}, {model['dtype']}, {model['attention']} attention, "
