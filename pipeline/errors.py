@@ -42,6 +42,18 @@ class NonFiniteLogits(PipelineError):
     reason = "non-finite-logits"
 
 
+class EngineFailed(PipelineError):
+    """An engine that runs the base did not start, broke off, or returned something else than it was asked for."""
+
+    reason = "engine-failed"
+
+
+class NotCalibrated(PipelineError):
+    """An engine whose numbers were not compared with those of training, or differ from them by more than noise."""
+
+    reason = "not-calibrated"
+
+
 class NotTheBase(PipelineError):
     """The model that is to be trained does not start from the distributions of the cache."""
 

@@ -71,15 +71,20 @@ def find_model(name: str) -> Source:
     return Source(name, folder)
 
 
-def load_base(source: Source, dtype: str, device: torch.device, load_in: str | None = None) -> Base:
+def load_base(
+    source: Source, dtype: str, device: torch.device, load_in: str | None = None, attention: str | None = None
+) -> Base:
     """The causal language model in `source`, in evaluation mode, with every weight read from its files.
 
     dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantized.LOAD_IN`, in which
-    to hold the linear layers; the identity stays that of the files. Raises `UnsupportedModel` where a weight is
+    to hold the linear layers; the identity stays that of the files. attention: eager or sdpa, else
+    what transformers chooses. Raises `UnsupportedModel` where a weight is
     missing from the files (it would be random) or the folder is not a causal language model, `InputNotFound` where the
     package that quantises is not installed.
     """
     how = {} if load_in is None else _quantising(source, dtype, device, load_in)
+    if attention is not None:
+        how["attn_implementation"] = attention
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -115,6 +120,34 @@ def load_base(source: Source, dtype: str, device: torch.device, load_in: str | N
         attention=str(model.config._attn_implementation),
     )
     return Base(source, model, identity)
+
+
+def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIdentity:
+    """The identity of a model that another engine will run, without loading it.
+
+    dtype: auto is that of the checkpoint, as its config says. Raises `UnsupportedModel` where it does not say, or where
+    the files cannot be read.
+    """
+    try:
+        weights = weights_fingerprint(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"reading model {source.name!r}: {first_line(error)}. "
+            f"Check that the checkpoint in {source.folder} is complete."
+        ) from error
+    config = _config(source)
+    stated = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if not isinstance(stated, torch.dtype):
+        raise UnsupportedModel(
+            f"reading model {source.name!r}: its config.json does not say which dtype the weights have. Give --dtype."
+        )
+    return ModelIdentity(
+        weights=weights,
+        config=config_fingerprint(source.folder),
+        vocab_size=int(config.vocab_size),
+        dtype=str(stated).removeprefix("torch."),
+        attention=attention,
+    )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

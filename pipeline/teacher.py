@@ -7,6 +7,8 @@ M draws, D hidden.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +24,28 @@ from .samples import Sample, pad_batch
 
 SLICE_BYTES = 64 * 2**20
 """Size of one slice of float32 logits; a few of its size are alive at a time."""
+
+
+class Teacher(Protocol):
+    """Whatever runs the base."""
+
+    def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
+        """The record of every supervised position of each sample, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformersTeacher:
+    """Records by transformers: the same numerics as the student's. Arguments: those of `capture`."""
+
+    model: PreTrainedModel
+    top_k: int
+    token_groups: Tensor | None = None
+    num_tail_samples: int = 0
+
+    def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
+        """`capture` of one padded batch."""
+        return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples)
 
 
 @torch.inference_mode()

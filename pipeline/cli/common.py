@@ -131,6 +131,7 @@ def quiet_libraries() -> None:
     """Let only this program speak: no library's bars, advice or load reports on the user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings(
         "ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets|bitsandbytes)(\.|$)"
     )
