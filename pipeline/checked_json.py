@@ -15,12 +15,12 @@ from .errors import UnreadableSweep
 ADVICE = "No report was written. Restore the file, or remove the run's folder and run the sweep again."
 
 
-def text_of(path: Path) -> str:
-    """What a UTF-8 file holds."""
+def text_of(path: Path, advice: str = ADVICE) -> str:
+    """What a UTF-8 file holds. advice: what to do where it holds something else."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UnreadableSweep(f"reading {path}: expected text, found other bytes. {ADVICE}") from error
+        raise UnreadableSweep(f"reading {path}: expected text, found other bytes. {advice}") from error
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,27 @@ class CheckedJson:
     path: Path
     values: dict[str, Any] = field(repr=False)
     where: str = ""
+    advice: str = ADVICE
 
     @classmethod
-    def of(cls, path: Path) -> "CheckedJson":
-        """The object that a file holds. Raises `UnreadableSweep`."""
+    def of(cls, path: Path, advice: str = ADVICE) -> "CheckedJson":
+        """The object that a file holds. advice: closes every refusal. Raises `UnreadableSweep`."""
         try:
-            found = json.loads(text_of(path))
+            found = json.loads(text_of(path, advice))
         except ValueError:
             found = None
         if not isinstance(found, dict):
             raise UnreadableSweep(
-                f"reading {path}: expected a JSON object, found a damaged or half-written file. {ADVICE}"
+                f"reading {path}: expected a JSON object, found a damaged or half-written file. {advice}"
             )
-        return cls(path, found)
+        return cls(path, found, advice=advice)
 
     def wrong(self, key: str, expected: str, found: str | None = None) -> UnreadableSweep:
         """The refusal of a value."""
         said = repr(self.values.get(key, "nothing"))[:80] if found is None else found
-        return UnreadableSweep(f"reading {self.path}: expected {expected} at {self.where}{key}, found {said}. {ADVICE}")
+        return UnreadableSweep(
+            f"reading {self.path}: expected {expected} at {self.where}{key}, found {said}. {self.advice}"
+        )
 
     def number(self, key: str) -> float:
         """A finite number."""
@@ -88,11 +91,11 @@ class CheckedJson:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
-        return CheckedJson(self.path, value, f"{self.where}{key}.")
+        return CheckedJson(self.path, value, f"{self.where}{key}.", self.advice)
 
     def parts(self, key: str) -> list["CheckedJson"]:
         """A list of objects in this one."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             raise self.wrong(key, "a list of objects")
-        return [CheckedJson(self.path, v, f"{self.where}{key}[{i}].") for i, v in enumerate(value)]
+        return [CheckedJson(self.path, v, f"{self.where}{key}[{i}].", self.advice) for i, v in enumerate(value)]

@@ -36,6 +36,8 @@ PIPELINE_ROOMS = {
     "samples": {"errors"},
     "rows": {"errors", "samples"},
     "teacher": {"errors", "head", "samples", "storage"},
+    "vllm_teacher": {"errors", "models", "samples", "storage"},
+    "calibrate": {"checked_json", "errors", "gate", "models", "samples", "storage", "teacher"},
     "partition": {"errors", "head"},
     "precompute": {"head", "models", "partition", "samples", "storage", "teacher"},
     "losses": set(),

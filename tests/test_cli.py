@@ -45,6 +45,11 @@ WriteRows = Callable[..., Path]
 TEN_STEPS = ["--max-steps", 10, "--log-every", 1]
 RUNTIME = ["--config", "--device", "--dtype"]
 FLAGS: dict[str, list[str]] = {
+    "calibrate": [
+        *("--batch-tokens", "--cache", "--data", "--engine", "--engine-attention", "--engine-dtype"),
+        *("--max-length", "--model", "--num-positions", "--out", "--top-k"),
+        *RUNTIME,
+    ],
     "precompute": [
         "--batch-tokens",
         "--cache",
@@ -134,6 +139,18 @@ FLAGS: dict[str, list[str]] = {
 """The public surface. A change here is a change for users: it belongs into the changelog."""
 
 DEFAULTS = {
+    "calibrate": {
+        "engine": "vllm",
+        "engine-dtype": "that of the reference",
+        "engine-attention": "that of the reference",
+        "num-positions": "1000",
+        "top-k": "64",
+        "max-length": "1024",
+        "batch-tokens": "8192",
+        "out": "calibration.json",
+        "dtype": "auto",
+        "device": "auto",
+    },
     "precompute": {
         "top-k": "64",
         "min-mass": "1.0",

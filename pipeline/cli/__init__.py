@@ -29,6 +29,7 @@ from ..errors import (
     is_file_failure,
     is_out_of_memory,
 )
+from .calibrate import calibrate
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -71,7 +72,7 @@ def cli() -> None:
 
 
 for _verb in (
-    *(precompute, inspect, verify, repair, merge, convert, export),
+    *(calibrate, precompute, inspect, verify, repair, merge, convert, export),
     *(nullspace, train, evaluate, sweep, report, demo),
 ):
     cli.add_command(_verb)

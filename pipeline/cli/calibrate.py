@@ -1,0 +1,191 @@
+"""`logitcache calibrate`: is another engine close enough to transformers to make a cache with?"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options
+
+if TYPE_CHECKING:
+    from logitcache.storage import ModelIdentity
+
+    from ..calibrate import Calibration, HeldRecords, Run
+    from ..models import Source
+    from ..samples import Sample
+    from ..teacher import Teacher
+
+
+@click.command(short_help="Compare another engine with transformers before a cache is made by it.")
+@config_option
+@model_option
+@click.option("--data", metavar="D", help="Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "transformers"]),
+    default="vllm",
+    show_default=True,
+    help="What to compare; transformers: with another --engine-dtype or --engine-attention.",
+)
+@click.option(
+    "--engine-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Number format of the engine's weights.  [default: that of the reference]",
+)
+@click.option(
+    "--engine-attention",
+    type=click.Choice(["eager", "sdpa"]),
+    help="Attention of --engine transformers.  [default: that of the reference]",
+)
+@click.option(
+    "--cache", type=CachePath(), metavar="DIR", help="Compare what this cache holds, in place of --engine and --data."
+)
+@click.option(
+    "--num-positions",
+    type=click.IntRange(min=1000),
+    default=1000,
+    show_default=True,
+    help="Supervised tokens to compare on, or a few more.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
+)
+@batch_options
+@runtime_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("calibration.json"),
+    show_default=True,
+    metavar="FILE",
+    help="Where to write what was found, for precompute --calibration; nothing is written with --cache.",
+)
+def calibrate(
+    model: str,
+    data: str | None,
+    engine: str,
+    engine_dtype: str | None,
+    engine_attention: str | None,
+    cache: str | None,
+    num_positions: int,
+    top_k: int,
+    max_length: int,
+    batch_tokens: int,
+    dtype: str,
+    device: str,
+    out: Path,
+) -> None:
+    """Run an engine and transformers over the same samples, print by how much they differ, and refuse an engine that
+    differs by more than noise. The reference runs in --dtype.
+    """
+    if (data is None) == (cache is None):
+        raise click.UsageError("give either --data, to run an engine on, or --cache, to compare what it holds.")
+    if engine == "vllm" and engine_attention:
+        raise click.UsageError("--engine-attention is of --engine transformers; vLLM chooses its own.")
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out {out}: {out.parent} is no folder.")
+    quiet_libraries()
+    import torch
+
+    from .. import calibrate as job
+    from ..head import check_head, check_length
+    from ..models import find_model, load_base, load_tokenizer, pick_device
+    from ..teacher import TransformersTeacher
+    from ..vllm_teacher import vllm_version
+
+    if cache is None and engine == "vllm":
+        vllm_version()  # before the reference has run for nothing
+    source, where = find_model(model), pick_device(device)
+    tokenizer = load_tokenizer(source)
+    held = None if cache is None else _held(cache, num_positions)
+    base = load_base(source, dtype, where)
+    if held is not None:
+        job.check_cache(held, base, tokenizer)
+        chosen, top_k = held.samples, held.cache.manifest.capture.top_k
+    else:
+        chosen = _chosen(str(data), tokenizer, max_length, base.identity.vocab_size, num_positions)
+    check_head(base.model)
+    check_length(base.model, max(len(sample.token_ids) for sample in chosen))
+    top_k = min(top_k, base.identity.vocab_size - 1)
+    reference = job.Run("transformers", version("transformers"), base.identity)
+    expected = job.records_of(TransformersTeacher(base.model, top_k), chosen, batch_tokens)
+    del base
+    torch.cuda.empty_cache()  # vLLM is a process of its own, and needs the memory
+    if held is not None:
+        run, records, rounding = held.run, held.records, held.cache.manifest.capture.max_error
+    else:
+        started = _start(source, reference.model, engine, engine_dtype, engine_attention, top_k, max_length, where)
+        run, rounding = started[0], 0.0
+        records = job.records_of(started[1], chosen, batch_tokens)
+    calibration = job.Calibration(run, reference, top_k, job.compare(expected, records), rounding)
+    for line in _lines(calibration):
+        click.echo(line)
+    job.check_bounds(calibration)
+    if held is None:
+        job.write_calibration(out, calibration)
+    click.echo("Within the bounds." if held is not None else f"Within the bounds: {out}")
+
+
+def _held(path: str, num_positions: int) -> "HeldRecords":
+    from logitcache.storage import LogitCache
+
+    from ..calibrate import choose_cached
+
+    return choose_cached(LogitCache.open(path), num_positions)
+
+
+def _chosen(data: str, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int) -> "list[Sample]":
+    from ..calibrate import choose
+    from ..rows import read_rows
+    from ..samples import make_samples
+
+    return choose(make_samples(read_rows(data), tokenizer, max_length, vocab_size).samples, num_positions, data)
+
+
+def _start(
+    source: "Source",
+    reference: "ModelIdentity",
+    engine: str,
+    dtype: str | None,
+    attention: str | None,
+    top_k: int,
+    max_length: int,
+    device: Any,
+) -> "tuple[Run, Teacher]":
+    """The engine, running, and what says so of it."""
+    from ..calibrate import Run
+    from ..models import load_base
+    from ..teacher import TransformersTeacher
+    from ..vllm_teacher import start_vllm, vllm_identity, vllm_version
+
+    if engine == "vllm":
+        release = vllm_version()
+        identity = vllm_identity(source, dtype or reference.dtype)
+        return Run(engine, release, identity), start_vllm(source, identity, top_k, max_length)
+    base = load_base(source, dtype or reference.dtype, device, attention=attention)
+    return Run(engine, version("transformers"), base.identity), TransformersTeacher(base.model, top_k)
+
+
+def _lines(calibration: "Calibration") -> list[str]:
+    from ..calibrate import MIN_OVERLAP, bounds_of
+
+    found, bounds = calibration.found, bounds_of(calibration)
+    runs = [
+        f"{run.engine} {run.version}, {run.model.dtype}, {run.model.attention} attention"
+        for run in (calibration.engine, calibration.reference)
+    ]
+    return [
+        f"{runs[0]}",
+        f"against {runs[1]}: {found.num_positions:,} positions of {found.num_samples:,} samples, "
+        f"top {calibration.top_k} alternatives",
+        f"{'':30}{'max':>11}{'mean':>11}   bounds",
+        f"  log p(label), nats          {found.max_label_nats:11.3g}{found.mean_label_nats:11.3g}"
+        f"   {bounds.max_nats:g}, {bounds.mean_nats:g}",
+        f"  log p(alternative), nats    {found.max_alternative_nats:11.3g}{found.mean_alternative_nats:11.3g}"
+        f"   {bounds.max_nats:g}, {bounds.mean_nats:g}",
+        f"  KL(reference || engine)     {found.max_kl_nats:11.3g}{found.mean_kl_nats:11.3g}"
+        f"   mean {bounds.mean_kl_nats:g}",
+        f"  mass of the tail            {found.max_tail_mass:11.3g}",
+        f"  alternatives both keep      {'':11}{found.mean_overlap:11.4f}   at least {MIN_OVERLAP:g}",
+    ]
