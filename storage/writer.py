@@ -6,7 +6,7 @@ index and contents.json; before it, readers see no cache, and after it, exactly 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +92,7 @@ class CacheWriter:
         found: dict[bytes, list[NDArray[np.int32]]] = {}
         for unit in self._units():
             checksum, table = self._read_table(unit)
-            self._tables[unit] = checksum, _without_tokens(table)
+            self._tables[unit] = checksum, without_tokens(table)
             ids = [row.tobytes() for row in table.sample_ids]
             for key, place in zip(ids, table.places(), strict=True):
                 found.setdefault(key, []).append(table.positions[place.positions])
@@ -121,7 +121,7 @@ class CacheWriter:
         commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass)
         won = self._publish(commit, files)
         if won is commit:
-            self._tables[unit] = digest(to_bytes(commit)), _without_tokens(table)
+            self._tables[unit] = digest(to_bytes(commit)), without_tokens(table)
         return won
 
     def adopt(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
@@ -137,25 +137,19 @@ class CacheWriter:
         """
         while True:
             units = self._units()
-            tables = [self._table(unit) for unit in units]
-            index, data = index_file([table for _, table in tables])
-            self._files.replace(index.name, data)
-            entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in zip(units, tables, strict=True))
-            manifest = digest(read_bytes(self._files, MANIFEST))
-            contents = Contents(manifest, sum(len(table) for _, table in tables), index, entries)
-            self._files.replace(CONTENTS, to_bytes(contents))
+            contents = write_contents(self._files, {unit: self._table(unit) for unit in units})
             if self._units() == units:
                 break
         return contents
 
     def _units(self) -> list[str]:
-        return sorted(name.removesuffix(".json") for name in self._files.names(SHARDS) if name.endswith(".json"))
+        return committed_units(self._files)
 
     def _table(self, unit: str) -> tuple[str, SampleTable]:
         """The checksum of a commit record, and of the sample table of its shard what an index needs."""
         if unit not in self._tables:
             checksum, table = self._read_table(unit)
-            self._tables[unit] = checksum, _without_tokens(table)
+            self._tables[unit] = checksum, without_tokens(table)
         return self._tables[unit]
 
     def _read_table(self, unit: str) -> tuple[str, SampleTable]:
@@ -170,18 +164,7 @@ class CacheWriter:
         return digest(data), shard.table()
 
     def _tidy(self) -> None:
-        """Remove what nothing names, while nobody else writes: older indexes, and shards that were never committed."""
-        if self._files.exists(CONTENTS):
-            index = read_json(Contents, self._files, CONTENTS).index.name
-            for name in self._files.names(""):
-                if name.startswith("index-") and name.endswith(".npy") and name != index:
-                    self._files.remove(name)
-        names = self._files.names(SHARDS)
-        units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        committed = {self._read_commit(unit).folder for unit in units}
-        for name in names:
-            if _FOLDER.fullmatch(name) and name not in committed:
-                self._files.remove(f"{SHARDS}/{name}")
+        tidy(self._files)
 
     def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
         """The rows of all samples in order, a few thousand at once. Raises `InvalidRecord`."""
@@ -204,18 +187,56 @@ class CacheWriter:
                 group = []
 
     def _publish(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
-        folder = f"{SHARDS}/{commit.folder}"
-        self._files.publish(folder, files)
-        name = f"{SHARDS}/{commit.unit}.json"
-        if self._files.create(name, to_bytes(commit)):
-            return commit
-        winner = self._read_commit(commit.unit)
-        if winner.folder != commit.folder:
-            self._files.remove(folder)
-        return winner
+        return publish_shard(self._files, commit, files)
 
     def _read_commit(self, unit: str) -> ShardCommit:
         return read_json(ShardCommit, self._files, f"{SHARDS}/{unit}.json")
+
+
+def publish_shard(files: Files, commit: ShardCommit, data: Mapping[str, bytes]) -> ShardCommit:
+    """Make the files of a shard durable and commit it; return the commit that is there then, this or an earlier one."""
+    folder = f"{SHARDS}/{commit.folder}"
+    files.publish(folder, data)
+    if files.create(f"{SHARDS}/{commit.unit}.json", to_bytes(commit)):
+        return commit
+    winner = read_json(ShardCommit, files, f"{SHARDS}/{commit.unit}.json")
+    if winner.folder != commit.folder:
+        files.remove(folder)
+    return winner
+
+
+def committed_units(files: Files) -> list[str]:
+    """The units of all committed shards, in their order, whether the contents list them or not."""
+    return sorted(name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json"))
+
+
+def write_contents(files: Files, shards: Mapping[str, tuple[str, SampleTable]]) -> Contents:
+    """Make these committed shards the contents of the cache, in one atomic step.
+
+    shards: by unit, in their order, the checksum of the commit record and the sample table, which needs no tokens.
+    """
+    index, data = index_file([table for _, table in shards.values()])
+    files.replace(index.name, data)
+    entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in shards.items())
+    manifest = digest(read_bytes(files, MANIFEST))
+    contents = Contents(manifest, sum(len(table) for _, table in shards.values()), index, entries)
+    files.replace(CONTENTS, to_bytes(contents))
+    return contents
+
+
+def tidy(files: Files) -> None:
+    """Remove what nothing names, while nobody else writes: older indexes, and shards that were never committed."""
+    if files.exists(CONTENTS):
+        index = read_json(Contents, files, CONTENTS).index.name
+        for name in files.names(""):
+            if name.startswith("index-") and name.endswith(".npy") and name != index:
+                files.remove(name)
+    names = files.names(SHARDS)
+    units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+    committed = {read_json(ShardCommit, files, f"{SHARDS}/{unit}.json").folder for unit in units}
+    for name in names:
+        if _FOLDER.fullmatch(name) and name not in committed:
+            files.remove(f"{SHARDS}/{name}")
 
 
 def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:
@@ -279,8 +300,9 @@ def _packed_groups(manifest: Manifest, groups: NDArray[np.uint8] | None) -> byte
     return npy_header(groups.dtype, vocab_size) + groups.tobytes()
 
 
-def _without_tokens(table: SampleTable) -> SampleTable:
-    return replace(table, token_ids=table.token_ids[:0], positions=table.positions[:0])
+def without_tokens(table: SampleTable) -> SampleTable:
+    """A table with what an index needs: ids and counts."""
+    return replace(table, token_ids=table.token_ids[:0].copy(), positions=table.positions[:0].copy())  # views hold on
 
 
 def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
