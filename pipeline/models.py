@@ -21,7 +21,8 @@ from .errors import InputNotFound, UnsupportedModel
 from .head import logits_width
 from .quantized import make_trainable, quantization
 
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_DOWNLOADED = [*_TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,7 @@ def find_model(name: str) -> Source:
     Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or holds an
     adapter too: transformers would load that, on the base that it names, and not what is fingerprinted here.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
-        except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
-            raise InputNotFound(
-                f"loading model {name!r}: no such folder, and the hub did not give it ({first_line(error)}). "
-                "Check the spelling, or the network."
-            ) from error
+    folder = _folder_of(name, _DOWNLOADED)
     weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
     for files, what in (([folder / "config.json"], "a config.json"), (weights, "weights (model.safetensors)")):
         if not any(file.is_file() for file in files):
@@ -69,6 +62,23 @@ def find_model(name: str) -> Source:
             "Give a folder of the base alone."
         )
     return Source(name, folder)
+
+
+def find_tokenizer(name: str) -> Source:
+    """`find_model` where only the tokenizer is needed: a folder without weights will do, and none are downloaded."""
+    return Source(name, _folder_of(name, _TOKENIZER_FILES))
+
+
+def _folder_of(name: str, patterns: list[str]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
+        raise InputNotFound(
+            f"loading model {name!r}: no such folder, and the hub did not give it ({first_line(error)}). "
+            "Check the spelling, or the network."
+        ) from error
 
 
 def load_base(

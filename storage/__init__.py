@@ -19,8 +19,9 @@ from .errors import (
 )
 from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, sample_id
 from .manifest import Manifest
+from .prune import PruneReport, prune
 from .records import BaseLogprobs, CachedSample
-from .transfer import convert, export_parquet, merge
+from .transfer import Copied, check_same_capture, convert, copy_samples, export_parquet, merge
 from .verify import RepairReport, VerifyReport, repair, verify
 from .writer import CacheWriter
 
@@ -30,6 +31,7 @@ __all__ = [
     "CacheWriter",
     "CachedSample",
     "CaptureSettings",
+    "Copied",
     "CorruptCache",
     "IdentityMismatch",
     "IncompleteCache",
@@ -39,14 +41,18 @@ __all__ = [
     "ModelIdentity",
     "NotACache",
     "PositionNotCaptured",
+    "PruneReport",
     "RepairReport",
     "SampleNotCached",
     "TokenizerIdentity",
     "UnsupportedFormat",
     "VerifyReport",
+    "check_same_capture",
     "convert",
+    "copy_samples",
     "export_parquet",
     "merge",
+    "prune",
     "repair",
     "sample_id",
     "verify",

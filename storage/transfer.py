@@ -6,8 +6,8 @@ Must not make numbers finer than they are, nor hide how exact they are: a conver
 import errno
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .cache import LogitCache
-from .encoding import PRECISIONS, encode
+from .encoding import PRECISIONS, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
 from .files import UNFINISHED, open_files
 from .identity import sample_id
 from .manifest import STORES, Manifest
 from .records import CachedSample, concatenate
+from .repack import Pick, Source, pack
 from .shard import CONTENTS, MANIFEST, SHARDS
 from .writer import CacheWriter
 
@@ -135,6 +136,76 @@ def convert(
             writer.commit_columns(table, columns, shard.commit.kept_mass)
         writer.finalize()
     return LogitCache.open(target)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What came from another cache: different samples, and positions of them."""
+
+    num_samples: int
+    num_positions: int
+
+
+def check_same_capture(manifest: Manifest, source: LogitCache) -> None:
+    """Raise `IdentityMismatch` unless a cache holds, or converts into, the rows that one with this manifest would.
+
+    Its store is free. Its precision may be `exact` where the manifest's is coarser, and its rows are then rounded once,
+    as they would have been at the capture. Everything else must be equal.
+    """
+    theirs, precision = source.manifest, manifest.capture.precision
+    try:
+        theirs = converted(theirs, manifest.store, precision)
+    except ValueError:  # coarser than wanted: the precision is among the differences
+        theirs = replace(theirs, store=manifest.store)
+    differences = manifest.differences(theirs, "wanted", f"in {source.path}")
+    if differences:
+        raise IdentityMismatch(
+            f"taking samples from {source.path}: it is of another identity ({'; '.join(differences)}). Nothing was "
+            "taken. Name a cache of the same base and capture, or precompute without it."
+        )
+
+
+def copy_samples(
+    writer: CacheWriter,
+    source: LogitCache,
+    wanted: Mapping[bytes, NDArray[np.int32]],
+    max_positions: int = 32_768,
+) -> Copied:
+    """Commit to a cache the samples of another that are wanted and there, their rows as they are stored.
+
+    wanted: positions by sample id, without what the writer's cache holds already; of a sample that the source holds in
+    part, that part comes. max_positions: of a shard. The stores may differ; see `check_same_capture` for the precision.
+    A call that is killed and made again with what is then missing commits the same shards. Does not finalise. Needs the
+    memory of a shard of each cache. Raises `IdentityMismatch` before anything is written, `CorruptCache` for a source
+    whose bytes are not those that were committed, and what `CacheWriter.commit_columns` raises.
+    """
+    check_same_capture(writer.manifest, source)
+    theirs, capture = source.manifest.capture, writer.manifest.capture
+    copied: dict[bytes, int] = {}
+    for part in pack(_wanted_picks(source, wanted), max_positions):
+        table, columns = part.table, part.columns
+        if theirs.precision != capture.precision:
+            columns = encode(decode(columns, table.positions, part.label_ids, theirs), capture)
+        writer.commit_columns(table, columns, part.kept_mass)
+        for key, num_positions in zip(table.sample_ids, table.num_positions.tolist(), strict=True):
+            copied[key.tobytes()] = copied.get(key.tobytes(), 0) + num_positions
+    return Copied(len(copied), sum(copied.values()))
+
+
+def _wanted_picks(source: LogitCache, wanted: Mapping[bytes, NDArray[np.int32]]) -> Iterator[tuple[Source, Pick]]:
+    """Each wanted row once, from the first capture that has it, which is the one that counts."""
+    taken: dict[bytes, list[NDArray[np.int32]]] = {}
+    for shard in source.shards():
+        shard_source = Source(shard)
+        for row, (key, positions) in enumerate(shard_source.samples()):
+            asked = wanted.get(key)
+            if asked is None:
+                continue
+            before = taken.setdefault(key, [])
+            here = np.isin(positions, asked) & ~np.isin(positions, np.concatenate([[-1], *before]))
+            before.append(positions[here])
+            if here.any():
+                yield shard_source, Pick(row, np.flatnonzero(here))
 
 
 def export_parquet(source: str | Path, file: str | Path) -> int:

@@ -38,6 +38,7 @@ from .inspect import inspect
 from .merge import merge
 from .nullspace import nullspace
 from .precompute import precompute
+from .prune import prune
 from .repair import repair
 from .report import report
 from .sweep import sweep
@@ -72,7 +73,7 @@ def cli() -> None:
 
 
 for _verb in (
-    *(calibrate, precompute, inspect, verify, repair, merge, convert, export),
+    *(calibrate, precompute, inspect, verify, repair, prune, merge, convert, export),
     *(nullspace, train, evaluate, sweep, report, demo),
 ):
     cli.add_command(_verb)
