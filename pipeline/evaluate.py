@@ -30,9 +30,10 @@ from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidde
 from .losses import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from .metrics import Comparison, Metrics, comparison_of
 from .models import Base, find_model, first_line, load_base
+from .placement import DeviceMap, head_device, offloaded_parts
 from .precompute import PrecomputeSettings, make_plan
 from .samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
-from .targets import PREFIX, model_inputs, targets_of, with_targets
+from .targets import PREFIX, model_inputs, placed, targets_of, with_targets
 from .teacher import SLICE_BYTES
 
 Progress = Callable[[int], None]
@@ -67,20 +68,29 @@ def check_adapter(folder: str, base: Base) -> None:
         )
 
 
-def load_adapter(base: PreTrainedModel, folder: str) -> nn.Module:
+def load_adapter(base: PreTrainedModel, folder: str, device_map: DeviceMap | None = None) -> nn.Module:
     """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this.
 
-    Where the folder is a model that was trained as a whole: that one, in the dtype and on the device of `base`. Raises
-    `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would be random.
+    Where the folder is a model that was trained as a whole: that one, in the dtype and on the device of `base`, or
+    spread by device_map. Raises `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would
+    be random.
     """
     if _is_whole(folder):
-        whole: nn.Module = load_base(find_model(folder), str(base.dtype).removeprefix("torch."), base.device).model
+        dtype = str(base.dtype).removeprefix("torch.")
+        whole: nn.Module = load_base(find_model(folder), dtype, head_device(base), device_map=device_map).model
         if logits_width(whole) != logits_width(base):
             raise UnsupportedModel(
                 f"loading {folder!r}: expected logits over {logits_width(base)} tokens as the base has, found "
                 f"{logits_width(whole)}. Give the model it was trained from."
             )
         return whole
+    offloaded = offloaded_parts(base)
+    if offloaded:
+        raise UnsupportedModel(
+            f"loading adapter {folder!r}: {len(offloaded)} parts of the model do not fit on the devices and are "
+            f"fetched from main memory or the disk ({offloaded[0]}, ...). PEFT puts no adapter there. Use more or "
+            "larger devices, or merge the adapter into its base."
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")
@@ -118,7 +128,7 @@ def compare(
     models = [base] if adapted is None else [base, adapted]
 
     def values(batch: Sequence[Sample]) -> Values:
-        return _live_values(models, pad_batch(batch, base.device))
+        return _live_values(models, pad_batch(batch, head_device(base)))
 
     found, samples = _document_sums(models, samples, batch_tokens, values, progress)
     return comparison_of(found, "base", samples_fingerprint(samples))
@@ -234,13 +244,16 @@ def _check_finite(sums: dict[str, NDArray[np.float64]], documents: Sequence[Samp
 
 
 def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
-    """Of the base, or of the base and the adapted model, with one slice of [n, V] alive at a time and model."""
+    """Of the base, or of the base and the adapted model, with one slice of [n, V] alive at a time and model.
+
+    The two may lie on different devices; they are compared where the base's head is.
+    """
     hidden = [_hidden_of(m, batch.rows, input_ids=batch.input_ids, attention_mask=batch.attention_mask) for m in models]
     heads = [OutputHead(causal_lm_of(m)) for m in models]
     num_rows = rows_at_once(causal_lm_of(models[0]), SLICE_BYTES)
     parts = []
     for labels, *rows in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
-        logprobs = [head(h).float().log_softmax(dim=1) for head, h in zip(heads, rows, strict=True)]
+        logprobs = [head(h).to(labels.device).float().log_softmax(dim=1) for head, h in zip(heads, rows, strict=True)]
         first = [q.argmax(dim=1) for q in logprobs]
         found: Values = {}
         for side, q, token in zip(("before", "after"), logprobs, first, strict=False):
@@ -260,7 +273,7 @@ def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
 def _cached_values(adapted: nn.Module, cache: LogitCache, batch: Sequence[Sample]) -> Values:
     """Of the adapted model against the rows of the cache."""
     causal_lm = causal_lm_of(adapted)
-    columns = {k: v.to(causal_lm.device) for k, v in with_targets(pad_samples(batch), cache).items()}
+    columns = placed(with_targets(pad_samples(batch), cache), head_device(causal_lm))
     targets = targets_of(columns)
     assert targets is not None
     hidden = _hidden_of(adapted, columns[f"{PREFIX}rows"], **model_inputs(columns))
@@ -306,7 +319,8 @@ def _first_tokens(targets: SparseTargets, rounding: float) -> tuple[Tensor, Tens
 def _hidden_of(model: nn.Module, rows: Tensor, **inputs: Tensor) -> Tensor:
     """Hidden states [N, D] at these rows of the flattened batch, without dropout."""
     with evaluation_mode(model):
-        return hidden_states(model, **inputs).flatten(0, 1).index_select(0, rows)
+        hidden = hidden_states(model, **inputs).flatten(0, 1)
+        return hidden.index_select(0, rows.to(hidden.device))
 
 
 def _joined(parts: Sequence[Values]) -> Values:

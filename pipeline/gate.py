@@ -16,9 +16,10 @@ from .errors import InvalidData, NotTheBase, TrainingFailed
 from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
-from .quantized import quantization_of
+from .placement import head_device
+from .quantized import held_in
 from .samples import Sample, pad_samples
-from .targets import PREFIX, Batch, cut_of, model_inputs, targets_of, with_targets
+from .targets import PREFIX, Batch, cut_of, model_inputs, placed, targets_of, with_targets
 
 NUM_PROBED = 8
 SLICE_BYTES = 16 * 2**20
@@ -30,10 +31,14 @@ measured floors: 2e-8 in float32, 1e-4 in bfloat16). To it comes max_error^2 / 3
 spread evenly over [-e, e] make a KL of about e^2 / 6 (measured 3e-5 to 4e-5 at 1/64)."""
 
 KL_TOLERANCE_QUANTIZED_NATS = {"8bit": 0.02, "4bit": 0.3}
-"""Comes to it for weights that were quantised on loading. Measured (docs/log.md): 8 bits .0003 on the demo's base, at
-most .0015 on narrow models of random weights; 4 bits .008 and .21. Another model of random weights: 2.0. The demo's
-base with two layers swapped .09 to .14, with a tenth of noise on every weight .03: what is that near, 4 bits hide, and
-only the fingerprint refuses."""
+"""Comes to it where cache and model hold their weights in different formats, for each that is quantised. Measured
+(docs/log.md): 8 bits .0003 on the demo's base, at most .0015 on narrow models of random weights; 4 bits .008 and .21.
+Another model of random weights: 2.0. The demo's base with two layers swapped .09 to .14, with a tenth of noise on every
+weight .03: what is that near, 4 bits hide, and only the fingerprint refuses."""
+
+DIFFERS_FROM_ITSELF = frozenset({"8bit"})
+"""Formats that need it against a cache of the same too: LLM.int8() casts inputs to float16 and rounds them to a grid,
+and another batch is another result: .0002 to .0005 nats in float32 (4 bits: 3e-8)."""
 
 KL_TOLERANCE_REMAINDER_NATS = 0.01
 """Comes to it for a cache whose tail is 1 minus the rest: wrong by 1e-6 of probability, a hundredth of what is compared
@@ -47,11 +52,13 @@ class Pairing:
 
     teacher_is_base: it is of this very model, where training starts, and that is checked; False: of another one with
     the same tokenizer. ignore_padding: where the two have logits of different widths, what lies beyond the narrower is
-    no token of either.
+    no token of either. other_precision: the base may have been held in another format than the model is (8bit, 4bit or
+    neither); then step 0 has a wider bound.
     """
 
     teacher_is_base: bool = True
     ignore_padding: bool = False
+    other_precision: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ def check_identity(
 ) -> None:
     """Raise `IdentityMismatch` unless the cache is of this model and, where both have one, this tokenizer.
 
-    dtype and attention implementation may differ: `probe_step_zero` measures what they change. Where the teacher is not
+    dtype and attention implementation may differ: `probe_step_zero` measures what they change. So may the format of
+    quantised weights, if the pairing says so. Where the teacher is not
     the base: unless both have one tokenizer, and logits of one width or, padding ignored, for every token of it.
     """
     if pairing is not None and not pairing.teacher_is_base:
@@ -97,6 +105,30 @@ def check_identity(
             "Use the model it was made from, or precompute a cache for this one. If it is meant to learn from "
             "another, say so (train: --teacher-is-not-base)."
         )
+    _check_precision(cache, found.quantization, base.source.name, pairing)
+
+
+def check_precision(model: nn.Module, cache: LogitCache, other_precision: bool = False) -> None:
+    """Raise `IdentityMismatch` unless the model's weights are held as the cache's base held them, or may differ."""
+    causal_lm = causal_lm_of(model)
+    name = f"{type(causal_lm).__name__} {getattr(causal_lm, 'name_or_path', '')}".strip()
+    _check_precision(cache, held_in(causal_lm) or "", name, Pairing(other_precision=other_precision))
+
+
+def _check_precision(cache: LogitCache, ours: str, name: str, pairing: Pairing | None) -> None:
+    theirs = cache.manifest.model.quantization
+    if theirs == ours or (pairing is not None and pairing.other_precision):
+        return
+    raise IdentityMismatch(
+        f"pairing {cache.path} with {name}: the cache was made from {_weights(theirs)}, the model has "
+        f"{_weights(ours)}. Before training they differ by what quantisation costs, and training would undo that too. "
+        "If that is meant, say so (train --other-precision); it is then measured before step 1. Or hold both alike "
+        "(--load-in)."
+    )
+
+
+def _weights(quantization: str) -> str:
+    return f"{quantization} weights" if quantization else "unquantised weights"
 
 
 def _check_teacher(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing) -> None:
@@ -188,7 +220,7 @@ def probe_step_zero(
     """`measure` on a few samples spread over the data. Raises `NotTheBase` where it is above the noise."""
     step = max(1, len(samples) // NUM_PROBED)
     probed = samples[::step][:NUM_PROBED]
-    device = causal_lm_of(model).device
+    device = head_device(causal_lm_of(model))
     cut = cut_of(cache, vocab_size)
     batches = ({k: v.to(device) for k, v in with_targets(pad_samples([s]), cache, cut=cut).items()} for s in probed)
     found, (batch, place) = measure(model, batches, cache, objective, vocab_size)
@@ -261,7 +293,7 @@ def check_tokens(samples: Sequence[Sample], vocab_size: int) -> None:
 
 
 def _computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
-    kind = causal_lm.device.type
+    kind = head_device(causal_lm).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal_lm.dtype
 
 
@@ -286,9 +318,10 @@ def measure(
     values, errors = [], []
     with evaluation_mode(model):
         for batch in batches:
+            hidden = hidden_states(model, **model_inputs(batch)).flatten(0, 1)
+            batch = placed(batch, hidden.device)
             targets = targets_of(batch)
             assert targets is not None
-            hidden = hidden_states(model, **model_inputs(batch)).flatten(0, 1)
             hidden = hidden.index_select(0, batch[f"{PREFIX}rows"])
             errors.append(torch.zeros(len(hidden), device=hidden.device))
             for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
@@ -305,7 +338,9 @@ def measure(
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
     if cache.manifest.capture.tail_from_remainder:
         tolerance += KL_TOLERANCE_REMAINDER_NATS
-    tolerance += KL_TOLERANCE_QUANTIZED_NATS.get(quantization_of(causal_lm) or "", 0.0)
+    formats = {cache.manifest.model.quantization, held_in(causal_lm) or ""}
+    counted = formats if len(formats) > 1 else formats & DIFFERS_FROM_ITSELF
+    tolerance += sum(KL_TOLERANCE_QUANTIZED_NATS.get(name, 0.0) for name in counted)
     mean_kl = float(kls.mean())
     worst = int(error.nan_to_num(torch.inf).argmax())
     found = StepZero(len(errors), len(error), mean_kl, float(error.mean()), float(error[worst]), tolerance)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .errors import UnsupportedModel
+from .placement import head_device, input_device
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -80,14 +81,18 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     inputs: those of the model's own forward (input_ids, attention_mask, position_ids, ...), but no labels. The call
     goes through `model` itself (a PEFT or DistributedDataParallel wrapper), so that its hooks run; only the causal
-    language model inside skips its head.
+    language model inside skips its head. Of a model on several devices, inputs may lie on any, and what is returned
+    lies where the head is.
     """
-    with _head_skipped(causal_lm_of(model)):
-        output = model(**{**inputs, "use_cache": False})
-    hidden: Tensor = output.last_hidden_state
+    causal_lm = causal_lm_of(model)
+    where = input_device(causal_lm)
+    placed = {name: value.to(where) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    with _head_skipped(causal_lm):
+        output = model(**{**placed, "use_cache": False})
+    hidden: Tensor = output.last_hidden_state.to(head_device(causal_lm))
     if hidden.shape[:2] != inputs["input_ids"].shape:
         raise UnsupportedModel(
-            f"running {type(causal_lm_of(model)).__name__} on {tuple(inputs['input_ids'].shape)} tokens: found hidden "
+            f"running {type(causal_lm).__name__} on {tuple(inputs['input_ids'].shape)} tokens: found hidden "
             f"states of {tuple(hidden.shape[:2])}. Adapters that add virtual tokens (prompt tuning) are not supported. "
             "Use one that leaves the sequence as it is, such as LoRA."
         )
@@ -118,13 +123,13 @@ def rows_at_once(model: PreTrainedModel, num_bytes: int) -> int:
 
 def check_head(causal_lm: PreTrainedModel) -> None:
     """Raise `UnsupportedModel` unless head(hidden states) equals the model's own logits on a few tokens."""
-    device = causal_lm.get_output_embeddings().weight.device
+    device = input_device(causal_lm)
     vocab = causal_lm.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(8, device=device) * 7919 % vocab).reshape(1, 8)
     mask = torch.ones_like(ids)
     with torch.inference_mode(), evaluation_mode(causal_lm):
-        own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float()
+        own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().cpu()
+        ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float().cpu()
     tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 1e-2
     if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp(min=1.0):
         raise UnsupportedModel(

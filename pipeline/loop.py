@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logitcache.storage import LogitCache
 
 from .fused import LinearLoss
-from .gate import check_first_batch, check_tail, check_width
+from .gate import check_first_batch, check_precision, check_tail, check_width
 from .losses import Objective
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, groups_of, with_targets
@@ -27,6 +27,7 @@ class CachedLoss:
     cache: opened, or its path. check: on the first batch, hold the model (an untrained adapter) against the cache;
     False where training goes on from a trained adapter, or where the teacher is another model. vocab_size: where model
     and cache have logits of different widths by padding, the lesser of these; that many tokens are compared.
+    other_precision: model and cache may hold their weights in different formats, else `IdentityMismatch` if checked.
     Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
 
@@ -37,6 +38,7 @@ class CachedLoss:
         *,
         check: bool = True,
         vocab_size: int | None = None,
+        other_precision: bool = False,
     ) -> None:
         self.cache = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.objective = Objective() if objective is None else objective
@@ -44,6 +46,7 @@ class CachedLoss:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step, from budget.BudgetedWeight")
         check_tail(self.cache, self.objective)
         self._check, self._check_width, self._vocab_size = check, True, vocab_size
+        self._other_precision = other_precision
         self._cut = cut_of(self.cache, vocab_size)
         self._groups = groups_of(self.cache, vocab_size) if self.objective.tail == "groups" else None
 
@@ -75,6 +78,8 @@ class CachedLoss:
         batch = self.looked_up(batch)
         if self._check_width:
             check_width(model, self.cache, self.objective, self._vocab_size)
+            if self._check:
+                check_precision(model, self.cache, self._other_precision)
             self._check_width = False
         if self._check and len(batch[f"{PREFIX}rows"]):
             check_first_batch(model, batch, self.cache, self.objective, self._vocab_size)

@@ -4,8 +4,10 @@ Owns where weights come from and the fingerprints that go into a cache's manifes
 files, after a download if need be, without remote code. Must not know samples or caches.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from logitcache.storage.identity import config_fingerprint, digest_json, weights
 
 from .errors import InputNotFound, UnsupportedModel
 from .head import logits_width
-from .quantized import make_trainable, quantization
+from .placement import DeviceMap, keep_while, spreading
+from .quantized import held_in, make_trainable, quantization
+from .ranks import dividing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _DOWNLOADED = [*_TOKENIZER_FILES, "*.safetensors"]
@@ -82,35 +86,42 @@ def _folder_of(name: str, patterns: list[str]) -> Path:
 
 
 def load_base(
-    source: Source, dtype: str, device: torch.device, load_in: str | None = None, attention: str | None = None
+    source: Source,
+    dtype: str,
+    device: torch.device,
+    load_in: str | None = None,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: bool = False,
+    attention: str | None = None,
 ) -> Base:
     """The causal language model in `source`, in evaluation mode, with every weight read from its files.
 
     dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantized.LOAD_IN`, in which
-    to hold the linear layers; the identity stays that of the files. attention: eager or sdpa, else
-    what transformers chooses. Raises `UnsupportedModel` where a weight is
-    missing from the files (it would be random) or the folder is not a causal language model, `InputNotFound` where the
-    package that quantises is not installed.
+    to hold the linear layers; the identity says so. device_map: over which devices to spread the layers, in place of
+    `device`; tensor_parallel: divide every layer over torchrun's processes (`ranks`), which must then do the same
+    together; at most one of the two. attention: eager or sdpa, else what
+    transformers chooses. Raises `UnsupportedModel` where a weight is missing from the files (it would be
+    random), the folder is not a causal language model or cannot be divided so, `InputNotFound` where the package that
+    quantises is not installed.
     """
-    how = {} if load_in is None else _quantising(source, dtype, device, load_in)
-    if attention is not None:
-        how["attn_implementation"] = attention
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **how,
-        )
+    with contextlib.ExitStack() as stack:
+        how: dict[str, Any] = {}
+        if device_map is not None:
+            how = stack.enter_context(spreading(device_map, source.name))
+        elif tensor_parallel:
+            how = dividing(_config(source), source.name)
+        if load_in is not None:
+            if tensor_parallel:
+                raise UnsupportedModel(
+                    f"loading model {source.name!r} in {load_in}: packed weights cannot be divided over processes. "
+                    "Spread it with --device-map instead."
+                )
+            how = {"device_map": {"": str(device)}, **how, **_quantising(source, dtype, load_in)}
+        model, info = _from_pretrained(source, dtype, how, attention)
+        if device_map is not None:
+            keep_while(model, how)
+    with _said_in_one_sentence(source):
         weights = weights_fingerprint(source.folder)
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise UnsupportedModel(
-            f"loading model {source.name!r}: {first_line(error)}. "
-            f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
-        ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise UnsupportedModel(
@@ -118,9 +129,9 @@ def load_base(
             f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
         )
     model.eval()
-    if load_in is None:
+    if not how:
         model.to(device)
-    else:
+    if load_in is not None:
         make_trainable(model, source.name)
     identity = ModelIdentity(
         weights=weights,
@@ -128,6 +139,7 @@ def load_base(
         vocab_size=logits_width(model),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
+        quantization=held_in(model) or "",
     )
     return Base(source, model, identity)
 
@@ -158,6 +170,36 @@ def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIden
         dtype=str(stated).removeprefix("torch."),
         attention=attention,
     )
+
+
+def _from_pretrained(
+    source: Source, dtype: str, how: dict[str, Any], attention: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and which weights transformers missed."""
+    kernels = {} if attention is None else {"attn_implementation": attention}
+    with _said_in_one_sentence(source):
+        found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            **how,
+            **kernels,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _said_in_one_sentence(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. "
+            f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
+        ) from error
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
@@ -199,11 +241,11 @@ def configured_vocab_size(source: Source) -> int:
     return int(_config(source).vocab_size)
 
 
-def _quantising(source: Source, dtype: str, device: torch.device, load_in: str) -> dict[str, Any]:
+def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:
     """What `from_pretrained` is told; 4-bit weights are multiplied in the dtype of the others."""
     found = getattr(_config(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     wanted = found if isinstance(found, torch.dtype) else torch.float32
-    return {"quantization_config": quantization(load_in, wanted, source.name), "device_map": {"": str(device)}}
+    return {"quantization_config": quantization(load_in, wanted, source.name)}
 
 
 def _config(source: Source) -> Any:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModel
 from .head import logits_width
+from .placement import weight_of
 
 NUM_ITERATIONS = 30
 ROWS_AT_ONCE = 16_384
@@ -31,13 +32,13 @@ def token_groups(model: PreTrainedModel, num_groups: int) -> NDArray[np.uint8]:
     vocab_size = logits_width(model)
     if not 2 <= num_groups <= min(256, vocab_size):
         raise ValueError(f"splitting {vocab_size} tokens: expected 2 to {min(256, vocab_size)} groups")
-    weight = model.get_output_embeddings().weight
-    if len(weight) != vocab_size:
-        raise UnsupportedModel(
-            f"splitting the vocabulary of {type(model).__name__} into groups: its output embedding is packed, a row is "
-            "no token. Leave --tail-groups out."
-        )
-    rows = F.normalize(weight.float(), dim=1)
+    with weight_of(model.get_output_embeddings()) as weight:
+        if len(weight) != vocab_size:
+            raise UnsupportedModel(
+                f"splitting the vocabulary of {type(model).__name__} into groups: its output embedding is packed, a "
+                "row is no token. Leave --tail-groups out."
+            )
+        rows = F.normalize(weight.float(), dim=1)
     centres = _first_centres(rows, num_groups)
     for _ in range(NUM_ITERATIONS):
         nearest, similarity = _nearest(rows, centres)

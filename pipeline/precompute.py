@@ -153,7 +153,7 @@ def manifest_for(
         model_name=base.source.name,
         created_with={name: version(name) for name in packages},
     )
-    return replace(manifest, reader_features=features_of(manifest.capture))
+    return replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
 
 
 def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:

@@ -1,7 +1,7 @@
 """A backbone whose weights are quantised while it is loaded, by bitsandbytes, and trained with an adapter (QLoRA).
 
-Owns what transformers and bitsandbytes are told, and telling such a model from others. The cache stays that of the base
-as it was captured; how far the quantised one is from it is what step 0 measures (`gate`). Which adapters may stand on
+Owns what transformers and bitsandbytes are told, and telling such a model from others. A cache says how its base was
+held; how far a model that is held otherwise is from it is what step 0 measures (`gate`). Which adapters may stand on
 such weights is in `kinds`. Why bitsandbytes: torchao's 4-bit formats need a GPU (docs/log.md).
 """
 
@@ -66,14 +66,14 @@ def make_trainable(model: PreTrainedModel, name: str) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
-        if model.device.type == "cpu" and type(layer).__name__ == "Linear4bit" and layer.in_features % BLOCK:
+        if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear4bit" and layer.in_features % BLOCK:
             raise UnsupportedModel(
                 f"loading model {name!r} in 4bit on a CPU: expected layers with a multiple of {BLOCK} inputs, found "
                 f"{layer.in_features}. bitsandbytes would compute with other weights. Use --load-in 8bit, or a GPU."
             )
     for kind in {type(layer) for layer in layers}:
         layer = next(layer for layer in layers if type(layer) is kind)
-        if not _has_gradient(layer, model.device, model.dtype):
+        if not _has_gradient(layer, layer.weight.device, model.dtype):
             raise UnsupportedModel(
                 f"loading model {name!r} in {quantization_of(model)}: the gradient does not pass its {kind.__name__} "
                 "layers on this machine. It would train something else. Try another version of bitsandbytes, or leave "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .fused import LinearLoss, linear_loss
 from .head import OutputHead, causal_lm_of, hidden_states
 from .losses import Objective
-from .targets import PREFIX, Batch, model_inputs, targets_of
+from .targets import PREFIX, Batch, model_inputs, placed, targets_of
 
 
 def batch_loss(
@@ -22,15 +22,22 @@ def batch_loss(
 ) -> LinearLoss:
     """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
 
-    batch: as `targets.with_targets` makes it, on the model's device. kl_weight stands for `objective.weight`.
+    batch: as `targets.with_targets` makes it, on one device, where the sums will be too; the model may be on several.
+    kl_weight stands for `objective.weight`.
     token_groups: [V], for tail `groups`. vocab_size: of the logits, the first tokens only. The head's trained
     parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too.
     """
+    where = batch["input_ids"].device
     hidden = hidden_states(model, **model_inputs(batch))
+    batch = placed(batch, hidden.device)
+    if token_groups is not None:
+        token_groups = token_groups.to(hidden.device)
+    if isinstance(kl_weight, Tensor):
+        kl_weight = kl_weight.to(hidden.device)
     head = OutputHead(causal_lm_of(model), vocab_size)
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
     targets = targets_of(batch, token_groups)
     parameters = head.parameters()
     labels = batch[f"{PREFIX}label_ids"]
     found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters)
-    return found
+    return LinearLoss(*(value.to(where) for value in found))

@@ -172,6 +172,11 @@ def model_inputs(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels" and not name.startswith(PREFIX)}
 
 
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its base_* columns on this device, where the head of the model is; the rest as it was."""
+    return {name: value.to(device) if name.startswith(PREFIX) else value for name, value in batch.items()}
+
+
 def count_positions(batch: Batch, objective: Objective) -> Tensor:
     """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device."""
     labels: Tensor = batch[f"{PREFIX}label_ids"]

@@ -20,6 +20,7 @@ from logitcache.storage import BaseLogprobs, sample_id
 
 from .errors import NonFiniteLogits
 from .head import OutputHead, hidden_states, rows_at_once
+from .placement import head_device
 from .samples import Sample, pad_batch
 
 SLICE_BYTES = 64 * 2**20
@@ -62,7 +63,7 @@ def capture(
     are neither label nor kept. token_groups: int [V], to split the tail by; num_tail_samples: draws from the tail, the
     same for a position of a sample whenever it is captured. Raises `NonFiniteLogits` with the sample and the position.
     """
-    padded = pad_batch(batch, model.device)
+    padded = pad_batch(batch, head_device(model))
     hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)

@@ -19,7 +19,7 @@ from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
 from .budget import BudgetedWeight
 from .errors import TrainingFailed
-from .gate import check_first_batch, check_tail, check_width, common_width
+from .gate import check_first_batch, check_precision, check_tail, check_width, common_width
 from .head import OutputHead, causal_lm_of, check_head
 from .losses import Objective
 from .penalties import Penalty
@@ -45,6 +45,8 @@ class CachedKL(_AnyTrainer):
     top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
     untrained model with the cache on the first batch (leave it on, unless that has been done, or the teacher is another
     model). ignore_padding: where model and cache have logits of different widths, compare what both have.
+    other_precision: model and cache may hold their weights in different formats (a quantised model, the cache of the
+    base as it was), else `IdentityMismatch`, where checked.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
     and `penalty`, without its weight, beside the trainer's own. Batches of evaluation are the trainer's own business.
@@ -64,6 +66,7 @@ class CachedKL(_AnyTrainer):
         check: bool = True,
         penalty: Penalty | None = None,
         ignore_padding: bool = False,
+        other_precision: bool = False,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +86,8 @@ class CachedKL(_AnyTrainer):
         if self.cache is not None:
             self._vocab_size = common_width(self.model, self.cache) if ignore_padding else None
             check_width(self.model, self.cache, self.objective, self._vocab_size)
+            if check:
+                check_precision(self.model, self.cache, other_precision)
         self._cut = None if self.cache is None else cut_of(self.cache, self._vocab_size)
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):

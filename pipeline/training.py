@@ -29,6 +29,7 @@ from .full import computes_in_bfloat16, save_whole, unfreeze
 from .gate import (
     Pairing,
     StepZero,
+    check_precision,
     check_samples,
     check_tail,
     check_tokens,
@@ -37,11 +38,12 @@ from .gate import (
     probe_step_zero,
 )
 from .head import check_head, check_length
-from .kinds import NO_ADAPTER, check_settings, keeps_start, rewrites_base
+from .kinds import KINDS, NO_ADAPTER, check_settings, keeps_start, rewrites_base
 from .losses import Objective
 from .models import Base
 from .nullspace import NullSpace, check_null_space
 from .penalties import Penalty, PenaltySettings, fisher_diagonal
+from .placement import devices_of, head_device, is_spread, offloaded_parts
 from .quantized import held_in, quantization_of
 from .samples import Sample, pad_samples
 from .trainer import CachedKLTrainer
@@ -113,6 +115,7 @@ def train(
             f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
             "adapter on weights that are not quantised, or another regulariser."
         )
+    _check_placement(base, adapter, penalty)
     check_settings(adapter)
     description = _describe(base, samples, cache, adapter, objective, settings, penalty, pairing)
     checkpoint = _prepare_folder(out, description, resume)
@@ -129,6 +132,8 @@ def train(
             vocab_size = common_width(base.model, regularized)
             check_tokens(samples, vocab_size)
         check_width(base.model, regularized, objective, vocab_size)
+        if pairing.teacher_is_base:
+            check_precision(base.model, regularized, pairing.other_precision)
         check_samples(regularized, samples)
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
@@ -139,13 +144,13 @@ def train(
     model = _student(base, adapter, samples, start if checkpoint is not None else None)
     step_zero = None
     if regularized is not None and pairing.teacher_is_base:
-        with torch.autocast(base.model.device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
             step_zero = probe_step_zero(model, regularized, samples, objective, vocab_size)
         on_step_zero(step_zero)
     log = _JsonLog(out / LOG)
     trainer = CachedKLTrainer(
         model=model,
-        args=_arguments(out, settings, base.model.device, mixed),
+        args=_arguments(out, settings, head_device(base.model), mixed),
         train_dataset=list(samples),
         data_collator=pad_samples,
         callbacks=[log, _tensorboard(out), *adapter_callbacks(model, adapter), *callbacks],
@@ -166,7 +171,7 @@ def train(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
         seconds=round(perf_counter() - started, 2),
-        peak_memory_bytes=_peak_memory(base.model.device),
+        peak_memory_bytes=_peak_memory(devices_of(base.model)),
         final=log.last,
         step_zero=step_zero,
     )
@@ -202,6 +207,25 @@ def _check_combination(base: Base, cache: LogitCache | None, objective: Objectiv
             "it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
     check_tail(cache, objective, top_k)
+
+
+def _check_placement(base: Base, adapter: AdapterSettings, penalty: PenaltySettings | None) -> None:
+    """Raise `TrainingFailed` for what a model on several devices, or beyond them, cannot be trained with."""
+    offloaded = offloaded_parts(base.model)
+    if offloaded:
+        raise TrainingFailed(
+            f"training {base.source.name}: {len(offloaded)} of its parts do not fit on the devices and would be "
+            f"fetched from main memory or the disk ({offloaded[0]}, ...). The backward pass would hold them all at "
+            "once. Use more or larger devices, or --load-in 4bit."
+        )
+    if not is_spread(base.model):
+        return
+    if penalty is not None or (adapter.kind != NO_ADAPTER and not KINDS[adapter.kind].quantized):
+        what = adapter.kind if penalty is None else penalty.kind
+        raise TrainingFailed(
+            f"training {base.source.name} on several devices with {what}: it computes with the weights of many layers "
+            "on one. Use lora, or another kind that stands on quantised weights (docs/adapters.md)."
+        )
 
 
 class _JsonLog(TrainerCallback):
@@ -305,7 +329,7 @@ def _describe(
         "penalty": None if penalty is None else asdict(penalty),
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "device": str(base.model.device),
+        "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
 
@@ -392,10 +416,10 @@ def _finished_report(out: Path) -> TrainReport | None:
     return TrainReport(**{**result, "step_zero": step_zero})
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak of this process: of the GPU's allocator, or of the resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _peak_memory(devices: Sequence[torch.device]) -> int:
+    """Peak of this process: of the GPUs' allocators, or of the resident set on a CPU."""
+    if devices[0].type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

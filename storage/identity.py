@@ -39,7 +39,9 @@ class ModelIdentity:
     """Which distributions the cache holds.
 
     weights, config: fingerprints of the tensors and of config.json; vocab_size: width of the logits (V), which may
-    differ from the tokenizer's; dtype, attention: how the base was run, equal within a cache, free in training.
+    differ from the tokenizer's; dtype, attention: how the base was run, equal within a cache, free in training;
+    quantization: in which format its linear layers were held, 8bit, 4bit or the method that a checkpoint names
+    ("": as its dtype says), equal within a cache, and in training unless another is asked for.
     """
 
     weights: str
@@ -47,6 +49,7 @@ class ModelIdentity:
     vocab_size: int
     dtype: str
     attention: str
+    quantization: str = ""
 
 
 @dataclass(frozen=True)

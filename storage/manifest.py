@@ -20,7 +20,8 @@ FORMAT_VERSION = 1
 TAIL_GROUPS = "tail-groups"
 TAIL_SAMPLES = "tail-samples"
 TAIL_FROM_REMAINDER = "tail-from-remainder"
-READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER})
+QUANTIZED_BASE = "quantized-base"
+READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER, QUANTIZED_BASE})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_JSON_BYTES = 16 * 2**20
@@ -31,9 +32,13 @@ MAX_TAIL_SAMPLES = 4096
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
 
-_LATER_FIELDS: dict[type, dict[str, Any]] = {CaptureSettings: {"num_tail_samples": 0, "tail_from_remainder": False}}
+_LATER_FIELDS: dict[type, dict[str, Any]] = {
+    CaptureSettings: {"num_tail_samples": 0, "tail_from_remainder": False},
+    ModelIdentity: {"quantization": ""},
+}
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
 
+_QUANTIZATION = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 _UNIT = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
@@ -63,7 +68,7 @@ class Manifest:
         """Where two caches differ in identity: 'capture.top_k: 64 here, 32 there'. Empty: the same cache."""
         mine, theirs = self._identity(), other._identity()
         return [
-            f"{key}: {mine.get(key)} {here}, {theirs.get(key)} {there}"
+            f"{key}: {_shown(mine.get(key))} {here}, {_shown(theirs.get(key))} {there}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
@@ -205,6 +210,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _shown(value: object) -> object:
+    return "none" if value == "" else value
+
+
 def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -236,7 +245,7 @@ def _build(cls: type[T], body: Any) -> T:
     value = cls(**{name: _convert(kinds[name], found, name) for name, found in body.items()})
     for name in body.keys() & later.keys():
         if getattr(value, name) == later[name]:
-            raise ValueError(f"{name}: expected no such field, or another value than {later[name]}")
+            raise ValueError(f"{name}: expected no such field, or another value than {later[name]!r}")
     return value
 
 
@@ -260,14 +269,15 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
-def features_of(capture: CaptureSettings) -> tuple[str, ...]:
-    """The reader features of a cache with these settings."""
+def features_of(capture: CaptureSettings, model: ModelIdentity | None = None) -> tuple[str, ...]:
+    """The reader features of a cache with these settings, of this base."""
     held = {
-        TAIL_GROUPS: capture.num_tail_groups,
-        TAIL_SAMPLES: capture.num_tail_samples,
+        TAIL_GROUPS: capture.num_tail_groups > 0,
+        TAIL_SAMPLES: capture.num_tail_samples > 0,
         TAIL_FROM_REMAINDER: capture.tail_from_remainder,
+        QUANTIZED_BASE: model is not None and bool(model.quantization),
     }
-    return tuple(name for name, count in held.items() if count)
+    return tuple(name for name, is_there in held.items() if is_there)
 
 
 def _check_bounds(value: object) -> None:
@@ -283,6 +293,10 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"reader_features: expected {TAIL_SAMPLES!r} exactly where there are draws from the tail")
         if value.capture.tail_from_remainder != (TAIL_FROM_REMAINDER in value.reader_features):
             raise ValueError(f"reader_features: expected {TAIL_FROM_REMAINDER!r} exactly where the capture says so")
+        if bool(value.model.quantization) != (QUANTIZED_BASE in value.reader_features):
+            raise ValueError(f"reader_features: expected {QUANTIZED_BASE!r} exactly where the base was quantised")
+        if value.model.quantization and not _QUANTIZATION.fullmatch(value.model.quantization):
+            raise ValueError(f"model.quantization: expected a short name, found {value.model.quantization!r:.80}")
     if isinstance(value, ShardCommit):
         _check_commit(value)
     if isinstance(value, Contents):

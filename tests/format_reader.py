@@ -38,12 +38,13 @@ CAPTURE = {
     "num_tail_groups": int,
     "tail_partition": str,
 }
+MODEL = {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str}
 MANIFEST = {
     "format_version": int,
     "reader_features": [str],
     "writer_features": [str],
     "store": str,
-    "model": {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str},
+    "model": (MODEL, MODEL | {"quantization": str}),
     "tokenizer": ({"fingerprint": str, "chat_template": str}, None),
     "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}, CAPTURE | {"tail_from_remainder": bool}),
     "model_name": str,
@@ -123,13 +124,17 @@ def check_manifest(body: dict[str, Any]) -> None:
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
     groups, features = capture["num_tail_groups"], body["reader_features"]
     require(body["format_version"] == 1, "another format version")
-    require(set(features) <= {"tail-groups", "tail-samples", "tail-from-remainder"}, "an unknown reader feature")
+    known = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
+    require(set(features) <= known, "an unknown reader feature")
     remainder = "tail_from_remainder" in capture
     require(("tail-from-remainder" in features) == remainder, "tail-from-remainder without its field, or reversed")
     require(not remainder or (capture["tail_from_remainder"] and groups == 0), "tail_from_remainder")
     require(("tail-groups" in features) == (groups > 0), "tail-groups without groups, or reversed")
     require(("tail-samples" in features) == ("num_tail_samples" in capture), "tail-samples without draws, or reversed")
     require(1 <= capture.get("num_tail_samples", 1) <= 4096, "num_tail_samples")
+    quantized = body["model"].get("quantization")
+    require(("quantized-base" in features) == (quantized is not None), "quantized-base without the field, or reversed")
+    require(quantized is None or re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", quantized), "quantization")
     require(body["store"] in ("zarr", "arrow"), "an unknown store")
     require(2 <= vocab < 2**24, "vocab_size")
     require(1 <= capture["top_k"] < vocab and capture["max_length"] >= 2, "top_k or max_length")

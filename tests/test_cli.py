@@ -74,7 +74,7 @@ FLAGS: dict[str, list[str]] = {
     "convert": ["--config", "--precision", "--store", "SOURCE", "TARGET"],
     "export": ["--config", "--out", "--to", "DIR"],
     "train": [
-        *("--ignore-padding", "--load-in", "--student", "--teacher-is-not-base"),
+        *("--device-map", "--ignore-padding", "--load-in", "--other-precision", "--student", "--teacher-is-not-base"),
         "--adapter",
         "--alpha",
         "--batch-size",
@@ -119,6 +119,7 @@ FLAGS: dict[str, list[str]] = {
         *RUNTIME,
     ],
     "evaluate": [
+        "--device-map",
         "--adapter",
         "--against",
         "--batch-tokens",

@@ -62,9 +62,9 @@ def num_loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     loaded: list[Any] = []
     original = models.load_base
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, device_map: Any = None) -> Any:
         loaded.append(arguments)
-        return original(*arguments)
+        return original(*arguments, device_map=device_map)
 
     monkeypatch.setattr(models, "load_base", counted)
     return loaded

@@ -106,7 +106,7 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
     found = facts(cache)
     contents, text = found["contents"], done("inspect", cache).out
     assert found["model_name"] == str(tiny_model)
-    assert set(found["model"]) == {"weights", "config", "vocab_size", "dtype", "attention"}
+    assert set(found["model"]) == {"weights", "config", "vocab_size", "dtype", "attention", "quantization"}
     assert found["capture"] == {
         "top_k": 8,
         "max_length": 1024,

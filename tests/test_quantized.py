@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from conftest import make_model, make_tokenizer
 from peft import PeftModel
 from test_train import make_samples
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 from logitcache.pipeline import quantized
 from logitcache.pipeline.adapters import AdapterSettings, attach
 from logitcache.pipeline.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel
 from logitcache.pipeline.full import unfreeze
-from logitcache.pipeline.gate import KL_TOLERANCE_QUANTIZED_NATS, probe_step_zero
+from logitcache.pipeline.gate import KL_TOLERANCE_QUANTIZED_NATS, Pairing, check_identity, probe_step_zero
 from logitcache.pipeline.head import OutputHead, check_head, hidden_states, logits_width
 from logitcache.pipeline.kinds import KINDS, rewrites_base
+from logitcache.pipeline.loop import CachedLoss
 from logitcache.pipeline.losses import Objective
 from logitcache.pipeline.models import Base, find_model, load_base
 from logitcache.pipeline.partition import token_groups
@@ -31,8 +33,10 @@ from logitcache.pipeline.quantized import LOAD_IN, quantization_of
 from logitcache.pipeline.samples import pad_samples
 from logitcache.pipeline.step import batch_loss
 from logitcache.pipeline.targets import with_targets
+from logitcache.pipeline.trainer import CachedKLTrainer
 from logitcache.pipeline.training import TrainSettings, train
-from logitcache.storage import LogitCache
+from logitcache.storage import CacheWriter, IdentityMismatch, LogitCache
+from logitcache.storage.manifest import features_of
 
 bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, of the test extra, is not installed"
@@ -57,9 +61,21 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> LogitCache:
     """Of the tiny base as it is, every alternative, in float32."""
-    base, path = load(tiny), tmp_path_factory.mktemp("quantized") / "c"
+    return cache_of(load(tiny), tmp_path_factory.mktemp("quantized") / "c")
+
+
+@pytest.fixture(scope="module")
+def quantised_caches(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, LogitCache]:
+    """The same of the tiny base held in each format."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return {how: cache_of(load(tiny, how), folder / how) for how in LOAD_IN}
+
+
+def cache_of(base: Base, path: Path) -> LogitCache:
     settings = PrecomputeSettings(top_k=V - 1, max_length=64, precision="exact")
-    fill(base, manifest_for(base, None, settings), make_plan(SAMPLES, settings), path)
+    manifest = manifest_for(base, None, settings)
+    manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
+    fill(base, manifest, make_plan(SAMPLES, settings), path)
     return LogitCache.open(path)
 
 
@@ -109,12 +125,11 @@ def dense_twin(model: Any) -> Any:
 @bitsandbytes
 @pytest.mark.parametrize("load_in", LOAD_IN)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_linear_layers_are_quantised_and_the_identity_is_that_of_the_files(
-    load_in: str, dtype: str, tiny: Path
-) -> None:
+def test_linear_layers_are_quantised_and_the_identity_says_so(load_in: str, dtype: str, tiny: Path) -> None:
     base, plain = load(tiny, load_in, dtype), load(tiny, None, dtype)
     assert quantization_of(base.model) == load_in and quantization_of(plain.model) is None
-    assert base.identity == plain.identity and base.identity.vocab_size == V == logits_width(base.model)
+    assert base.identity == replace(plain.identity, quantization=load_in) and plain.identity.quantization == ""
+    assert base.identity.vocab_size == V == logits_width(base.model)
     kinds = {n: type(m).__name__ for n, m in base.model.named_modules() if isinstance(m, nn.Linear)}
     assert kinds.pop("lm_head") == "Linear"
     assert set(kinds.values()) == {"Linear4bit" if load_in == "4bit" else "Linear8bitLt"}
@@ -247,6 +262,86 @@ def test_step_zero_tells_what_quantisation_costs_and_refuses_another(
         probe_step_zero(load(other, load_in).model, cache, SAMPLES, Objective())
 
 
+@bitsandbytes
+@pytest.mark.parametrize("theirs", [None, *LOAD_IN])
+@pytest.mark.parametrize("ours", [None, *LOAD_IN])
+def test_another_precision_is_refused_unless_it_is_asked_for(
+    ours: str | None,
+    theirs: str | None,
+    tiny: Path,
+    other: Path,
+    cache: LogitCache,
+    quantised_caches: dict[str, LogitCache],
+) -> None:
+    held, base = cache if theirs is None else quantised_caches[theirs], load(tiny, ours)
+    probe = probe_step_zero(base.model, held, SAMPLES, Objective())
+    allowed = sum(KL_TOLERANCE_QUANTIZED_NATS[how] for how in {ours, theirs} if how)
+    if ours == theirs == "4bit":  # 8 bits differ from themselves in another batch
+        allowed = 0.0
+    assert probe.kl_nats < probe.tolerance_nats and probe.tolerance_nats == pytest.approx(1e-5 + allowed)
+    check_identity(held, base, None, Pairing(other_precision=True))
+    with pytest.raises(IdentityMismatch, match="differs in weights"):
+        check_identity(held, load(other, ours), None, Pairing(other_precision=True))
+    if ours == theirs:
+        check_identity(held, base, None)
+        return
+    assert probe.kl_nats > 1e-4
+    for pairing in (None, Pairing()):
+        with pytest.raises(IdentityMismatch) as caught:
+            check_identity(held, base, None, pairing)
+        told = str(caught.value)
+        assert f"made from {theirs or 'unquantised'} weights, the model has {ours or 'unquantised'} weights" in told
+        assert "--other-precision" in told
+
+
+@bitsandbytes
+@pytest.mark.parametrize(("ours", "theirs"), [("4bit", None), (None, "4bit"), ("8bit", "8bit")])
+def test_trainers_and_loops_refuse_another_precision_too(
+    ours: str | None,
+    theirs: str | None,
+    tmp_path: Path,
+    tiny: Path,
+    cache: LogitCache,
+    quantised_caches: dict[str, LogitCache],
+) -> None:
+    held = cache if theirs is None else quantised_caches[theirs]
+    model = attach(load(tiny, ours).model, AdapterSettings(rank=2, alpha=4.0), "tiny")
+    batch = pad_samples(SAMPLES[:4])
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+
+    def in_a_trainer(**more: Any) -> object:
+        return CachedKLTrainer(model=model, args=arguments, train_dataset=SAMPLES, cache=held, **more)
+
+    def in_a_loop(**more: Any) -> object:
+        return CachedLoss(held, **more)(model, batch)
+
+    def in_a_run(other_precision: bool = False) -> object:
+        base, pairing = load(tiny, ours), Pairing(other_precision=other_precision)
+        name = f"o{other_precision}"
+        settings, steps = AdapterSettings(rank=2, alpha=4.0), TrainSettings(max_steps=1)
+        return train(base, SAMPLES, held, tmp_path / name, settings, Objective(), steps, pairing=pairing)
+
+    for start in (in_a_trainer, in_a_loop, in_a_run):
+        start(other_precision=True)
+        if ours == theirs:
+            start()
+            continue
+        with pytest.raises(IdentityMismatch, match="--other-precision"):
+            start()
+    in_a_trainer(check=False)
+
+
+@bitsandbytes
+def test_a_cache_goes_on_in_one_precision(tiny: Path, quantised_caches: dict[str, LogitCache]) -> None:
+    held = quantised_caches["4bit"]
+    for how in (None, "8bit"):
+        base = load(tiny, how)
+        manifest = replace(held.manifest, model=base.identity)
+        manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
+        with pytest.raises(IdentityMismatch, match=r"model\.quantization"):
+            CacheWriter(held.path, manifest)
+
+
 CASES = [(kind, load_in) for kind in KINDS for load_in in LOAD_IN if kind != "lora-null"]
 
 
@@ -265,7 +360,8 @@ def test_an_adapter_stands_on_quantised_weights_or_is_refused(
         return
     assert torch.equal(logits(attach(load(tiny, load_in).model, settings, "tiny", SAMPLES)), start)
     base, out = load(tiny, load_in), tmp_path / "o"
-    report = train(base, SAMPLES, cache, out, settings, Objective(), TrainSettings(lr=1e-2, max_steps=4, batch_size=4))
+    steps = TrainSettings(lr=1e-2, max_steps=4, batch_size=4)
+    report = train(base, SAMPLES, cache, out, settings, Objective(), steps, pairing=Pairing(other_precision=True))
     assert report.step_zero is not None and report.step_zero.kl_nats > 1e-4
     again = PeftModel.from_pretrained(load(tiny, load_in).model, str(out))
     assert torch.equal(logits(again), logits(base.model)) and not torch.equal(logits(again), start)
@@ -290,14 +386,42 @@ def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: P
     precompute(tiny, data, tmp_path / "c")
     line = ["train", "--model", tiny, "--cache", tmp_path / "c", "--out", tmp_path / "o", "--load-in", load_in]
     line += ["--rank", 2, "--max-steps", 2]
+    told = refused(4, *line)
+    assert f"made from unquantised weights, the model has {load_in} weights" in told and "--other-precision" in told
+    line.append("--other-precision")
     said = done(*line).err
-    assert f"nats (noise floor of {load_in} weights; above 0." in said and "cast" not in said
+    assert f"nats (noise floor of {load_in} weights against a cache of unquantised ones; above 0." in said
+    assert "cast" not in said
     run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
-    assert run["pairing"]["load_in"] == load_in
+    assert run["pairing"]["load_in"] == load_in and run["pairing"]["other_precision"] is True
+    assert run["model"]["quantization"] == load_in
     assert 1e-5 < run["result"]["step_zero"]["kl_nats"] < run["result"]["step_zero"]["tolerance_nats"]
     done(*line, "--resume")
-    assert "differs in pairing" in refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
+    assert "differs in model, pairing" in refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
     done("evaluate", "--model", tiny, "--adapter", tmp_path / "o", "--data", data, "--prior", data)
     assert "differs in weights" in refused(4, *[other if a is tiny else a for a in line])
     told = refused(2, *line[:6], tmp_path / "p", *line[7:], "--adapter", "pissa")
     assert "it takes part of each weight out" in told
+
+
+@bitsandbytes
+def test_a_cache_of_a_quantised_base_on_the_command_line(
+    tmp_path: Path, tiny: Path, quantised_caches: dict[str, LogitCache]
+) -> None:
+    path = quantised_caches["4bit"].path
+    assert "float32 with 4bit weights, sdpa attention" in done("inspect", path).out
+    line = ["train", "--model", tiny, "--cache", path, "--out", tmp_path / "o", "--rank", 2, "--max-steps", 1]
+    assert "made from 4bit weights, the model has unquantised weights" in refused(4, *line)
+    said = done(*line, "--load-in", "4bit").err
+    assert "nats (noise floor)." in said
+    run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
+    assert run["pairing"]["other_precision"] is False and run["result"]["step_zero"]["kl_nats"] < 1e-5
+    line[line.index(tmp_path / "o")] = tmp_path / "p"
+    assert "of unquantised weights against a cache of 4bit ones; above 0.3" in done(*line, "--other-precision").err
+
+
+def test_another_precision_is_of_the_base_s_own_cache(tmp_path: Path, tiny: Path) -> None:
+    line = ["train", "--model", tiny, "--data", text_data(tmp_path), "--out", tmp_path / "o", "--other-precision"]
+    assert "is for the cache of the student's own base" in refused(2, *line, "--regularizer", "none")
+    told = refused(2, *line, "--cache", tmp_path / "c", "--teacher-is-not-base", "--regularizer", "full-kl")
+    assert "is for the cache of the student's own base" in told

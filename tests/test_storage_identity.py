@@ -7,9 +7,11 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
+import format_reader
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from storage_forging import body_of, canonical, forge
 from storage_samples import (
     NO_TOKEN,
     SHARDS,
@@ -32,6 +34,7 @@ from logitcache.storage import (
     CachedSample,
     CacheWriter,
     CaptureSettings,
+    CorruptCache,
     IdentityMismatch,
     InvalidRecord,
     LogitCache,
@@ -64,6 +67,11 @@ def test_not_a_cache(tmp_path: Path) -> None:
             assert name in refused(NotACache, "not-a-cache", lambda n=name, c=call: c(tmp_path / n))  # type: ignore[misc]
 
 
+def quantized(manifest: Manifest, how: str = "4bit") -> Manifest:
+    features = (*manifest.reader_features, "quantized-base")
+    return replace(manifest, model=replace(manifest.model, quantization=how), reader_features=features)
+
+
 def other_identities(store: str) -> dict[str, Manifest]:
     base = make_manifest(store)
     model, tokenizer = base.model, base.tokenizer
@@ -75,6 +83,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "model.vocab_size": replace(base, model=replace(model, vocab_size=VOCAB + 1)),
         "model.dtype": replace(base, model=replace(model, dtype="float32")),
         "model.attention": replace(base, model=replace(model, attention="eager")),
+        "model.quantization": quantized(base),
         "tokenizer": replace(base, tokenizer=None),
         "tokenizer.fingerprint": replace(base, tokenizer=replace(tokenizer, fingerprint="x" * 32)),
         "tokenizer.chat_template": replace(base, tokenizer=replace(tokenizer, chat_template="x" * 32)),
@@ -115,6 +124,32 @@ def test_another_identity_is_refused_by_an_unfinished_cache(path: Path, store: s
     for other in other_identities(store).values():
         refused(IdentityMismatch, "identity-mismatch", lambda o=other: CacheWriter(path, o, groups_of(o)))  # type: ignore[misc]
     assert tree(path) == before
+
+
+def test_a_cache_of_a_quantised_base_says_so_and_another_s_file_stays_as_it_was(path: Path, store: str) -> None:
+    manifest = quantized(make_manifest(store))
+    write_cache(path, store, SHARDS, manifest)
+    assert body_of(path, "manifest")["model"]["quantization"] == "4bit"
+    assert LogitCache.open(path).manifest == manifest and verify(path).is_intact
+    assert len(list(format_reader.open_cache(path).samples())) == len(LogitCache.open(path))
+    told = refused(IdentityMismatch, "identity-mismatch", lambda: CacheWriter(path, make_manifest(store)))
+    assert "model.quantization: " in told and "4bit" in told and "none" in told
+    refused(IdentityMismatch, "identity-mismatch", lambda: CacheWriter(path, quantized(make_manifest(store), "8bit")))
+    write_cache(path.with_name("plain"), store, SHARDS)
+    assert "quantization" not in body_of(path.with_name("plain"), "manifest")["model"]
+
+
+def test_the_feature_of_a_quantised_base_is_there_exactly_with_the_field(path: Path, store: str) -> None:
+    write_cache(path, store, SHARDS, quantized(make_manifest(store)))
+    honest = body_of(path, "manifest")
+    plain = {k: v for k, v in honest["model"].items() if k != "quantization"}
+    forgeries: list[dict[str, Any]] = [honest | {"reader_features": []}, honest | {"model": plain}]
+    forgeries += [honest | {"model": plain | {"quantization": how}} for how in ("", "4 bit", "../x", "4" * 33, 4, None)]
+    for body in forgeries:
+        forge(path, "manifest", canonical(body))
+        refused(CorruptCache, "corrupt", lambda: LogitCache.open(path))
+        with pytest.raises(format_reader.FormatError):
+            format_reader.open_cache(path)
 
 
 def test_what_is_for_people_is_not_identity(written: Path, store: str) -> None:

@@ -101,6 +101,23 @@ def runtime_options(function: F) -> F:
     return dtype(device(function))
 
 
+def device_map_option(function: F) -> F:
+    """--device-map."""
+    option: Callable[[F], F] = click.option(
+        "--device-map",
+        type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+        default=None,
+        help="Spread the layers of a model that is larger than a GPU over all there are (docs/how-to/distil.md).",
+    )
+    return option(function)
+
+
+def check_device_map(device_map: str | None, device: str) -> None:
+    """Raise `click.UsageError` where one device and all of them are asked for."""
+    if device_map is not None and device != "auto":
+        raise click.UsageError(f"--device-map {device_map} chooses the devices itself. Leave --device {device} out.")
+
+
 def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
     if path is None:
         return

@@ -15,7 +15,9 @@ from click.core import ParameterSource
 from .common import (
     CachePath,
     batch_options,
+    check_device_map,
     config_option,
+    device_map_option,
     model_option,
     note,
     quiet_libraries,
@@ -76,6 +78,7 @@ class _Side:
     help="Folder with YAML files of tasks of your own.",
 )
 @batch_options
+@device_map_option
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
@@ -90,6 +93,7 @@ def evaluate(
     tasks_path: Path | None,
     max_length: int,
     batch_tokens: int,
+    device_map: str | None,
     dtype: str,
     device: str,
     as_json: bool,
@@ -101,6 +105,7 @@ def evaluate(
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     given = {"new": (data, new_cache), "prior": (prior, prior_cache)}
+    check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
     from logitcache.storage import LogitCache
@@ -124,7 +129,7 @@ def evaluate(
     ]
     if names and tokenizer is None:
         raise click.UsageError(f"--tasks are text, and {source.folder} has no tokenizer. Save it there.")
-    base = load_base(source, dtype, where)
+    base = load_base(source, dtype, where, device_map=device_map)
     for side in sides:
         if side.cache is not None:
             check_identity(side.cache, base, tokenizer)
@@ -135,7 +140,8 @@ def evaluate(
     if adapter is not None:
         check_adapter(adapter, base)
         needs_base = bool(names) or any(side.cache is None for side in sides)
-        adapted = load_adapter((load_base(source, dtype, where) if needs_base else base).model, adapter)
+        second = load_base(source, dtype, where, device_map=device_map) if needs_base else base
+        adapted = load_adapter(second.model, adapter, device_map)
     results = {side.name: _compared(side, base, adapted, samples[side.name], batch_tokens) for side in sides}
     found: dict[str, Any] = {
         "model": {"name": source.name, "weights": base.identity.weights, "config": base.identity.config},

@@ -57,9 +57,10 @@ def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
     groups = f", tail in {capture['num_tail_groups']} groups" if capture["num_tail_groups"] else ""
     groups += f", {capture['num_tail_samples']} draws from the tail" if capture["num_tail_samples"] else ""
     groups += ", tail as 1 minus the rest" if capture["tail_from_remainder"] else ""
+    quantized = f" with {model['quantization']} weights" if model["quantization"] else ""
     return [
         f"{path}: {facts['store']} cache, format version {facts['format_version']}",
-        f"  model        {facts['model_name']}, {model['dtype']}, {model['attention']} attention, "
+        f"  model        {facts['model_name']}, {model['dtype']}{quantized}, {model['attention']} attention, "
         f"{model['vocab_size']:,} logits",
         f"  weights      {model['weights']}",
         f"  tokenizer    {tokenizer['fingerprint'] if tokenizer else 'none (the data were token ids)'}",

@@ -6,7 +6,16 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from .common import CachePath, FiniteFloat, config_option, note, quiet_libraries, runtime_options
+from .common import (
+    CachePath,
+    FiniteFloat,
+    check_device_map,
+    config_option,
+    device_map_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+)
 
 ADAPTERS = (
     *("lora", "dora", "rslora", "gaussian", "orthogonal", "mica", "pissa", "olora", "milora", "corda", "lora-ga"),
@@ -46,6 +55,11 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     "--ignore-padding",
     is_flag=True,
     help="Teacher and student pad their vocabularies to different widths: compare the tokens that both have.",
+)
+@click.option(
+    "--other-precision",
+    is_flag=True,
+    help="The cache is of the base with its weights in another format than --load-in: the bound of step 0 is wider.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
@@ -190,6 +204,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     default=None,
     help="Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).",
 )
+@device_map_option
 @runtime_options
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
 def train(
@@ -197,6 +212,7 @@ def train(
     cache: str | None,
     teacher_is_not_base: bool,
     ignore_padding: bool,
+    other_precision: bool,
     out: Path,
     data: str | None,
     regularizer: str,
@@ -225,6 +241,7 @@ def train(
     max_length: int | None,
     log_every: int,
     load_in: str | None,
+    device_map: str | None,
     dtype: str,
     device: str,
     resume: bool,
@@ -251,6 +268,9 @@ def train(
         )
     if ignore_padding and not teacher_is_not_base:
         raise click.UsageError("--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache.")
+    if other_precision and (teacher_is_not_base or cache is None):
+        raise click.UsageError("--other-precision is for the cache of the student's own base.")
+    check_device_map(device_map, device)
     if adapter == "none":
         _check_no_adapter(load_in)
     if regularizer in PENALTIES and (adapter == "none" or load_in is not None):
@@ -315,8 +335,8 @@ def train(
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     rows = None if data is None else read_rows(data)
-    base = load_base(source, dtype, pick_device(device), load_in)
-    pairing = Pairing(not teacher_is_not_base, ignore_padding)
+    base = load_base(source, dtype, pick_device(device), load_in, device_map)
+    pairing = Pairing(not teacher_is_not_base, ignore_padding, other_precision)
     if opened is not None:
         check_identity(opened, base, tokenizer, pairing)
         captured = opened.manifest.capture.max_length
@@ -338,8 +358,11 @@ def train(
 
     def tell(found: StepZero) -> None:
         if speaks:
-            quantised = f"noise floor of {load_in} weights; above {found.tolerance_nats:.2g} they are refused"
-            why = "noise floor" if load_in is None else quantised
+            assert opened is not None
+            why, theirs, ours = "noise floor", opened.manifest.model.quantization, base.identity.quantization
+            if theirs != ours:
+                why += f" of {ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; above "
+                why += f"{found.tolerance_nats:.2g} they are refused"
             note(f"Before step 1 the KL to the base was {abs(found.kl_nats):.1g} nats ({why}).")
 
     if teacher_is_not_base and opened is not None and speaks:

@@ -1,0 +1,58 @@
+"""Tensor parallel: every layer of one model divided over the processes that torchrun started.
+
+Owns the group of processes and what its members agree on. All ranks run the same forwards together, or all wait for
+ever; so what is to be run is decided by the rank that leads, which alone writes. Must not load anything.
+"""
+
+import os
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from .errors import InputNotFound, UnsupportedModel
+
+T = TypeVar("T")
+
+
+def dividing(config: Any, name: str) -> dict[str, Any]:
+    """What `from_pretrained` is told to divide a model of this text config. Starts the group where there is none.
+
+    Raises `InputNotFound` without torchrun, `UnsupportedModel` where the heads do not divide. A model without a plan
+    is refused by transformers itself.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2:
+        raise InputNotFound(
+            f"loading model {name!r} over processes: expected two or more, found this one. Start them with "
+            "torchrun --nproc-per-node N -m logitcache.pipeline precompute --tensor-parallel ..."
+        )
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, heads, None)
+        if isinstance(count, int) and count % size:
+            raise UnsupportedModel(
+                f"loading model {name!r} over {size} processes: its {heads} are {count}, which {size} does not divide. "
+                "Start as many processes as divide it, or spread it with --device-map."
+            )
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return {"distributed_config": DistributedConfig(tp_size=size)}
+
+
+def leads() -> bool:
+    """Whether this process decides and writes for its group; without a group it does."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agreed(value: T) -> T:
+    """What the leading process says, on every one. All must call it; value: anything that pickles."""
+    if not dist.is_initialized():
+        return value
+    box = [value if leads() else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    said: Any = box[0]
+    return said  # type: ignore[no-any-return]
