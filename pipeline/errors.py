@@ -96,6 +96,12 @@ class TasksFailed(PipelineError):
     reason = "tasks-failed"
 
 
+class HubFailed(PipelineError):
+    """The Hub refused, could not be reached, holds something else, or did not keep what it was sent."""
+
+    reason = "hub-failed"
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether main memory or a GPU's ran out, by whatever class a library says so."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)

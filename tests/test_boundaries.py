@@ -41,6 +41,7 @@ STORAGE_ROOMS = {
     },
     "prune": {"cache", "encoding", "errors", "files", "identity", "manifest", "repack", "shard", "writer"},
     "statistics": {"cache", "records"},
+    "inventory": {"cache", "files", "identity", "index", "manifest", "shard"},
 }
 PIPELINE_ROOMS = {
     "errors": set(),
@@ -91,6 +92,8 @@ PIPELINE_ROOMS = {
     },
     "tasks": {"errors", "metrics", "models"},
     "report": {"metrics", "tasks"},
+    "card": {"storage"},
+    "hub": {"card", "errors", "storage"},
     "checked_json": {"errors"},
     "results": {"checked_json", "errors"},
     "frontier": {"results"},

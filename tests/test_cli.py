@@ -73,6 +73,11 @@ FLAGS: dict[str, list[str]] = {
     "merge": ["--config", "TARGET", "SOURCE..."],
     "convert": ["--config", "--precision", "--store", "SOURCE", "TARGET"],
     "export": ["--config", "--out", "--to", "DIR"],
+    "push": [
+        *("--base-model", "--config", "--data-license", "--dry-run", "--model-license", "--private", "--revision"),
+        *("CACHE", "REPO_ID"),
+    ],
+    "pull": ["--config", "--revision", "CACHE", "REPO_ID"],
     "train": [
         *("--device-map", "--ignore-padding", "--load-in", "--other-precision", "--student", "--teacher-is-not-base"),
         "--adapter",
@@ -213,6 +218,12 @@ DEFAULTS = {
     "merge": {},
     "convert": {"store": "that of the source", "precision": "that of the source"},
     "export": {"to": "parquet"},
+    "push": {
+        "model-license": "that of the card beside its weights, or there before",
+        "data-license": "that of the card there before, or unknown",
+        "revision": "main",
+    },
+    "pull": {"revision": "main"},
 }
 
 

@@ -39,6 +39,8 @@ from .merge import merge
 from .nullspace import nullspace
 from .precompute import precompute
 from .prune import prune
+from .pull import pull
+from .push import push
 from .repair import repair
 from .report import report
 from .sweep import sweep
@@ -73,7 +75,7 @@ def cli() -> None:
 
 
 for _verb in (
-    *(calibrate, precompute, inspect, verify, repair, prune, merge, convert, export),
+    *(calibrate, precompute, inspect, verify, repair, prune, merge, convert, export, push, pull),
     *(nullspace, train, evaluate, sweep, report, demo),
 ):
     cli.add_command(_verb)

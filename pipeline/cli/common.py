@@ -162,6 +162,15 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def quiet_hub() -> None:
+    """Let the Hub's client show its bars on a terminal, and say nothing else."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 @contextmanager
 def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` tokens with tokens/s and time left; yields the function that advances it."""
