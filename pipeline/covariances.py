@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import NonFiniteLogits, UnsupportedModel
+from .filler import Progress
 from .head import check_length, hidden_states
-from .precompute import PrecomputeSettings, Progress, make_plan
+from .precompute import PrecomputeSettings, make_plan
 from .samples import PaddedBatch, Sample, distinct, pad_batch
 
 PROBE_TOKENS = 8

@@ -23,8 +23,8 @@ from logitcache.storage.identity import digest, digest_json
 
 from .covariances import InputGroup, input_covariances, input_groups, spread
 from .errors import InputNotFound, NotTheBase, TrainingFailed, UnsuitableAdapter
+from .filler import Progress
 from .models import Base
-from .precompute import Progress
 from .samples import Sample
 
 MANIFEST, TENSORS, FORMAT_VERSION = "nullspace.json", "nullspace.safetensors", 1

@@ -1,11 +1,11 @@
-"""The batch job that fills a cache: which samples are missing, in which order, shard by shard.
+"""Which samples a cache is to hold, in which order, shard by shard; and the filling of one from samples in memory.
 
 Owns the plan. It is a function of the data, the budget and the shard size alone, so a run that is killed and started
 again forms the same batches and ends with the same bytes; what is committed is skipped. Must not know how a record is
-computed or stored.
+computed or stored. Data sets that do not fit into memory, and many workers, are in `job`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,21 +15,20 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, Manifest, sample_id
+from logitcache.storage import CacheWriter, CaptureSettings, Manifest, ModelIdentity, sample_id
 from logitcache.storage.cache import stored_token_groups
+from logitcache.storage.captured import Captured
 from logitcache.storage.encoding import PRECISIONS, columns_of
 from logitcache.storage.identity import digest
 from logitcache.storage.manifest import features_of
-from logitcache.storage.records import keep_mass
 
+from .errors import NonFiniteLogits
+from .filler import Filler, Progress
 from .head import check_head, check_length
 from .models import Base, tokenizer_identity
 from .partition import token_groups
 from .samples import Sample, distinct
-from .teacher import capture
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens done since the last call."""
+from .teacher import TransformersTeacher
 
 BYTES_A_SAMPLE_TABLE_ROW = 28
 
@@ -131,14 +130,26 @@ def manifest_for(
     partition: as `partition_for` gives it.
     Raises ValueError for tail samples with min_mass: the draws are from beyond all top_k alternatives.
     """
+    return manifest_of(base.source.name, base.identity, tokenizer, settings, partition)
+
+
+def manifest_of(
+    model_name: str,
+    identity: ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: PrecomputeSettings,
+    partition: NDArray[np.uint8] | None = None,
+    engine: str = "",
+) -> Manifest:
+    """`manifest_for` of any engine; one that is not transformers is named, and leaves the tail as 1 minus the rest."""
     if settings.tail_samples and settings.min_mass < 1:
         raise ValueError("tail_samples with min_mass: the draws are from beyond all top_k alternatives")
-    packages = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
+    packages = ["logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec"]
     precision = PRECISIONS[settings.precision]
-    fitted = settings.fitted(base.identity.vocab_size)
+    fitted = settings.fitted(identity.vocab_size)
     manifest = Manifest(
         store=settings.store,
-        model=base.identity,
+        model=identity,
         tokenizer=tokenizer_identity(tokenizer),
         capture=CaptureSettings(
             top_k=fitted.top_k,
@@ -149,9 +160,10 @@ def manifest_for(
             num_tail_groups=0 if partition is None else fitted.tail_groups,
             tail_partition="" if partition is None else digest(partition.tobytes()),
             num_tail_samples=settings.tail_samples,
+            tail_from_remainder=bool(engine),
         ),
-        model_name=base.source.name,
-        created_with={name: version(name) for name in packages},
+        model_name=model_name,
+        created_with={name: version(name) for name in [*packages, *([engine] if engine else [])]},
     )
     return replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
 
@@ -177,14 +189,23 @@ def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:
     return Plan(tuple(shards))
 
 
-def without_captured(plan: Plan, captured: Mapping[bytes, NDArray[np.int32]]) -> Plan:
+def without_captured(plan: Plan, captured: Captured) -> Plan:
     """The plan less what a cache holds: positions, samples, batches and shards, in the same order."""
+    samples = list(plan.samples)
+    missing = captured.missing([sample_id(s.token_ids) for s in samples], [s.positions for s in samples])
+    left = iter([_at(sample, positions) for sample, positions in zip(samples, missing, strict=True)])
     shards = []
     for shard in plan.shards:
-        batches = [tuple(left for s in batch if (left := _missing(s, captured)) is not None) for batch in shard]
+        batches = [tuple(found for _ in batch if (found := next(left)) is not None) for batch in shard]
         if any(batches):
             shards.append(tuple(b for b in batches if b))
     return Plan(tuple(shards))
+
+
+def teacher_of(base: Base, manifest: Manifest, partition: NDArray[np.uint8] | None) -> TransformersTeacher:
+    """The base as the teacher of a cache with this manifest."""
+    groups = None if partition is None else torch.from_numpy(partition.copy())
+    return TransformersTeacher(base.model, manifest.capture.top_k, groups, manifest.capture.num_tail_samples)
 
 
 def precompute(
@@ -202,20 +223,14 @@ def precompute(
     """
     check_head(base.model)
     check_length(base.model, max((len(s.token_ids) for s in plan.samples), default=0))
-    kept = manifest.capture
-    groups = None if partition is None else torch.from_numpy(partition.copy())
     with CacheWriter(path, manifest, partition) as writer:
         missing = without_captured(plan, writer.captured())
         progress(plan.num_tokens - missing.num_tokens)
-        for shard in missing.shards:
-            cached: list[CachedSample] = []
-            for batch in shard:
-                records = capture(base.model, batch, kept.top_k, groups, kept.num_tail_samples)
-                for sample, record in zip(batch, records, strict=True):
-                    fewer = keep_mass(record, kept.min_mass, partition)
-                    cached.append(CachedSample(sample.token_ids, fewer, sample.num_tokens_cut))
-                progress(sum(len(s.token_ids) for s in batch))
-            writer.commit(cached)
+        with Filler(writer, teacher_of(base, manifest, partition), partition, progress) as filler:
+            for shard in missing.shards:
+                filler.shard(shard)
+        if filler.filled.failures:
+            raise NonFiniteLogits(failed_text(filler.filled.failures))
         if not writer.is_final:
             writer.finalize()
     return PrecomputeReport(
@@ -226,11 +241,18 @@ def precompute(
     )
 
 
-def _missing(sample: Sample, captured: Mapping[bytes, NDArray[np.int32]]) -> Sample | None:
-    have = captured.get(sample_id(sample.token_ids))
-    if have is None:
+def failed_text(failures: Sequence[str]) -> str:
+    """What is said of shards that could not be computed."""
+    others = f" {len(failures) - 1} more shards could not be computed either." if len(failures) > 1 else ""
+    return failures[0] + others
+
+
+def _at(sample: Sample, positions: NDArray[np.int32]) -> Sample | None:
+    """A sample of which only these positions are wanted; None where there are none."""
+    if len(positions) == len(sample.positions):
         return sample
-    supervised = sample.supervised.copy()
-    supervised[have + 1] = False
-    left = replace(sample, supervised=supervised)
-    return left if len(left.positions) else None
+    if not len(positions):
+        return None
+    supervised = np.zeros_like(sample.supervised)
+    supervised[positions + 1] = True
+    return replace(sample, supervised=supervised)

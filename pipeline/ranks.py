@@ -5,7 +5,9 @@ ever; so what is to be run is decided by the rank that leads, which alone writes
 """
 
 import os
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from transformers.distributed import DistributedConfig
 from .errors import InputNotFound, UnsupportedModel
 
 T = TypeVar("T")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 def dividing(config: Any, name: str) -> dict[str, Any]:
@@ -43,9 +47,37 @@ def dividing(config: Any, name: str) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
+def is_divided() -> bool:
+    """Whether the processes hold one model together."""
+    return dist.is_initialized()
+
+
 def leads() -> bool:
     """Whether this process decides and writes for its group; without a group it does."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@dataclass(frozen=True)
+class Leading(Generic[Question, Answer]):
+    """A function that all processes of the group must call together, as the leader calls it: see `follow`."""
+
+    function: Callable[[Question], Answer]
+
+    def __call__(self, question: Question) -> Answer:
+        """The function's answer here, while the others compute theirs."""
+        agreed((question,))
+        return self.function(question)
+
+    def release(self) -> None:
+        """Let the others go."""
+        agreed(None)
+
+
+def follow(function: Callable[[Question], object]) -> None:
+    """Call the function with whatever the leader calls it with, until it lets go."""
+    question: tuple[Question] | None = None
+    while (asked := agreed(question)) is not None:
+        function(asked[0])
 
 
 def agreed(value: T) -> T:

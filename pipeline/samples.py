@@ -69,6 +69,15 @@ def make_samples(
     rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
+    found = read_samples(rows, tokenizer, max_length, vocab_size)
+    check_samples_left(found.num_rows, len(found.samples), max_length)
+    return found
+
+
+def read_samples(
+    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+) -> SampleSet:
+    """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
@@ -82,14 +91,18 @@ def make_samples(
             samples.append(sample)
         else:
             num_without += 1
+    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without)
+
+
+def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None:
+    """Raise `InvalidData` where a data set has no row, or none with a supervised token."""
     if not num_rows:
         raise InvalidData("reading data: expected at least one row, found none.")
-    if not samples:
+    if not num_samples:
         raise InvalidData(
             f"reading data: no supervised token is left in any of {num_rows} rows after truncation to {max_length} "
             "tokens. Use a larger --max-length."
         )
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without)
 
 
 def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedBatch:

@@ -30,7 +30,7 @@ SLICE_BYTES = 64 * 2**20
 class Teacher(Protocol):
     """Whatever runs the base."""
 
-    def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
+    def __call__(self, batch: Sequence[Sample], /) -> list[BaseLogprobs]:
         """The record of every supervised position of each sample, in their order."""
         ...
 

@@ -7,7 +7,7 @@ tokens of the whole cache, once (4 bytes a token in memory).
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,11 @@ class LogitCache:
     def shards(self) -> Iterator[OpenShard]:
         """The shards, in order."""
         return (self._shard(number) for number in range(self.num_shards))
+
+    def shards_of(self, keys: Iterable[bytes]) -> Iterator[OpenShard]:
+        """The shards that hold some sample of these ids, in order."""
+        numbers = {self._index.shard(number) for key in keys for number in self._index.find(key)}
+        return (self._shard(number) for number in sorted(numbers))
 
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""

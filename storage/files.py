@@ -15,6 +15,7 @@ import stat
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -64,6 +65,10 @@ class Files(Protocol):
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of all files below a folder, by their names in it."""
+        ...
+
+    def times(self, folder: str) -> dict[str, float | None]:
+        """When each file in a folder was changed last, in seconds since 1970; None where the store does not say."""
         ...
 
     def create(self, name: str, data: bytes) -> bool:
@@ -138,6 +143,13 @@ class LocalFiles:
     def sizes(self, folder: str) -> dict[str, int]:
         path = self._path / folder
         return {p.relative_to(path).as_posix(): p.lstat().st_size for p in path.rglob("*") if not p.is_dir()}
+
+    def times(self, folder: str) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for name in self.names(folder):
+            with suppress(FileNotFoundError):
+                found[name] = (self._path / folder / name).stat().st_mtime
+        return found
 
     def create(self, name: str, data: bytes) -> bool:
         path, temporary = self._path / name, self._temporary(name)
@@ -350,6 +362,16 @@ class ObjectFiles:
         return {name[name.index(start.lstrip("/")) + len(start.lstrip("/")) :]: e["size"] for name, e in found.items()}
 
     @_as_os_error
+    def times(self, folder: str) -> dict[str, float | None]:
+        fs, path = self._connect()
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(f"{path}/{folder}", detail=True)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: _time_of(entry) for entry in found}
+
+    @_as_os_error
     def create(self, name: str, data: bytes) -> bool:
         fs, path = self._connect()
         _make_parents(fs, f"{path}/{name}")
@@ -392,6 +414,19 @@ class ObjectFiles:
 
     def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
         return lambda: None  # there are no locks: nobody knows to be alone, so nobody tidies
+
+
+def _time_of(entry: Mapping[str, Any]) -> float | None:
+    """Each client has its own name for it."""
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        when = entry.get(name)
+        if isinstance(when, str):
+            when = datetime.fromisoformat(when.replace("Z", "+00:00"))
+        if isinstance(when, datetime):
+            return when.timestamp()
+        if isinstance(when, (int, float)):
+            return float(when)
+    return None
 
 
 def _make_parents(fs: Any, path: str) -> None:

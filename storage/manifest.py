@@ -140,7 +140,7 @@ class Contents:
     shards: tuple[ShardEntry, ...]
 
 
-def to_bytes(value: Manifest | ShardCommit | Contents) -> bytes:
+def to_bytes(value: object) -> bytes:
     """Canonical JSON of a value inside {"checksum", "body"}; the checksum is `digest` of the canonical body."""
     data = _envelope(_plain(value))
     if len(data) > MAX_JSON_BYTES:

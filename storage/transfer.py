@@ -195,7 +195,7 @@ def copy_samples(
 def _wanted_picks(source: LogitCache, wanted: Mapping[bytes, NDArray[np.int32]]) -> Iterator[tuple[Source, Pick]]:
     """Each wanted row once, from the first capture that has it, which is the one that counts."""
     taken: dict[bytes, list[NDArray[np.int32]]] = {}
-    for shard in source.shards():
+    for shard in source.shards_of(wanted):
         shard_source = Source(shard)
         for row, (key, positions) in enumerate(shard_source.samples()):
             asked = wanted.get(key)

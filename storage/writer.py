@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
+from .captured import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import LOCK, STAGING, UNFINISHED, Files, open_files
@@ -68,6 +69,7 @@ class CacheWriter:
             raise
         self.manifest = manifest
         self._tables: dict[str, tuple[str, SampleTable]] = {}
+        self._captured: Captured | None = None
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -79,6 +81,15 @@ class CacheWriter:
         """Cease to be a writer. What is committed stays."""
         self._leave()
 
+    def abandon(self) -> None:
+        """Cease without tidying up, when the process closes: a thread of it may still be writing."""
+        self._leave = lambda: None
+
+    @property
+    def files(self) -> Files:
+        """Where it writes, for the records of workers."""
+        return self._files
+
     @property
     def is_final(self) -> bool:
         """Whether the contents list every committed shard, and their index is there."""
@@ -87,16 +98,19 @@ class CacheWriter:
         contents = read_json(Contents, self._files, CONTENTS)
         return [e.unit for e in contents.shards] == self._units() and self._files.exists(contents.index.name)
 
-    def captured(self) -> dict[bytes, NDArray[np.int32]]:
-        """The positions captured so far, by sample id, from every committed shard."""
-        found: dict[bytes, list[NDArray[np.int32]]] = {}
-        for unit in self._units():
-            checksum, table = self._read_table(unit)
-            self._tables[unit] = checksum, without_tokens(table)
-            ids = [row.tobytes() for row in table.sample_ids]
-            for key, place in zip(ids, table.places(), strict=True):
-                found.setdefault(key, []).append(table.positions[place.positions])
-        return {key: np.unique(np.concatenate(parts)) for key, parts in found.items()}
+    def captured(self) -> Captured:
+        """What every committed shard holds, when first asked, and what this writer commits from then on."""
+        if self._captured is None:
+            self._captured = Captured(lambda unit: self._read_table(unit)[1])
+            for unit in self._units():
+                checksum, table = self._read_table(unit)
+                self._tables[unit] = checksum, without_tokens(table)
+                self._captured.add(unit, table)
+        return self._captured
+
+    def is_committed(self, samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> bool:
+        """Whether some writer has committed a shard of exactly these samples and positions, in this order."""
+        return self._files.exists(f"{SHARDS}/{_unit_of(samples)}.json")
 
     def commit(self, samples: Sequence[CachedSample]) -> ShardCommit:
         """Write one shard and commit it. A shard that is already committed is left as it is.
@@ -122,6 +136,8 @@ class CacheWriter:
         won = self._publish(commit, files)
         if won is commit:
             self._tables[unit] = digest(to_bytes(commit)), without_tokens(table)
+        if self._captured is not None:
+            self._captured.add(unit, table)
         return won
 
     def adopt(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
@@ -250,6 +266,13 @@ def unit_id(table: SampleTable) -> str:
     """The name of a shard: a hash of its samples and their positions, so that repeated work meets itself."""
     counts = np.ascontiguousarray(table.num_positions, dtype="<u4").tobytes()
     return digest(table.sample_ids.tobytes() + counts + np.ascontiguousarray(table.positions, dtype="<i4").tobytes())
+
+
+def _unit_of(samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> str:
+    """`unit_id` of a table that is still to be made."""
+    counts = np.array([len(positions) for _, positions in samples], dtype="<u4").tobytes()
+    places = np.concatenate([positions for _, positions in samples]).astype("<i4", copy=False)
+    return digest(b"".join(key for key, _ in samples) + counts + places.tobytes())
 
 
 def pack_shard(

@@ -8,6 +8,7 @@ Everything is imported once, before the forks and without threads of torch, so t
 """
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -30,7 +31,7 @@ SHARED_STEPS = ("fsync", "link", "rename", "replace", "unlink", "mkdir", "rmdir"
 def main(mode: str, line: list[str], folder: str, kills: int = 0, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)
     killer = Killer(line, Path(folder))
-    assert run([*killer.line_for(killer.folder / "none"), "--dry-run"]) == 0  # imports now, not in every child
+    importlib.import_module("logitcache.pipeline.job")  # now, not in every child
     load_base(find_model(line[line.index("--model") + 1]), "auto", torch.device("cpu"))  # so do transformers' tables
     assert threading.active_count() == 1
     gc.freeze()  # a collection in a child would touch, and copy, every page it shares

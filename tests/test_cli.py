@@ -51,21 +51,15 @@ FLAGS: dict[str, list[str]] = {
         *RUNTIME,
     ],
     "precompute": [
-        "--batch-tokens",
-        "--cache",
-        "--data",
-        "--dry-run",
-        "--max-length",
-        "--min-mass",
-        "--model",
-        "--precision",
-        "--shard-positions",
-        "--store",
-        "--tail-groups",
-        "--tail-samples",
-        "--top-k",
+        *("--batch-tokens", "--cache", "--calibration", "--cost-per-hour", "--data"),
+        *("--device-map", "--engine", "--load-in", "--log-json", "--max-length"),
+        *("--min-mass", "--model", "--num-shards", "--num-workers", "--plan"),
+        *("--precision", "--samples-from", "--shard-index", "--shard-positions", "--store"),
+        *("--streaming", "--tail-groups", "--tail-samples", "--tensor-parallel", "--tokens-per-second"),
+        *("--top-k", "--window-rows"),
         *RUNTIME,
     ],
+    "status": ["--config", "--json", "DIR"],
     "inspect": ["--config", "--json", "--max-positions", "--plot", "DIR"],
     "verify": ["--config", "--json", "DIR"],
     "repair": ["--config", "DIR"],
@@ -168,6 +162,10 @@ DEFAULTS = {
         "max-length": "1024",
         "batch-tokens": "8192",
         "shard-positions": "32768",
+        "window-rows": "16384",
+        "engine": "transformers",
+        "num-workers": "one a GPU, or 1",
+        "tokens-per-second": "as measured here",
         "dtype": "auto",
         "device": "auto",
     },
@@ -211,6 +209,7 @@ DEFAULTS = {
     "report": {"out": "that of the sweep"},
     "sweep": {"jobs": "1", "dtype": "auto", "device": "auto"},
     "demo": {"out": "demo-output"},
+    "status": {},
     "inspect": {"max-positions": "200000"},
     "verify": {},
     "repair": {},
@@ -418,11 +417,11 @@ def test_a_finished_cache_gains_what_it_lacks(
     done("verify", grown)
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, tiny_model: Path, data: Path) -> None:
+def test_a_plan_writes_nothing(tmp_path: Path, tiny_model: Path, data: Path) -> None:
     with unchanged(tmp_path):
-        outcome = precompute(tiny_model, data, tmp_path / "c", "--dry-run")
-    assert outcome.out.startswith(f"Would run {tiny_model} over ")
-    assert "keeping 8 of 260 alternatives" in outcome.out and outcome.out.endswith("Nothing was written.\n")
+        outcome = precompute(tiny_model, data, tmp_path / "c", "--plan")
+    assert outcome.out.startswith("rows    12, 0 of them cut to 1024 tokens\nsamples 12 ")
+    assert outcome.out.endswith("Nothing was written.\n")
 
 
 def test_equal_rows_are_cached_once(tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
@@ -528,7 +527,7 @@ def write_config(tmp_path: Path, text: str) -> Path:
 def plan_with(tmp_path: Path, model: Path, data: Path, config: str, *more: object) -> str:
     """What a dry run says whose other settings come from a file."""
     path = write_config(tmp_path, config)
-    line = ["precompute", "--config", path, "--model", model, "--data", data, "--cache", tmp_path / "c", "--dry-run"]
+    line = ["precompute", "--config", path, "--model", model, "--data", data, "--cache", tmp_path / "c", "--plan"]
     return done(*line, *more).out
 
 
@@ -589,7 +588,7 @@ def test_config_of_train(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
         ("top-k: true", "'--top-k'"),
         ("top-k: 0", "'--top-k'"),
         ("top-k: 5\ntop_k: 6", "once"),
-        ("dry-run: maybe", "'--dry-run'"),
+        ("plan: maybe", "'--plan'"),
         ("store: parquet", "'--store'"),
         ("- top-k", "mapping"),
         ("5", "mapping"),

@@ -33,7 +33,7 @@ from cli_harness import (
 from conftest import make_model, make_tokenizer, text_rows
 from safetensors.torch import load_file, save_file
 
-import logitcache.pipeline.precompute as precompute_job
+import logitcache.pipeline.teacher as teacher_module
 from logitcache.pipeline.cli import run
 from logitcache.storage import files as storage_files
 from logitcache.storage.arrow_backend import ArrowBackend
@@ -344,11 +344,11 @@ def test_a_damaged_model_is_1_and_nothing_is_written(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["config is no object", "config of nothing", "config of an unknown kind"])
-def test_a_damaged_config_is_1_in_a_dry_run(name: str, tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
+def test_a_damaged_config_is_1_in_a_plan(name: str, tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
     edit, _ = BAD_MODELS[name]
     model = copy_of(tiny_model, tmp_path / "model", edit)
     remove_tokenizer(model)
-    message = refused(1, *precompute_line(model, write_rows(ROWS["input_ids"]), tmp_path / "c", "--dry-run"))
+    message = refused(1, *precompute_line(model, write_rows(ROWS["input_ids"]), tmp_path / "c", "--plan"))
     assert str(model) in message
 
 
@@ -412,7 +412,7 @@ def test_a_base_with_nan_is_1_and_names_sample_and_position(
     assert f"{data}:3, position 0: its logits are not finite" in message  # attention spreads it: 0 * nan is nan
     assert "(5 positions of this batch)" in message  # its own
     kept = cache_bytes(tmp_path / "c")
-    assert sum(name.endswith(".json") for name in kept if name.startswith("shards/")) == 1  # the longest row was first
+    assert sum(name.endswith(".json") for name in kept if name.startswith("shards/")) == 2  # the others
     refused(5, "inspect", tmp_path / "c")
 
 
@@ -756,7 +756,7 @@ def test_ctrl_c_in_the_middle_of_precompute_is_130_and_goes_on(
     call: int, tmp_path: Path, tiny_model: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_at(patch, precompute_job, "capture", call, KeyboardInterrupt())
+        fail_at(patch, teacher_module, "capture", call, KeyboardInterrupt())
         message = refused(130, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
     assert "interrupted" in message and "run the same command again" in message
     refused(5, "inspect", tmp_path / "c")
@@ -775,7 +775,7 @@ def test_memory_that_runs_out_is_1_and_the_rerun_completes(
     error: Exception, tmp_path: Path, tiny_model: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_at(patch, precompute_job, "capture", 3, error)
+        fail_at(patch, teacher_module, "capture", 3, error)
         message = refused(1, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
     assert "memory ran out" in message and "--batch-tokens" in message
     assert_goes_on(tmp_path / "c", cache, tiny_model, data, at_least=1)
@@ -784,6 +784,6 @@ def test_memory_that_runs_out_is_1_and_the_rerun_completes(
 def test_a_defect_of_the_program_keeps_its_traceback(
     tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at(monkeypatch, precompute_job, "capture", 1, RuntimeError("a defect"))
+    fail_at(monkeypatch, teacher_module, "capture", 1, RuntimeError("a defect"))
     with pytest.raises(RuntimeError, match="a defect"):
         run([str(a) for a in precompute_line(tiny_model, data, tmp_path / "c")])

@@ -264,14 +264,22 @@ def test_the_writer_knows_what_is_captured(path: Path, store: str) -> None:
     whole = every_position(np.random.default_rng(9), 25)
     parts = captures(whole, [[3, 4], [0, 4]])
     with CacheWriter(path, make_manifest(store)) as writer:
-        assert writer.captured() == {}
+        meanwhile = writer.captured()
+        assert len(meanwhile) == 0
         writer.commit(parts[:1])
         writer.commit([parts[1], *SHARDS[0]])
-    with CacheWriter(path, make_manifest(store)) as writer:
-        found = writer.captured()
     expected = {sample_id(s.token_ids): s.logprobs.positions.tolist() for s in SHARDS[0]}
     expected[sample_id(whole.token_ids)] = [0, 3, 4]
-    assert {key: positions.tolist() for key, positions in found.items()} == expected
+    asked = [*expected, bytes(16)]
+    every = np.arange(max(map(len, (s.token_ids for s in [whole, *SHARDS[0]]))), dtype=np.int32)
+    with CacheWriter(path, make_manifest(store)) as writer:
+        for found in (meanwhile, writer.captured()):
+            left = found.missing(asked, [every] * len(asked))
+            there = [sorted(set(every.tolist()) - set(positions.tolist())) for positions in left]
+            assert there == [*expected.values(), []]
+            assert [
+                len(p) for p in found.missing(list(expected), [np.array(p, np.int32) for p in expected.values()])
+            ] == [0] * len(expected)
 
 
 # --- batches and the index --------------------------------------------------------------------------------------------

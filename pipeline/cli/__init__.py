@@ -1,9 +1,11 @@
 """The command line: `logitcache VERB`. The only place that prints, and exits.
 
 Owns exit statuses: 0 done; 1 failed; 2 wrong usage; 3 corrupt data; 4 the cache does not belong to this model,
-tokenizer or data; 5 cache incomplete; 130 interrupted. One file a verb; torch is imported when a verb runs.
+tokenizer or data; 5 cache incomplete; 130 interrupted; 143 stopped by SIGTERM. One file a verb; torch is imported when
+a verb runs.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +45,9 @@ from .pull import pull
 from .push import push
 from .repair import repair
 from .report import report
+from .status import status
 from .sweep import sweep
+from .terminal import Terminated
 from .train import train
 from .verify import verify
 
@@ -70,12 +74,12 @@ def cli() -> None:
 
     \b
     Exit status: 0 done; 1 failed; 2 wrong usage; 3 corrupt data; 4 the cache does not belong
-    to this model, tokenizer or data; 5 cache incomplete; 130 interrupted.
+    to this model, tokenizer or data; 5 cache incomplete; 130 interrupted; 143 SIGTERM.
     """
 
 
 for _verb in (
-    *(calibrate, precompute, inspect, verify, repair, prune, merge, convert, export, push, pull),
+    *(calibrate, precompute, status, inspect, verify, repair, prune, merge, convert, export, push, pull),
     *(nullspace, train, evaluate, sweep, report, demo),
 ):
     cli.add_command(_verb)
@@ -83,7 +87,12 @@ for _verb in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its status."""
-    sys.exit(run(arguments))
+    status = run(arguments)
+    if status in (130, 143):  # at once: a thread may still be writing, and what it leaves is no harm
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +102,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except Terminated:
+        click.echo("logitcache: stopped by SIGTERM. What was committed is kept; the same command goes on.", err=True)
+        return 143
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "logitcache: interrupted. What was committed is kept; run the same command again to go on "

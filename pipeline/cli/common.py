@@ -174,16 +174,20 @@ def quiet_hub() -> None:
 @contextmanager
 def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` tokens with tokens/s and time left; yields the function that advances it."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, desc=description, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=True
-    ) as bar:
+    with progress_bar(description, total) as bar:
 
         def advance(tokens: int) -> None:
             bar.update(tokens)
 
         yield advance
+
+
+def progress_bar(description: str, total: int | None, silent: bool = False) -> Any:
+    """tqdm's, over tokens, at a terminal only."""
+    from tqdm import tqdm
+
+    hidden = silent or not sys.stderr.isatty()
+    return tqdm(total=total, desc=description, unit=" tokens", unit_scale=True, disable=hidden, leave=True)
 
 
 def note(text: str) -> None:

@@ -1,25 +1,33 @@
 """`logitcache precompute`: run the base once and store its predictions."""
 
+import os
+from typing import TYPE_CHECKING
+
 import click
 
 from .common import (
     CachePath,
     FiniteFloat,
+    check_device_map,
     config_option,
+    device_map_option,
     human_bytes,
     model_option,
-    note,
     quiet_libraries,
     runtime_options,
-    token_bar,
 )
+from .terminal import Console, terminated_softly
+
+if TYPE_CHECKING:
+    from ..estimate import Estimate
+    from ..job import JobReport, JobSpec, Share
 
 
 @click.command(short_help="Run the base once and store its log-probabilities.")
 @config_option
 @model_option
 @click.option(
-    "--data", required=True, metavar="D", help="JSONL or Parquet file, a folder of them, or a hub data set id."
+    "--data", required=True, metavar="D", help="JSONL or Parquet file, a folder or a URL of them, or a hub data set id."
 )
 @click.option(
     "--cache",
@@ -87,8 +95,47 @@ from .common import (
     show_default=True,
     help="Positions a shard: what an interruption can lose at most.",
 )
+@click.option(
+    "--window-rows",
+    type=click.IntRange(min=1),
+    default=16_384,
+    show_default=True,
+    help="Rows that are held, sorted by length and cut into shards together.",
+)
+@click.option("--streaming", is_flag=True, help="Read a hub data set as it comes, and keep nothing of it on the disk.")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm", "ray"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
+)
+@click.option("--calibration", metavar="FILE", help="What `logitcache calibrate` wrote; for --engine vllm.")
+@click.option("--num-workers", type=click.IntRange(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
+@click.option("--shard-index", type=click.IntRange(min=0), help="This worker of --num-shards, from 0.")
+@click.option("--num-shards", type=click.IntRange(min=1), help="Workers that share the job, each started by itself.")
+@click.option(
+    "--samples-from", type=CachePath(), metavar="DIR", help="Another cache of the same base: copy what it has already."
+)
+@click.option(
+    "--load-in",
+    type=click.Choice(["8bit", "4bit"]),
+    default=None,
+    help="Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md).",
+)
+@device_map_option
+@click.option(
+    "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
+)
 @runtime_options
-@click.option("--dry-run", is_flag=True, help="Read the data, print the plan and its size, and stop.")
+@click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
+@click.option("--plan", is_flag=True, help="Measure a sample, print what the job will take, write nothing and stop.")
+@click.option(
+    "--tokens-per-second",
+    type=FiniteFloat(min=0, min_open=True),
+    help="Of a worker, for --plan.  [default: as measured here]",
+)
+@click.option("--cost-per-hour", type=FiniteFloat(min=0), help="Of a worker, in any currency, for --plan.")
 def precompute(
     model: str,
     data: str,
@@ -102,62 +149,161 @@ def precompute(
     max_length: int,
     batch_tokens: int,
     shard_positions: int,
+    window_rows: int,
+    streaming: bool,
+    engine: str,
+    calibration: str | None,
+    num_workers: int | None,
+    shard_index: int | None,
+    num_shards: int | None,
+    samples_from: str | None,
+    load_in: str | None,
+    device_map: str | None,
+    tensor_parallel: bool,
     dtype: str,
     device: str,
-    dry_run: bool,
+    log_json: bool,
+    plan: bool,
+    tokens_per_second: float | None,
+    cost_per_hour: float | None,
 ) -> None:
     """Run the base once over a data set and store, for every supervised token, its top-k log-probabilities.
 
     Rows: text; prompt + completion; messages (assistant turns are supervised); or input_ids (+ labels, -100 where not
     supervised). Interrupted, the same command goes on where it stopped. A finished cache gains what it lacks.
+
+    Many workers: --shard-index and --num-shards in a job array; torchrun --nproc-per-node N -m logitcache.pipeline
+    precompute ...; or --engine ray (docs/how-to/scale.md).
     """
     if tail_groups == 1:
         raise click.UsageError("--tail-groups 1 is the whole tail, which is always kept: give 2 or more, or 0.")
     if tail_samples and min_mass < 1:
         raise click.UsageError("--tail-samples with --min-mass: the draws are from beyond all --top-k. Leave one out.")
+    if (engine == "vllm") != (calibration is not None):
+        raise click.UsageError("--engine vllm and --calibration go together: run `logitcache calibrate` first.")
+    if num_workers is not None and engine != "ray":
+        raise click.UsageError("--num-workers is for --engine ray; elsewhere: --shard-index and --num-shards.")
+    if not plan and (tokens_per_second is not None or cost_per_hour is not None):
+        raise click.UsageError("--tokens-per-second and --cost-per-hour are for --plan.")
+    if engine == "vllm" and (load_in or device_map or tensor_parallel):
+        raise click.UsageError("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")
+    if tensor_parallel and (device_map is not None or engine == "ray"):
+        raise click.UsageError("--tensor-parallel goes with torchrun alone, without --device-map and --engine ray.")
+    check_device_map(device_map, device)
+    index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
+    console = Console(log_json, speaks=index == 0 or shard_index is not None)
     quiet_libraries()
-    from .. import precompute as job
-    from ..models import configured_vocab_size, find_model, load_base, load_tokenizer, pick_device
-    from ..rows import read_rows
-    from ..samples import make_samples
+    from ..job import JobSpec, Share, load, one_worker, work
+    from ..precompute import PrecomputeSettings
 
-    settings = job.PrecomputeSettings(
+    settings = PrecomputeSettings(
         top_k, max_length, batch_tokens, shard_positions, store, precision, min_mass, tail_groups, tail_samples
     )
-    source = find_model(model)
-    where = pick_device(device)
-    tokenizer = load_tokenizer(source)
-    rows = read_rows(data)
-    if dry_run:
-        vocab_size = configured_vocab_size(source)
-    else:
-        base = load_base(source, dtype, where)
-        vocab_size = base.identity.vocab_size
-    found = make_samples(rows, tokenizer, max_length, vocab_size)
-    plan = job.make_plan(found.samples, settings)
-    settings = settings.fitted(vocab_size)
-    note(
-        f"{found.num_rows:,} rows: {plan.num_samples:,} distinct samples, {plan.num_tokens:,} tokens, "
-        f"{plan.num_positions:,} supervised positions."
+    spec = JobSpec(
+        model,
+        data,
+        cache,
+        settings,
+        dtype,
+        device,
+        window_rows,
+        streaming,
+        samples_from=samples_from or "",
+        engine="transformers" if engine == "ray" else engine,
+        calibration=calibration or "",
+        load_in=load_in,
+        device_map=device_map,
+        tensor_parallel=tensor_parallel,
     )
-    if found.num_truncated:
-        note(
-            f"{found.num_truncated:,} rows are longer than {max_length} tokens and were cut "
-            f"({found.num_tokens_cut:,} tokens lost); {found.num_without_labels:,} of them kept no supervised token "
+    share = Share(index, num)
+    if plan:
+        from ..estimate import estimate
+
+        with one_worker(load(spec)) as loaded:
+            if loaded is not None:
+                _print_plan(spec, estimate(spec, loaded, tokens_per_second), share, cost_per_hour)
+        return
+    if engine == "ray":
+        from ..ray_engine import run_on_ray
+
+        report = run_on_ray(spec, num_workers, console.tell)
+    else:
+        with one_worker(load(spec)) as loaded:
+            if loaded is None:  # another process leads
+                return
+            with terminated_softly(), console.bar("precompute") as progress:
+                report = work(spec, loaded, share, progress, console.tell)
+    _print_report(report, spec, share, console)
+
+
+def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tuple[int, int]:
+    """Which of how many workers this is: as the flags say, or torchrun."""
+    if (shard_index is None) != (num_shards is None):
+        raise click.UsageError("--shard-index and --num-shards go together.")
+    if shard_index is not None and num_shards is not None:
+        if shard_index >= num_shards:
+            raise click.UsageError(f"--shard-index {shard_index} with --num-shards {num_shards}: they count from 0.")
+        if engine == "ray":
+            raise click.UsageError("--engine ray shares the work itself: leave --shard-index out.")
+        return shard_index, num_shards
+    if engine == "ray":
+        return 0, 1
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _print_plan(spec: "JobSpec", found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
+    how = "measured here" if found.measured else "as given"
+    hours = found.worker_hours
+    lines = [
+        ("rows", f"{found.num_rows:,}, {found.num_truncated:,} of them cut to {spec.settings.max_length} tokens"),
+        ("samples", f"{found.num_samples:,} (a sequence that repeats in another window counts again)"),
+        ("tokens", f"{found.num_tokens:,}, {found.num_positions:,} supervised positions"),
+        (
+            "keeping",
+            f"{found.kept} of {found.vocab_size:,} alternatives a position, precision {spec.settings.precision}",
+        ),
+        ("units", f"{found.num_units:,}, a shard each"),
+        (
+            "size",
+            f"{human_bytes(found.num_bytes)}: {found.bytes_per_position:.0f} bytes a position, "
+            f"measured on {found.sampled_positions:,}",
+        ),
+        ("time", f"{_hours(hours)} of one worker at {found.tokens_per_second:,.0f} tokens/s ({how})"),
+    ]
+    if share.num > 1:
+        lines.append(("", f"{_hours(hours / share.num)} with {share.num} workers, if they do not wait for one another"))
+    if cost_per_hour is not None:
+        lines.append(("cost", f"{hours * cost_per_hour:,.2f} at {cost_per_hour:g} an hour and worker"))
+    for name, value in lines:
+        click.echo(f"{name:8}{value}")
+    click.echo("Nothing was written.")
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} s"
+    return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:,.1f} h"
+
+
+def _print_report(report: "JobReport", spec: "JobSpec", share: "Share", console: Console) -> None:
+    data = report.data
+    console.note(
+        f"{data.num_rows:,} rows: {report.num_planned:,} distinct samples, {report.planned_tokens:,} tokens, "
+        f"{report.planned_positions:,} supervised positions."
+        + (f" Those of worker {share.index} of {share.num}." if share.num > 1 else "")
+    )
+    if data.num_truncated:
+        console.note(
+            f"{data.num_truncated:,} rows are longer than {spec.settings.max_length} tokens and were cut "
+            f"({data.num_tokens_cut:,} tokens lost); {data.num_without_labels:,} of them kept no supervised token "
             "and are left out."
         )
-    if dry_run:
-        size = human_bytes(plan.num_bytes(settings))
-        groups = f" and the rest in {settings.tail_groups} groups" if settings.tail_groups else ""
-        click.echo(
-            f"Would run {source.name} over {plan.num_tokens:,} tokens into {len(plan.shards):,} shards, keeping "
-            f"{settings.top_k} of {vocab_size:,} alternatives{groups} a position at precision {precision}: {size} "
-            "before compression. Nothing was written."
-        )
+    console.tell("finished", {"samples": report.num_samples, "positions": report.num_positions})
+    if not console.speaks:
         return
-    partition = job.partition_for(base, settings, cache)
-    manifest = job.manifest_for(base, tokenizer, settings, partition)
-    with token_bar("precompute", plan.num_tokens) as progress:
-        report = job.precompute(base, manifest, plan, cache, progress, partition)
     already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""
-    click.echo(f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {cache}.{already}")
+    already += f" {report.num_samples_copied:,} were copied from {spec.samples_from}." if spec.samples_from else ""
+    waits = "" if report.is_final else " Other workers are not done; the last one finishes the cache."
+    click.echo(
+        f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {spec.cache}.{already}{waits}"
+    )

@@ -1,0 +1,65 @@
+"""What a long job says while it runs: a bar and notes for a person, or lines of JSON for a machine; and SIGTERM."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from .common import note, progress_bar
+
+
+class Terminated(BaseException):
+    """SIGTERM: as from a scheduler that takes the machine back. No KeyboardInterrupt, of which click makes its own."""
+
+
+@contextmanager
+def terminated_softly() -> Iterator[None]:
+    """SIGTERM becomes `Terminated`, raised where the program is, which leaves the unit in work and says so."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Console:
+    """stderr of a job. as_json: a line of JSON an event, and nothing for people. speaks: whether this process does."""
+
+    def __init__(self, as_json: bool, speaks: bool = True) -> None:
+        self.speaks, self._as_json = speaks, as_json
+        self._bar: Any = None
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self.speaks and not self._as_json:
+            note(text)
+
+    def tell(self, name: str, facts: dict[str, object]) -> None:
+        """An event: a line of JSON, or for a person what they should know."""
+        if self._as_json:
+            line = {"time": round(time.time(), 3), "event": name, **facts}
+            click.echo(json.dumps(line), err=True)
+        elif name == "window" and self._bar is not None:
+            self._bar.total = (self._bar.total or 0) + int(str(facts["tokens"]))
+            self._bar.refresh()
+        elif name == "batch-halved":
+            note(f"Memory ran out on a batch of {facts['tokens']:,} tokens: from here on {facts['to']:,} at most.")
+        elif name == "unit-failed":
+            note(f"A shard was left out: {facts['why']}")
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[Callable[[int], None]]:
+        """A bar over the tokens of the windows so far; yields the function that advances it."""
+        silent = self._as_json or not self.speaks
+        with progress_bar(description, None, silent) as self._bar:
+            yield self._bar.update
+        self._bar = None

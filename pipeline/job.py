@@ -1,0 +1,376 @@
+"""The batch precompute job: a data set of any size, filled into one cache by any number of workers.
+
+Owns who does what. The data are read in windows of so many rows; the samples of a window make a plan of their own, and
+its shards are the units of work. Each unit belongs to one worker, by a rule that needs no talk: so workers may die,
+come late or be repeated, and what two did is committed once. Only the samples of one window are in memory. The last
+worker to finish finalises. Must not know how a record is made, nor print.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.storage import CacheWriter, LogitCache, Manifest, check_same_capture, copy_samples, sample_id
+from logitcache.storage.captured import Captured
+from logitcache.storage.identity import digest_json
+from logitcache.storage.workers import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    WorkerRecord,
+    now,
+    read_records,
+    remove_records,
+    write_record,
+)
+
+from .calibrate import check_calibration
+from .errors import NonFiniteLogits
+from .filler import Filler, Progress, Tell
+from .head import check_head, check_length
+from .models import Base, Source, find_model, load_base, load_tokenizer, pick_device
+from .precompute import (
+    Plan,
+    PrecomputeSettings,
+    failed_text,
+    make_plan,
+    manifest_for,
+    manifest_of,
+    partition_for,
+    teacher_of,
+    without_captured,
+)
+from .ranks import Leading, agreed, follow, is_divided, leads
+from .rows import count_rows, read_windows, sizes_of
+from .samples import SampleSet, check_samples_left, read_samples
+from .teacher import Teacher
+from .vllm_teacher import check_tail, start_vllm, vllm_identity, vllm_version
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+
+WORKERS_A_WINDOW = 8
+"""Workers that share a window: more would all have to tokenize it, fewer would leave small data sets to few."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is, in plain values that any process can be told. window_rows: rows that are planned together.
+
+    samples_from: another cache of the same identity, whose samples are copied instead of computed; "" for none.
+    streaming: read a hub data set as it comes. engine: transformers or vllm; calibration: what `calibrate` wrote of the
+    latter. load_in, device_map, tensor_parallel: as of `load_base`; with the last, all ranks make one worker.
+    """
+
+    model: str
+    data: str
+    cache: str
+    settings: PrecomputeSettings
+    dtype: str = "auto"
+    device: str = "auto"
+    window_rows: int = 16_384
+    streaming: bool = False
+    samples_from: str = ""
+    engine: str = TRANSFORMERS
+    calibration: str = ""
+    load_in: str | None = None
+    device_map: str | None = None
+    tensor_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """The `index`-th of `num` workers."""
+
+    index: int = 0
+    num: int = 1
+
+    def has_unit(self, window: int, unit: int) -> bool:
+        """Whether a unit of a window is this worker's: every unit is one worker's, every worker's share about equal."""
+        round_number = window // (
+            self.num // gcd(WORKERS_A_WINDOW, self.num)
+        )  # windows of few units: not the same first
+        return (window * WORKERS_A_WINDOW + (unit + round_number) % WORKERS_A_WINDOW) % self.num == self.index
+
+    def has_window(self, window: int) -> bool:
+        """Whether some unit of a window may be this worker's."""
+        return (self.index - window * WORKERS_A_WINDOW) % self.num < WORKERS_A_WINDOW
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker loads once, for any number of shares."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    manifest: Manifest
+    partition: NDArray[np.uint8] | None
+    teacher: Teacher
+    base: Base | None
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What one worker did. num_rows, num_truncated, ...: of the windows it read; num_samples_found: of its units, those
+    that were there already; num_samples_copied: from the
+    other cache; is_final: whether the cache is finished now."""
+
+    data: SampleSet
+    num_samples: int = 0
+    num_positions: int = 0
+    num_tokens: int = 0
+    num_samples_found: int = 0
+    num_samples_copied: int = 0
+    num_planned: int = 0
+    planned_tokens: int = 0
+    planned_positions: int = 0
+    is_final: bool = False
+
+
+def load(spec: JobSpec) -> Loaded:
+    """The base and all that goes with it. Raises what loading raises, and `NotCalibrated`."""
+    source = find_model(spec.model)
+    tokenizer = load_tokenizer(source)
+    if spec.engine == VLLM:
+        return _load_vllm(spec, source, tokenizer)
+    where = pick_device(spec.device)
+    base = load_base(source, spec.dtype, where, spec.load_in, spec.device_map, spec.tensor_parallel)
+    check_head(base.model)
+    partition = agreed(partition_for(base, spec.settings, spec.cache))
+    manifest = manifest_for(base, tokenizer, spec.settings, partition)
+    teacher = teacher_of(base, manifest, partition)
+    return Loaded(tokenizer, base.identity.vocab_size, manifest, partition, teacher, base)
+
+
+@contextmanager
+def one_worker(loaded: Loaded) -> Iterator[Loaded | None]:
+    """With a model that is divided over processes: what the leader works with, and None, after all of the work, on the
+    others, which follow its forwards. Otherwise what was loaded."""
+    if not is_divided():
+        yield loaded
+    elif not leads():
+        follow(loaded.teacher)
+        yield None
+    else:
+        leading = Leading(loaded.teacher)
+        try:
+            yield replace(loaded, teacher=leading)
+        finally:
+            leading.release()
+
+
+def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
+    check_tail(spec.settings.tail_groups, spec.settings.tail_samples)
+    identity = vllm_identity(source, spec.dtype)
+    check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
+    manifest = manifest_of(source.name, identity, tokenizer, spec.settings, engine=VLLM)
+    teacher = start_vllm(source, identity, manifest.capture.top_k, spec.settings.max_length)
+    return Loaded(tokenizer, identity.vocab_size, manifest, None, teacher, None)
+
+
+def plans(
+    spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, share: Share
+) -> Iterator["Planned"]:
+    """Number, samples and plan of every window that may hold a unit of this share."""
+    for window in read_windows(spec.data, spec.window_rows, share.has_window, spec.streaming):
+        found = read_samples(window.rows, tokenizer, spec.settings.max_length, vocab_size)
+        yield window.number, found, make_plan(found.samples, spec.settings)
+
+
+def work(
+    spec: JobSpec,
+    loaded: Loaded,
+    share: Share | None = None,
+    progress: Progress = lambda _: None,
+    tell: Tell = lambda name, facts: None,
+) -> JobReport:
+    """Do a share of the job, and finalise the cache if all of the others are done.
+
+    Raises what `CacheWriter`, the teacher and the data raise; `NonFiniteLogits` at the end where units could not be
+    computed. What was committed before stays, and the same call goes on from there.
+    """
+    share = share or Share()
+    windows = plans(spec, loaded.tokenizer, loaded.vocab_size, share)
+    first = next(windows, None)  # a broken row at the start is told before anything is written
+    if share.num == 1 and (first is None or first[1].num_rows < spec.window_rows):
+        rows, samples = (0, 0) if first is None else (first[1].num_rows, len(first[1].samples))
+        check_samples_left(rows, samples, spec.settings.max_length)
+    if first is not None:
+        _check_length(loaded, first[2])
+    other = LogitCache.open(spec.samples_from) if spec.samples_from else None
+    if other is not None:
+        check_same_capture(loaded.manifest, other)
+    with CacheWriter(spec.cache, loaded.manifest, loaded.partition) as writer:
+        worker = _Worker(spec, loaded, share, writer, progress, tell, other)
+        worker.begin()
+        try:
+            worker.run(windows if first is None else chain([first], windows))
+        except BaseException:
+            with suppress(OSError):  # of a disk that is full, say
+                worker.record(STOPPED)
+            raise
+        return worker.report
+
+
+def _job_of(spec: JobSpec) -> str:
+    """What the workers of one job agree on: how the data are cut into units."""
+    cut = (spec.settings.max_length, spec.settings.batch_tokens, spec.settings.shard_positions, spec.window_rows)
+    return digest_json([sizes_of(spec.data), list(cut)])
+
+
+def _check_length(loaded: Loaded, plan: Plan) -> None:
+    if loaded.base is not None:
+        check_length(loaded.base.model, max((len(s.token_ids) for s in plan.samples), default=0))
+
+
+Planned = tuple[int, SampleSet, Plan]
+"""Number, samples and plan of a window."""
+
+
+class _Worker:
+    """One share on its way."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        loaded: Loaded,
+        share: Share,
+        writer: CacheWriter,
+        progress: Progress,
+        tell: Tell,
+        other: LogitCache | None,
+    ) -> None:
+        self.report = JobReport(SampleSet([], 0, 0, 0, 0))
+        self._spec, self._loaded, self._share = spec, loaded, share
+        self._writer, self._progress, self._tell = writer, progress, tell
+        self._other, self._job = other, ""
+        self._started, self._windows_done, self._num_windows = now(), 0, -1
+        self._filler = Filler(writer, loaded.teacher, loaded.partition, progress, self._told)
+
+    def begin(self) -> None:
+        """Read what is there, and say that it works on the rest."""
+        self._writer.captured()
+        self._num_windows = self._count_windows()
+        self._job = _job_of(self._spec)
+        self.record(RUNNING)
+
+    def run(self, windows: Iterable[Planned]) -> None:
+        """All windows, then the end."""
+        captured = self._writer.captured()
+        with self._filler as filler:
+            for number, found, plan in windows:
+                self._note(found)
+                self._fill(filler, number, plan, captured)
+                self._windows_done += 1
+        self._count_filled()
+        if self._share.num == 1:
+            check_samples_left(self.report.data.num_rows, self.report.num_planned, self._spec.settings.max_length)
+        if filler.filled.failures:
+            self.record(FAILED)
+            raise NonFiniteLogits(failed_text(filler.filled.failures))
+        self.record(FINISHED)
+        self._finalize()
+
+    def record(self, state: str) -> None:
+        """Say how this worker is."""
+        filled = self._filler.filled
+        record = WorkerRecord(
+            state=state,
+            job=self._job,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            updated=now(),
+            num_units=filled.num_units,
+            num_positions=filled.num_positions,
+            num_tokens=filled.num_tokens,
+            windows_done=self._windows_done,
+            num_windows=self._num_windows,
+            failures=filled.failures[:100],
+        )
+        write_record(self._writer.files, self._share.index, self._share.num, record)
+
+    def _fill(self, filler: Filler, window: int, plan: Plan, captured: Captured) -> None:
+        filler.settle()  # a sample that was in the window before is captured by now
+        mine = Plan(tuple(s for unit, s in enumerate(plan.shards) if self._share.has_unit(window, unit)))
+        _check_length(self._loaded, mine)
+        missing = without_captured(mine, captured)
+        self._plan(mine, missing)
+        self._tell("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
+        if self._other is not None:
+            missing = self._copied(self._other, missing, captured)
+        self._progress(mine.num_tokens - missing.num_tokens)
+        for shard in missing.shards:
+            if self._share.num > 1 and filler.is_done(shard):  # repeated: another did it after this one had begun
+                self._progress(sum(len(s.token_ids) for batch in shard for s in batch))
+            else:
+                filler.shard(shard)
+
+    def _copied(self, other: LogitCache, missing: Plan, captured: Captured) -> Plan:
+        """The plan less what the other cache has, which is in this one now."""
+        wanted = {sample_id(s.token_ids): s.positions for s in missing.samples}
+        copied = copy_samples(self._writer, other, wanted, self._spec.settings.shard_positions)
+        self.report = replace(self.report, num_samples_copied=self.report.num_samples_copied + copied.num_samples)
+        return without_captured(missing, captured)
+
+    def _told(self, name: str, facts: dict[str, object]) -> None:
+        self._tell(name, facts)
+        if name.startswith("unit"):
+            self.record(RUNNING)
+
+    def _finalize(self) -> None:
+        """By the last one: all of the others have said that they finished."""
+        num = self._share.num
+        records = read_records(self._writer.files)
+        states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
+        done = len(states) == num and set(states) == {(FINISHED, self._job)}
+        if done:
+            if not self._writer.is_final:
+                self._writer.finalize()
+            remove_records(self._writer.files)
+        self.report = replace(self.report, is_final=done or self._writer.is_final)
+
+    def _count_windows(self) -> int:
+        rows = count_rows(self._spec.data)
+        if rows is None:
+            return -1
+        return sum(self._share.has_window(w) for w in range(-(-rows // self._spec.window_rows)))
+
+    def _note(self, found: SampleSet) -> None:
+        was = self.report.data
+        data = SampleSet(
+            [],
+            was.num_rows + found.num_rows,
+            was.num_truncated + found.num_truncated,
+            was.num_tokens_cut + found.num_tokens_cut,
+            was.num_without_labels + found.num_without_labels,
+        )
+        self.report = replace(self.report, data=data)
+
+    def _plan(self, mine: Plan, missing: Plan) -> None:
+        was = self.report
+        self.report = replace(
+            was,
+            num_planned=was.num_planned + mine.num_samples,
+            planned_tokens=was.planned_tokens + mine.num_tokens,
+            planned_positions=was.planned_positions + mine.num_positions,
+            num_samples_found=was.num_samples_found + mine.num_samples - missing.num_samples,
+        )
+
+    def _count_filled(self) -> None:
+        filled = self._filler.filled
+        self.report = replace(
+            self.report,
+            num_samples=filled.num_samples,
+            num_positions=filled.num_positions,
+            num_tokens=filled.num_tokens,
+        )

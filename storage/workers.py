@@ -1,0 +1,138 @@
+"""What the workers of a precompute job say of themselves, and what the commits say of the job.
+
+Owns the files worker-<i>-of-<n>.json beside the manifest, which readers ignore and the last worker removes.
+They decide nothing but who finishes: lost or stale ones cost a repetition of that, never a number. Units done and their
+rate come from the commit records and the times of their files.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import read_manifest
+from .errors import CorruptCache
+from .files import Files, open_files
+from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_json, to_bytes
+from .shard import CONTENTS, SHARDS
+
+RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+_NAME = re.compile(r"worker-(\d+)-of-(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """state: running, finished, failed (some units could not be computed) or stopped (asked to, or by an error).
+
+    job: a hash of how the data are cut into units, the same for workers of one job. num_windows: of the data set, -1
+    where it is not known. started, updated: seconds since 1970, on the worker's clock.
+    failures: a sentence a unit that could not be computed.
+    """
+
+    state: str
+    job: str
+    host: str
+    pid: int
+    started: float
+    updated: float
+    num_units: int
+    num_positions: int
+    num_tokens: int
+    windows_done: int
+    num_windows: int
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a job: what is committed, and what its workers say. seconds: between its first commit and its last."""
+
+    manifest: Manifest
+    is_final: bool
+    num_listed: int
+    num_units: int
+    num_samples: int
+    num_positions: int
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+    tokens_after_first: int
+    workers: dict[tuple[int, int], WorkerRecord]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the commits after the first one; None where their times say nothing."""
+        return self.tokens_after_first / self.seconds if self.seconds > 0 else None
+
+    @property
+    def share_done(self) -> float | None:
+        """Of the windows of all workers; None where their number is not known."""
+        records = self.workers.values()
+        if not records or any(r.num_windows < 0 for r in records):
+            return None
+        total = sum(r.num_windows for r in records)
+        return sum(r.windows_done for r in records) / total if total else None
+
+
+def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
+    """Say how worker `index` of `num` is."""
+    files.replace(f"worker-{index}-of-{num}.json", to_bytes(record))
+
+
+def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
+    """What every worker said last, by (index, number of workers)."""
+    found = {}
+    for name in files.names(""):
+        match = _NAME.fullmatch(name)
+        if match:
+            try:
+                data = files.read(name)
+            except FileNotFoundError:  # the last worker removes them
+                continue
+            found[int(match[1]), int(match[2])] = from_bytes(WorkerRecord, data, f"{files.root}/{name}")
+    return dict(sorted(found.items()))
+
+
+def remove_records(files: Files) -> None:
+    """Once the cache is final."""
+    for name in files.names(""):
+        if _NAME.fullmatch(name):
+            files.remove(name)
+
+
+def status(path: str | Path) -> Status:
+    """How far the job is that fills the cache at `path`. Raises `NotACache`, `CorruptCache`, `UnsupportedFormat`."""
+    files = open_files(path)
+    manifest = read_manifest(files)
+    times = {name: when for name, when in files.times(SHARDS).items() if name.endswith(".json")}
+    commits = {name: read_json(ShardCommit, files, f"{SHARDS}/{name}") for name in sorted(times)}
+    known = sorted((when, commits[name].num_tokens) for name, when in times.items() if when is not None)
+    listed = set(_listed(files))
+    return Status(
+        manifest=manifest,
+        is_final=bool(listed) and listed == {c.unit for c in commits.values()},
+        num_listed=len(listed),
+        num_units=len(commits),
+        num_samples=sum(c.num_samples for c in commits.values()),
+        num_positions=sum(c.num_positions for c in commits.values()),
+        num_tokens=sum(c.num_tokens for c in commits.values()),
+        num_bytes=sum(f.size for c in commits.values() for f in c.files),
+        seconds=known[-1][0] - known[0][0] if len(known) > 1 else 0.0,
+        tokens_after_first=sum(tokens for _, tokens in known[1:]),
+        workers=read_records(files),
+    )
+
+
+def now() -> float:
+    """Seconds since 1970."""
+    return time.time()
+
+
+def _listed(files: Files) -> Iterator[str]:
+    if files.exists(CONTENTS):
+        try:
+            yield from (entry.unit for entry in read_json(Contents, files, CONTENTS).shards)
+        except CorruptCache:
+            if files.exists(CONTENTS):
+                raise
