@@ -216,7 +216,7 @@ def work(
             worker.run(windows if first is None else chain([first], windows))
         except BaseException:
             with suppress(OSError):  # of a disk that is full, say
-                worker.record(STOPPED)
+                worker.record(worker.failed_as)
             raise
         return worker.report
 
@@ -272,13 +272,15 @@ class _Worker:
                 self._fill(filler, number, plan, captured)
                 self._windows_done += 1
         self._count_filled()
-        if self._share.num == 1:
-            check_samples_left(self.report.data.num_rows, self.report.num_planned, self._spec.settings.max_length)
         if filler.filled.failures:
-            self.record(FAILED)
             raise NonFiniteLogits(failed_text(filler.filled.failures))
         self.record(FINISHED)
         self._finalize()
+
+    @property
+    def failed_as(self) -> str:
+        """What it is if it goes no further."""
+        return FAILED if self._filler.filled.failures else STOPPED
 
     def record(self, state: str) -> None:
         """Say how this worker is."""
@@ -334,6 +336,8 @@ class _Worker:
         states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
         done = len(states) == num and set(states) == {(FINISHED, self._job)}
         if done:
+            num_captured = len(self._writer.captured())
+            check_samples_left(self.report.data.num_rows, num_captured, self._spec.settings.max_length)
             if not self._writer.is_final:
                 self._writer.finalize()
             remove_records(self._writer.files)

@@ -139,7 +139,7 @@ def _rows_of(files: Sequence[str], wanted: Wanted) -> Iterator[Unparsed]:
 
 
 def _jsonl_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
-    with fsspec.open(file, "rb") as f:
+    with _open(file) as f:
         number = first
         for at, line in enumerate(f, 1):
             if line.strip():
@@ -171,7 +171,7 @@ class _Line:
 def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
     """Row groups without a wanted row are not read."""
     try:
-        with fsspec.open(file, "rb") as f:
+        with _open(file) as f:
             parquet = pq.ParquetFile(f)
             start = 0
             for group in range(parquet.num_row_groups):
@@ -209,6 +209,10 @@ def _hub_rows(name: str, streaming: bool) -> Iterator[Unparsed]:
             "Check the path, or the network."
         ) from error
     return ((f"{name}, row {i}", _Parsed(dict(row))) for i, row in enumerate(dataset, 1))
+
+
+def _open(file: str) -> Any:
+    return fsspec.open(file, "rb") if "://" in file else Path(file).open("rb")
 
 
 def _count_lines(file: str) -> int:

@@ -248,7 +248,10 @@ def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tupl
         return shard_index, num_shards
     if engine == "ray":
         return 0, 1
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise click.UsageError(f"RANK={rank} and WORLD_SIZE={world} in the environment are no worker of a job.")
+    return int(rank), int(world)
 
 
 def _print_plan(spec: "JobSpec", found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
