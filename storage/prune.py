@@ -23,6 +23,7 @@ from .identity import digest
 from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_bytes
 from .repack import Part, Pick, Source, pack
 from .shard import SHARDS, OpenShard
+from .workers import remove_records
 from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, without_tokens, write_contents
 
 T = TypeVar("T")
@@ -139,6 +140,7 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
     for unit in plan.removed:
         if unit not in shards:
             files.remove(f"{SHARDS}/{unit}.json")
+    remove_records(files)
     tidy(files)
     sizes = [sum(c.num_bytes for c in held.values()) for held in (plan.commits, commits)]
     return _report(plan, sizes[0] - sizes[1])

@@ -15,6 +15,7 @@ from .identity import sample_id
 from .index import SampleIndex, index_file
 from .manifest import Contents, Manifest, ShardCommit, read_json
 from .shard import CONTENTS, SHARDS, TOKEN_GROUPS, OpenShard
+from .workers import remove_records
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     lost_partition = bool(_verify_partition(files, manifest))
     if not dropped and not lost_partition and _has_good_contents(files, tables):
         return RepairReport((), False)
+    remove_records(files)  # who had finished has something to do again
     for name in files.names(""):
         if name == CONTENTS or name.startswith("index-"):
             files.remove(name)

@@ -71,7 +71,9 @@ class Status:
         records = self.workers.values()
         if not records or any(r.num_windows < 0 for r in records):
             return None
-        total = sum(r.num_windows for r in records)
+        started = sum(r.num_windows for r in records)
+        expected = max(num for _, num in self.workers)
+        total = started * max(1.0, expected / len(records))  # those that have not begun have as many each
         return sum(r.windows_done for r in records) / total if total else None
 
 

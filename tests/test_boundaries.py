@@ -39,7 +39,7 @@ STORAGE_ROOMS = {
         "records",
         "shard",
     },
-    "verify": {"cache", "encoding", "errors", "files", "identity", "index", "manifest", "shard"},
+    "verify": {"cache", "encoding", "errors", "files", "identity", "index", "manifest", "shard", "workers"},
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
@@ -53,7 +53,7 @@ STORAGE_ROOMS = {
         "shard",
         "writer",
     },
-    "prune": {"cache", "encoding", "errors", "files", "identity", "manifest", "repack", "shard", "writer"},
+    "prune": {"cache", "encoding", "errors", "files", "identity", "manifest", "repack", "shard", "workers", "writer"},
     "statistics": {"cache", "records"},
     "inventory": {"cache", "files", "identity", "index", "manifest", "shard"},
 }
