@@ -336,8 +336,8 @@ class _Worker:
         states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
         done = len(states) == num and set(states) == {(FINISHED, self._job)}
         if done:
-            num_captured = len(self._writer.captured())
-            check_samples_left(self.report.data.num_rows, num_captured, self._spec.settings.max_length)
+            if not self._writer.has_shards:
+                check_samples_left(max(1, self.report.data.num_rows), 0, self._spec.settings.max_length)
             if not self._writer.is_final:
                 self._writer.finalize()
             remove_records(self._writer.files)

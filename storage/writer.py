@@ -91,6 +91,11 @@ class CacheWriter:
         return self._files
 
     @property
+    def has_shards(self) -> bool:
+        """Whether anybody has committed anything."""
+        return bool(self._units())
+
+    @property
     def is_final(self) -> bool:
         """Whether the contents list every committed shard, and their index is there."""
         if not self._files.exists(CONTENTS):
