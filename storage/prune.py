@@ -136,11 +136,11 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
         table = part.table if commit.unit not in plan.commits else _open(files, manifest, commit).table()
         shards[commit.unit] = digest(to_bytes(commit)), without_tokens(table)
         commits[commit.unit] = commit
+    remove_records(files)  # who had finished may have something to do again
     write_contents(files, dict(sorted(shards.items())))
     for unit in plan.removed:
         if unit not in shards:
             files.remove(f"{SHARDS}/{unit}.json")
-    remove_records(files)
     tidy(files)
     sizes = [sum(c.num_bytes for c in held.values()) for held in (plan.commits, commits)]
     return _report(plan, sizes[0] - sizes[1])

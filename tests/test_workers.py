@@ -139,19 +139,22 @@ def test_records_of_workers(place: str) -> None:
         (1, 4): replace(RECORD, state=FINISHED, windows_done=5),
         (2, 4): replace(RECORD, state=FAILED, failures=("running the base on a.jsonl:3: no.",)),
         (3, 4): replace(RECORD, state=STOPPED, windows_done=0),
-        (11, 12): RECORD,
     }
     for (index, num), record in said.items():
         write_record(files, index, num, record)
     assert read_records(files) == said
     found = status(place)
     assert found.workers == said
-    assert found.share_done == (2 + 5 + 2 + 0 + 2) / 25
-    write_record(files, 0, 4, replace(RECORD, num_windows=-1))
+    assert found.share_done == (2 + 5 + 2 + 0) / 20
+    files.remove("worker-1-of-4.json")
+    files.remove("worker-2-of-4.json")
+    assert status(place).share_done == 2 / 20  # those that have not begun have as much to do
+    write_record(files, 1, 4, replace(RECORD, num_windows=-1))
     assert status(place).share_done is None
+    write_record(files, 11, 12, RECORD)
     files.replace("worker-x-of-4.json", b"not of ours")
     files.replace("worker-1-of-4.json.bak", b"not of ours")
-    assert len(read_records(files)) == 5
+    assert list(read_records(files)) == [(0, 4), (1, 4), (3, 4), (11, 12)]
     remove_records(files)
     assert status(place).workers == {}
     assert files.exists("worker-x-of-4.json") and files.exists("worker-1-of-4.json.bak")
