@@ -76,7 +76,7 @@ PIPELINE_ROOMS = {
         *("teacher", "vllm_teacher"),
     },
     "estimate": {"job", "samples", "storage"},
-    "ray_engine": {"filler", "job"},
+    "ray_engine": {"errors", "filler", "job", "models", "precompute", "samples", "storage"},
     "prune": {"models", "rows", "samples", "storage"},
     "losses": set(),
     "padding": {"errors"},

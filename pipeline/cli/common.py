@@ -150,7 +150,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings(
-        "ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets|bitsandbytes)(\.|$)"
+        "ignore", module=r"(torch|transformers|peft|accelerate|zarr|numcodecs|datasets|bitsandbytes|ray)(\.|$)"
     )
     import datasets
     import transformers

@@ -226,7 +226,8 @@ def precompute(
     if engine == "ray":
         from ..ray_engine import run_on_ray
 
-        report = run_on_ray(spec, num_workers, console.tell)
+        with terminated_softly():
+            report = run_on_ray(spec, num_workers, console.tell)
     else:
         with one_worker(load(spec)) as loaded:
             if loaded is None:  # another process leads
