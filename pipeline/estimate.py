@@ -12,7 +12,7 @@ from logitcache.storage.encoding import encode, sample_table
 from logitcache.storage.records import concatenate, keep_mass
 from logitcache.storage.writer import pack_shard, unit_id
 
-from .job import JobSpec, Loaded, Share, plans
+from .job import JobSpec, Loaded, Share, check_num_units, plans
 from .samples import Sample, check_samples_left
 
 SAMPLE_POSITIONS = 2048
@@ -59,6 +59,7 @@ def estimate(spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = No
         if not first and plan.shards:
             first = _spread([batch for shard in plan.shards for batch in shard])
     check_samples_left(num_rows, num_samples, spec.settings.max_length)
+    check_num_units(num_units, spec.settings)
     bytes_per_position, sampled, measured = _measure(loaded, first)
     return Estimate(
         loaded.manifest.capture.top_k,

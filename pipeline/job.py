@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.storage import CacheWriter, LogitCache, Manifest, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured import Captured
 from logitcache.storage.identity import digest_json
+from logitcache.storage.manifest import MAX_SHARDS
 from logitcache.storage.workers import (
     FAILED,
     FINISHED,
@@ -35,7 +36,7 @@ from logitcache.storage.workers import (
 )
 
 from .calibrate import check_calibration
-from .errors import NonFiniteLogits
+from .errors import InvalidData, NonFiniteLogits
 from .filler import Filler, Progress, Tell
 from .head import check_head, check_length
 from .models import Base, Source, find_model, load_base, load_tokenizer, pick_device
@@ -206,6 +207,7 @@ def work(
         check_samples_left(rows, samples, spec.settings.max_length)
     if first is not None:
         _check_length(loaded, first[2])
+        check_num_units(len(first[2].shards) * (_num_windows(spec) or 1), spec.settings)
     other = LogitCache.open(spec.samples_from) if spec.samples_from else None
     if other is not None:
         check_same_capture(loaded.manifest, other)
@@ -219,6 +221,22 @@ def work(
                 worker.record(worker.failed_as)
             raise
         return worker.report
+
+
+def check_num_units(num_units: int, settings: PrecomputeSettings) -> None:
+    """Raise `InvalidData` where a job comes to more shards than one cache can list, before it has cost anything."""
+    if num_units > MAX_SHARDS:
+        factor = -(-num_units // MAX_SHARDS)
+        raise InvalidData(
+            f"planning the job: about {num_units:,} shards, expected at most {MAX_SHARDS:,} in one cache. It could not "
+            f"be finished. Use --shard-positions {settings.shard_positions * factor} or more."
+        )
+
+
+def _num_windows(spec: JobSpec) -> int | None:
+    """None where nobody knows how many rows there are."""
+    rows = count_rows(spec.data)
+    return None if rows is None else -(-rows // spec.window_rows)
 
 
 def _job_of(spec: JobSpec) -> str:
@@ -344,10 +362,8 @@ class _Worker:
         self.report = replace(self.report, is_final=done or self._writer.is_final)
 
     def _count_windows(self) -> int:
-        rows = count_rows(self._spec.data)
-        if rows is None:
-            return -1
-        return sum(self._share.has_window(w) for w in range(-(-rows // self._spec.window_rows)))
+        windows = _num_windows(self._spec)
+        return -1 if windows is None else sum(self._share.has_window(w) for w in range(windows))
 
     def _note(self, found: SampleSet) -> None:
         was = self.report.data

@@ -113,9 +113,16 @@ class ShardFiles:
         committed = self.commit.blocks.get(stream, ())
         if wanted and wanted[-1] >= len(committed):
             raise corrupt(f"{self.where}/{name}", "the commit does not list as many blocks as the counts need")
+        if not wanted:
+            return []
         blocks = [committed[i] for i in wanted]
         spans = [(at, length) for at, length, _ in blocks]
-        parts = self._reading(name, lambda: self._files.read_spans(self._prefix + name, spans))
+        if len(wanted) == len(committed):  # all of them: one request instead of one a block
+            start, stop = min(at for at, _ in spans), max(at + length for at, length in spans)
+            (whole,) = self._reading(name, lambda: self._files.read_spans(self._prefix + name, [(start, stop - start)]))
+            parts = [whole[at - start : at - start + length] for at, length in spans]
+        else:
+            parts = self._reading(name, lambda: self._files.read_spans(self._prefix + name, spans))
         for (at, length, expected), data in zip(blocks, parts, strict=True):
             if len(data) != length:
                 found = f"expected {length} bytes at {at}, found the end of the file"

@@ -25,6 +25,8 @@ READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER, QUA
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_JSON_BYTES = 16 * 2**20
+MAX_SHARDS = 180_000
+"""Of a cache: contents.json has 90 bytes for each."""
 MAX_VOCAB_SIZE = 2**24 - 1
 MAX_TOP_K = 2**18
 MAX_TAIL_GROUPS = 256

@@ -85,6 +85,22 @@ def test_a_cache_of_other_settings_gives_no_samples(
     assert "top_k" in message and not (tmp_path / "c").exists()
 
 
+def test_more_shards_than_a_cache_can_list_are_refused_before_the_work(
+    tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(text_rows(24))
+    job = importlib.import_module("logitcache.pipeline.job")
+    precompute(tiny_model, data, tmp_path / "whole", *SMALL)
+    num_units = facts(tmp_path / "whole")["contents"]["num_shards"]
+    line = ["precompute", "--model", tiny_model, "--data", data, "--cache", tmp_path / "c", *SMALL]
+    monkeypatch.setattr(job, "MAX_SHARDS", num_units // 4)
+    for more in ([], ["--plan"]):
+        message = refused(1, *line, *more)
+        assert "It could not be finished. Use --shard-positions" in message
+        assert not (tmp_path / "c").exists()
+    done(*line, "--shard-positions", 4000, "--window-rows", 100)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_a_quantised_base_says_so(tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path]) -> None:
     data = write_rows(text_rows(6))
