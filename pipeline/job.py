@@ -355,7 +355,8 @@ class _Worker:
         done = len(states) == num and set(states) == {(FINISHED, self._job)}
         if done:
             if not self._writer.has_shards:
-                check_samples_left(max(1, self.report.data.num_rows), 0, self._spec.settings.max_length)
+                num_rows = count_rows(self._spec.data) or max(1, self.report.data.num_rows)
+                check_samples_left(num_rows, 0, self._spec.settings.max_length)
             if not self._writer.is_final:
                 self._writer.finalize()
             remove_records(self._writer.files)

@@ -7,6 +7,7 @@ index and contents.json; before it, readers see no cache, and after it, exactly 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from .cache import read_manifest, read_token_groups
 from .captured import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
-from .files import LOCK, STAGING, UNFINISHED, Files, open_files
+from .files import LOCK, STAGING, UNFINISHED, Files, LocalFiles, open_files
 from .identity import digest, sample_id
 from .index import index_file, npy_header
 from .manifest import (
@@ -38,6 +39,9 @@ from .records import BaseLogprobs, CachedSample, check_positions, check_rows, co
 from .shard import BACKENDS, CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard
 
 _FOLDER = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
+
+TABLES_AT_ONCE = 16
+"""Sample tables that are read from an object store at once."""
 
 ROWS_AT_ONCE = 2048
 """Rows checked and encoded together: few enough to stay in a processor's cache."""
@@ -107,8 +111,7 @@ class CacheWriter:
         """What every committed shard holds, when first asked, and what this writer commits from then on."""
         if self._captured is None:
             self._captured = Captured(lambda unit: self._read_table(unit)[1])
-            for unit in self._units():
-                checksum, table = self._read_table(unit)
+            for unit, (checksum, table) in self._read_tables(self._units()):
                 self._tables[unit] = checksum, without_tokens(table)
                 self._captured.add(unit, table)
         return self._captured
@@ -158,7 +161,9 @@ class CacheWriter:
         """
         while True:
             units = self._units()
-            contents = write_contents(self._files, {unit: self._table(unit) for unit in units})
+            for unit, (checksum, table) in self._read_tables([u for u in units if u not in self._tables]):
+                self._tables[unit] = checksum, without_tokens(table)
+            contents = write_contents(self._files, {unit: self._tables[unit] for unit in units})
             if self._units() == units:
                 break
         return contents
@@ -166,12 +171,16 @@ class CacheWriter:
     def _units(self) -> list[str]:
         return committed_units(self._files)
 
-    def _table(self, unit: str) -> tuple[str, SampleTable]:
-        """The checksum of a commit record, and of the sample table of its shard what an index needs."""
-        if unit not in self._tables:
-            checksum, table = self._read_table(unit)
-            self._tables[unit] = checksum, without_tokens(table)
-        return self._tables[unit]
+    def _read_tables(self, units: Sequence[str]) -> Iterator[tuple[str, tuple[str, SampleTable]]]:
+        """The checksums of commit records, and the sample tables of their shards; of an object store many at once,
+        since each of them is several requests one after the other."""
+        if isinstance(self._files, LocalFiles):
+            yield from ((unit, self._read_table(unit)) for unit in units)
+            return
+        with ThreadPoolExecutor(TABLES_AT_ONCE) as pool:
+            for start in range(0, len(units), TABLES_AT_ONCE):
+                part = units[start : start + TABLES_AT_ONCE]
+                yield from zip(part, pool.map(self._read_table, part), strict=True)
 
     def _read_table(self, unit: str) -> tuple[str, SampleTable]:
         data = read_bytes(self._files, f"{SHARDS}/{unit}.json")
