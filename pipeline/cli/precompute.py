@@ -229,10 +229,10 @@ def precompute(
         with terminated_softly():
             report = run_on_ray(spec, num_workers, console.tell)
     else:
-        with one_worker(load(spec)) as loaded:
+        with terminated_softly(), one_worker(load(spec)) as loaded:
             if loaded is None:  # another process leads
                 return
-            with terminated_softly(), console.bar("precompute") as progress:
+            with console.bar("precompute") as progress:
                 report = work(spec, loaded, share, progress, console.tell)
     _print_report(report, spec, share, console)
 
