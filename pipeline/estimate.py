@@ -9,10 +9,12 @@ from time import perf_counter
 
 from logitcache.storage import CachedSample
 from logitcache.storage.encoding import encode, sample_table
-from logitcache.storage.records import concatenate, keep_mass
+from logitcache.storage.records import concatenate
 from logitcache.storage.writer import pack_shard, unit_id
 
+from .filler import cached_samples
 from .job import JobSpec, Loaded, Share, check_num_units, plans
+from .precompute import Counts, count
 from .samples import Sample, check_samples_left
 
 SAMPLE_POSITIONS = 2048
@@ -26,12 +28,7 @@ class Estimate:
 
     kept: int
     vocab_size: int
-    num_rows: int
-    num_units: int
-    num_samples: int
-    num_tokens: int
-    num_positions: int
-    num_truncated: int
+    planned: Counts
     bytes_per_position: float
     sampled_positions: int
     tokens_per_second: float
@@ -39,37 +36,30 @@ class Estimate:
 
     @property
     def num_bytes(self) -> float:
-        """Of the finished cache, its sample tables and commit records included."""
-        return self.bytes_per_position * self.num_positions
+        """Of the shards of the finished cache, sample tables included; commit records and index come to it."""
+        return self.bytes_per_position * self.planned.num_positions
 
     @property
     def worker_hours(self) -> float:
         """Of one worker, or of many together."""
-        return self.num_tokens / self.tokens_per_second / 3600
+        return self.planned.num_tokens / self.tokens_per_second / 3600
 
 
 def estimate(spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = None) -> Estimate:
     """The plan of a whole job, and what it costs. tokens_per_second: of a worker elsewhere; None: measure it here."""
-    num_rows = num_units = num_samples = num_tokens = num_positions = num_truncated = 0
+    planned = Counts()
     first: list[Sequence[Sample]] = []
-    for _, found, plan in plans(spec, loaded.tokenizer, loaded.vocab_size, Share()):
-        num_rows, num_truncated = num_rows + found.num_rows, num_truncated + found.num_truncated
-        num_units, num_samples = num_units + len(plan.shards), num_samples + plan.num_samples
-        num_tokens, num_positions = num_tokens + plan.num_tokens, num_positions + plan.num_positions
+    for _, found, plan in plans(spec, loaded, Share()):
+        planned += count(found, plan)
         if not first and plan.shards:
             first = _spread([batch for shard in plan.shards for batch in shard])
-    check_samples_left(num_rows, num_samples, spec.settings.max_length)
-    check_num_units(num_units, spec.settings)
+    check_samples_left(planned.num_rows, planned.num_samples, spec.settings.max_length)
+    check_num_units(planned.num_units, spec.settings)
     bytes_per_position, sampled, measured = _measure(loaded, first)
     return Estimate(
         loaded.manifest.capture.top_k,
-        loaded.vocab_size,
-        num_rows,
-        num_units,
-        num_samples,
-        num_tokens,
-        num_positions,
-        num_truncated,
+        loaded.manifest.model.vocab_size,
+        planned,
         bytes_per_position,
         sampled,
         measured if tokens_per_second is None else tokens_per_second,
@@ -86,16 +76,15 @@ def _spread(batches: Sequence[Sequence[Sample]]) -> list[Sequence[Sample]]:
 
 def _measure(loaded: Loaded, batches: Sequence[Sequence[Sample]]) -> tuple[float, int, float]:
     """Bytes a position, positions, and tokens a second, of the second time where there is one batch only."""
-    capture, cached, seconds, tokens = loaded.manifest.capture, [], 0.0, 0
+    capture, seconds, tokens = loaded.manifest.capture, 0.0, 0
+    cached: list[CachedSample] = []
     loaded.teacher(batches[0])  # the first forward allocates
     for batch in batches:
         start = perf_counter()
         records = loaded.teacher(batch)
         seconds += perf_counter() - start
         tokens += sum(len(s.token_ids) for s in batch)
-        for sample, record in zip(batch, records, strict=True):
-            kept = keep_mass(record, capture.min_mass, loaded.partition)
-            cached.append(CachedSample(sample.token_ids, kept, sample.num_tokens_cut))
+        cached += cached_samples(list(zip(batch, records, strict=True)), capture.min_mass, loaded.partition)
     table = sample_table(cached)
     columns = encode(concatenate([c.logprobs for c in cached]), capture)
     commit, files = pack_shard(loaded.manifest, unit_id(table), table, columns, 0.0)

@@ -33,15 +33,25 @@ LEAVING_SECONDS = 5.0
 """How long a shard that is being written is waited for when the work is stopped."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Filled:
-    """What was added, and a sentence for every shard that could not be computed."""
+    """What was added so far, and a sentence for every shard that could not be computed."""
 
     num_samples: int = 0
     num_positions: int = 0
     num_tokens: int = 0
     num_units: int = 0
     failures: tuple[str, ...] = ()
+
+
+def cached_samples(
+    captured: Sequence[tuple[Sample, BaseLogprobs]], min_mass: float, partition: NDArray[np.uint8] | None
+) -> list[CachedSample]:
+    """Samples and their records as they are stored: with the fewest alternatives that hold this mass."""
+    return [
+        CachedSample(sample.token_ids, keep_mass(record, min_mass, partition), sample.num_tokens_cut)
+        for sample, record in captured
+    ]
 
 
 class Filler:
@@ -92,7 +102,7 @@ class Filler:
                 captured += self._captured(batch)
                 self._progress(sum(len(s.token_ids) for s in batch))
         except NonFiniteLogits as error:
-            self._count(failures=(str(error),))
+            self.filled.failures += (str(error),)
             self._tell("unit-failed", {"why": str(error)})
             return
         self.settle()
@@ -104,7 +114,10 @@ class Filler:
             return
         commit = self._writing.result()
         self._writing = None
-        self._count(commit.num_samples, commit.num_positions, commit.num_tokens, 1)
+        self.filled.num_samples += commit.num_samples
+        self.filled.num_positions += commit.num_positions
+        self.filled.num_tokens += commit.num_tokens
+        self.filled.num_units += 1
         size = sum(file.size for file in commit.files)
         self._tell(
             "unit-done",
@@ -140,26 +153,4 @@ class Filler:
         return found
 
     def _write(self, captured: Sequence[tuple[Sample, BaseLogprobs]]) -> ShardCommit:
-        kept = self._writer.manifest.capture.min_mass
-        samples = [
-            CachedSample(sample.token_ids, keep_mass(record, kept, self._partition), sample.num_tokens_cut)
-            for sample, record in captured
-        ]
-        return self._writer.commit(samples)
-
-    def _count(
-        self,
-        num_samples: int = 0,
-        num_positions: int = 0,
-        num_tokens: int = 0,
-        num_units: int = 0,
-        failures: tuple[str, ...] = (),
-    ) -> None:
-        was = self.filled
-        self.filled = Filled(
-            was.num_samples + num_samples,
-            was.num_positions + num_positions,
-            was.num_tokens + num_tokens,
-            was.num_units + num_units,
-            was.failures + failures,
-        )
+        return self._writer.commit(cached_samples(captured, self._writer.manifest.capture.min_mass, self._partition))

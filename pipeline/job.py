@@ -8,6 +8,7 @@ worker to finish finalises. Must not know how a record is made, nor print.
 
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,6 @@ from logitcache.storage.workers import (
     RUNNING,
     STOPPED,
     WorkerRecord,
-    now,
     read_records,
     remove_records,
     write_record,
@@ -41,8 +41,10 @@ from .filler import Filler, Progress, Tell
 from .head import check_head, check_length
 from .models import Base, Source, find_model, load_base, load_tokenizer, pick_device
 from .precompute import (
+    Counts,
     Plan,
     PrecomputeSettings,
+    count,
     failed_text,
     make_plan,
     manifest_for,
@@ -97,10 +99,10 @@ class Share:
 
     def has_unit(self, window: int, unit: int) -> bool:
         """Whether a unit of a window is this worker's: every unit is one worker's, every worker's share about equal."""
-        round_number = window // (
+        turned = window // (
             self.num // gcd(WORKERS_A_WINDOW, self.num)
-        )  # windows of few units: not the same first
-        return (window * WORKERS_A_WINDOW + (unit + round_number) % WORKERS_A_WINDOW) % self.num == self.index
+        )  # so that windows of few units feed all of them
+        return (window * WORKERS_A_WINDOW + (unit + turned) % WORKERS_A_WINDOW) % self.num == self.index
 
     def has_window(self, window: int) -> bool:
         """Whether some unit of a window may be this worker's."""
@@ -112,7 +114,6 @@ class Loaded:
     """What a worker loads once, for any number of shares."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    vocab_size: int
     manifest: Manifest
     partition: NDArray[np.uint8] | None
     teacher: Teacher
@@ -121,19 +122,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class JobReport:
-    """What one worker did. num_rows, num_truncated, ...: of the windows it read; num_samples_found: of its units, those
-    that were there already; num_samples_copied: from the
-    other cache; is_final: whether the cache is finished now."""
+    """What one worker did. planned: the rows of the windows it read, and its units of them; num_samples_found: of
+    those, the samples that were there already; num_samples_copied: that came from the other cache; is_final: whether
+    the cache is finished now."""
 
-    data: SampleSet
+    planned: Counts
     num_samples: int = 0
     num_positions: int = 0
     num_tokens: int = 0
     num_samples_found: int = 0
     num_samples_copied: int = 0
-    num_planned: int = 0
-    planned_tokens: int = 0
-    planned_positions: int = 0
     is_final: bool = False
 
 
@@ -149,7 +147,7 @@ def load(spec: JobSpec) -> Loaded:
     partition = agreed(partition_for(base, spec.settings, spec.cache))
     manifest = manifest_for(base, tokenizer, spec.settings, partition)
     teacher = teacher_of(base, manifest, partition)
-    return Loaded(tokenizer, base.identity.vocab_size, manifest, partition, teacher, base)
+    return Loaded(tokenizer, manifest, partition, teacher, base)
 
 
 @contextmanager
@@ -175,15 +173,18 @@ def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase
     check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
     manifest = manifest_of(source.name, identity, tokenizer, spec.settings, engine=VLLM)
     teacher = start_vllm(source, identity, manifest.capture.top_k, spec.settings.max_length)
-    return Loaded(tokenizer, identity.vocab_size, manifest, None, teacher, None)
+    return Loaded(tokenizer, manifest, None, teacher, None)
 
 
-def plans(
-    spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, share: Share
-) -> Iterator["Planned"]:
-    """Number, samples and plan of every window that may hold a unit of this share."""
+Planned = tuple[int, SampleSet, Plan]
+"""Number, samples and plan of a window."""
+
+
+def plans(spec: JobSpec, loaded: Loaded, share: Share) -> Iterator[Planned]:
+    """Every window that may hold a unit of this share."""
+    vocab_size = loaded.manifest.model.vocab_size
     for window in read_windows(spec.data, spec.window_rows, share.has_window, spec.streaming):
-        found = read_samples(window.rows, tokenizer, spec.settings.max_length, vocab_size)
+        found = read_samples(window.rows, loaded.tokenizer, spec.settings.max_length, vocab_size)
         yield window.number, found, make_plan(found.samples, spec.settings)
 
 
@@ -200,27 +201,27 @@ def work(
     computed. What was committed before stays, and the same call goes on from there.
     """
     share = share or Share()
-    windows = plans(spec, loaded.tokenizer, loaded.vocab_size, share)
+    windows = plans(spec, loaded, share)
     first = next(windows, None)  # a broken row at the start is told before anything is written
     if share.num == 1 and (first is None or first[1].num_rows < spec.window_rows):
         rows, samples = (0, 0) if first is None else (first[1].num_rows, len(first[1].samples))
         check_samples_left(rows, samples, spec.settings.max_length)
+    num_windows = _num_windows(spec)
     if first is not None:
         _check_length(loaded, first[2])
-        check_num_units(len(first[2].shards) * (_num_windows(spec) or 1), spec.settings)
+        check_num_units(len(first[2].shards) * (num_windows or 1), spec.settings)
     other = LogitCache.open(spec.samples_from) if spec.samples_from else None
     if other is not None:
         check_same_capture(loaded.manifest, other)
     with CacheWriter(spec.cache, loaded.manifest, loaded.partition) as writer:
-        worker = _Worker(spec, loaded, share, writer, progress, tell, other)
+        worker = _Worker(spec, loaded, share, writer, progress, tell, other, num_windows)
         worker.begin()
         try:
-            worker.run(windows if first is None else chain([first], windows))
+            return worker.run(windows if first is None else chain([first], windows))
         except BaseException:
             with suppress(OSError):  # of a disk that is full, say
                 worker.record(worker.failed_as)
             raise
-        return worker.report
 
 
 def check_num_units(num_units: int, settings: PrecomputeSettings) -> None:
@@ -250,10 +251,6 @@ def _check_length(loaded: Loaded, plan: Plan) -> None:
         check_length(loaded.base.model, max((len(s.token_ids) for s in plan.samples), default=0))
 
 
-Planned = tuple[int, SampleSet, Plan]
-"""Number, samples and plan of a window."""
-
-
 class _Worker:
     """One share on its way."""
 
@@ -266,34 +263,42 @@ class _Worker:
         progress: Progress,
         tell: Tell,
         other: LogitCache | None,
+        num_windows: int | None,
     ) -> None:
-        self.report = JobReport(SampleSet([], 0, 0, 0, 0))
+        self._planned, self._num_found, self._num_copied = Counts(), 0, 0
         self._spec, self._loaded, self._share = spec, loaded, share
         self._writer, self._progress, self._tell = writer, progress, tell
         self._other, self._job = other, ""
-        self._started, self._windows_done, self._num_windows = now(), 0, -1
+        self._started, self._windows_done = time.time(), 0
+        self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
         self._filler = Filler(writer, loaded.teacher, loaded.partition, progress, self._told)
 
     def begin(self) -> None:
         """Read what is there, and say that it works on the rest."""
         self._writer.captured()
-        self._num_windows = self._count_windows()
         self._job = _job_of(self._spec)
         self.record(RUNNING)
 
-    def run(self, windows: Iterable[Planned]) -> None:
+    def run(self, windows: Iterable[Planned]) -> JobReport:
         """All windows, then the end."""
         captured = self._writer.captured()
         with self._filler as filler:
             for number, found, plan in windows:
-                self._note(found)
-                self._fill(filler, number, plan, captured)
+                self._fill(filler, number, found, plan, captured)
                 self._windows_done += 1
-        self._count_filled()
-        if filler.filled.failures:
-            raise NonFiniteLogits(failed_text(filler.filled.failures))
+        filled = filler.filled
+        if filled.failures:
+            raise NonFiniteLogits(failed_text(filled.failures))
         self.record(FINISHED)
-        self._finalize()
+        return JobReport(
+            self._planned,
+            filled.num_samples,
+            filled.num_positions,
+            filled.num_tokens,
+            self._num_found,
+            self._num_copied,
+            self._finalize(),
+        )
 
     @property
     def failed_as(self) -> str:
@@ -309,7 +314,7 @@ class _Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=self._started,
-            updated=now(),
+            updated=time.time(),
             num_units=filled.num_units,
             num_positions=filled.num_positions,
             num_tokens=filled.num_tokens,
@@ -319,12 +324,13 @@ class _Worker:
         )
         write_record(self._writer.files, self._share.index, self._share.num, record)
 
-    def _fill(self, filler: Filler, window: int, plan: Plan, captured: Captured) -> None:
+    def _fill(self, filler: Filler, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
         filler.settle()  # a sample that was in the window before is captured by now
         mine = Plan(tuple(s for unit, s in enumerate(plan.shards) if self._share.has_unit(window, unit)))
         _check_length(self._loaded, mine)
         missing = without_captured(mine, captured)
-        self._plan(mine, missing)
+        self._planned += count(found, mine)
+        self._num_found += mine.num_samples - missing.num_samples
         self._tell("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
         if self._other is not None:
             missing = self._copied(self._other, missing, captured)
@@ -339,7 +345,7 @@ class _Worker:
         """The plan less what the other cache has, which is in this one now."""
         wanted = {sample_id(s.token_ids): s.positions for s in missing.samples}
         copied = copy_samples(self._writer, other, wanted, self._spec.settings.shard_positions)
-        self.report = replace(self.report, num_samples_copied=self.report.num_samples_copied + copied.num_samples)
+        self._num_copied += copied.num_samples
         return without_captured(missing, captured)
 
     def _told(self, name: str, facts: dict[str, object]) -> None:
@@ -347,51 +353,17 @@ class _Worker:
         if name.startswith("unit"):
             self.record(RUNNING)
 
-    def _finalize(self) -> None:
-        """By the last one: all of the others have said that they finished."""
+    def _finalize(self) -> bool:
+        """By the last one: all of the others have said that they finished. Whether the cache is final now."""
         num = self._share.num
         records = read_records(self._writer.files)
         states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
         done = len(states) == num and set(states) == {(FINISHED, self._job)}
         if done:
             if not self._writer.has_shards:
-                num_rows = count_rows(self._spec.data) or max(1, self.report.data.num_rows)
+                num_rows = count_rows(self._spec.data) or max(1, self._planned.num_rows)
                 check_samples_left(num_rows, 0, self._spec.settings.max_length)
             if not self._writer.is_final:
                 self._writer.finalize()
             remove_records(self._writer.files)
-        self.report = replace(self.report, is_final=done or self._writer.is_final)
-
-    def _count_windows(self) -> int:
-        windows = _num_windows(self._spec)
-        return -1 if windows is None else sum(self._share.has_window(w) for w in range(windows))
-
-    def _note(self, found: SampleSet) -> None:
-        was = self.report.data
-        data = SampleSet(
-            [],
-            was.num_rows + found.num_rows,
-            was.num_truncated + found.num_truncated,
-            was.num_tokens_cut + found.num_tokens_cut,
-            was.num_without_labels + found.num_without_labels,
-        )
-        self.report = replace(self.report, data=data)
-
-    def _plan(self, mine: Plan, missing: Plan) -> None:
-        was = self.report
-        self.report = replace(
-            was,
-            num_planned=was.num_planned + mine.num_samples,
-            planned_tokens=was.planned_tokens + mine.num_tokens,
-            planned_positions=was.planned_positions + mine.num_positions,
-            num_samples_found=was.num_samples_found + mine.num_samples - missing.num_samples,
-        )
-
-    def _count_filled(self) -> None:
-        filled = self._filler.filled
-        self.report = replace(
-            self.report,
-            num_samples=filled.num_samples,
-            num_positions=filled.num_positions,
-            num_tokens=filled.num_tokens,
-        )
+        return done or self._writer.is_final

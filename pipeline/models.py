@@ -236,11 +236,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerId
     )
 
 
-def configured_vocab_size(source: Source) -> int:
-    """The vocabulary size in config.json, for estimates that load no weights."""
-    return int(_config(source).vocab_size)
-
-
 def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:
     """What `from_pretrained` is told; 4-bit weights are multiplied in the dtype of the others."""
     found = getattr(_config(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)

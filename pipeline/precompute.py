@@ -6,7 +6,7 @@ computed or stored. Data sets that do not fit into memory, and many workers, are
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.storage import CacheWriter, CaptureSettings, Manifest, ModelIdentity, sample_id
 from logitcache.storage.cache import stored_token_groups
 from logitcache.storage.captured import Captured
-from logitcache.storage.encoding import PRECISIONS, columns_of
+from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
 from logitcache.storage.manifest import features_of
 
@@ -27,10 +27,8 @@ from .filler import Filler, Progress
 from .head import check_head, check_length
 from .models import Base, tokenizer_identity
 from .partition import token_groups
-from .samples import Sample, distinct
+from .samples import Sample, SampleSet, distinct
 from .teacher import TransformersTeacher
-
-BYTES_A_SAMPLE_TABLE_ROW = 28
 
 
 @dataclass(frozen=True)
@@ -83,18 +81,29 @@ class Plan:
         """Records the cache will gain."""
         return sum(len(s.positions) for s in self.samples)
 
-    def num_bytes(self, settings: PrecomputeSettings) -> int:
-        """Size of its records and tokens before compression."""
-        kept = CaptureSettings(
-            settings.top_k,
-            2,
-            precision=settings.precision,
-            num_tail_groups=settings.tail_groups,
-            num_tail_samples=settings.tail_samples,
-        )
-        columns = columns_of(kept)
-        rows = self.num_positions * sum(np.dtype(c.dtype).itemsize * max(c.width, 1) for c in columns)
-        return rows + 4 * self.num_tokens + BYTES_A_SAMPLE_TABLE_ROW * self.num_samples
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a data set, or a part of it: rows, what truncation did to them, and what is planned of them."""
+
+    num_rows: int = 0
+    num_truncated: int = 0
+    num_tokens_cut: int = 0
+    num_without_labels: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_positions: int = 0
+    num_units: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Of both parts together."""
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def count(found: SampleSet, plan: Plan) -> Counts:
+    """Of rows that were read, and a plan of some or all of their samples."""
+    rows = (found.num_rows, found.num_truncated, found.num_tokens_cut, found.num_without_labels)
+    return Counts(*rows, plan.num_samples, plan.num_tokens, plan.num_positions, len(plan.shards))
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from .errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
 from .filler import Tell
 from .job import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from .models import first_line
-from .precompute import failed_text
-from .samples import SampleSet, check_samples_left
+from .precompute import Counts, failed_text
+from .samples import check_samples_left
 
 SHARES_AN_ACTOR = 4
 """More: a late actor holds up the others less, and a killed one loses less. Fewer: the data are read less often."""
@@ -91,7 +91,7 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, tell: Tell) -> JobReport:
     report = _sum([o.report for o in outcomes if o.report is not None], actors.num_shares)
     if any(o.error for o in outcomes):
         raise NonFiniteLogits(failed_text([str(f["why"]) for o in outcomes for n, f in o.events if n == "unit-failed"]))
-    check_samples_left(report.data.num_rows, report.num_planned, spec.settings.max_length)
+    check_samples_left(report.planned.num_rows, report.planned.num_samples, spec.settings.max_length)
     finish(spec.cache)
     return _with_commits(report, before, _status(spec.cache))
 
@@ -195,18 +195,15 @@ def carried(error: Exception) -> Exception:
 def _sum(reports: Sequence[JobReport], num_shares: int) -> JobReport:
     """The report of the whole. A window is read by each share that may have a unit of it: always the same number."""
     readers = min(num_shares, WORKERS_A_WINDOW)
-    data = [r.data for r in reports]
+    planned = sum((r.planned for r in reports), Counts())
     return JobReport(
-        SampleSet(
-            [],
-            sum(d.num_rows for d in data) // readers,
-            sum(d.num_truncated for d in data) // readers,
-            sum(d.num_tokens_cut for d in data) // readers,
-            sum(d.num_without_labels for d in data) // readers,
+        replace(
+            planned,
+            num_rows=planned.num_rows // readers,
+            num_truncated=planned.num_truncated // readers,
+            num_tokens_cut=planned.num_tokens_cut // readers,
+            num_without_labels=planned.num_without_labels // readers,
         ),
-        num_planned=sum(r.num_planned for r in reports),
-        planned_tokens=sum(r.planned_tokens for r in reports),
-        planned_positions=sum(r.planned_positions for r in reports),
         is_final=True,
     )
 
@@ -221,7 +218,7 @@ def _with_commits(report: JobReport, before: Status | None, after: Status | None
         num_samples=samples,
         num_positions=positions,
         num_tokens=tokens,
-        num_samples_found=report.num_planned - samples,
+        num_samples_found=report.planned.num_samples - samples,
     )
 
 

@@ -113,7 +113,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     spec = JobSpec(job["model"], job["data"], job["cache"], settings, job["dtype"], job["device"])
     loaded = load(spec)
     share = Share(job["index"], job["num"])
-    planned = [plan for _, _, plan in plans(spec, loaded.tokenizer, loaded.vocab_size, Share())]
+    planned = [plan for _, _, plan in plans(spec, loaded, Share())]
     batches = [batch for plan in planned for shard in plan.shards for batch in shard]
     loaded.teacher(batches[0])  # the first forward allocates, and chooses kernels
     method = job["method"]

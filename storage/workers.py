@@ -6,7 +6,6 @@ rate come from the commit records and the times of their files.
 """
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +123,6 @@ def status(path: str | Path) -> Status:
         tokens_after_first=sum(tokens for _, tokens in known[1:]),
         workers=read_records(files),
     )
-
-
-def now() -> float:
-    """Seconds since 1970."""
-    return time.time()
 
 
 def _listed(files: Files) -> Iterator[str]:

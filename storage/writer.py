@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
@@ -118,7 +118,9 @@ class CacheWriter:
 
     def is_committed(self, samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> bool:
         """Whether some writer has committed a shard of exactly these samples and positions, in this order."""
-        return self._files.exists(f"{SHARDS}/{_unit_of(samples)}.json")
+        ids, positions = zip(*samples, strict=True)
+        unit = unit_of(b"".join(ids), [len(p) for p in positions], np.concatenate(positions))
+        return self._files.exists(f"{SHARDS}/{unit}.json")
 
     def commit(self, samples: Sequence[CachedSample]) -> ShardCommit:
         """Write one shard and commit it. A shard that is already committed is left as it is.
@@ -278,15 +280,13 @@ def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:
 
 def unit_id(table: SampleTable) -> str:
     """The name of a shard: a hash of its samples and their positions, so that repeated work meets itself."""
-    counts = np.ascontiguousarray(table.num_positions, dtype="<u4").tobytes()
-    return digest(table.sample_ids.tobytes() + counts + np.ascontiguousarray(table.positions, dtype="<i4").tobytes())
+    return unit_of(table.sample_ids.tobytes(), table.num_positions, table.positions)
 
 
-def _unit_of(samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> str:
-    """`unit_id` of a table that is still to be made."""
-    counts = np.array([len(positions) for _, positions in samples], dtype="<u4").tobytes()
-    places = np.concatenate([positions for _, positions in samples]).astype("<i4", copy=False)
-    return digest(b"".join(key for key, _ in samples) + counts + places.tobytes())
+def unit_of(sample_ids: bytes, num_positions: ArrayLike, positions: NDArray[np.int32]) -> str:
+    """`unit_id` of a table with these columns, all ids and all positions one after the other."""
+    counts = np.ascontiguousarray(num_positions, dtype="<u4").tobytes()
+    return digest(sample_ids + counts + np.ascontiguousarray(positions, dtype="<i4").tobytes())
 
 
 def pack_shard(

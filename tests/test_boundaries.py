@@ -75,7 +75,7 @@ PIPELINE_ROOMS = {
         *("calibrate", "errors", "filler", "head", "models", "precompute", "ranks", "rows", "samples", "storage"),
         *("teacher", "vllm_teacher"),
     },
-    "estimate": {"job", "samples", "storage"},
+    "estimate": {"filler", "job", "precompute", "samples", "storage"},
     "ray_engine": {"errors", "filler", "job", "models", "precompute", "samples", "storage"},
     "prune": {"models", "rows", "samples", "storage"},
     "losses": set(),

@@ -85,6 +85,12 @@ def test_a_cache_of_other_settings_gives_no_samples(
     assert "top_k" in message and not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("flags", [["--shard-index", 0, "--num-shards", 2], ["--num-shards", 2]])
+def test_processes_that_hold_one_model_have_no_shares(flags: list[object], tmp_path: Path) -> None:
+    line = ["precompute", "--model", "m", "--data", "d.jsonl", "--cache", tmp_path / "c", "--tensor-parallel", *flags]
+    assert "leave --shard-index out" in refused(2, *line)
+
+
 def test_more_shards_than_a_cache_can_list_are_refused_before_the_work(
     tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

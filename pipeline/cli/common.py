@@ -101,6 +101,12 @@ def runtime_options(function: F) -> F:
     return dtype(device(function))
 
 
+def load_in_option(what: str) -> Callable[[F], F]:
+    """--load-in; what: its help."""
+    option: Callable[[F], F] = click.option("--load-in", type=click.Choice(["8bit", "4bit"]), default=None, help=what)
+    return option
+
+
 def device_map_option(function: F) -> F:
     """--device-map."""
     option: Callable[[F], F] = click.option(
@@ -175,11 +181,7 @@ def quiet_hub() -> None:
 def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` tokens with tokens/s and time left; yields the function that advances it."""
     with progress_bar(description, total) as bar:
-
-        def advance(tokens: int) -> None:
-            bar.update(tokens)
-
-        yield advance
+        yield bar.update
 
 
 def progress_bar(description: str, total: int | None, silent: bool = False) -> Any:

@@ -12,6 +12,7 @@ from .common import (
     config_option,
     device_map_option,
     human_bytes,
+    load_in_option,
     model_option,
     quiet_libraries,
     runtime_options,
@@ -117,12 +118,7 @@ if TYPE_CHECKING:
 @click.option(
     "--samples-from", type=CachePath(), metavar="DIR", help="Another cache of the same base: copy what it has already."
 )
-@click.option(
-    "--load-in",
-    type=click.Choice(["8bit", "4bit"]),
-    default=None,
-    help="Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md).",
-)
+@load_in_option("Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md).")
 @device_map_option
 @click.option(
     "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
@@ -189,6 +185,8 @@ def precompute(
         raise click.UsageError("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")
     if tensor_parallel and (device_map is not None or engine == "ray"):
         raise click.UsageError("--tensor-parallel goes with torchrun alone, without --device-map and --engine ray.")
+    if tensor_parallel and (shard_index is not None or num_shards is not None):
+        raise click.UsageError("--tensor-parallel makes one worker of all processes: leave --shard-index out.")
     check_device_map(device_map, device)
     index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
     console = Console(log_json, speaks=index == 0 or shard_index is not None)
@@ -257,16 +255,19 @@ def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tupl
 
 def _print_plan(spec: "JobSpec", found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
     how = "measured here" if found.measured else "as given"
-    hours = found.worker_hours
+    planned, hours = found.planned, found.worker_hours
     lines = [
-        ("rows", f"{found.num_rows:,}, {found.num_truncated:,} of them cut to {spec.settings.max_length} tokens"),
-        ("samples", f"{found.num_samples:,} (a sequence that repeats in another window counts again)"),
-        ("tokens", f"{found.num_tokens:,}, {found.num_positions:,} supervised positions"),
+        (
+            "rows",
+            f"{planned.num_rows:,}, {planned.num_truncated:,} of them cut to {spec.settings.max_length} tokens",
+        ),
+        ("samples", f"{planned.num_samples:,} (a sequence that repeats in another window counts again)"),
+        ("tokens", f"{planned.num_tokens:,}, {planned.num_positions:,} supervised positions"),
         (
             "keeping",
             f"{found.kept} of {found.vocab_size:,} alternatives a position, precision {spec.settings.precision}",
         ),
-        ("units", f"{found.num_units:,}, a shard each"),
+        ("units", f"{planned.num_units:,}, a shard each"),
         (
             "size",
             f"{human_bytes(found.num_bytes)}: {found.bytes_per_position:.0f} bytes a position, "
@@ -290,17 +291,17 @@ def _hours(hours: float) -> str:
 
 
 def _print_report(report: "JobReport", spec: "JobSpec", share: "Share", console: Console) -> None:
-    data = report.data
+    planned = report.planned
     console.note(
-        f"{data.num_rows:,} rows: {report.num_planned:,} distinct samples, {report.planned_tokens:,} tokens, "
-        f"{report.planned_positions:,} supervised positions."
+        f"{planned.num_rows:,} rows: {planned.num_samples:,} distinct samples, {planned.num_tokens:,} tokens, "
+        f"{planned.num_positions:,} supervised positions."
         + (f" Those of worker {share.index} of {share.num}." if share.num > 1 else "")
     )
-    if data.num_truncated:
+    if planned.num_truncated:
         console.note(
-            f"{data.num_truncated:,} rows are longer than {spec.settings.max_length} tokens and were cut "
-            f"({data.num_tokens_cut:,} tokens lost); {data.num_without_labels:,} of them kept no supervised token "
-            "and are left out."
+            f"{planned.num_truncated:,} rows are longer than {spec.settings.max_length} tokens and were cut "
+            f"({planned.num_tokens_cut:,} tokens lost); {planned.num_without_labels:,} of them kept no supervised "
+            "token and are left out."
         )
     console.tell("finished", {"samples": report.num_samples, "positions": report.num_positions})
     if not console.speaks:

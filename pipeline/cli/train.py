@@ -12,6 +12,7 @@ from .common import (
     check_device_map,
     config_option,
     device_map_option,
+    load_in_option,
     note,
     quiet_libraries,
     runtime_options,
@@ -198,12 +199,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 @click.option(
     "--log-every", type=click.IntRange(min=1), default=10, show_default=True, help="Steps between log entries."
 )
-@click.option(
-    "--load-in",
-    type=click.Choice(["8bit", "4bit"]),
-    default=None,
-    help="Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).",
-)
+@load_in_option("Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).")
 @device_map_option
 @runtime_options
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
