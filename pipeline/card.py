@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load_from_cache
 
-from logitcache.storage import LogitCache, Manifest
+from logitcache.storage import CaptureSettings, LogitCache, Manifest
 from logitcache.storage.identity import config_fingerprint, weights_fingerprint
 
 UNKNOWN = "unknown: ask who made it"
@@ -132,8 +132,9 @@ def _table(cache: LogitCache, name: str) -> list[str]:
     if capture.min_mass < 1:
         alternatives += f" at most: the fewest with {100 * capture.min_mass:g} % of the mass beside the label's"
     kept = sum(commit.kept_mass for commit in commits) / max(positions, 1)
+    held = f" on {_one_line(model.quantization)} weights" if model.quantization else ""
     rows = [
-        ("base model", f"{name}, run in {_one_line(model.dtype)} with {_one_line(model.attention)} attention"),
+        ("base model", f"{name}, run in {_one_line(model.dtype)}{held} with {_one_line(model.attention)} attention"),
         ("width of the logits", f"{model.vocab_size:,}"),
         ("fingerprint of the weights", f"`{model.weights}`"),
         ("fingerprint of the configuration", f"`{model.config}`"),
@@ -144,7 +145,7 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         ("fingerprint of the chat template", f"`{tokenizer.chat_template}`" if tokenizer else "none"),
         ("alternatives a position (top_k)", alternatives),
         ("mass kept of what is not the label's", f"{100 * kept:.2f} % on average"),
-        ("tail", _tail(capture.num_tail_groups, capture.num_tail_samples)),
+        ("tail", _tail(capture)),
         ("precision", f"{capture.precision}; maximum error {capture.max_error:g} nats"),
         ("positions", f"{positions:,}"),
         ("samples", f"{len(cache):,} of at most {capture.max_length:,} tokens"),
@@ -160,10 +161,11 @@ def _table(cache: LogitCache, name: str) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in [*rows, ("made with", made)]), ""]
 
 
-def _tail(num_groups: int, num_samples: int) -> str:
+def _tail(capture: CaptureSettings) -> str:
     parts = ["one mass"]
-    parts += [f"split into {num_groups} groups of the vocabulary"] if num_groups else []
-    parts += [f"{num_samples} draws from it"] if num_samples else []
+    parts += ["taken as 1 minus the rest"] if capture.tail_from_remainder else []
+    parts += [f"split into {capture.num_tail_groups} groups of the vocabulary"] if capture.num_tail_groups else []
+    parts += [f"{capture.num_tail_samples} draws from it"] if capture.num_tail_samples else []
     return ", ".join(parts)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import stub_hub
 import yaml
 from cli_harness import copy_of, done, edit_json, precompute, refused, shard_folders, text_data
 from huggingface_hub import DatasetCard
-from storage_samples import SHARDS, make_shards, write_cache
+from storage_samples import SHARDS, make_manifest, make_shards, write_cache
 from stub_hub import Hub
 
-from logitcache.pipeline.card import UNKNOWN, public_name
-from logitcache.storage import LogitCache
+from logitcache.pipeline.card import UNKNOWN, Licence, make_card, public_name
+from logitcache.storage import CacheWriter, LogitCache
+from logitcache.storage.manifest import features_of
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -55,6 +57,23 @@ def test_the_card_says_what_the_cache_is(cache: Path, hub: Hub) -> None:
     assert rows["mass kept of what is not the label's"] == f"{100 * kept:.2f} % on average"
     assert f"logitcache pull {REPO} cache/" in card.text and "--model meta/Llama-8B --cache cache/" in card.text
     assert "fall under its licence" in card.text and "The cache contains the text itself" in card.text
+
+
+def test_the_card_says_how_the_base_was_held_and_what_its_tail_is(tmp_path: Path) -> None:
+    shards = make_shards(3, [[9, 5]])
+    plain = make_manifest("arrow")
+    capture = replace(plain.capture, tail_from_remainder=True)
+    model = replace(plain.model, quantization="4bit")
+    special = replace(plain, model=model, capture=capture, reader_features=features_of(capture, model))
+    for name, manifest, held, tail in (
+        ("plain", plain, "", "one mass"),
+        ("special", special, " on 4bit weights", "one mass, taken as 1 minus the rest"),
+    ):
+        with CacheWriter(tmp_path / name, manifest) as writer:
+            writer.commit(shards[0])
+            writer.finalize()
+        card = make_card(LogitCache.open(tmp_path / name), REPO, "base", Licence(), Licence())
+        assert f"run in {plain.model.dtype}{held} with " in card and f"| tail | {tail} |" in card
 
 
 def test_nothing_of_a_local_path_goes_out(cache: Path, tmp_path: Path, hub: Hub) -> None:
