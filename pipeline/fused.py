@@ -11,14 +11,15 @@ Shapes: N positions, n of a slice, D hidden, V vocabulary, K alternatives, G gro
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .leaves import check_gradients, check_leaves, names_in
 from .losses import (
     Objective,
     Regularizer,
@@ -61,20 +62,23 @@ def linear_loss(
     objective: Objective,
     kl_weight: float | Tensor,
     head_parameters: Sequence[Tensor] = (),
+    idle_parameters: Sequence[Tensor] = (),
 ) -> LinearLoss:
     """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
 
     hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
     targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
-    are trained. kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the
-    sums of `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
-    `losses.regularizer_mask` is true) over the whole [N, V].
+    are trained; idle_parameters: those of them that may have no part in the logits, and then get no gradient.
+    kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the sums of
+    `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
+    `losses.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
+    another of these, or with a trained tensor that is none of them.
     """
     parameters = [p for p in head_parameters if p.requires_grad]
     if objective.regularizer == "none":
         targets = None
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient)
+    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names_in(head))
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -88,6 +92,8 @@ class _Call:
     objective: Objective
     kl_weight: float | Tensor
     with_gradient: bool
+    idle: Sequence[Tensor] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
     _groups: tuple[Tensor, Tensor] | None = None
 
     def groups(self) -> tuple[Tensor, Tensor]:
@@ -106,7 +112,9 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, ce, kl; keeps the gradients of the loss."""
         ce, kl = (torch.zeros((), device=hidden.device) for _ in range(2))
-        gradients = [torch.zeros_like(hidden)] + [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        idle = {id(p) for p in call.idle}
+        gradients = [None if id(p) in idle else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        by_hidden = torch.zeros_like(hidden)
         num_rows = _num_rows(call, hidden)
         for start in range(0, len(hidden), num_rows):
             rows = slice(start, start + num_rows)
@@ -116,13 +124,17 @@ class _LinearLoss(torch.autograd.Function):
             ce, kl = ce + part.ce, kl + part.kl
             if part.gradient is not None:
                 with torch.autocast(hidden.device.type, enabled=False):
-                    found = torch.autograd.grad(part.logits, (h, *parameters), part.gradient, allow_unused=True)
-                for total, gradient in zip((gradients[0][rows], *gradients[1:]), found, strict=True):
+                    by_h, *found = torch.autograd.grad(part.logits, (h, *parameters), part.gradient, allow_unused=True)
+                check_gradients(found, parameters, call.idle, call.names)
+                check_leaves(part.logits, (h, *parameters))
+                if by_h is not None:  # a head may detach what it is given
+                    by_hidden[rows] += by_h
+                for i, gradient in enumerate(found):
                     if gradient is not None:
-                        total += gradient
-                del found
+                        gradients[i] = _sum(gradients[i], gradient)
+                del by_h, found
             del part  # before the next slice is made
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(by_hidden, *gradients)
         ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
         loss = ce + _times(call.kl_weight, kl)
         ctx.mark_non_differentiable(ce, kl)
@@ -132,8 +144,15 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
         """Those, times the gradient of the loss."""
-        scaled = (g.float() * grad_loss for g in ctx.saved_tensors)  # a scale in half precision would lose digits
-        return (None, *(g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)))
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # a scale in half precision would lose digits
+        return (None, *(None if g is None else (g.float() * grad_loss).to(dtype) for g, dtype in saved))
+
+
+def _sum(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """In float32, and in place where there is one."""
+    if total is None:
+        total = torch.zeros_like(gradient, dtype=torch.float32)
+    return total.add_(gradient)
 
 
 class _Slice(NamedTuple):

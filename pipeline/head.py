@@ -8,10 +8,13 @@ the split against the model itself on a few tokens: what a model does beyond thi
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -53,6 +56,10 @@ class OutputHead:
     def parameters(self) -> list[Tensor]:
         """Everything the output embedding computes with, trained or frozen."""
         return list(self.module.parameters())
+
+    def idle_parameters(self) -> list[Tensor]:
+        """Those of adapters that are not active, and of an original in place of which a copy is trained."""
+        return [p for module in self.module.modules() for part in _idle_parts(module) for p in part]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
@@ -171,6 +178,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _idle_parts(module: Any) -> Iterator[list[Tensor]]:
+    """Of one of PEFT's wrappers; nothing where the module is none."""
+    if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return
+    active = [] if module.disable_adapters else module.active_adapters
+    for name in module.adapter_layer_names:
+        for adapter, part in attrgetter(name)(module).items():
+            if adapter not in active:
+                yield list(part.parameters()) if isinstance(part, nn.Module) else [part]
+    if isinstance(module, ModulesToSaveWrapper) and active and all(name in module.modules_to_save for name in active):
+        yield list(module.original_module.parameters())
 
 
 def _number(config: Any, name: str, default: float) -> float:

@@ -25,7 +25,8 @@ def batch_loss(
     batch: as `targets.with_targets` makes it, on one device, where the sums will be too; the model may be on several.
     kl_weight stands for `objective.weight`.
     token_groups: [V], for tail `groups`. vocab_size: of the logits, the first tokens only. The head's trained
-    parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too.
+    parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too, those of adapters that are not
+    active none. Raises `TrainingFailed` where another one would get none.
     """
     where = batch["input_ids"].device
     hidden = hidden_states(model, **model_inputs(batch))
@@ -37,7 +38,7 @@ def batch_loss(
     head = OutputHead(causal_lm_of(model), vocab_size)
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
     targets = targets_of(batch, token_groups)
-    parameters = head.parameters()
+    parameters, idle = head.parameters(), head.idle_parameters()
     labels = batch[f"{PREFIX}label_ids"]
-    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters)
+    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters, idle)
     return LinearLoss(*(value.to(where) for value in found))
