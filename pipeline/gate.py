@@ -292,7 +292,8 @@ def check_tokens(samples: Sequence[Sample], vocab_size: int) -> None:
             )
 
 
-def _computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
+def computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
+    """Of the model, or of autocast."""
     kind = head_device(causal_lm).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal_lm.dtype
 
@@ -334,7 +335,7 @@ def measure(
                 errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
     torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     kls, error = torch.cat(values), torch.cat(errors)
-    dtypes = {cache.manifest.model.dtype, str(_computed_in(causal_lm)).removeprefix("torch.")}
+    dtypes = {cache.manifest.model.dtype, str(computed_in(causal_lm)).removeprefix("torch.")}
     tolerance = max(KL_TOLERANCE_NATS.get(dtype, 0.05) for dtype in dtypes) + cache.manifest.capture.max_error**2 / 3
     if cache.manifest.capture.tail_from_remainder:
         tolerance += KL_TOLERANCE_REMAINDER_NATS

@@ -77,10 +77,15 @@ class OutputHead:
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT or distributed wrapper, or the model itself."""
-    inner: Any = model
-    while wrapped := [m for n, m in inner.named_children() if n in ("module", "_orig_mod")]:
-        (inner,) = wrapped  # DistributedDataParallel, torch.compile
+    inner: Any = unwrapped(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, its adapter included."""
+    while wrapped := [m for n, m in model.named_children() if n in ("module", "_orig_mod")]:
+        (model,) = wrapped
+    return model
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:

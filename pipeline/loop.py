@@ -16,6 +16,7 @@ from logitcache.storage import LogitCache
 
 from .fused import LinearLoss
 from .gate import check_first_batch, check_precision, check_tail, check_width
+from .layout import LayoutCheck
 from .losses import Objective
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, groups_of, with_targets
@@ -45,8 +46,8 @@ class CachedLoss:
         if self.objective.kl_budget is not None:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step, from budget.BudgetedWeight")
         check_tail(self.cache, self.objective)
-        self._check, self._check_width, self._vocab_size = check, True, vocab_size
-        self._other_precision = other_precision
+        self._check, self._vocab_size, self._other_precision = check, vocab_size, other_precision
+        self._check_layout = LayoutCheck(self.cache)
         self._cut = cut_of(self.cache, vocab_size)
         self._groups = groups_of(self.cache, vocab_size) if self.objective.tail == "groups" else None
 
@@ -76,12 +77,10 @@ class CachedLoss:
         kl_weight: in place of the objective's weight.
         """
         batch = self.looked_up(batch)
-        if self._check_width:
-            check_width(model, self.cache, self.objective, self._vocab_size)
-            if self._check:
-                check_precision(model, self.cache, self._other_precision)
-            self._check_width = False
+        check_width(model, self.cache, self.objective, self._vocab_size)
+        self._check_layout(model, batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
+            check_precision(model, self.cache, self._other_precision)
             check_first_batch(model, batch, self.cache, self.objective, self._vocab_size)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts

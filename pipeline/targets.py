@@ -46,7 +46,8 @@ class Document:
 class CachedCollator:
     """Any collator, and then the rows of the cache for every supervised position of its batch.
 
-    Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]) and, with a cache, base_*:
+    Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]), base_preceded (int64, where
+    documents begin that do not begin their row: behind another, or behind padding) and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
     nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
     first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
@@ -68,7 +69,9 @@ def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = Non
     width = batch["input_ids"].shape[1]
     rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
     labels = [d.token_ids[d.positions + 1].astype(np.int32) for d in documents]
+    preceded = [np.array([d.row * width + d.column]) for d in documents if d.column]
     added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
+    added["preceded"] = _joined(preceded, np.int64)
     if cache is not None and documents:
         found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
         added |= target_columns(found, cut)

@@ -21,6 +21,7 @@ from .budget import BudgetedWeight
 from .errors import TrainingFailed
 from .gate import check_first_batch, check_precision, check_tail, check_width, common_width
 from .head import OutputHead, causal_lm_of, check_head
+from .layout import LayoutCheck
 from .losses import Objective
 from .penalties import Penalty
 from .step import batch_loss
@@ -95,7 +96,8 @@ class CachedKL(_AnyTrainer):
         device = self.args.device
         groups = groups_of(self.cache, self._vocab_size) if self.objective.tail == "groups" else None
         self._token_groups = None if groups is None else groups.to(device)
-        self._check = check
+        self._check, self._check_start = check, check
+        self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self.penalty, self._num_micro_batches = penalty, 1
         self._penalty_meter = torch.zeros((), device=device)
@@ -153,8 +155,11 @@ class CachedKL(_AnyTrainer):
         if f"{PREFIX}rows" not in inputs or not model.training:  # evaluation
             inputs = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if self._check and self.cache is not None and self.state.global_step == 0 and len(inputs[f"{PREFIX}rows"]):
-            self._check = False
+        if self._check_layout is not None:
+            with self.accelerator.autocast():
+                self._check_layout(model, inputs)
+        if self._check_start and self.cache is not None and len(inputs[f"{PREFIX}rows"]):
+            self._check_start = False
             with self.accelerator.autocast():
                 check_first_batch(model, inputs, self.cache, self.objective, self._vocab_size)
         if num_items_in_batch is None:
@@ -263,13 +268,16 @@ class CachedKLTrainer(CachedKL, Trainer):
 
 
 class _MeterReset(TrainerCallback):
-    """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters."""
+    """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters; one that goes on is not where
+    the base is."""
 
     def __init__(self, trainer: CachedKL) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.reset_meters()
+        if state.global_step:
+            self._trainer._check_start = False
 
 
 class BudgetCallback(TrainerCallback, ExportableState):

@@ -94,9 +94,10 @@ PIPELINE_ROOMS = {
     "adapters": {"adalora", "covariances", "errors", "kinds", "quantized", "samples"},
     "full": {"errors", "models", "quantized"},
     "gate": {"errors", "head", "losses", "models", "placement", "quantized", "samples", "storage", "targets"},
-    "loop": {"fused", "gate", "losses", "step", "storage", "targets"},
+    "layout": {"errors", "gate", "head", "quantized", "storage", "targets"},
+    "loop": {"fused", "gate", "layout", "losses", "step", "storage", "targets"},
     "penalties": {"covariances", "errors", "fused", "head", "losses", "samples"},
-    "trainer": {"budget", "errors", "gate", "head", "losses", "penalties", "step", "storage", "targets"},
+    "trainer": {"budget", "errors", "gate", "head", "layout", "losses", "penalties", "step", "storage", "targets"},
     "training": {
         *("adapters", "errors", "full", "gate", "head", "kinds", "losses", "models", "nullspace", "penalties"),
         *("placement", "quantized", "samples", "storage", "targets", "trainer"),
