@@ -32,6 +32,7 @@ from .metrics import Comparison, Metrics, comparison_of
 from .models import Base, find_model, first_line, load_base
 from .placement import DeviceMap, head_device, offloaded_parts
 from .precompute import PrecomputeSettings, make_plan
+from .reloadable import check_reloadable
 from .samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
 from .targets import PREFIX, model_inputs, placed, targets_of, with_targets
 from .teacher import SLICE_BYTES
@@ -44,12 +45,13 @@ _FULL_KL = Objective("full-kl")
 
 
 def check_adapter(folder: str, base: Base) -> None:
-    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `NotTheBase` where its run.json names
-    another model."""
+    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `UnsuitableAdapter` where what was
+    trained cannot be had from it, `NotTheBase` where its run.json names another model."""
     if not (Path(folder) / "adapter_config.json").is_file() and not _is_whole(folder):
         raise InputNotFound(
             f"loading adapter {folder!r}: expected adapter_config.json in it, or a whole model, found neither."
         )
+    check_reloadable(folder)
     run = Path(folder) / "run.json"
     if not run.is_file():  # an adapter made elsewhere
         return
@@ -72,9 +74,10 @@ def load_adapter(base: PreTrainedModel, folder: str, device_map: DeviceMap | Non
     """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this.
 
     Where the folder is a model that was trained as a whole: that one, in the dtype and on the device of `base`, or
-    spread by device_map. Raises `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would
-    be random.
+    spread by device_map. Raises `UnsuitableAdapter` where loading it would make another model than was trained
+    (`reloadable`), `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would be random.
     """
+    check_reloadable(folder)
     if _is_whole(folder):
         dtype = str(base.dtype).removeprefix("torch.")
         whole: nn.Module = load_base(find_model(folder), dtype, head_device(base), device_map=device_map).model

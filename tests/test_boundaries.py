@@ -92,6 +92,7 @@ PIPELINE_ROOMS = {
     "kinds": {"errors", "factors", "nullspace", "quantized", "samples"},
     "adalora": set(),
     "adapters": {"adalora", "covariances", "errors", "kinds", "quantized", "samples"},
+    "reloadable": {"errors", "kinds"},
     "full": {"errors", "models", "quantized"},
     "gate": {"errors", "head", "losses", "models", "placement", "quantized", "samples", "storage", "targets"},
     "layout": {"errors", "gate", "head", "quantized", "storage", "targets"},
@@ -111,7 +112,7 @@ PIPELINE_ROOMS = {
     "metrics": set(),
     "evaluate": {
         *("errors", "gate", "head", "losses", "metrics", "models", "precompute", "samples", "storage", "targets"),
-        *("placement", "teacher"),
+        *("placement", "reloadable", "teacher"),
     },
     "tasks": {"errors", "metrics", "models"},
     "report": {"metrics", "tasks"},

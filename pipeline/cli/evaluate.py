@@ -114,6 +114,7 @@ def evaluate(
     from ..gate import check_identity
     from ..metrics import drift_prevented, finite_or_none
     from ..models import find_model, load_base, load_tokenizer, pick_device
+    from ..reloadable import check_reloadable
     from ..report import evaluation_rows, table
     from ..rows import read_rows
     from ..tasks import check_harness, run_tasks
@@ -129,6 +130,8 @@ def evaluate(
     ]
     if names and tokenizer is None:
         raise click.UsageError(f"--tasks are text, and {source.folder} has no tokenizer. Save it there.")
+    if adapter is not None:
+        check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
     for side in sides:
         if side.cache is not None:
