@@ -36,7 +36,7 @@ from .kinds import (
     rewrites_base,
     targets_of,
 )
-from .quantized import held_in
+from .quantized import LOAD_IN, held_in
 from .samples import Sample
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
@@ -202,15 +202,20 @@ def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
     held = held_in(model)
     if held is None or held in KINDS[settings.kind].quantized:
         return
+    what = f"attaching {settings.kind} to weights of {held}"
+    if held not in LOAD_IN:
+        raise UnsuitableAdapter(
+            f"{what}: expected weights that are unquantised, or held in {' or '.join(LOAD_IN)}; no adapter has been "
+            "trained here on others. Use the unquantised checkpoint with --load-in 4bit, or attach PEFT's adapter "
+            "yourself (docs/how-to/plug-in.md)."
+        )
     able = ", ".join(name for name, kind in KINDS.items() if held in kind.quantized)
     why = (
         "it takes part of each weight out, and what is left would be quantised again, which starts elsewhere"
         if rewrites_base(settings)
         else "its first values are made from the weights, and these are packed"
     )
-    raise UnsuitableAdapter(
-        f"attaching {settings.kind} to weights of {held}: {why}. Use {able or 'another model'}, or leave --load-in out."
-    )
+    raise UnsuitableAdapter(f"{what}: {why}. Use {able or 'another model'}, or leave --load-in out.")
 
 
 def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:

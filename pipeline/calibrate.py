@@ -281,7 +281,7 @@ def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Samp
 
 def _identity(part: CheckedJson) -> ModelIdentity:
     texts = {name: part.text(name) for name in ("weights", "config", "dtype", "attention")}
-    return ModelIdentity(vocab_size=part.whole("vocab_size"), **texts)
+    return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=part.text_or_empty("quantization"), **texts)
 
 
 def _differences(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], ...]:

@@ -77,6 +77,10 @@ class CheckedJson:
             raise self.wrong(key, "text")
         return value
 
+    def text_or_empty(self, key: str) -> str:
+        """Text, which may be empty."""
+        return "" if self.values.get(key) == "" else self.text(key)
+
     def texts(self, key: str) -> list[str]:
         """A list of different names."""
         value = self.values.get(key)

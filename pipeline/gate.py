@@ -17,7 +17,7 @@ from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logi
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
 from .placement import head_device
-from .quantized import held_in
+from .quantized import LOAD_IN, held_in
 from .samples import Sample, pad_samples
 from .targets import PREFIX, Batch, cut_of, model_inputs, placed, targets_of, with_targets
 
@@ -120,15 +120,19 @@ def _check_precision(cache: LogitCache, ours: str, name: str, pairing: Pairing |
     if theirs == ours or (pairing is not None and pairing.other_precision):
         return
     raise IdentityMismatch(
-        f"pairing {cache.path} with {name}: the cache was made from {_weights(theirs)}, the model has "
-        f"{_weights(ours)}. Before training they differ by what quantisation costs, and training would undo that too. "
-        "If that is meant, say so (train --other-precision); it is then measured before step 1. Or hold both alike "
-        "(--load-in)."
+        f"pairing {cache.path} with {name}: the cache was made from {_weights(theirs, ours)}, the model has "
+        f"{_weights(ours, theirs)}. Before training they differ by what quantisation costs, and training would undo "
+        "that too. If that is meant, say so (train --other-precision); it is then measured before step 1. Or hold both "
+        "alike (--load-in)."
     )
 
 
-def _weights(quantization: str) -> str:
-    return f"{quantization} weights" if quantization else "unquantised weights"
+def _weights(quantization: str, other: str) -> str:
+    """other: what they are compared with. A checkpoint's own format may be unpacked while it is loaded, where the
+    device does not compute with it."""
+    if quantization:
+        return f"{quantization} weights"
+    return "unquantised weights" if other in LOAD_IN else "unquantised weights, or unpacked ones"
 
 
 def _check_teacher(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing) -> None:

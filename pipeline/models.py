@@ -22,7 +22,7 @@ from logitcache.storage.identity import config_fingerprint, digest_json, weights
 from .errors import InputNotFound, UnsupportedModel
 from .head import logits_width
 from .placement import DeviceMap, keep_while, spreading
-from .quantized import held_in, make_trainable, quantization
+from .quantized import LOAD_IN, held_in, make_trainable, quantization, stated_format
 from .ranks import dividing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -104,19 +104,17 @@ def load_base(
     random), the folder is not a causal language model or cannot be divided so, `InputNotFound` where the package that
     quantises is not installed.
     """
+    stated = checkpoint_format(source)
+    _check_load_in(source, stated, load_in, tensor_parallel)
     with contextlib.ExitStack() as stack:
         how: dict[str, Any] = {}
         if device_map is not None:
             how = stack.enter_context(spreading(device_map, source.name))
         elif tensor_parallel:
-            how = dividing(_config(source), source.name)
+            how = dividing(_config(source).get_text_config(), source.name)
         if load_in is not None:
-            if tensor_parallel:
-                raise UnsupportedModel(
-                    f"loading model {source.name!r} in {load_in}: packed weights cannot be divided over processes. "
-                    "Spread it with --device-map instead."
-                )
-            how = {"device_map": {"": str(device)}, **how, **_quantising(source, dtype, load_in)}
+            quantising = {} if stated else _quantising(source, dtype, load_in)
+            how = {"device_map": {"": str(device)}, **how, **quantising}
         model, info = _from_pretrained(source, dtype, how, attention)
         if device_map is not None:
             keep_while(model, how)
@@ -131,7 +129,8 @@ def load_base(
     model.eval()
     if not how:
         model.to(device)
-    if load_in is not None:
+    held = _held(model, source, stated, load_in)
+    if held in LOAD_IN:
         make_trainable(model, source.name)
     identity = ModelIdentity(
         weights=weights,
@@ -139,9 +138,14 @@ def load_base(
         vocab_size=logits_width(model),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
-        quantization=held_in(model) or "",
+        quantization=held,
     )
     return Base(source, model, identity)
+
+
+def checkpoint_format(source: Source) -> str:
+    """`quantized.stated_format` of the checkpoint."""
+    return stated_format(_config(source), source.folder, source.name)
 
 
 def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIdentity:
@@ -166,9 +170,40 @@ def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIden
     return ModelIdentity(
         weights=weights,
         config=config_fingerprint(source.folder),
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(config.get_text_config().vocab_size),
         dtype=str(stated).removeprefix("torch."),
         attention=attention,
+        quantization=checkpoint_format(source),
+    )
+
+
+def _check_load_in(source: Source, stated: str, load_in: str | None, tensor_parallel: bool) -> None:
+    """Raise `UnsupportedModel` where weights cannot be quantised while they are loaded. stated: what they are in."""
+    if load_in is None:
+        return
+    what = f"loading model {source.name!r} in {load_in}"
+    if tensor_parallel:
+        raise UnsupportedModel(
+            f"{what}: packed weights cannot be divided over processes. Spread it with --device-map instead."
+        )
+    if stated not in ("", load_in):
+        raise UnsupportedModel(
+            f"{what}: its checkpoint is quantised already ({stated}) and would stay as it is. Leave --load-in out, or "
+            "give an unquantised checkpoint."
+        )
+
+
+def _held(model: PreTrainedModel, source: Source, stated: str, load_in: str | None) -> str:
+    """How its layers are held: as asked for, or as the checkpoint states, or unpacked from that ("").
+
+    Raises `UnsupportedModel` for anything else: then other engines would name it otherwise.
+    """
+    held, expected = held_in(model) or "", load_in or stated
+    if held == expected or (not held and load_in is None):
+        return held
+    raise UnsupportedModel(
+        f"loading model {source.name!r}: expected weights held in {expected or 'no format'}, found {held or 'none'}. "
+        "Its cache would not say what it is of. Give another checkpoint, and please report this one."
     )
 
 
@@ -245,8 +280,7 @@ def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:
 
 def _config(source: Source) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        return config.get_text_config()
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise UnsupportedModel(
             f"loading model {source.name!r}: {first_line(error)}. Repair {source.folder / 'config.json'}."

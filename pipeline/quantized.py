@@ -1,15 +1,19 @@
-"""A backbone whose weights are quantised while it is loaded, by bitsandbytes, and trained with an adapter (QLoRA).
+"""Quantised weights: of a checkpoint, or quantised by bitsandbytes while it is loaded, below an adapter (QLoRA).
 
-Owns what transformers and bitsandbytes are told, and telling such a model from others. A cache says how its base was
-held; how far a model that is held otherwise is from it is what step 0 measures (`gate`). Which adapters may stand on
-such weights is in `kinds`. Why bitsandbytes: torchao's 4-bit formats need a GPU (docs/log.md).
+Owns what transformers and bitsandbytes are told, telling such a model from others, and the names of formats, whichever
+engine runs the model. A cache says how its base was held; how far a model that is held otherwise is from it is what
+step 0 measures (`gate`). Which adapters may stand on such weights is in `kinds`. Why bitsandbytes: torchao's 4-bit
+formats need a GPU (docs/log.md).
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .errors import InputNotFound, UnsupportedModel
 
@@ -18,6 +22,9 @@ LOAD_IN = ("8bit", "4bit")
 
 BLOCK = 64
 """Weights that share a scale, in 4 bits."""
+
+SETTINGS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, AutoGPTQ and AutoAWQ say how a checkpoint is quantised, if config.json does not."""
 
 GRADIENT_TOLERANCE = 0.2
 """Of a step along it, relative: 8-bit layers round their inputs too. Without a gradient the error is 1."""
@@ -40,14 +47,44 @@ def quantization(load_in: str, dtype: torch.dtype, name: str) -> Any:
     )
 
 
+def format_of(settings: Any) -> str:
+    """The name of a format, from the `quantization_config` of a config.json or of a model: a row of `LOAD_IN` for
+    bitsandbytes, else the name of the method; "" where none is said."""
+    for load_in in LOAD_IN:
+        if _said(settings, f"load_in_{load_in}"):
+            return load_in
+    method = _said(settings, "quant_method") or ""
+    return str(getattr(method, "value", method))  # an Enum's own str() names its class too
+
+
+def stated_format(config: Any, folder: Path, name: str) -> str:
+    """The format that a checkpoint is quantised in, by its files alone; "" for none.
+
+    A model of it is held in it, whichever engine runs it, unless it is unpacked while it is loaded. config:
+    transformers' of the folder; name: for messages. Raises `UnsupportedModel` where transformers would take packed
+    weights for weights.
+    """
+    parts = (config, config.get_text_config(decoder=True))
+    settings = next((s for part in parts if (s := getattr(part, "quantization_config", None)) is not None), None)
+    found = format_of(settings) if settings is not None else ""
+    if (f"bitsandbytes_{found}" if found in LOAD_IN else found) in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return found
+    places = [file for file in SETTINGS_FILES if (folder / file).is_file()]
+    places += ["compression_config" for part in parts if getattr(part, "compression_config", None) is not None]
+    if settings is None and not places:
+        return ""
+    told = f"{places[0]}, where it does not look" if settings is None else f"quant_method {found or 'none'!r}"
+    raise UnsupportedModel(
+        f"loading model {name!r}: expected quantised weights that transformers knows by the quantization_config of "
+        f"{folder / 'config.json'}, found {told}. It would take packed weights for weights. Give a checkpoint that is "
+        "unquantised, or quantised otherwise."
+    )
+
+
 def held_in(model: PreTrainedModel) -> str | None:
     """How the linear layers of a model are held: a row of `LOAD_IN`, the name of another method, or None."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return None
-    for load_in in LOAD_IN:
-        if getattr(model, f"is_loaded_in_{load_in}", False):
-            return load_in
-    return str(getattr(model, "quantization_method", "unknown"))
+    quantizer = getattr(model, "hf_quantizer", None)
+    return None if quantizer is None else format_of(quantizer.quantization_config) or "unknown"
 
 
 def quantization_of(model: PreTrainedModel) -> str | None:
@@ -75,10 +112,14 @@ def make_trainable(model: PreTrainedModel, name: str) -> None:
         layer = next(layer for layer in layers if type(layer) is kind)
         if not _has_gradient(layer, layer.weight.device, model.dtype):
             raise UnsupportedModel(
-                f"loading model {name!r} in {quantization_of(model)}: the gradient does not pass its {kind.__name__} "
+                f"loading model {name!r} in {held_in(model)}: the gradient does not pass its {kind.__name__} "
                 "layers on this machine. It would train something else. Try another version of bitsandbytes, or leave "
                 "--load-in out."
             )
+
+
+def _said(settings: Any, name: str) -> Any:
+    return settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
 
 
 def _has_gradient(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:

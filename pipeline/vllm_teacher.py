@@ -72,8 +72,9 @@ NOT_AS_READ = (
 
 
 def vllm_identity(source: Source, dtype: str) -> ModelIdentity:
-    """Which distributions vLLM will give: the files' fingerprints, the dtype it is told to use, and no other's
-    attention. dtype: auto is that of the checkpoint (vLLM's own would turn float32 into 16 bits)."""
+    """Which distributions vLLM will give: the files' fingerprints and the format that they are quantised in (it is not
+    told to quantise), the dtype it is told to use, and no other's attention. dtype: auto is that of the checkpoint
+    (vLLM's own would turn float32 into 16 bits)."""
     return checkpoint_identity(source, dtype, ATTENTION)
 
 
@@ -124,7 +125,25 @@ def start_vllm(
             f"starting vLLM on {source.name!r}: {first_line(error)}. Nothing was run. Put that right (a --max-length "
             "one below the model's longest, a supported model, a GPU), or use --engine transformers."
         ) from error
+    _check_held(llm, source, identity)
     return VllmTeacher(llm, params, kept, identity.vocab_size)
+
+
+def _check_held(llm: Any, source: Source, identity: ModelIdentity) -> None:
+    """Raise `EngineFailed` where vLLM holds quantised weights otherwise than the identity says.
+
+    It names its kernels, gptq_marlin for gptq, so that only whether it holds any is compared.
+    """
+    try:
+        found = llm.llm_engine.model_config.quantization
+    except AttributeError as error:
+        raise EngineFailed(f"asking vLLM how it holds {source.name!r}: {first_line(error)}. {NOT_AS_READ}") from error
+    if bool(found) != bool(identity.quantization):
+        raise EngineFailed(
+            f"starting vLLM on {source.name!r}: expected {identity.quantization or 'unquantised'} weights by its "
+            f"config.json, found that vLLM holds {found or 'unquantised'} ones. The cache would not say what it is of. "
+            "Nothing was run. Use --engine transformers."
+        )
 
 
 def record_of(output: Any, sample: Sample, top_k: int, vocab_size: int) -> BaseLogprobs:

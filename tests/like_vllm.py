@@ -7,8 +7,10 @@ whose rank of the prompt token counts the logits that are not below its own. Sha
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,7 +85,7 @@ class LikeSamplingParams:
 
 
 class LikeLLM:
-    """Runs a folder by transformers, without padding; refuses what vLLM would."""
+    """Runs a folder by transformers, without padding; refuses what vLLM would, and says how it holds the weights."""
 
     told: dict[str, Any]
     noise = 0.0
@@ -93,7 +95,13 @@ class LikeLLM:
         if max_model_len > 256:
             raise ValueError(f"User-specified max_model_len ({max_model_len}) is greater than the derived 256\nmore")
         self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
+        stated = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+        method = {"gptq": "gptq_marlin"}.get(stated.get("quant_method"), stated.get("quant_method"))
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(quantization=method))
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        for module in self.model.modules():  # bitsandbytes rounds to bfloat16 on some CPUs, in evaluation mode
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
 
     @torch.no_grad()
     def generate(self, prompts: list[dict[str, list[int]]], params: LikeSamplingParams, use_tqdm: bool) -> list[Any]:
