@@ -27,6 +27,7 @@ from .errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, 
 from .gate import SLICE_BYTES as PLAIN_SLICE_BYTES
 from .gate import check_samples, check_width
 from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidden_states, logits_width, rows_at_once
+from .inputs import model_inputs
 from .losses import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from .metrics import Comparison, Metrics, comparison_of
 from .models import Base, find_model, first_line, load_base
@@ -34,7 +35,7 @@ from .placement import DeviceMap, head_device, offloaded_parts
 from .precompute import PrecomputeSettings, make_plan
 from .reloadable import check_reloadable
 from .samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
-from .targets import PREFIX, model_inputs, placed, targets_of, with_targets
+from .targets import PREFIX, placed, targets_of, with_targets
 from .teacher import SLICE_BYTES
 
 Progress = Callable[[int], None]
@@ -279,7 +280,7 @@ def _cached_values(adapted: nn.Module, cache: LogitCache, batch: Sequence[Sample
     columns = placed(with_targets(pad_samples(batch), cache), head_device(causal_lm))
     targets = targets_of(columns)
     assert targets is not None
-    hidden = _hidden_of(adapted, columns[f"{PREFIX}rows"], **model_inputs(columns))
+    hidden = _hidden_of(adapted, columns[f"{PREFIX}rows"], **model_inputs(adapted, columns))
     head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_SLICE_BYTES)
     precision = PRECISIONS[cache.manifest.capture.precision]
     rounding = 0.0 if precision is None else precision.max_error + 0.5 / precision.scalars

@@ -14,12 +14,13 @@ from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured
 
 from .errors import InvalidData, NotTheBase, TrainingFailed
 from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once
+from .inputs import model_inputs
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
 from .placement import head_device
 from .quantized import LOAD_IN, held_in
 from .samples import Sample, pad_samples
-from .targets import PREFIX, Batch, cut_of, model_inputs, placed, targets_of, with_targets
+from .targets import PREFIX, Batch, cut_of, placed, targets_of, with_targets
 
 NUM_PROBED = 8
 SLICE_BYTES = 16 * 2**20
@@ -323,7 +324,7 @@ def measure(
     values, errors = [], []
     with evaluation_mode(model):
         for batch in batches:
-            hidden = hidden_states(model, **model_inputs(batch)).flatten(0, 1)
+            hidden = hidden_states(model, **model_inputs(model, batch)).flatten(0, 1)
             batch = placed(batch, hidden.device)
             targets = targets_of(batch)
             assert targets is not None

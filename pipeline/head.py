@@ -75,17 +75,18 @@ class OutputHead:
         return logits
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The PEFT model, or the causal language model without one, inside DistributedDataParallel and torch.compile."""
+    inner = model
+    while wrapped := [m for n, m in inner.named_children() if n in ("module", "_orig_mod")]:
+        (inner,) = wrapped
+    return inner
+
+
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT or distributed wrapper, or the model itself."""
-    inner: Any = unwrapped(model)
+    inner = unwrapped(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, its adapter included."""
-    while wrapped := [m for n, m in model.named_children() if n in ("module", "_orig_mod")]:
-        (model,) = wrapped
-    return model
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -135,10 +136,7 @@ def rows_at_once(model: PreTrainedModel, num_bytes: int) -> int:
 
 def check_head(causal_lm: PreTrainedModel) -> None:
     """Raise `UnsupportedModel` unless head(hidden states) equals the model's own logits on a few tokens."""
-    device = input_device(causal_lm)
-    vocab = causal_lm.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=device) * 7919 % vocab).reshape(1, 8)
-    mask = torch.ones_like(ids)
+    ids, mask = few_tokens(causal_lm)
     with torch.inference_mode(), evaluation_mode(causal_lm):
         own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().cpu()
         ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float().cpu()
@@ -149,6 +147,22 @@ def check_head(causal_lm: PreTrainedModel) -> None:
             "with the scales and soft-caps known here. It does something more after its head. The records would be "
             "wrong. Please report the model class."
         )
+
+
+def few_tokens(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [1, 8], to hold a model against itself."""
+    vocab = causal_lm.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=input_device(causal_lm)) * 7919 % vocab).reshape(1, 8)
+    return ids, torch.ones_like(ids)
+
+
+def body_of(causal_lm: PreTrainedModel) -> nn.Module:
+    """What makes the hidden states: the causal language model without its head."""
+    body = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if body is None or body is causal_lm:
+        raise UnsupportedModel(f"splitting {type(causal_lm).__name__}: it has no body apart from its head.")
+    found: nn.Module = body
+    return found
 
 
 def check_length(causal_lm: PreTrainedModel, longest: int) -> None:
@@ -209,9 +223,7 @@ def _number(config: Any, name: str, default: float) -> float:
 
 @contextmanager
 def _head_skipped(causal_lm: PreTrainedModel) -> Iterator[None]:
-    body = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if body is None or body is causal_lm:
-        raise UnsupportedModel(f"splitting {type(causal_lm).__name__}: it has no body apart from its head.")
+    body = body_of(causal_lm)
 
     def forward(**kwargs: Any) -> BaseModelOutput:
         for name in ("labels", "return_dict"):  # PEFT passes them on

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .fused import LinearLoss, linear_loss
 from .head import OutputHead, causal_lm_of, hidden_states
+from .inputs import model_inputs
 from .losses import Objective
-from .targets import PREFIX, Batch, model_inputs, placed, targets_of
+from .targets import PREFIX, Batch, placed, targets_of
 
 
 def batch_loss(
@@ -29,7 +30,7 @@ def batch_loss(
     active none. Raises `TrainingFailed` where another one would get none.
     """
     where = batch["input_ids"].device
-    hidden = hidden_states(model, **model_inputs(batch))
+    hidden = hidden_states(model, **model_inputs(model, batch))
     batch = placed(batch, hidden.device)
     if token_groups is not None:
         token_groups = token_groups.to(hidden.device)

@@ -170,11 +170,6 @@ def targets_of(batch: Batch, token_groups: Tensor | None = None) -> SparseTarget
     return SparseTargets(batch[f"{PREFIX}label_ids"], **columns, token_groups=token_groups)
 
 
-def model_inputs(batch: Batch) -> Batch:
-    """What the model itself is given: no labels, and nothing of the cache."""
-    return {name: value for name, value in batch.items() if name != "labels" and not name.startswith(PREFIX)}
-
-
 def placed(batch: Batch, device: torch.device) -> Batch:
     """The batch with its base_* columns on this device, where the head of the model is; the rest as it was."""
     return {name: value.to(device) if name.startswith(PREFIX) else value for name, value in batch.items()}
