@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from logitcache.storage import LogitCache
 
+from .adalora import Orthogonality
 from .fused import LinearLoss
 from .gate import check_first_batch, check_precision, check_tail, check_width
+from .head import unwrapped
 from .layout import LayoutCheck
 from .losses import Objective
+from .own_loss import check_own_loss, probe_own_loss
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, groups_of, with_targets
 
@@ -29,7 +32,8 @@ class CachedLoss:
     False where training goes on from a trained adapter, or where the teacher is another model. vocab_size: where model
     and cache have logits of different widths by padding, the lesser of these; that many tokens are compared.
     other_precision: model and cache may hold their weights in different formats, else `IdentityMismatch` if checked.
-    Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
+    Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed` where the model's own loss has a
+    term that is not made here, or a batch brings what nothing reads.
     """
 
     def __init__(
@@ -73,13 +77,18 @@ class CachedLoss:
     ) -> LinearLoss:
         """The loss with gradient, and the means of CE and regulariser (nats a position) without.
 
+        Of an AdaLoRA model the loss has PEFT's orthogonality term too, in the share of the step's positions that this
+        batch has, so that a step has it once.
+
         counts: int64 [2], positions of the whole step (`count`), of which this batch is a part; by default its own.
         kl_weight: in place of the objective's weight.
         """
         batch = self.looked_up(batch)
         check_width(model, self.cache, self.objective, self._vocab_size)
+        check_own_loss(model)
         self._check_layout(model, batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
+            probe_own_loss(model)
             check_precision(model, self.cache, self._other_precision)
             check_first_batch(model, batch, self.cache, self.objective, self._vocab_size)
             self._check = False
@@ -89,4 +98,8 @@ class CachedLoss:
         if self._groups is not None:
             self._groups = self._groups.to(batch["input_ids"].device)
         sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, self._groups, self._vocab_size)
-        return LinearLoss(sums.loss / num_ce, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))
+        loss, orthogonality = sums.loss / num_ce, Orthogonality.of(unwrapped(model))
+        if orthogonality is not None:
+            share = len(batch[f"{PREFIX}label_ids"]) / num_ce
+            loss = loss + orthogonality.weight * share * orthogonality().to(loss.device)
+        return LinearLoss(loss, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))

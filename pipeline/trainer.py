@@ -17,12 +17,14 @@ from transformers.trainer_callback import ExportableState
 
 from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 
+from .adalora import Orthogonality
 from .budget import BudgetedWeight
 from .errors import TrainingFailed
 from .gate import check_first_batch, check_precision, check_tail, check_width, common_width
 from .head import OutputHead, causal_lm_of, check_head
 from .layout import LayoutCheck
 from .losses import Objective
+from .own_loss import ROUTER, check_own_loss, probe_own_loss
 from .penalties import Penalty
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, documents_of, groups_of
@@ -49,8 +51,10 @@ class CachedKL(_AnyTrainer):
     other_precision: model and cache may hold their weights in different formats (a quantised model, the cache of the
     base as it was), else `IdentityMismatch`, where checked.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
+    AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
     Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
-    and `penalty`, without its weight, beside the trainer's own. Batches of evaluation are the trainer's own business.
+    and `penalty` and `orthogonality`, without their weights, beside the trainer's own. Batches of
+    evaluation are the trainer's own business.
     Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
     `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
@@ -99,8 +103,8 @@ class CachedKL(_AnyTrainer):
         self._check, self._check_start = check, check
         self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
-        self.penalty, self._num_micro_batches = penalty, 1
-        self._penalty_meter = torch.zeros((), device=device)
+        self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
+        self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.objective.weight
@@ -110,8 +114,9 @@ class CachedKL(_AnyTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches bring their targets along, made where they are collated."""
-        if self._check and self.cache is not None:
+        if self._check:
             check_head(causal_lm_of(self.model))
+            probe_own_loss(self.model)
         collator, settings = self.data_collator, self.accelerator.dataloader_config
         dispatch = settings.dispatch_batches
         self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k, self._cut)
@@ -173,16 +178,24 @@ class CachedKL(_AnyTrainer):
         self._step_meter += means
         # distributed training averages gradients over its data-parallel processes; these are sums
         loss = found.loss / num_ce * (self.accelerator.num_processes // self.get_tp_size())
-        if self.penalty is not None:  # the same on every process, so that the average of its gradients is its gradient
-            part = self.penalty() / self._num_micro_batches
-            self._penalty_meter += part.detach()
-            loss = loss + self.penalty.weight * part
+        for name, term in self._terms():  # the same on every process, so that the average of its gradients is its own
+            part = (term() / self._num_micro_batches).to(loss.device)
+            self._term_meters[name] += part.detach()
+            loss = loss + term.weight * part
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
+
+    def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:
+        """What is added to the loss of every step once, whatever its batches, by the names of the logs."""
+        if self.penalty is not None:
+            yield "penalty", self.penalty
+        if self.orthogonality is not None:
+            yield "orthogonality", self.orthogonality
 
     def reset_meters(self) -> None:
         """What is logged next is of steps after this."""
         self._meter.zero_()
-        self._penalty_meter.zero_()
+        for meter in self._term_meters.values():
+            meter.zero_()
         self._metered_steps, self._metered_weight = 0, 0.0
 
     def step_kl(self) -> float | None:
@@ -192,18 +205,18 @@ class CachedKL(_AnyTrainer):
         return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ce, kl, kl_weight and penalty to the logs of training steps; stops a run whose loss is not finite."""
+        """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
         if "loss" in logs and self._metered_steps:
             ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
             terms, advice = f"CE {ce}, KL {kl}", "Try a lower --lr."
-            if self.penalty is not None:
-                logs["penalty"] = float(self._penalty_meter) / self._metered_steps
-                terms += f", penalty {logs['penalty']}"
+            for name, _ in self._terms():
+                logs[name] = float(self._term_meters[name]) / self._metered_steps
+                terms += f", {name} {logs[name]}"
             if self.objective.label_smoothing:
                 advice = "Try a lower --lr, or no label smoothing: it is infinite where a logit is -inf."
             self.reset_meters()
-            if not torch.isfinite(torch.tensor([ce, kl, logs.get("penalty", 0.0)])).all():
+            if not torch.isfinite(torch.tensor([ce, kl, *(logs[name] for name, _ in self._terms())])).all():
                 raise TrainingFailed(
                     f"training, step {self.state.global_step}: the loss is not finite ({terms}). "
                     f"The last checkpoint is kept. {advice}"
@@ -309,7 +322,6 @@ def check_supported(trainer: Any) -> None:
     """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
     args, model = trainer.args, trainer.model
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    config = causal_lm_of(model).config
     refused: tuple[tuple[Callable[[], bool], str], ...] = (
         (
             lambda: args.n_gpu > 1,
@@ -335,15 +347,12 @@ def check_supported(trainer: Any) -> None:
             "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
             "Leave it at its default",
         ),
-        (
-            lambda: bool(getattr(trainer, "aux_loss_enabled", False) or getattr(config, "output_router_logits", False)),
-            "the router's auxiliary loss of a mixture of experts is not computed here. "
-            "Set output_router_logits=False in the model's config, and router_aux_loss_coef=0.0 in TRL's SFTConfig",
-        ),
+        (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
     )
     for holds, why in refused:
         if holds():
             raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
+    check_own_loss(model)
 
 
 def _parallelism(trainer: Any, kind: str) -> int:

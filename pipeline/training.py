@@ -42,6 +42,7 @@ from .kinds import KINDS, NO_ADAPTER, check_settings, keeps_start, rewrites_base
 from .losses import Objective
 from .models import Base
 from .nullspace import NullSpace, check_null_space
+from .own_loss import probe_own_loss
 from .penalties import Penalty, PenaltySettings, fisher_diagonal
 from .placement import devices_of, head_device, is_spread, offloaded_parts
 from .quantized import held_in, quantization_of
@@ -142,6 +143,7 @@ def train(
     set_seed(settings.seed)
     mixed = adapter.kind == NO_ADAPTER and computes_in_bfloat16(base.model)
     model = _student(base, adapter, samples, start if checkpoint is not None else None)
+    probe_own_loss(model)
     step_zero = None
     if regularized is not None and pairing.teacher_is_base:
         with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
@@ -250,7 +252,7 @@ class _JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "ce" not in logs:
             return
-        names = ("loss", "ce", "kl", "kl_weight", "penalty", "grad_norm", "learning_rate")
+        names = ("loss", "ce", "kl", "kl_weight", "penalty", "orthogonality", "grad_norm", "learning_rate")
         self.last = {name: logs[name] for name in names if name in logs}
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("a", encoding="utf-8") as f:

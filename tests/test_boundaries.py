@@ -94,17 +94,21 @@ PIPELINE_ROOMS = {
     "adalora": set(),
     "adapters": {"adalora", "covariances", "errors", "kinds", "quantized", "samples"},
     "reloadable": {"errors", "kinds"},
+    "own_loss": {"adalora", "errors", "head"},
     "full": {"errors", "models", "quantized"},
     "gate": {
         *("errors", "head", "inputs", "losses", "models", "placement", "quantized", "samples", "storage", "targets"),
     },
     "layout": {"errors", "gate", "head", "quantized", "storage", "targets"},
-    "loop": {"fused", "gate", "layout", "losses", "step", "storage", "targets"},
+    "loop": {"adalora", "fused", "gate", "head", "layout", "losses", "own_loss", "step", "storage", "targets"},
     "penalties": {"covariances", "errors", "fused", "head", "losses", "samples"},
-    "trainer": {"budget", "errors", "gate", "head", "layout", "losses", "penalties", "step", "storage", "targets"},
+    "trainer": {
+        *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "own_loss", "penalties", "step"),
+        *("storage", "targets"),
+    },
     "training": {
-        *("adapters", "errors", "full", "gate", "head", "kinds", "losses", "models", "nullspace", "penalties"),
-        *("placement", "quantized", "samples", "storage", "targets", "trainer"),
+        *("adapters", "errors", "full", "gate", "head", "kinds", "losses", "models", "nullspace", "own_loss"),
+        *("penalties", "placement", "quantized", "samples", "storage", "targets", "trainer"),
     },
     "grid": {"errors", "kinds", "losses", "penalties", "storage", "training"},
     "sweep": {
