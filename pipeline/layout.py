@@ -23,8 +23,9 @@ from logitcache.storage import LogitCache
 from .errors import TrainingFailed
 from .gate import computed_in
 from .head import causal_lm_of, evaluation_mode, hidden_states, unwrapped
+from .inputs import model_inputs
 from .quantized import held_in
-from .targets import PREFIX, Batch, model_inputs
+from .targets import PREFIX, Batch
 
 PROBED_TOKENS = 16
 """Of each of the two documents, at most."""
@@ -82,7 +83,7 @@ class LayoutCheck:
     def __call__(self, model: nn.Module, batch: Batch) -> None:
         """batch: with targets. Raises `TrainingFailed`."""
         causal_lm, preceded = causal_lm_of(model), batch[f"{PREFIX}preceded"]
-        layout = _layout_of(batch, causal_lm)
+        layout = _layout_of(batch, model)
         if layout is None or (layout.padded and not len(preceded)):
             return
         found = self._found.setdefault(causal_lm, {})
@@ -136,12 +137,12 @@ class _Change:
     noise: float
 
 
-def _layout_of(batch: Batch, causal_lm: PreTrainedModel) -> Layout | None:
+def _layout_of(batch: Batch, model: nn.Module) -> Layout | None:
     """None where every document begins its row, since nothing says otherwise."""
-    names = frozenset(name for name, value in model_inputs(batch).items() if value is not None)
+    names = frozenset(model_inputs(model, batch))
     if not names & {"attention_mask", "position_ids"}:
         return None
-    attention = str(getattr(causal_lm.config, "_attn_implementation", ""))
+    attention = str(getattr(causal_lm_of(model).config, "_attn_implementation", ""))
     return Layout(names, len(batch["input_ids"]) > 1, attention)
 
 

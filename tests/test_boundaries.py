@@ -99,7 +99,7 @@ PIPELINE_ROOMS = {
     "gate": {
         *("errors", "head", "inputs", "losses", "models", "placement", "quantized", "samples", "storage", "targets"),
     },
-    "layout": {"errors", "gate", "head", "quantized", "storage", "targets"},
+    "layout": {"errors", "gate", "head", "inputs", "quantized", "storage", "targets"},
     "loop": {"adalora", "fused", "gate", "head", "layout", "losses", "own_loss", "step", "storage", "targets"},
     "penalties": {"covariances", "errors", "fused", "head", "losses", "samples"},
     "trainer": {
