@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
+from logitcache.storage.files import replace_file
 from logitcache.storage.records import NO_TOKEN
 
 from .checked_json import CheckedJson
@@ -212,9 +213,7 @@ def check_bounds(calibration: Calibration) -> None:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write a calibration as JSON, as a whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    replace_file(path, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from logitcache.storage import CorruptCache, sample_id
+from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
 
 from .covariances import InputGroup, input_covariances, input_groups, spread
@@ -147,9 +148,9 @@ class NullSpace:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._tensors()
         body = self._body(tensors)
-        _publish(folder / TENSORS, tensors)
+        replace_file(folder / TENSORS, tensors)
         text = json.dumps({"checksum": digest_json(body), "body": body}, indent=2) + "\n"
-        _publish(folder / MANIFEST, text.encode())
+        replace_file(folder / MANIFEST, text.encode())
 
     @classmethod
     def open(cls, folder: Path) -> "NullSpace":
@@ -254,12 +255,6 @@ def claim_folder(folder: Path) -> None:
     """Raise `TrainingFailed` unless the folder is empty or absent."""
     if folder.exists() and any(p.suffix != ".new" for p in folder.iterdir()):
         raise TrainingFailed(f"writing to {folder}: expected an empty folder, found files. Choose another --out.")
-
-
-def _publish(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _of(spaces: Sequence[InputSpace], total: int) -> str:

@@ -5,12 +5,15 @@ none. Takes no means (that is `frontier`), makes no pictures, and must not impor
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from logitcache.storage.files import replace_file
 
 from .checked_json import ADVICE, CheckedJson, text_of
 from .errors import InputNotFound, UnreadableSweep
@@ -353,9 +356,10 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     names = list(COLUMNS)
     cut = names.index(_LAST_BEFORE_SETTINGS) + 1
     extra = setting_names(sweep)
-    with path.open("w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*names[:cut], *extra, *names[cut:]])
-        for run in sweep.runs:
-            cells = [COLUMNS[name][1](run) for name in names]
-            writer.writerow([*cells[:cut], *(run.settings.get(key) for key in extra), *cells[cut:]])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names[:cut], *extra, *names[cut:]])
+    for run in sweep.runs:
+        cells = [COLUMNS[name][1](run) for name in names]
+        writer.writerow([*cells[:cut], *(run.settings.get(key) for key in extra), *cells[cut:]])
+    replace_file(path, text.getvalue().encode())

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitcache.storage.files import replace_file
+
 from .frontier import CURVE_SHARE, SEED, Budgets, Spent, representative, spent_on
 from .page import Block, Bullets, Heading, Paragraph, Picture, Table, as_html, as_markdown
 from .pictures import cost_picture, curves_picture, sweep_frontier_picture
@@ -58,7 +60,7 @@ def write_sweep_report(folder: Path, out: Path) -> SweepReport:
         blocks.append(Paragraph("No run has finished: there is nothing to compare yet."))
     blocks += [*_runs(sweep), *_csv_columns()]
     for name, text in (("report.html", as_html(blocks)), ("report.md", as_markdown(blocks))):
-        (out / name).write_text(text, encoding="utf-8")
+        replace_file(out / name, text.encode())
     stems = [block.stem for block in blocks if isinstance(block, Picture)]
     files = [out / "report.html", out / "report.md", out / "results.csv"]
     files += [stem.with_name(stem.name + kind) for stem in stems for kind in PICTURES]

@@ -440,6 +440,22 @@ def _check_stored(fs: Any, path: str, data: bytes) -> None:
         raise OSError(errno.EIO, "reads back other than it was written", path)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Create a local file or replace it, on the disk before this returns: whole or not at all, whatever is killed."""
+    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+    try:
+        _write_synced(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """What was written to a local file, or which names a local folder has, is on the disk before this returns."""
+    _sync(path)
+
+
 def _is_alone(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -463,8 +479,8 @@ def _check_written(folder: Path, files: Mapping[str, bytes]) -> None:
             raise OSError(errno.EIO, "reads back other than it was written", str(folder / name))
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -126,12 +126,12 @@ PIPELINE_ROOMS = {
     "card": {"storage"},
     "hub": {"card", "errors", "storage"},
     "checked_json": {"errors"},
-    "results": {"checked_json", "errors"},
+    "results": {"checked_json", "errors", "storage"},
     "frontier": {"results"},
     "pictures": {"frontier", "results", "storage"},
     "page": {"report"},
     "sweep_tables": {"frontier", "results"},
-    "sweep_report": {"frontier", "page", "pictures", "results", "sweep_tables"},
+    "sweep_report": {"frontier", "page", "pictures", "results", "storage", "sweep_tables"},
 }
 
 
