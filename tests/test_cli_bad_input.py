@@ -715,6 +715,18 @@ def test_training_on_a_full_disk_is_1_and_can_be_resumed(
     assert (tmp_path / "o" / ADAPTER).read_bytes() == (tmp_path / "p" / ADAPTER).read_bytes()
 
 
+def test_a_file_that_ends_too_early_is_no_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says EOFError of an empty file, which click takes for ctrl-c: 130, and the same again for ever."""
+
+    def ends_early(*_: Any) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("logitcache.pipeline.rows.read_rows", ends_early)
+    make_model().save_pretrained(tmp_path / "tiny")
+    line = ["train", "--model", tmp_path / "tiny", "--regularizer", "none", "--data", "x", "--out", tmp_path / "o"]
+    assert "a file ends before its time (Ran out of input)" in refused(1, *line)
+
+
 def test_a_cache_below_a_file_is_1(tmp_path: Path, tiny_model: Path, data: Path) -> None:
     """Where root may write anything: a folder that nobody can make."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
