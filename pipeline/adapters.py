@@ -8,7 +8,6 @@ Shapes: W [out, in] base weight, A [r, in], B [out, r]; s = alpha / r (rslora: a
 """
 
 import copy
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,14 +97,9 @@ def adapter_callbacks(adapted: PeftModel, settings: AdapterSettings) -> list[Tra
 
 
 def save_start(adapted: PeftModel, folder: Path) -> None:
-    """Keep the first factors of an untrained adapter in a folder, whole or not at all."""
-    temporary = folder.with_name(f"{folder.name}.new")
-    for path in (temporary, folder):
-        if path.exists():
-            shutil.rmtree(path)
-    temporary.mkdir(parents=True)
-    _write(temporary, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config[NAME])
-    temporary.rename(folder)
+    """Keep the first factors of an untrained adapter in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config[NAME])
 
 
 def save(adapted: PeftModel, out: Path, settings: AdapterSettings, base_name: str, start: Path | None = None) -> None:

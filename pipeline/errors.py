@@ -78,6 +78,12 @@ class TrainingFailed(PipelineError):
     reason = "training-failed"
 
 
+class FolderInUse(TrainingFailed):
+    """An output folder that another run writes to at this moment."""
+
+    reason = "folder-in-use"
+
+
 class UnreadableSweep(PipelineError):
     """Files of a sweep that are damaged, half-written, or contradict one another."""
 

@@ -24,6 +24,7 @@ from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
 
 from .errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
+from .file_list import FILES, fault_of
 from .gate import SLICE_BYTES as PLAIN_SLICE_BYTES
 from .gate import check_samples, check_width
 from .head import OutputHead, causal_lm_of, check_length, evaluation_mode, hidden_states, logits_width, rows_at_once
@@ -46,11 +47,18 @@ _FULL_KL = Objective("full-kl")
 
 
 def check_adapter(folder: str, base: Base) -> None:
-    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `UnsuitableAdapter` where what was
-    trained cannot be had from it, `NotTheBase` where its run.json names another model."""
+    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `UnsupportedModel` where it is not what
+    was written, `UnsuitableAdapter` where what was trained cannot be had from it, `NotTheBase` where its run.json names
+    another model."""
     if not (Path(folder) / "adapter_config.json").is_file() and not _is_whole(folder):
         raise InputNotFound(
             f"loading adapter {folder!r}: expected adapter_config.json in it, or a whole model, found neither."
+        )
+    fault = fault_of(Path(folder)) if (Path(folder) / FILES).exists() else None
+    if fault is not None:
+        raise UnsupportedModel(
+            f"loading adapter {folder!r}: {fault}, and its numbers would not be those of what was trained. Restore it "
+            f"from a copy, or train it again; where it was changed on purpose, remove {FILES}."
         )
     check_reloadable(folder)
     run = Path(folder) / "run.json"

@@ -1,4 +1,4 @@
-"""Tensor parallel: every layer of one model divided over the processes that torchrun started.
+"""The processes that torchrun started for one job: what they agree on, and one model divided over them.
 
 Owns the group of processes and what its members agree on. All ranks run the same forwards together, or all wait for
 ever; so what is to be run is decided by the rank that leads, which alone writes. Must not load anything.
@@ -88,3 +88,21 @@ def agreed(value: T) -> T:
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     said: Any = box[0]
     return said  # type: ignore[no-any-return]
+
+
+def decided(function: Callable[[], T]) -> T:
+    """What the leading process finds, or its refusal, on every one; the others do not call the function."""
+    found: tuple[Any, Exception | None] = (None, None)
+    if leads():
+        try:
+            found = (function(), None)
+        except Exception as error:
+            found = (None, error)
+    if dist.is_initialized():
+        box = [found]
+        dist.broadcast_object_list(box, src=0)  # on the device that the group has a backend for
+        found = box[0] if not leads() else found
+    value, refusal = found
+    if refusal is not None:
+        raise refusal
+    return value  # type: ignore[no-any-return]

@@ -11,7 +11,6 @@ import copy
 import fcntl
 import gc
 import json
-import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 
-from .errors import PipelineError, TrainingFailed, is_file_failure
+from .errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from .evaluate import compare_cached, load_adapter
 from .gate import check_identity, check_samples, check_tail
 from .grid import RunSpec, SweepConfig
@@ -33,10 +32,11 @@ from .head import OutputHead, hidden_states, rows_at_once
 from .models import Base, find_model, load_base, load_tokenizer
 from .precompute import PrecomputeSettings, make_plan, manifest_for, precompute
 from .rows import read_rows
+from .run_folder import RUN, clear, write_json
 from .samples import Sample, make_samples, pad_batch
 from .targets import samples_of
 from .teacher import SLICE_BYTES
-from .training import CHECKPOINTS, RUN, data_fingerprint, train, write_json
+from .training import data_fingerprint, train
 
 SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json", "runs", "probe"
 VERSION = 1
@@ -61,13 +61,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Done:
-    """How a run ended. learning, forgetting: change of cross-entropy, nats a token; None where it failed."""
+    """How a run ended. learning, forgetting: change of cross-entropy, nats a token; None where it failed.
+
+    told: what a run that was begun before left aside when it went on, and why.
+    """
 
     spec: RunSpec
     learning: float | None
     forgetting: float | None
     seconds: float | None
     error: str | None = None
+    told: tuple[str, ...] = ()
 
 
 def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, say: Say = lambda _: None) -> Prepared:
@@ -130,6 +134,8 @@ def run_one(prepared: Prepared, spec: RunSpec, retry_failed: bool = False) -> Do
             return None
         try:
             return _train_and_evaluate(prepared, spec, folder)
+        except FolderInUse:  # by `logitcache train`, started by hand
+            return None
         except Exception as error:
             if is_file_failure(error) or not _only_this_run(error):
                 raise
@@ -150,7 +156,8 @@ def state_of(folder: Path) -> str:
 
 def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done:
     if state_of(folder) == "failed":
-        shutil.rmtree(folder)
+        clear(folder)
+    told: list[str] = []
     report = train(
         _copy_of(prepared.base, prepared.device),
         prepared.samples,
@@ -159,8 +166,9 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         spec.adapter,
         spec.objective,
         spec.training,
-        resume=(folder / RUN).is_file(),
+        resume=True,
         penalty=spec.penalty,
+        tell=told.append,
     )
     adapted = load_adapter(_copy_of(prepared.base, prepared.device).model, str(folder))
     found = {name: compare_cached(adapted, cache, samples) for name, (cache, samples) in prepared.probes.items()}
@@ -174,10 +182,9 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         "peak_memory_bytes": report.peak_memory_bytes,
         **{name: comparison.as_dict() for name, comparison in found.items()},
     }
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # nothing goes on from here
     write_json(folder / RESULT, result)
     changes = {n: c.after.ce_nats - c.before.ce_nats for n, c in found.items() if c.after is not None}
-    return Done(spec, -changes["new"], changes["prior"], report.seconds)
+    return Done(spec, -changes["new"], changes["prior"], report.seconds, told=tuple(told))
 
 
 def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:

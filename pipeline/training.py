@@ -1,7 +1,8 @@
 """The training job: check, attach an adapter, train, save, and say exactly what was run.
 
-Owns the order of these steps and the output folder: the adapter (as PEFT writes it) or the whole model, run.json,
-train_log.jsonl, tensorboard/, checkpoints/. The mathematics is in `trainer`, the checks in `gate`. Must not print.
+Owns the order of these steps, and what is written: the adapter (as PEFT writes it) or the whole model, run.json,
+train_log.jsonl, tensorboard/, checkpoints/. When the folder is whole, and who may write to it, is in `run_folder`, the
+mathematics in `trainer`, the checks in `gate`. Must not print.
 """
 
 import json
@@ -9,20 +10,25 @@ import os
 import platform
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from logitcache.storage import IdentityMismatch, LogitCache, sample_id
+from logitcache.storage import LogitCache, sample_id
+from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
 
+from . import run_folder
 from .adapters import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from .errors import InputNotFound, TrainingFailed
 from .full import computes_in_bfloat16, save_whole, unfreeze
@@ -46,13 +52,12 @@ from .own_loss import probe_own_loss
 from .penalties import Penalty, PenaltySettings, fisher_diagonal
 from .placement import devices_of, head_device, is_spread, offloaded_parts
 from .quantized import held_in, quantization_of
+from .ranks import decided, leads
+from .run_folder import CHECKPOINTS, LOG
 from .samples import Sample, pad_samples
 from .trainer import CachedKLTrainer
 
-RUN, LOG, TENSORBOARD, CHECKPOINTS = "run.json", "train_log.jsonl", "tensorboard", "checkpoints"
-START = "start"
-"""Folder of the first factors, among the checkpoints, of an adapter that cannot do without them."""
-
+TENSORBOARD = "tensorboard"
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
 
 
@@ -84,6 +89,31 @@ class TrainReport:
     step_zero: StepZero | None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is trained, on what, into which folder, and how; as `train` was asked for it."""
+
+    base: Base
+    samples: Sequence[Sample]
+    cache: LogitCache | None
+    out: Path
+    adapter: AdapterSettings
+    objective: Objective
+    settings: TrainSettings
+    penalty: PenaltySettings | None
+    pairing: Pairing
+
+    @property
+    def regularized(self) -> LogitCache | None:
+        """The cache, where the loss reads it."""
+        return self.cache if self.objective.regularizer != "none" else None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
+        return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+
+
 def train(
     base: Base,
     samples: Sequence[Sample],
@@ -97,78 +127,89 @@ def train(
     penalty: PenaltySettings | None = None,
     pairing: Pairing | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train an adapter of `base`, or all of it, on samples, regularised by a cache, into the folder `out`.
 
     cache: required unless the regulariser is `none`; its identity has been checked with the same pairing
     (`gate.check_identity`). penalty: on the change of the weights, in addition; ewc's Fisher information is of these
-    samples. on_step_zero is told what was measured before step 1. The base's model object becomes the student's
-    backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
-    `TrainingFailed` (output folder in use, loss not finite), `CorruptCache`, `InputNotFound` (no layer of the names to
-    adapt), `UnsuitableAdapter`.
+    samples. resume: go on with what is whole in `out`, or begin where there is nothing; tell is told, in sentences,
+    what was left aside and why. on_step_zero is told what was measured before step 1. The base's model object becomes
+    the student's backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
+    `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
+    `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
+    `UnsuitableAdapter`.
     """
-    if cache is None and objective.regularizer != "none":
-        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
-    pairing = pairing or Pairing()
-    _check_combination(base, cache, objective, settings.top_k)
-    if penalty is not None and (adapter.kind == NO_ADAPTER or held_in(base.model) is not None):
-        raise TrainingFailed(
-            f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
-            "adapter on weights that are not quantised, or another regulariser."
-        )
+    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or Pairing())
+    _check_combination(job)
     _check_placement(base, adapter, penalty)
     check_settings(adapter)
-    description = _describe(base, samples, cache, adapter, objective, settings, penalty, pairing)
-    checkpoint = _prepare_folder(out, description, resume)
-    finished = _finished_report(out)
-    if finished is not None:
-        return finished
-    started, start = perf_counter(), out / CHECKPOINTS / START
-    check_head(base.model)
-    check_length(base.model, max(len(s.token_ids) for s in samples))
-    regularized = cache if objective.regularizer != "none" else None
-    vocab_size = None
-    if regularized is not None:
-        if pairing.ignore_padding:
-            vocab_size = common_width(base.model, regularized)
-            check_tokens(samples, vocab_size)
-        check_width(base.model, regularized, objective, vocab_size)
-        if pairing.teacher_is_base:
-            check_precision(base.model, regularized, pairing.other_precision)
-        check_samples(regularized, samples)
+    description = _describe(job)
+    arguments = _arguments(out, settings, head_device(base.model), job.mixed)  # starts the group of processes, if any
+    with ExitStack() as stack:
+
+        def claim() -> run_folder.Found:
+            run_folder.check_ours(out)
+            stack.enter_context(run_folder.held(out))
+            return run_folder.look(out, description, resume)
+
+        found = decided(claim)
+        run_folder.check_shared(out)
+        for sentence in found.said if leads() else ():
+            tell(sentence)
+        if found.result is None:
+            return _train(job, description, arguments, found.checkpoint, callbacks, on_step_zero)
+        if leads():
+            run_folder.settle(out)
+        return _report_of(found.result)
+
+
+def _train(
+    job: _Job,
+    description: dict[str, Any],
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    on_step_zero: Callable[[StepZero], None],
+) -> TrainReport:
+    """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
+    base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
+    vocab_size = _check_data(job)
+    penalty = job.penalty
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
-        names = list(target_layers(base.model, adapter))
-        fisher = fisher_diagonal(base.model, names, samples, penalty.num_fisher_samples)
-    set_seed(settings.seed)
-    mixed = adapter.kind == NO_ADAPTER and computes_in_bfloat16(base.model)
-    model = _student(base, adapter, samples, start if checkpoint is not None else None)
+        names = list(target_layers(base.model, job.adapter))
+        fisher = fisher_diagonal(base.model, names, job.samples, penalty.num_fisher_samples)
+    set_seed(job.settings.seed)
+    resumed = checkpoint is not None and keeps_start(job.adapter)
+    model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
     probe_own_loss(model)
     step_zero = None
-    if regularized is not None and pairing.teacher_is_base:
+    if job.regularized is not None and job.pairing.teacher_is_base:
         with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
-            step_zero = probe_step_zero(model, regularized, samples, objective, vocab_size)
+            step_zero = probe_step_zero(model, job.regularized, job.samples, job.objective, vocab_size)
         on_step_zero(step_zero)
     log = _JsonLog(out / LOG)
+    own = [log, _tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
     trainer = CachedKLTrainer(
         model=model,
-        args=_arguments(out, settings, head_device(base.model), mixed),
-        train_dataset=list(samples),
+        args=arguments,
+        train_dataset=list(job.samples),
         data_collator=pad_samples,
-        callbacks=[log, _tensorboard(out), *adapter_callbacks(model, adapter), *callbacks],
-        cache=regularized,
-        objective=objective,
-        top_k=settings.top_k,
+        callbacks=[*own, *callbacks],
+        cache=job.regularized,
+        objective=job.objective,
+        top_k=job.settings.top_k,
         check=False,  # done above, with the names of the samples
-        penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(adapter)),
-        ignore_padding=pairing.ignore_padding,
+        penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
+        ignore_padding=job.pairing.ignore_padding,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
-        write_json(out / RUN, {**description, "status": "started"})
-        if isinstance(model, PeftModel) and keeps_start(adapter) and checkpoint is None:
-            save_start(model, start)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        run_folder.begin(out, description, checkpoint)
+        if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
+            run_folder.keep_start(out, description, partial(save_start, model))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report = TrainReport(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
@@ -178,12 +219,35 @@ def train(
         step_zero=step_zero,
     )
     if trainer.is_world_process_zero():
-        if isinstance(model, PeftModel):
-            save(model, out, adapter, base.source.name, start)
-        else:
-            save_whole(model, base.source, out)
-        write_json(out / RUN, {**description, "status": "finished", "result": asdict(report)})
+        run_folder.finish(out, description, asdict(report), partial(_save, job, model))
     return report
+
+
+def _check_data(job: _Job) -> int | None:
+    """Raise before step 1 what would end or spoil the run later. Returns the tokens that both models have, if asked."""
+    model, samples, cache, pairing = job.base.model, job.samples, job.regularized, job.pairing
+    check_head(model)
+    check_length(model, max(len(s.token_ids) for s in samples))
+    if cache is None:
+        return None
+    vocab_size = None
+    if pairing.ignore_padding:
+        vocab_size = common_width(model, cache)
+        check_tokens(samples, vocab_size)
+    check_width(model, cache, job.objective, vocab_size)
+    if pairing.teacher_is_base:
+        check_precision(model, cache, pairing.other_precision)
+    check_samples(cache, samples)
+    return vocab_size
+
+
+def _save(job: _Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """What was trained, as whoever uses it loads it."""
+    if isinstance(model, PeftModel):
+        start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
+        save(model, folder, job.adapter, job.base.source.name, start)
+    else:
+        save_whole(model, job.base.source, folder)
 
 
 def _student(
@@ -201,14 +265,22 @@ def _student(
         ) from error
 
 
-def _check_combination(base: Base, cache: LogitCache | None, objective: Objective, top_k: int | None) -> None:
+def _check_combination(job: _Job) -> None:
     """Raise `TrainingFailed` for settings that would train something else than they say."""
-    if base.model.dtype == torch.float16:
+    objective, penalty, model = job.objective, job.penalty, job.base.model
+    if job.cache is None and objective.regularizer != "none":
+        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    if model.dtype == torch.float16:
         raise TrainingFailed(
-            f"training {base.source.name} in float16: the gradients of one position among thousands are too small for "
-            "it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
+            f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
+            "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
-    check_tail(cache, objective, top_k)
+    check_tail(job.cache, objective, job.settings.top_k)
+    if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
+        raise TrainingFailed(
+            f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
+            "adapter on weights that are not quantised, or another regulariser."
+        )
 
 
 def _check_placement(base: Base, adapter: AdapterSettings, penalty: PenaltySettings | None) -> None:
@@ -242,7 +314,7 @@ class _JsonLog(TrainerCallback):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         entries = [entry for line in lines if (entry := _entry(line)) and entry["step"] <= state.global_step]
-        self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+        replace_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         if entries:
             self.last = {name: value for name, value in entries[-1].items() if name not in ("step", "epoch")}
 
@@ -257,6 +329,18 @@ class _JsonLog(TrainerCallback):
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
+
+
+class _Checkpoints(TrainerCallback):
+    """Lists every checkpoint once all processes have written their part of it, and keeps the last two."""
+
+    def __init__(self, out: Path, description: dict[str, Any]) -> None:
+        self._out, self._description = out, description
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            run_folder.seal_checkpoint(self._out, state.global_step, self._description, args.world_size)
 
 
 def _entry(line: str) -> dict[str, Any] | None:
@@ -287,7 +371,7 @@ def _arguments(out: Path, settings: TrainSettings, device: torch.device, mixed: 
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=0.1,
-        save_total_limit=1,
+        save_total_limit=None,  # `_Checkpoints` removes the older ones, when the newer are on the disk
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding",
         report_to=[],
@@ -305,17 +389,9 @@ def _tensorboard(out: Path) -> TrainerCallback:
     return callback
 
 
-def _describe(
-    base: Base,
-    samples: Sequence[Sample],
-    cache: LogitCache | None,
-    adapter: AdapterSettings,
-    objective: Objective,
-    settings: TrainSettings,
-    penalty: PenaltySettings | None,
-    pairing: Pairing,
-) -> dict[str, Any]:
+def _describe(job: _Job) -> dict[str, Any]:
     """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
+    base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
     return {
         "model": {"name": base.source.name, **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
@@ -325,11 +401,11 @@ def _describe(
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": data_fingerprint(samples),
         },
-        "pairing": {**asdict(pairing), "load_in": quantization_of(base.model)},
-        "adapter": _describe_adapter(base, adapter),
-        "objective": asdict(objective),
+        "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
+        "adapter": _describe_adapter(base, job.adapter),
+        "objective": asdict(job.objective),
         "penalty": None if penalty is None else asdict(penalty),
-        "settings": asdict(settings),
+        "settings": asdict(job.settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
@@ -353,67 +429,7 @@ def data_fingerprint(samples: Sequence[Sample]) -> str:
     return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
 
 
-def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> str | None:
-    """The checkpoint to go on from. Raises `TrainingFailed` where the folder is in use, or holds another run."""
-    previous = _read_run(out)
-    if previous is None:
-        if out.exists() and not all(_is_leftover(path) for path in out.iterdir()):
-            raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
-        out.mkdir(parents=True, exist_ok=True)
-        return None
-    if not resume:
-        raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
-    parts = [k for k in description if k not in ("versions", "device")]
-    differs = [k for k in parts if _identity(json.loads(json.dumps(description[k]))) != _identity(previous.get(k))]
-    if differs:
-        raise IdentityMismatch(
-            f"resuming {out}: the run there differs in {', '.join(differs)} (see its run.json). "
-            "Resume with the arguments it was started with, or choose another --out."
-        )
-    return _last_checkpoint(out / CHECKPOINTS)
-
-
-def _identity(part: Any) -> Any:
-    """A part of run.json without the names of paths: content decides, however it is spelt or wherever it was moved."""
-    return {k: v for k, v in part.items() if k not in ("name", "path")} if isinstance(part, dict) else part
-
-
-def _is_leftover(path: Path) -> bool:
-    """What a run leaves that ended before its run.json was written."""
-    return path.name == f"{RUN}.new" or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
-
-
-def _read_run(out: Path) -> dict[str, Any] | None:
-    if not (out / RUN).exists():
-        return None
-    try:
-        run = json.loads((out / RUN).read_text(encoding="utf-8"))
-    except ValueError:
-        run = None
-    if not isinstance(run, dict) or "status" not in run:
-        raise TrainingFailed(f"reading {out / RUN}: it is not what `logitcache train` writes. Choose another --out.")
-    return run
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: a run killed while it wrote one goes on from the one before.
-
-    The Trainer writes trainer_state.json last, and removes the older checkpoint after that.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
-
-
-def _finished_report(out: Path) -> TrainReport | None:
-    run = _read_run(out)
-    if run is None or run["status"] != "finished":
-        return None
-    result = run["result"]
+def _report_of(result: dict[str, Any]) -> TrainReport:
     step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
     return TrainReport(**{**result, "step_zero": step_zero})
 
@@ -424,10 +440,3 @@ def _peak_memory(devices: Sequence[torch.device]) -> int:
         return sum(torch.cuda.max_memory_allocated(device) for device in devices)
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

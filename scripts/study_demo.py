@@ -101,8 +101,7 @@ class Demo:
         adapter = AdapterSettings(rank=rank, alpha=2.0 * rank)
         objective = Objective(regularizer=arm.regularizer, tail=arm.tail, weight=weight)
         settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
-        again = (folder / "run.json").exists()
-        report = train(self._base(), self.train_set, cache, folder, adapter, objective, settings, resume=again)
+        report = train(self._base(), self.train_set, cache, folder, adapter, objective, settings, resume=True)
         return load_adapter(self._base().model, str(folder)), report.seconds
 
     def _base(self) -> Base:

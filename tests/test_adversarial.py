@@ -1,6 +1,5 @@
 """What a hostile reading found: inputs for which a run was silently other than it said."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from test_train import make_base, make_cache, make_samples, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from logitcache.pipeline import training
 from logitcache.pipeline.adapters import AdapterSettings, attach
 from logitcache.pipeline.errors import InvalidData, TrainingFailed, UnsupportedModel
 from logitcache.pipeline.evaluate import load_adapter
@@ -41,30 +41,29 @@ def test_every_named_layer_is_adapted_or_the_name_refused() -> None:
         attach(make_model(), AdapterSettings(rank=2, target_modules="q_proj,v_prj"), "tiny")
 
 
-def _unfinish(out: Path) -> None:
-    """As if the run had been killed between its last checkpoint and its adapter."""
-    state = json.loads((out / "run.json").read_text())
-    del state["result"]
-    (out / "run.json").write_text(json.dumps({**state, "status": "started"}))
-    (out / "adapter_model.safetensors").unlink()
-
-
 @pytest.mark.parametrize("length", [{"max_steps": 4}, {"epochs": 0.5}, {"epochs": 2.0}])
 def test_resuming_after_the_last_step_adds_none(
     tmp_path: Path, length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = make_samples(24)
     cache, out = make_cache(tmp_path / "c", samples), tmp_path / "o"
-    first = run(make_base(), samples, cache, out, lr=1e-2, batch_size=4, **length)
-    adapter, log = (out / "adapter_model.safetensors").read_bytes(), (out / "train_log.jsonl").read_text()
-    _unfinish(out)
+    first = run(make_base(), samples, cache, tmp_path / "whole", lr=1e-2, batch_size=4, **length)
+    names = ("adapter_model.safetensors", "train_log.jsonl")
+    ends = [(tmp_path / "whole" / name).read_bytes() for name in names]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("logitcache.pipeline.training.save", killed)  # between its last checkpoint and its adapter
+    with pytest.raises(KeyboardInterrupt):
+        run(make_base(), samples, cache, out, lr=1e-2, batch_size=4, **length)
+    monkeypatch.undo()
     with (out / "train_log.jsonl").open("a") as f:
         f.write('{"step": 1, "lo')  # and while it wrote a line
     monkeypatch.setattr("test_train.train", lambda *args: _train_on(*args))
     second = run(make_base(), samples, cache, out, lr=1e-2, batch_size=4, **length)
     assert (second.num_steps, second.num_tokens, second.final) == (first.num_steps, first.num_tokens, first.final)
-    assert (out / "adapter_model.safetensors").read_bytes() == adapter
-    assert (out / "train_log.jsonl").read_text() == log
+    assert [(out / name).read_bytes() for name in names] == ends
 
 
 def _train_on(*args: Any) -> Any:
@@ -76,9 +75,10 @@ def _train_on(*args: Any) -> Any:
 def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = make_samples(8)
     cache, out = make_cache(tmp_path / "c", samples), tmp_path / "o"
-    run(make_base(), samples, cache, out)
-    state = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps({**state, "processes": 2}))
+    describe = training._describe
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_describe", lambda job: {**describe(job), "processes": 2})
+        run(make_base(), samples, cache, out)
     monkeypatch.setattr("test_train.train", lambda *args: _train_on(*args))
     with pytest.raises(IdentityMismatch, match="processes"):
         run(make_base(), samples, cache, out)

@@ -106,20 +106,22 @@ PIPELINE_ROOMS = {
         *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "own_loss", "penalties", "step"),
         *("storage", "targets"),
     },
+    "file_list": {"storage"},
+    "run_folder": {"errors", "file_list", "storage"},
     "training": {
         *("adapters", "errors", "full", "gate", "head", "kinds", "losses", "models", "nullspace", "own_loss"),
-        *("penalties", "placement", "quantized", "samples", "storage", "targets", "trainer"),
+        *("penalties", "placement", "quantized", "ranks", "run_folder", "samples", "storage", "targets", "trainer"),
     },
     "grid": {"errors", "kinds", "losses", "penalties", "storage", "training"},
     "sweep": {
-        *("errors", "evaluate", "gate", "grid", "head", "models", "precompute", "rows", "samples", "storage"),
-        *("targets", "teacher", "training"),
+        *("errors", "evaluate", "gate", "grid", "head", "models", "precompute", "rows", "run_folder", "samples"),
+        *("storage", "targets", "teacher", "training"),
     },
     "jobs": {"errors", "grid", "models", "sweep"},
     "metrics": set(),
     "evaluate": {
-        *("errors", "gate", "head", "inputs", "losses", "metrics", "models", "precompute", "samples", "storage"),
-        *("placement", "reloadable", "targets", "teacher"),
+        *("errors", "file_list", "gate", "head", "inputs", "losses", "metrics", "models", "precompute", "samples"),
+        *("placement", "reloadable", "storage", "targets", "teacher"),
     },
     "tasks": {"errors", "metrics", "models"},
     "report": {"metrics", "tasks"},
@@ -191,6 +193,10 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_storage_loads_no_framework() -> None:
     assert not loaded_by("import logitcache.storage") & {*HEAVY, "logitcache.pipeline"}
+
+
+def test_a_run_s_folder_is_looked_at_without_a_framework() -> None:
+    assert not loaded_by("import logitcache.pipeline.run_folder") & HEAVY
 
 
 def test_losses_know_nothing_of_storage() -> None:

@@ -627,8 +627,8 @@ def read_run(out: Path) -> dict[str, Any]:
 
 def test_train_writes_what_it_promises(trained: Path, tiny_model: Path) -> None:
     names = {p.name for p in trained.iterdir()}
-    expected = {"adapter_config.json", "adapter_model.safetensors", "run.json", "train_log.jsonl", "tensorboard"}
-    assert names - {"README.md", "checkpoints"} == expected
+    expected = {"adapter_config.json", "adapter_model.safetensors", "files.json", "run.json", "run.lock"}
+    assert names - {"README.md"} == {*expected, "train_log.jsonl", "tensorboard"}
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
     assert config["base_model_name_or_path"] == str(tiny_model)
@@ -891,8 +891,10 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(tmp_path: Path, ti
     message = refused(1, *line, "--lr", 1e38)
     assert "not finite" in message and "checkpoint is kept" in message
     assert not (out / "adapter_model.safetensors").exists()
-    (checkpoint,) = (out / "checkpoints").glob("checkpoint-*")
-    assert all(t.isfinite().all() for t in load_file(checkpoint / "adapter_model.safetensors").values())
+    kept = list((out / "checkpoints").glob("checkpoint-*"))
+    assert kept
+    for checkpoint in kept:
+        assert all(t.isfinite().all() for t in load_file(checkpoint / "adapter_model.safetensors").values())
 
 
 @pytest.mark.parametrize("step", [1, 6, 10])
@@ -901,8 +903,10 @@ def test_a_resumed_run_is_bitwise_an_uninterrupted_one(
 ) -> None:
     resume = interrupted(monkeypatch, tiny_model, cache, tmp_path / "o", step)
     checkpoints = sorted((tmp_path / "o" / "checkpoints").glob("*"))
-    assert [c.name for c in checkpoints] == ([] if step == 1 else [f"checkpoint-{step - 1}"])
-    done(*resume)
+    kept = [f"checkpoint-{number}" for number in range(max(1, step - 2), step)]
+    assert [c.name for c in checkpoints] == kept
+    said = done(*resume).err
+    assert (f"Going on from {kept[-1]}." if kept else "from the beginning") in said
     assert_equal_runs(tmp_path / "o", trained)
 
 
@@ -921,7 +925,8 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
                 path.unlink()
 
     copy_of(out / "checkpoints" / "checkpoint-5", out / "checkpoints" / "checkpoint-6", cut_short)
-    done(*resume)
+    said = done(*resume).err
+    assert "checkpoint-6 was left: " in said and "Going on from checkpoint-5." in said
     assert_equal_runs(out, trained)
 
 

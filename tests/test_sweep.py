@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli_harness import done, logitcache, precompute, refused, snapshot
+from cli_harness import done, flip_byte, logitcache, precompute, refused, snapshot
 from conftest import text_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from logitcache.pipeline import run_folder
 from logitcache.pipeline.evaluate import compare, load_adapter
+from logitcache.pipeline.grid import read_config
 from logitcache.pipeline.models import find_model, load_base, load_tokenizer
 from logitcache.pipeline.rows import read_rows
 from logitcache.pipeline.samples import make_samples
@@ -156,6 +158,34 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(inputs: dict[str, Any], t
     assert "3 runs, 0 of them to do." in again.err and "2 failed" in again.out
     retried = done("sweep", "--config", config, "--out", tmp_path / "out", "--retry-failed")
     assert "3 runs, 2 of them to do." in retried.err and "2 failed" in retried.out
+
+
+def test_a_run_that_is_trained_by_hand_is_left_to_it(inputs: dict[str, Any], tmp_path: Path) -> None:
+    config, out = write_config(tmp_path, inputs, grid={**GRID, "lr": 1e-3}, methods={"masked": {}}), tmp_path / "out"
+    (spec,) = read_config(config).runs
+    with run_folder.held(out / "runs" / spec.name):
+        said = done("sweep", "--config", config, "--out", out)
+    assert "0 of 1 runs finished, 0 failed" in said.out and state_of(out / "runs" / spec.name) == "waiting"
+    assert "1 of 1 runs finished, 0 failed" in done("sweep", "--config", config, "--out", out).out
+
+
+def test_a_run_that_goes_on_says_what_it_left(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = write_config(tmp_path, inputs, grid={**GRID, "lr": 1e-3}, methods={"masked": {}}), tmp_path / "out"
+    (spec,) = read_config(config).runs
+
+    def stop(*event: Any, **_: Any) -> None:
+        if event[2].global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("logitcache.pipeline.training._JsonLog.on_step_end", stop)
+        assert logitcache("sweep", "--config", config, "--out", out).status == 130
+    flip_byte(out / "runs" / spec.name / "checkpoints" / "checkpoint-1" / "optimizer.pt")
+    said = done("sweep", "--config", config, "--out", out)
+    assert f"{spec.name}: checkpoint-1 was left: optimizer.pt is not what was written." in said.err.splitlines()
+    assert "1 of 1 runs finished" in said.out
 
 
 def test_a_full_disk_stops_the_sweep_with_one_sentence(

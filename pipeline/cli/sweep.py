@@ -67,6 +67,8 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
     for number, done in enumerate(doing, 1):
         spec = done.spec
         what = ", ".join(f"{name} {_shown(spec.settings[name])}" for name in axes[spec.method]) or "one setting"
+        for sentence in done.told:
+            note(f"{spec.name}: {sentence}")
         click.echo(f"{number}/{left} {spec.method} ({what}): {_outcome(done)}")
     measure_cost(prepared)
     failed = sum(state_of(out / RUNS / run.name) == "failed" for run in asked.runs)

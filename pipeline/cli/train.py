@@ -202,7 +202,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 @load_in_option("Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).")
 @device_map_option
 @runtime_options
-@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
 def train(
     model: str,
     cache: str | None,
@@ -246,8 +246,8 @@ def train(
 
     Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md).
 
-    Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), run.json (what was run),
-    train_log.jsonl and tensorboard/.
+    Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), files.json (its checksums),
+    run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
     Several GPUs: torchrun --nproc-per-node N -m logitcache.pipeline train ...
     """
     if regularizer not in ("none", *PENALTIES) and cache is None:
@@ -376,6 +376,7 @@ def train(
         penalty,
         pairing,
         tell,
+        note if speaks else lambda _: None,
     )
     if not speaks:
         return

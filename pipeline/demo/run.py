@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from logitcache.storage import LogitCache
+from logitcache.storage.files import replace_file
 
 from ..adapters import AdapterSettings
 from ..errors import TrainingFailed
@@ -102,7 +103,7 @@ def run_demo(out: Path, settings: DemoSettings, say: Say) -> list[Outcome]:
         outcomes = []
         runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
         for number, (seed, method) in enumerate(runs, 1):
-            outcome = _run(out, untouched, cache, train_set, new, prior, method, seed, settings)
+            outcome = _run(out, untouched, cache, train_set, new, prior, method, seed, settings, say)
             outcomes.append(outcome)
             say(
                 f"{number}/{len(runs)} {method.name}, seed {seed}: new {-outcome.learning:+.3f}, "
@@ -212,6 +213,7 @@ def _run(
     method: Method,
     seed: int,
     settings: DemoSettings,
+    say: Say,
 ) -> Outcome:
     folder = out / "runs" / f"{method.name.replace(',', '').replace(' ', '-')}-seed{seed}"
     report = train(
@@ -222,7 +224,8 @@ def _run(
         AdapterSettings(rank=settings.rank, alpha=2.0 * settings.rank),
         Objective(regularizer=method.regularizer, weight=settings.weight),
         TrainSettings(lr=method.lr, batch_size=settings.batch_size, max_steps=settings.max_steps, seed=seed),
-        resume=(folder / "run.json").exists(),
+        resume=True,
+        tell=say,
     )
     base = untouched.model
     adapted = load_adapter(_load_float32(untouched.source).model, str(folder))
@@ -261,7 +264,7 @@ def _claim_folder(out: Path, settings: DemoSettings) -> None:
             "Nothing was changed. Choose another --out, or remove it."
         )
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(stamp, encoding="utf-8")
+    replace_file(marker, stamp.encode())
 
 
 def _pieces(documents: list[Document], max_chars: int = 1100) -> list[Document]:
