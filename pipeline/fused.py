@@ -63,13 +63,16 @@ def linear_loss(
     kl_weight: float | Tensor,
     head_parameters: Sequence[Tensor] = (),
     idle_parameters: Sequence[Tensor] = (),
+    top1: Tensor | None = None,
 ) -> LinearLoss:
     """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
 
     hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
     targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
     are trained; idle_parameters: those of them that may have no part in the logits, and then get no gradient.
-    kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. Equals the sums of
+    kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
+    to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
+    costs a synchronisation a slice, and no pass over its logits. Equals the sums of
     `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
     `losses.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
     another of these, or with a trained tensor that is none of them.
@@ -78,7 +81,7 @@ def linear_loss(
     if objective.regularizer == "none":
         targets = None
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names_in(head))
+    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names_in(head), top1)
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -94,6 +97,7 @@ class _Call:
     with_gradient: bool
     idle: Sequence[Tensor] = ()
     names: Mapping[int, str] = field(default_factory=dict)
+    top1: Tensor | None = None
     _groups: tuple[Tensor, Tensor] | None = None
 
     def groups(self) -> tuple[Tensor, Tensor]:
@@ -234,6 +238,8 @@ def _losses_and_gradient(
     drawn = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
     z_drawn = None if drawn is None else z.gather(1, drawn)
     tail = _Tail(z.scatter_(1, kept_ids, -torch.inf))
+    if call.top1 is not None:  # also where the slice goes the plain way after this
+        call.top1 += _num_largest(z_kept, kept_ids, tail).to(call.top1)
     origin = torch.cat([tail.top, z_kept[:, 1:]], dim=1).amax(dim=1, keepdim=True)  # the logits' size costs no digits
     origin = torch.where(origin == -torch.inf, 0.0, origin)
     z_kept = z_kept - origin
@@ -265,6 +271,18 @@ def _losses_and_gradient(
     z.scatter_(1, kept_ids[:, 1:], kept[:, 1:])
     z.scatter_(1, labels, kept[:, :1])  # after what absent alternatives wrote there
     return ce, found.values.sum()
+
+
+def _num_largest(z_kept: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor:
+    """How many labels, the first of the kept, have the largest logit; of equal ones the first id has it."""
+    label, label_id, others = z_kept[:, :1], kept_ids[:, :1], z_kept[:, 1:]
+    largest = ((label > others) | ((label == others) & (label_id < kept_ids[:, 1:]))).all(dim=1)
+    largest &= (label >= tail.top).squeeze(1)
+    (tied,) = (largest & (label == tail.top).squeeze(1)).nonzero(as_tuple=True)
+    if len(tied):
+        first = (tail.e[tied] == 1).int().argmax(dim=1)
+        largest[tied] = label_id[tied, 0] < first
+    return largest.sum()
 
 
 class _Tail:

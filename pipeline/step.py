@@ -20,6 +20,7 @@ def batch_loss(
     kl_weight: float | Tensor,
     token_groups: Tensor | None,
     vocab_size: int | None = None,
+    top1: Tensor | None = None,
 ) -> LinearLoss:
     """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
 
@@ -27,7 +28,7 @@ def batch_loss(
     kl_weight stands for `objective.weight`.
     token_groups: [V], for tail `groups`. vocab_size: of the logits, the first tokens only. The head's trained
     parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too, those of adapters that are not
-    active none. Raises `TrainingFailed` where another one would get none.
+    active none. Raises `TrainingFailed` where another one would get none. top1: as `linear_loss` has it.
     """
     where = batch["input_ids"].device
     hidden = hidden_states(model, **model_inputs(model, batch))
@@ -41,5 +42,5 @@ def batch_loss(
     targets = targets_of(batch, token_groups)
     parameters, idle = head.parameters(), head.idle_parameters()
     labels = batch[f"{PREFIX}label_ids"]
-    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters, idle)
+    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters, idle, top1)
     return LinearLoss(*(value.to(where) for value in found))

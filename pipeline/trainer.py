@@ -26,6 +26,7 @@ from .layout import LayoutCheck
 from .losses import Objective
 from .own_loss import ROUTER, check_own_loss, probe_own_loss
 from .penalties import Penalty
+from .replaced import TokenMetrics, check_replaced, logs_tokens
 from .step import batch_loss
 from .targets import PREFIX, Batch, CachedCollator, Collator, count_positions, cut_of, documents_of, groups_of
 
@@ -50,11 +51,12 @@ class CachedKL(_AnyTrainer):
     model). ignore_padding: where model and cache have logits of different widths, compare what both have.
     other_precision: model and cache may hold their weights in different formats (a quantised model, the cache of the
     base as it was), else `IdentityMismatch`, where checked.
+    replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
     Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
-    and `penalty` and `orthogonality`, without their weights, beside the trainer's own. Batches of
-    evaluation are the trainer's own business.
+    and `penalty` and `orthogonality`, without their weights, beside the trainer's own; over TRL's SFTTrainer its
+    `num_tokens` and `mean_token_accuracy` too. Batches of evaluation are the trainer's own business.
     Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
     `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
@@ -72,8 +74,11 @@ class CachedKL(_AnyTrainer):
         penalty: Penalty | None = None,
         ignore_padding: bool = False,
         other_precision: bool = False,
+        replace_loss: bool = False,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
+        if not replace_loss:
+            check_replaced(type(self), CachedKL)
         super().__init__(*args, **kwargs)
         self.objective = Objective() if objective is None else objective
         if cache is None and self.objective.regularizer != "none":
@@ -104,11 +109,14 @@ class CachedKL(_AnyTrainer):
         self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
+        self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
         self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.objective.weight
         self.add_callback(_MeterReset(self))
+        if self._tokens is not None:
+            self.add_callback(self._tokens)
         if self.objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
 
@@ -159,6 +167,8 @@ class CachedKL(_AnyTrainer):
         """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
         if f"{PREFIX}rows" not in inputs or not model.training:  # evaluation
             inputs = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
+            if self._tokens is not None:
+                self._tokens.settle()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self._check_layout is not None:
             with self.accelerator.autocast():
@@ -172,7 +182,10 @@ class CachedKL(_AnyTrainer):
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
         with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
             weight = self.kl_weight * num_ce / num_kl
-            found = batch_loss(model, inputs, self.objective, weight, self._token_groups, self._vocab_size)
+            top1 = None if self._tokens is None else torch.zeros((), dtype=torch.int64, device=self.args.device)
+            found = batch_loss(model, inputs, self.objective, weight, self._token_groups, self._vocab_size, top1)
+        if self._tokens is not None and top1 is not None:
+            self._tokens.add(inputs, top1)
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
         self._meter += means
         self._step_meter += means
@@ -196,6 +209,8 @@ class CachedKL(_AnyTrainer):
         self._meter.zero_()
         for meter in self._term_meters.values():
             meter.zero_()
+        if self._tokens is not None:
+            self._tokens.reset()
         self._metered_steps, self._metered_weight = 0, 0.0
 
     def step_kl(self) -> float | None:
@@ -206,6 +221,8 @@ class CachedKL(_AnyTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
+        if self._tokens is not None and self.model.training:
+            logs = {**logs, **self._tokens.logged()}
         if "loss" in logs and self._metered_steps:
             ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
@@ -234,11 +251,15 @@ class CachedKL(_AnyTrainer):
         super().save_model(*args, **kwargs)
 
     def _load_callback_state(self) -> None:
-        """Without the budget, which restores itself: it cannot be made anew without its trainer."""
-        saved = dict(self.state.stateful_callbacks or {})
-        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k != BudgetCallback.__name__}
+        """Without those that restore themselves: they cannot be made anew without their trainer.
+
+        Where the checkpoint is of a trainer that had them not, they begin, and the next checkpoint has them.
+        """
+        kinds, saved = (BudgetCallback, TokenMetrics), dict(self.state.stateful_callbacks or {})
+        own = {type(c).__name__: c.state() for c in self.callback_handler.callbacks if isinstance(c, kinds)}
+        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in {kind.__name__ for kind in kinds}}
         super()._load_callback_state()
-        self.state.stateful_callbacks = saved
+        self.state.stateful_callbacks = {**own, **saved}
 
     def _check_data(self, dataset: Any) -> None:
         """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
@@ -329,7 +350,7 @@ def check_supported(trainer: Any) -> None:
             "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
         ),
         (
-            lambda: bool(args.label_smoothing_factor),
+            lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
             "label smoothing by the trainer would be ignored, as the loss is made here. "
             'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
         ),

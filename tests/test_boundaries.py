@@ -85,6 +85,7 @@ PIPELINE_ROOMS = {
     "fused": {"leaves", "losses"},
     "targets": {"errors", "losses", "padding", "samples", "storage"},
     "inputs": {"errors", "head", "targets"},
+    "replaced": {"errors", "targets"},
     "step": {"fused", "head", "inputs", "losses", "targets"},
     "budget": set(),
     "covariances": {"errors", "filler", "head", "precompute", "samples"},
@@ -103,8 +104,8 @@ PIPELINE_ROOMS = {
     "loop": {"adalora", "fused", "gate", "head", "layout", "losses", "own_loss", "step", "storage", "targets"},
     "penalties": {"covariances", "errors", "fused", "head", "losses", "samples"},
     "trainer": {
-        *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "own_loss", "penalties", "step"),
-        *("storage", "targets"),
+        *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "own_loss", "penalties", "replaced"),
+        *("step", "storage", "targets"),
     },
     "file_list": {"storage"},
     "run_folder": {"errors", "file_list", "storage"},
