@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
 from .errors import InvalidData, NotTheBase, TrainingFailed
-from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once
+from .head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, logits_width, rows_at_once, unwrapped
 from .inputs import model_inputs
 from .losses import Objective, cross_entropy, regularizer_mask, regularizer_values
 from .models import Base, tokenizer_identity
@@ -236,8 +236,11 @@ def probe_step_zero(
 def check_first_batch(
     model: nn.Module, batch: Batch, cache: LogitCache, objective: Objective, vocab_size: int | None = None
 ) -> None:
-    """`measure` on a batch with targets. Raises `NotTheBase` where it is above the noise, naming row and column."""
-    found, (_, place) = measure(model, [batch], cache, objective, vocab_size)
+    """`measure` on a batch with targets. Raises `NotTheBase` where it is above the noise, naming row and column.
+
+    Not through a distributed wrapper: the first batch of another process may have nothing to measure.
+    """
+    found, (_, place) = measure(unwrapped(model), [batch], cache, objective, vocab_size)
     row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
     check_step_zero(found, cache, f"row {row} of the first batch at column {column}")
 

@@ -236,8 +236,8 @@ def test_each_model_is_asked_by_itself(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("pair", ["Llama"], indirect=True)
-def test_the_probe_goes_around_wrappers_that_talk_to_other_processes_and_happens_once(pair: Any) -> None:
-    """Only one process may have a batch with padding on the left; DistributedDataParallel would wait for the others."""
+def test_checks_go_around_wrappers_that_talk_to_other_processes_and_happen_once(pair: Any) -> None:
+    """Only one process may have padding on the left, or something to learn; DistributedDataParallel would wait."""
     model, documents, cache = pair
     calls: list[str] = []
 
@@ -251,7 +251,7 @@ def test_the_probe_goes_around_wrappers_that_talk_to_other_processes_and_happens
             return self.module(**kwargs)
 
     model.model.register_forward_hook(lambda *_: calls.append("body"))
-    anchored, wrapper = CachedLoss(cache, check=False), Wrapper(model)
+    anchored, wrapper = CachedLoss(cache), Wrapper(model)
     for batch in (on_the_left(rows_of(documents)), flat(documents)):
         anchored(wrapper, batch)
         assert calls.count("wrapper") == 1 < calls.count("body")
