@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -24,6 +25,7 @@ from .gate import check_first_batch, check_precision, check_tail, check_width, c
 from .head import OutputHead, causal_lm_of, check_head
 from .layout import LayoutCheck
 from .losses import Objective
+from .normalisation import FirstStep, already_normalised, num_replicas, over_processes, parallelism
 from .own_loss import ROUTER, check_own_loss, probe_own_loss
 from .penalties import Penalty
 from .replaced import TokenMetrics, check_replaced, logs_tokens
@@ -61,7 +63,6 @@ class CachedKL(_AnyTrainer):
     `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
 
-    loss_is_scaled_for_ga = True
     data_collator: Any
 
     def __init__(
@@ -87,6 +88,13 @@ class CachedKL(_AnyTrainer):
             raise TrainingFailed(
                 "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
             )
+        self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
+        if num_replicas(self) > 1 and any(self._terms()):
+            raise TrainingFailed(
+                f"training with a penalty on the weights of a model divided over {num_replicas(self)} processes (or with "
+                "AdaLoRA, which has one): each process has a part of them and would pull on that alone. Leave out the "
+                "penalty, or tensor parallelism."
+            )
         opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.cache = None if self.objective.regularizer == "none" else opened
         self.cached_top_k = top_k
@@ -108,13 +116,14 @@ class CachedKL(_AnyTrainer):
         self._check, self._check_start = check, check
         self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
-        self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
         self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.objective.weight
+        self._first_step = FirstStep(device)
         self.add_callback(_MeterReset(self))
+        self.add_callback(_FirstStepCheck(self))
         if self._tokens is not None:
             self.add_callback(self._tokens)
         if self.objective.kl_budget is not None:
@@ -150,12 +159,21 @@ class CachedKL(_AnyTrainer):
         self._metered_steps += bool(batches)
         self._metered_weight += self.kl_weight if batches else 0.0
         self._step_meter.zero_()
+        self._first_step.begin()
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts += count_positions(batch, self.objective).to(device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
+        counts = over_processes(self, counts)
         self._step_counts = counts[1]
         return batches, counts
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own, but what `compute_loss` returns is not divided by the number of micro-batches."""
+        with already_normalised(self):
+            loss: Tensor = super().training_step(*args, **kwargs)
+        if self._first_step.pending:
+            self._first_step.add_returned(loss)
+        return loss
 
     def compute_loss(
         self,
@@ -190,11 +208,15 @@ class CachedKL(_AnyTrainer):
         self._meter += means
         self._step_meter += means
         # distributed training averages gradients over its data-parallel processes; these are sums
-        loss = found.loss / num_ce * (self.accelerator.num_processes // self.get_tp_size())
+        loss = found.loss / num_ce * (self.accelerator.num_processes // num_replicas(self))
+        others = torch.zeros_like(loss)
         for name, term in self._terms():  # the same on every process, so that the average of its gradients is its own
             part = (term() / self._num_micro_batches).to(loss.device)
             self._term_meters[name] += part.detach()
-            loss = loss + term.weight * part
+            others = others + term.weight * part
+        loss = loss + others
+        if self._first_step.pending:
+            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.objective), others)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
     def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:
@@ -217,14 +239,18 @@ class CachedKL(_AnyTrainer):
         """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
         if not int(self._step_counts):
             return None
-        return float(self.accelerator.reduce(self._step_meter.clone(), reduction="sum")[1])
+        return float(over_processes(self, self._step_meter)[1])
+
+    def check_first_step(self) -> None:
+        """Raise `TrainingFailed` where the run's first step is not that of all its positions: see `FirstStep`."""
+        self._first_step.check(self, self._step_meter, self.kl_weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
         if self._tokens is not None and self.model.training:
             logs = {**logs, **self._tokens.logged()}
         if "loss" in logs and self._metered_steps:
-            ce, kl = (self.accelerator.reduce(self._meter.clone(), reduction="sum") / self._metered_steps).tolist()
+            ce, kl = (over_processes(self, self._meter) / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
             terms, advice = f"CE {ce}, KL {kl}", "Try a lower --lr."
             for name, _ in self._terms():
@@ -314,6 +340,22 @@ class _MeterReset(TrainerCallback):
             self._trainer._check_start = False
 
 
+class _FirstStepCheck(TrainerCallback):
+    """Holds the first step of every run, and of every try of it, against its own positions before it is made."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._first_step.pending = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_first_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_first_step()  # in a loop of one's own that does not say when it is about to make the step
+
+
 class BudgetCallback(TrainerCallback, ExportableState):
     """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
 
@@ -355,9 +397,14 @@ def check_supported(trainer: Any) -> None:
             'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
         ),
         (
-            lambda: _parallelism(trainer, "cp") > 1 or _parallelism(trainer, "sp") > 1,
+            lambda: parallelism(trainer, "cp") > 1 or parallelism(trainer, "sp") > 1,
             "context or sequence parallelism cuts sequences across processes, and the targets would not be cut with "
             "them. Set cp_size=1 and sp_size=1",
+        ),
+        (
+            lambda: num_replicas(trainer) > 1 and isinstance(model, PeftModel) and not _is_divided(model),
+            f"{num_replicas(trainer)} processes hold it together, and each would train an adapter of its own on its "
+            "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
         ),
         (
             lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
@@ -376,9 +423,9 @@ def check_supported(trainer: Any) -> None:
     check_own_loss(model)
 
 
-def _parallelism(trainer: Any, kind: str) -> int:
-    size = getattr(trainer, f"get_{kind}_size", None)
-    return 1 if size is None else int(size())
+def _is_divided(model: nn.Module) -> bool:
+    """Whether something that is trained is a part of a whole that knows its other parts."""
+    return any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad)
 
 
 def _cutting(args: Any) -> str:

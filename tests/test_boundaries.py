@@ -103,9 +103,10 @@ PIPELINE_ROOMS = {
     "layout": {"errors", "gate", "head", "inputs", "quantized", "storage", "targets"},
     "loop": {"adalora", "fused", "gate", "head", "layout", "losses", "own_loss", "step", "storage", "targets"},
     "penalties": {"covariances", "errors", "fused", "head", "losses", "samples"},
+    "normalisation": {"errors"},
     "trainer": {
-        *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "own_loss", "penalties", "replaced"),
-        *("step", "storage", "targets"),
+        *("adalora", "budget", "errors", "gate", "head", "layout", "losses", "normalisation", "own_loss", "penalties"),
+        *("replaced", "step", "storage", "targets"),
     },
     "file_list": {"storage"},
     "run_folder": {"errors", "file_list", "storage"},

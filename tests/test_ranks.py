@@ -13,6 +13,7 @@ from conftest import make_model
 from tensor_parallel_rank import COLUMNS
 from test_train import make_samples
 
+from logitcache.pipeline import ranks
 from logitcache.pipeline.errors import InputNotFound, UnsupportedModel
 from logitcache.pipeline.models import find_model, load_base
 from logitcache.pipeline.partition import token_groups
@@ -58,6 +59,11 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UnsupportedModel, match="num_key_value_heads are 2, which 4 does not divide"):
         load_base(source, "float32", CPU, tensor_parallel=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "DistributedConfig", lambda: None)  # that of transformers 5.0 has no sizes
+    with pytest.raises(UnsupportedModel, match="this transformers does not divide models"):
+        load_base(source, "float32", CPU, tensor_parallel=True)
+    assert not torch.distributed.is_initialized()
 
 
 def test_alone_a_process_leads_and_agrees_with_itself() -> None:
