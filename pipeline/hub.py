@@ -1,12 +1,12 @@
 """A cache to the Hugging Face Hub and back: `prepare` and `send`, `pull`.
 
 Owns what goes out (a cache that was verified, exactly the files that contents.json names, and its card) and what comes
-in (a folder that was verified before it has its name). Commits follow the order of the format: shards first, then
-contents.json with everything that replaces. Must not print; what the Hub is, huggingface_hub knows.
+in (verified before it has its name; until then its folder is `pulling`'s). Commits follow the order of the format:
+shards first, then contents.json with everything that replaces. Must not print; what the Hub is, huggingface_hub knows.
 """
 
 import errno
-import shutil
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,21 +17,30 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from logitcache.storage import CacheError, CorruptCache, IdentityMismatch, LogitCache, NotACache, VerifyReport, verify
+from logitcache.storage import (
+    CacheError,
+    CorruptCache,
+    IdentityMismatch,
+    LinkRefused,
+    LogitCache,
+    NotACache,
+    VerifyReport,
+    verify,
+)
 from logitcache.storage.files import LocalFiles, open_files
+from logitcache.storage.index import INDEX_NAME
 from logitcache.storage.inventory import Inventory, take_inventory
 from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, Manifest, read_json
 from logitcache.storage.shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS
 
 from .card import CARD, Licence, is_hub_id, licences_in, make_card, model_licence, public_name
 from .errors import HubFailed, InputNotFound, PipelineError
+from .pulling import Download, claim, release
 
 MAX_FILES_A_COMMIT = 2000
 """Of those that only add; the Hub allows 25,000 and asks for fewer."""
-
-PARTIAL = ".pulling"
-"""What the name of a folder ends in until it is whole and verified."""
 
 _WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, "index-*.npy", f"{SHARDS}/*"]
 
@@ -100,6 +109,11 @@ def prepare(
     cache = LogitCache.open(root)
     inventory = take_inventory(root)
     report = verify(root)
+    if report.problems and not report.is_corrupt:
+        raise LinkRefused(
+            f"pushing {path}: {report.problems[0].what}. Nothing was sent. Run `logitcache verify`, which names every "
+            "such link, and put what they lead to in their place."
+        )
     if not report.is_intact:
         raise CorruptCache(
             f"pushing {path}: expected a cache without damage, found {len(report.problems)} problems "
@@ -156,12 +170,11 @@ def pull(repo_id: str, path: str, *, revision: str | None = None, endpoint: str 
 
     What was interrupted goes on. Raises `InputNotFound` where there is no such repository or revision, `NotACache`,
     `CorruptCache` for a damaged download (of which the damaged files are removed), FileExistsError where something
-    else is at `path`, `HubFailed`.
+    else is at `path`, or where it would be downloaded to (`pulling`), `HubFailed`.
     """
     if not is_hub_id(repo_id):
         raise InputNotFound(f"pulling {repo_id!r:.80}: expected a name such as owner/name on the Hub.")
     target, api = _folder(path), _api(endpoint)
-    partial = target.with_name(target.name + PARTIAL)
     with _asking(f"pulling {repo_id}"):
         # asked first: without a network huggingface_hub takes whatever lies in the folder for the answer
         commit = api.dataset_info(repo_id, revision=revision).sha
@@ -175,20 +188,20 @@ def pull(repo_id: str, path: str, *, revision: str | None = None, endpoint: str 
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         return Pulled(_check_there(target, there, repo_id), commit, False)
+    download = claim(repo_id, target, filter_repo_objects(sizes, allow_patterns=_WANTED))
     with _asking(f"pulling {repo_id}"):
         snapshot_download(
             repo_id,
             repo_type="dataset",
             revision=commit,
-            local_dir=partial,
+            local_dir=download.folder,
             allow_patterns=_WANTED,
             endpoint=endpoint,
             library_name="logitcache",
             library_version=version("logitcache"),
         )
-    report = _checked(partial, target, repo_id)
-    _strip(partial)
-    partial.rename(target)
+    report = _checked(download)
+    download.finish({MANIFEST, CONTENTS, CARD, *take_inventory(download.folder).sizes})
     return Pulled(report, commit, True)
 
 
@@ -309,7 +322,7 @@ def _commit(api: HfApi, repo_id: str, revision: str | None, head: str, parcel: P
     heads = {name: data for name, data in parcel.files.items() if isinstance(data, bytes)}
     added = [name for name in parcel.files if name not in heads]
     parts = [added[at : at + MAX_FILES_A_COMMIT] for at in range(0, len(added), MAX_FILES_A_COMMIT)]
-    old_indices = [n for n in there if n.startswith("index-") and n.endswith(".npy") and n not in parcel.files]
+    old_indices = [name for name in there if INDEX_NAME.fullmatch(name) and name not in parcel.files]
     last: list[Any] = [CommitOperationAdd(CARD, parcel.card.encode())]
     last += [CommitOperationAdd(name, data) for name, data in heads.items()]
     last += [CommitOperationDelete(name) for name in old_indices]
@@ -340,6 +353,8 @@ def _check_there(target: Path, there: tuple[Manifest, Contents], repo_id: str) -
     try:
         here = take_inventory(target)
         is_it = not here.manifest.differences(there[0]) and here.contents.shards == there[1].shards
+    except LinkRefused:
+        raise
     except CacheError:
         is_it = False
     report = verify(target) if is_it else None
@@ -349,34 +364,31 @@ def _check_there(target: Path, there: tuple[Manifest, Contents], repo_id: str) -
             f"pulling {repo_id}: expected a new folder, found that {target} exists and is not that cache, whole. "
             "Nothing was changed. Choose another folder; `logitcache merge` joins two caches.",
         )
+    release(target)
     return report
 
 
-def _checked(partial: Path, target: Path, repo_id: str) -> VerifyReport:
+def _checked(download: Download) -> VerifyReport:
     """The report of a download without damage; of another one, the damaged files are removed, to be had anew."""
     try:
-        report = verify(partial)
+        report = verify(download.folder)
         what = [problem.what for problem in report.problems]
-        damaged = [f"{SHARDS}/{p.shard}*" if p.shard else "*.npy" for p in report.problems]
+        units = {problem.shard for problem in report.problems}
+        damaged = [name for name in download.names if _part_of(name) in units]
     except CacheError as error:
         what, damaged = [str(error)], [MANIFEST, CONTENTS]
     if not what:
         return report
-    for pattern in set(damaged):
-        for path in partial.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    download.drop(damaged)
     raise CorruptCache(
-        f"pulling {repo_id}: expected what its checksums say, found {len(what)} problems ({what[0]}). Nothing was put "
-        f"at {target}. Pull again, which downloads the damaged files anew; if it is the same then, tell who pushed it."
+        f"pulling {download.repo_id}: expected what its checksums say, found {len(what)} problems ({what[0]}). "
+        f"Nothing was put at {download.target}. Pull again, which downloads the damaged files anew; if it is the same "
+        "then, tell who pushed it."
     )
 
 
-def _strip(folder: Path) -> None:
-    """Leave what the cache is made of, and its card; not what else a repository had, nor the client's notes."""
-    keep = {MANIFEST, CONTENTS, CARD, *take_inventory(folder).sizes}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.relative_to(folder).as_posix() not in keep:
-            path.unlink()
+def _part_of(name: str) -> str | None:
+    """Of a file of a cache, the unit of the shard that it belongs to; "" for those that belong to none."""
+    if name.startswith(f"{SHARDS}/"):
+        return re.split(r"[-./]", name.removeprefix(f"{SHARDS}/"), maxsplit=1)[0]
+    return "" if name.endswith(".npy") else None

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from logitcache.storage import CorruptCache, sample_id
-from logitcache.storage.files import replace_file
+from logitcache.storage.files import is_unfinished, replace_file
 from logitcache.storage.identity import digest, digest_json
 
 from .covariances import InputGroup, input_covariances, input_groups, spread
@@ -252,8 +252,9 @@ def check_null_space(space: NullSpace, base: Base, rank: int, where: str) -> Non
 
 
 def claim_folder(folder: Path) -> None:
-    """Raise `TrainingFailed` unless the folder is empty or absent."""
-    if folder.exists() and any(p.suffix != ".new" for p in folder.iterdir()):
+    """Raise `TrainingFailed` unless the folder is empty or absent, or holds what a killed process left unfinished."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if not all(is_unfinished(name, MANIFEST) or is_unfinished(name, TENSORS) for name in names):
         raise TrainingFailed(f"writing to {folder}: expected an empty folder, found files. Choose another --out.")
 
 

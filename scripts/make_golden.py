@@ -196,7 +196,7 @@ def main() -> None:
     name = "golden_draws" if arguments.draws else "golden"
     folder: Path = arguments.folder or Path(__file__).resolve().parents[1] / "tests" / name
     num_draws = NUM_DRAWS if arguments.draws else 0
-    if (folder / "SHA256SUMS").exists() and not arguments.replace:
+    if any((folder / name).exists() for name in ("SHA256SUMS", *CACHES)) and not arguments.replace:
         parser.error(f"{folder} has golden caches, which are made once. See its README.md.")
     folder.mkdir(parents=True, exist_ok=True)
     shards = make_shards(num_draws)

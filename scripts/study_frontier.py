@@ -10,10 +10,11 @@ Owns the measurements behind docs/benchmarks/tail_frontier.csv. Every tail has a
 from __future__ import annotations
 
 import argparse
-import shutil
+import tempfile
 import time
 from importlib.resources import as_file
 from itertools import product
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -74,10 +75,9 @@ def frontier(args: argparse.Namespace) -> None:
 
 def trained(demo: Demo, arm: Arm, weight: float, seed: int) -> Line:
     """One run: cache, training, learning and forgetting as the demo has them."""
-    cache, folder = demo.cache(arm), demo.work / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    adapted, seconds = demo.train(arm, cache, weight, seed, folder)
-    shutil.rmtree(folder)
+    cache = demo.cache(arm)
+    with tempfile.TemporaryDirectory(dir=demo.work) as folder:
+        adapted, seconds = demo.train(arm, cache, weight, seed, Path(folder))
     new, prior = (compare(demo.untouched.model, adapted, samples) for samples in (demo.new, demo.prior))
     found = Outcome(arm.name, seed, new, prior, seconds)
     assert prior.kl_nats is not None

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 import tempfile
 import time
 import warnings
@@ -196,11 +195,10 @@ def sweep(demo: Demo, adapter: AdapterSettings, args: argparse.Namespace) -> Non
                 if any(all(line[k] == v for k, v in key.items()) for line in lines):
                     continue
                 residual = residual or demo.residual(adapter, seed)
-                out = args.work / "run"
-                shutil.rmtree(out, ignore_errors=True)
                 job = TrainSettings(lr=lr, batch_size=demo.settings.batch_size, max_steps=args.steps, seed=seed)
-                seconds = demo.run(adapter, arm, job, args.weight, out)
-                found = {**key, "tail": demo.tail if arm == CACHE else "", **demo.measure(out)}
+                with tempfile.TemporaryDirectory(dir=args.work) as out:
+                    seconds = demo.run(adapter, arm, job, args.weight, Path(out))
+                    found = {**key, "tail": demo.tail if arm == CACHE else "", **demo.measure(Path(out))}
                 found |= {"residual_forgetting": residual, "seconds": f"{seconds:.1f}"}
                 write_csv([*lines, found], args.out)
                 print(f"{adapter.kind}, {arm}, seed {seed}, lr {lr:g}: learnt {found['learning']}, forgot "

@@ -5,7 +5,6 @@ nor where the files are. Every byte that a reader returns has been compared with
 error, never zeros.
 """
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from .encoding import Columns, SamplePlace, SampleTable
 from .errors import CorruptCache
-from .files import Files
+from .files import Files, how_missing
 from .identity import CaptureSettings, digest
 from .manifest import Block, ShardCommit
 
@@ -134,12 +133,10 @@ class ShardFiles:
     def _reading(self, name: str, read: Callable[[], T]) -> T:
         try:
             return read()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, KeyError) as error:
+        except KeyError as error:
             raise corrupt(f"{self.where}/{name}", "the file is missing") from error
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise corrupt(f"{self.where}/{name}", "expected a file, found a symbolic link") from error
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise corrupt(f"{self.where}/{name}", how_missing(error)) from error
 
 
 def needed_blocks(slices: Sequence[slice], length: int) -> tuple[list[int], list[slice]]:

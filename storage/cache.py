@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .backend import corrupt
 from .errors import CorruptCache, IncompleteCache, NotACache, PositionNotCaptured, SampleNotCached
-from .files import Files, open_files
+from .files import Files, how_missing, open_files
 from .identity import digest, sample_id
 from .index import SampleIndex, npy_header
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
@@ -380,7 +380,7 @@ def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
     try:
         data = files.read(TOKEN_GROUPS, len(header) + vocab_size)
     except FileNotFoundError as error:
-        raise corrupt(where, "the file is missing") from error
+        raise corrupt(where, how_missing(error)) from error
     groups = np.frombuffer(data, dtype=np.uint8, offset=min(len(header), len(data)))
     capture = manifest.capture
     is_it = data[: len(header)] == header and digest(groups.tobytes()) == capture.tail_partition

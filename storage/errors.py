@@ -35,6 +35,19 @@ class CorruptCache(CacheError):
         self.fact = fact or message
 
 
+class LinkRefused(CacheError):
+    """A symbolic link where none is followed, or one that leads to no folder or into another cache.
+
+    What is behind it was neither read nor changed, and is not called missing. `fact`: where and what, without advice.
+    """
+
+    reason = "link-refused"
+
+    def __init__(self, message: str, fact: str = "") -> None:
+        super().__init__(message)
+        self.fact = fact or message
+
+
 class IncompleteCache(CacheError):
     """Precompute was interrupted: committed shards may exist, the contents were never finalised."""
 

@@ -1,20 +1,14 @@
 """Where the files of a cache are: a local folder, or any store that fsspec knows (s3://, gs://, memory://, ...).
 
-Owns durability: a file is created whole or not at all, the first creator wins, and a folder of files is on the disk,
-read back and synced before anybody is told of it. Names are relative, with "/". Must not know what the files mean.
-Trade-off: local folders are POSIX (fsync, hard links, flock); object stores need conditional puts, which S3, GCS and
+Owns what all of them promise: a file is created whole or not at all, the first creator wins, and a folder of files is
+on the disk, read back and synced before anybody is told of it. Names are relative, with "/". Must not know what the
+files mean. Trade-off: local folders (`local_files`) are POSIX; object stores need conditional puts, which S3, GCS and
 Azure have and which their fsspec implementations take as mode="create".
 """
 
 import errno
-import fcntl
-import os
 import re
-import shutil
-import stat
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -23,17 +17,26 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import fsspec
 
 from .errors import CacheError, NotACache
+from .local_files import LOCK, NOT_PLAIN, UNFINISHED, LocalFiles, is_unfinished, replace_file, sync_path
 
-MAX_PLAIN_FOLDERS = 65_536
-"""Folders that are remembered to be no links."""
+__all__ = [
+    "LOCK",
+    "UNFINISHED",
+    "Files",
+    "LocalFiles",
+    "ObjectFiles",
+    "Span",
+    "how_missing",
+    "is_unfinished",
+    "open_files",
+    "replace_file",
+    "sync_path",
+]
 
-_UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{32}\.new$")
 _NOT_A_URL = re.compile(r"^[a-z][a-z0-9+.-]+:/(?!/)")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-STAGING, LOCK, UNFINISHED = "staging", "writer.lock", ".new"
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 """Protocols whose stores have no folders to make."""
@@ -43,7 +46,10 @@ Span = tuple[int, int]
 
 
 class Files(Protocol):
-    """The files below one root. A missing file is `FileNotFoundError`; what a disk or a network refuses, `OSError`."""
+    """The files below one root. A missing file is `FileNotFoundError`; what a disk or a network refuses, `OSError`.
+
+    On a local disk all raise `LinkRefused` where they meet a symbolic link that is not followed.
+    """
 
     root: str
 
@@ -95,6 +101,11 @@ class Files(Protocol):
         ...
 
 
+def how_missing(error: OSError) -> str:
+    """What is to be said of a file that cannot be had: that it is missing, or what is in its place."""
+    return NOT_PLAIN if error.strerror == NOT_PLAIN else "the file is missing"
+
+
 def open_files(path: str | Path) -> Files:
     """The files at a path or URL. Raises `NotACache` where fsspec does not know the URL or lacks its package."""
     text = str(path)
@@ -105,174 +116,6 @@ def open_files(path: str | Path) -> Files:
     if not separator:
         return LocalFiles(Path(text).expanduser())
     return LocalFiles(Path(rest)) if protocol in ("file", "local") else ObjectFiles(f"{protocol}://{rest}")
-
-
-class LocalFiles:
-    """A folder of a local or network file system."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = str(root)
-        self._path = root.absolute()  # whoever changes the working directory later
-        self._plain: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plain": set()}
-
-    def read(self, name: str, limit: int | None = None) -> bytes:
-        with os.fdopen(self._descriptor(name), "rb") as f:
-            size = os.fstat(f.fileno()).st_size  # Python allocates what it is asked to read
-            return f.read(size + 1 if limit is None else min(limit, size) + 1)
-
-    def read_spans(self, name: str, spans: Sequence[Span]) -> list[bytes]:
-        handle = self._descriptor(name)
-        try:
-            size = os.fstat(handle).st_size  # Python allocates what it is asked to read
-            return [os.pread(handle, max(0, min(length, size - at)), at) for at, length in spans]
-        finally:
-            os.close(handle)
-
-    def exists(self, name: str) -> bool:
-        return (self._path / name).is_file()
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            return sorted(p.name for p in (self._path / folder).iterdir())
-        except (FileNotFoundError, NotADirectoryError):  # asked first, it may go in between: another writer tidies
-            return []
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        path = self._path / folder
-        return {p.relative_to(path).as_posix(): p.lstat().st_size for p in path.rglob("*") if not p.is_dir()}
-
-    def times(self, folder: str) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
-        for name in self.names(folder):
-            with suppress(FileNotFoundError):
-                found[name] = (self._path / folder / name).stat().st_mtime
-        return found
-
-    def create(self, name: str, data: bytes) -> bool:
-        path, temporary = self._path / name, self._temporary(name)
-        try:
-            _write_synced(temporary, data)
-            os.link(temporary, path)
-            created = True
-        except FileExistsError:
-            created = False
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync(path.parent)  # also for the loser, whose next file may name the winner's
-        return created
-
-    def replace(self, name: str, data: bytes) -> None:
-        temporary = self._temporary(name)
-        try:
-            _write_synced(temporary, data)
-            temporary.replace(self._path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync((self._path / name).parent)
-
-    def publish(self, folder: str, files: Mapping[str, bytes]) -> None:
-        staging, final = self._path / STAGING / uuid.uuid4().hex, self._path / folder
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            for name, data in files.items():
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                _write_synced(staging / name, data)
-            for path in [p for p in staging.rglob("*") if p.is_dir()]:
-                _sync(path)
-            _sync(staging)
-            try:
-                staging.rename(final)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                self._settle(staging, final, files)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        _sync(final.parent)
-
-    def remove(self, name: str) -> None:
-        path = self._path / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-    def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
-        self._path.mkdir(parents=True, exist_ok=True)
-        _sync(self._path.absolute().parent)
-        handle = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # the lock dies with its process
-        try:
-            if _is_alone(handle):
-                self._tidy()
-                tidy()
-            fcntl.flock(handle, fcntl.LOCK_SH)  # with the other writers; waits only while one of them tidies
-        except BaseException:
-            os.close(handle)
-            raise
-        return lambda: self._leave(handle, tidy)
-
-    def _leave(self, handle: int, tidy: Callable[[], None]) -> None:
-        try:
-            with suppress(OSError, CacheError):  # what is left now the next writer removes, or names as damaged
-                if _is_alone(handle):
-                    self._tidy()
-                    tidy()
-        finally:
-            os.close(handle)
-
-    def _tidy(self) -> None:
-        """Remove what killed writers left: nothing of it was ever named by a commit."""
-        shutil.rmtree(self._path / STAGING, ignore_errors=True)
-        for path in [*self._path.iterdir(), *(self._path / "shards").glob("*")]:
-            if _UNFINISHED_NAME.search(path.name):
-                path.unlink(missing_ok=True)
-
-    def _descriptor(self, name: str) -> int:
-        """Of a plain file below the root, to which no symbolic link leads; anything else is not there."""
-        path = f"{self._path}/{name}"
-        if "/" in name:
-            self._check_folder(name.rsplit("/", 1)[0])
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-            raise FileNotFoundError(errno.ENOENT, "not a plain file", path) from error
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise FileNotFoundError(errno.ENOENT, "not a plain file", path)
-        return handle
-
-    def _check_folder(self, folder: str) -> None:
-        """Once a folder, since every read of a file would cost several calls: no part of its path is a link."""
-        if folder in self._plain:
-            return
-        path = str(self._path)
-        for part in folder.split("/"):
-            path = f"{path}/{part}"
-            if stat.S_ISLNK(os.lstat(path).st_mode):
-                raise FileNotFoundError(errno.ENOENT, "a symbolic link", path)
-        if len(self._plain) >= MAX_PLAIN_FOLDERS:
-            self._plain.clear()
-        self._plain.add(folder)
-
-    def _temporary(self, name: str) -> Path:
-        """Of a file until it is whole."""
-        return self._path / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
-
-    def _settle(self, staging: Path, final: Path, files: Mapping[str, bytes]) -> None:
-        """The folder was there already: another writer's with the same content, or what a crash left of one."""
-        try:
-            _check_written(final, files)
-        except OSError:
-            broken = self._path / STAGING / uuid.uuid4().hex
-            with suppress(FileNotFoundError):  # who had written it lost the unit to a third, and has removed it
-                final.rename(broken)
-            staging.rename(final)
-            shutil.rmtree(broken, ignore_errors=True)
 
 
 def _as_os_error(method: Callable[P, R]) -> Callable[P, R]:
@@ -438,50 +281,3 @@ def _make_parents(fs: Any, path: str) -> None:
 def _check_stored(fs: Any, path: str, data: bytes) -> None:
     if fs.cat_file(path) != data:
         raise OSError(errno.EIO, "reads back other than it was written", path)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Create a local file or replace it, on the disk before this returns: whole or not at all, whatever is killed."""
-    temporary = path.with_name(f"{path.name}{UNFINISHED}")
-    try:
-        _write_synced(temporary, data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def sync_path(path: Path) -> None:
-    """What was written to a local file, or which names a local folder has, is on the disk before this returns."""
-    _sync(path)
-
-
-def _is_alone(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    if path.read_bytes() != data:
-        raise OSError(errno.EIO, "reads back other than it was written", str(path))
-
-
-def _check_written(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        if (folder / name).read_bytes() != data:
-            raise OSError(errno.EIO, "reads back other than it was written", str(folder / name))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

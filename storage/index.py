@@ -6,6 +6,7 @@ Trade-off: it is read whole at open and sorted then, which takes a quarter of a 
 """
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 
 from .backend import corrupt
 from .encoding import SamplePlace, SampleTable
-from .files import Files
+from .files import Files, how_missing
 from .identity import digest
 from .manifest import Contents, StoredFile
+
+INDEX_NAME = re.compile(r"index-[0-9a-f]{32}\.npy")
+"""Of every index that was ever written; other names are somebody else's."""
 
 DTYPE = np.dtype(
     [("sample_id", "<u8", (2,)), ("shard", "<u4"), ("num_tokens", "<u4"), ("num_positions", "<u4"), ("num_cut", "<u4")]
@@ -67,7 +71,7 @@ class SampleIndex:
         try:
             data = files.read(contents.index.name, contents.index.size)
         except FileNotFoundError as error:
-            raise corrupt(where, "the index is missing") from error
+            raise corrupt(where, how_missing(error)) from error
         size = contents.index.size
         if len(data) != size or digest(data) != contents.index.checksum or data[: len(header)] != header:
             raise corrupt(where, f"expected an index with checksum {contents.index.checksum}, found {digest(data)}")

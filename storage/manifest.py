@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
-from .files import Files
+from .files import Files, how_missing
 from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest, digest_json
 
 FORMAT_VERSION = 1
@@ -188,7 +188,7 @@ def read_bytes(files: Files, name: str) -> bytes:
     try:
         data = files.read(name, MAX_JSON_BYTES)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise _corrupt(where, "the file is missing") from error
+        raise _corrupt(where, how_missing(error)) from error
     if len(data) > MAX_JSON_BYTES:
         raise _corrupt(where, f"expected at most {MAX_JSON_BYTES} bytes, found more")
     return data

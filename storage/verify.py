@@ -1,30 +1,36 @@
 """Read every byte of a cache and say which shards and samples are bad; drop what is bad.
 
-Owns the full check; `LogitCache` checks the same things for what it reads.
+Owns the full check; `LogitCache` checks the same things for what it reads. What a symbolic link keeps from being read
+is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
 import errno
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .cache import read_commit, read_contents, read_manifest, read_token_groups
 from .encoding import SampleTable
-from .errors import CorruptCache
+from .errors import CorruptCache, LinkRefused
 from .files import Files, LocalFiles, open_files
 from .identity import sample_id
-from .index import SampleIndex, index_file
+from .index import INDEX_NAME, SampleIndex, index_file
 from .manifest import Contents, Manifest, ShardCommit, read_json
 from .shard import CONTENTS, SHARDS, TOKEN_GROUPS, OpenShard
-from .workers import remove_records
+from .workers import record_names
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something bad: in which shard ("": the index), which sample (None: the whole shard), and what."""
+    """Something bad: in which shard ("": none in particular), which sample (None: the whole shard), and what.
+
+    reason: that of the error that a reader gets, `corrupt` or `link-refused`.
+    """
 
     shard: str
     sample: str | None
     what: str
+    reason: str = CorruptCache.reason
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class VerifyReport:
         """No problem found."""
         return not self.problems
 
+    @property
+    def is_corrupt(self) -> bool:
+        """Something is damaged, and not only kept from being read by links."""
+        return any(problem.reason == CorruptCache.reason for problem in self.problems)
+
 
 @dataclass(frozen=True)
 class RepairReport:
@@ -54,27 +65,35 @@ class RepairReport:
 def verify(path: str | Path) -> VerifyReport:
     """Check every checksum, every record and every sample id of a finished cache.
 
-    Raises `NotACache`, `IncompleteCache`, `UnsupportedFormat`, and `CorruptCache` where the manifest or the contents
-    are bad, so that the shards cannot even be told; everything below that is in the report.
+    Raises `NotACache`, `IncompleteCache`, `UnsupportedFormat`, and `CorruptCache` or `LinkRefused` where that is so of
+    the manifest or the contents, so that the shards cannot even be told; everything below that is in the report.
     """
     files = open_files(path)
     manifest, contents = read_manifest(files), read_contents(files)
     problems: list[Problem] = []
     commits: list[ShardCommit] = []
     tables: list[SampleTable | None] = []
+    try:
+        files.names(SHARDS)
+    except LinkRefused as error:  # of all shards at once
+        return VerifyReport(0, 0, 0, 0, (_unread(error),))
     for number, entry in enumerate(contents.shards):
+        table = None
         try:
             commit = read_commit(files, contents, number)
+            commits.append(commit)
+            found, table = _verify_shard(files, manifest, commit)
+            problems += found
         except CorruptCache as error:
             problems.append(Problem(entry.unit, None, error.fact))
-            tables.append(None)
-            continue
-        found, table = _verify_shard(files, manifest, commit)
-        problems += found
-        commits.append(commit)
+        except LinkRefused as error:
+            problems.append(_unread(error, entry.unit))
         tables.append(table)
-    problems += _verify_index(files, contents, tables)
-    problems += _verify_partition(files, manifest)
+    for check in (partial(_verify_index, files, contents, tables), partial(_verify_partition, files, manifest)):
+        try:
+            problems += check()
+        except LinkRefused as error:
+            problems.append(_unread(error))
     return VerifyReport(
         num_shards=len(contents.shards),
         num_samples=contents.num_samples,
@@ -88,7 +107,8 @@ def repair(path: str | Path) -> RepairReport:
     """Drop every shard that is bad, and where there is one the contents, so that precompute makes only those again.
 
     No other process may write to the cache. Until precompute has run, readers see an incomplete cache and no wrong one.
-    Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad.
+    Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad; `LinkRefused`, and
+    nothing is dropped, where anything that it would read or remove is a symbolic link that is not followed.
     """
     files = open_files(path)
     manifest = read_manifest(files)
@@ -118,15 +138,19 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     lost_partition = bool(_verify_partition(files, manifest))
     if not dropped and not lost_partition and _has_good_contents(files, tables):
         return RepairReport((), False)
-    remove_records(files)  # who had finished has something to do again
-    for name in files.names(""):
-        if name == CONTENTS or name.startswith("index-"):
-            files.remove(name)
-    if lost_partition:
-        files.remove(TOKEN_GROUPS)  # a writer, who is given it, makes it again
-    for unit in dropped:
-        files.remove(f"{SHARDS}/{unit}.json")
+    gone = record_names(files)  # first: who had finished has something to do again
+    gone += [name for name in files.names("") if name == CONTENTS or INDEX_NAME.fullmatch(name)]
+    gone += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
+    gone += [f"{SHARDS}/{unit}.json" for unit in dropped]
+    for name in gone:
+        files.exists(name)  # before anything is removed: it raises where that is a link
+    for name in gone:
+        files.remove(name)
     return RepairReport(tuple(dropped), True)
+
+
+def _unread(error: LinkRefused, shard: str = "") -> Problem:
+    return Problem(shard, None, error.fact, error.reason)
 
 
 def _has_good_contents(files: Files, tables: dict[str, SampleTable | None]) -> bool:

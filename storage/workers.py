@@ -95,11 +95,15 @@ def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
     return dict(sorted(found.items()))
 
 
+def record_names(files: Files) -> list[str]:
+    """The files of all workers that said something."""
+    return [name for name in files.names("") if _NAME.fullmatch(name)]
+
+
 def remove_records(files: Files) -> None:
     """Once the cache is final."""
-    for name in files.names(""):
-        if _NAME.fullmatch(name):
-            files.remove(name)
+    for name in record_names(files):
+        files.remove(name)
 
 
 def status(path: str | Path) -> Status:

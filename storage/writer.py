@@ -20,9 +20,9 @@ from .cache import read_manifest, read_token_groups
 from .captured import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
-from .files import LOCK, STAGING, UNFINISHED, Files, LocalFiles, open_files
+from .files import LOCK, UNFINISHED, Files, LocalFiles, open_files
 from .identity import digest, sample_id
-from .index import index_file, npy_header
+from .index import INDEX_NAME, index_file, npy_header
 from .manifest import (
     WRITER_FEATURES,
     Contents,
@@ -261,7 +261,7 @@ def tidy(files: Files) -> None:
     if files.exists(CONTENTS):
         index = read_json(Contents, files, CONTENTS).index.name
         for name in files.names(""):
-            if name.startswith("index-") and name.endswith(".npy") and name != index:
+            if INDEX_NAME.fullmatch(name) and name != index:
                 files.remove(name)
     names = files.names(SHARDS)
     units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
@@ -344,9 +344,9 @@ def without_tokens(table: SampleTable) -> SampleTable:
 
 def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
     names = {name for name in files.names("") if not name.endswith(UNFINISHED)}
-    inside = files.names(SHARDS) + files.names(STAGING)
+    inside = files.names(SHARDS)
     if not files.exists(MANIFEST):  # asked last: another writer may be making the cache
-        if names - {SHARDS, STAGING, LOCK, TOKEN_GROUPS} or inside:
+        if names - {SHARDS, LOCK, TOKEN_GROUPS} or inside:
             raise NotACache(
                 f"writing to {files.root}: expected an empty folder or a cache, found other files. "
                 "Nothing was changed. Choose another folder."

@@ -110,8 +110,8 @@ def facts(cache: object) -> dict[str, Any]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file of a folder with its bytes, and every folder; but `staging` of writers where it is empty."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.name != "staging" or any(p.iterdir())]
+    """Every file of a folder with its bytes, and every folder."""
+    paths = sorted(folder.rglob("*"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in paths}
 
 

@@ -43,7 +43,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     rng = np.random.default_rng(4)
     shards = [[make_sample(rng, n, token_groups=groups) for n in lengths] for lengths in ([30, 2, 9], [17, 40])]
     path = write_cache(tmp_path / "cache", request.param, shards, manifest, groups)
-    (path / "staging").mkdir(exist_ok=True)
-    for name in ("staging/left", "writer.lock", "notes.txt", f"shards/{'0' * 32}-{'1' * 16}"):
+    (path / "work").mkdir()
+    for name in ("work/left", "writer.lock", "notes.txt", f"shards/{'0' * 32}-{'1' * 16}", f"x.{'0' * 32}.new"):
         (path / name).write_text("private")
     return path

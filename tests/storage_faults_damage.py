@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from storage_faults import (
     KINDS,
     Bits,
     Counts,
+    Seen,
     Tally,
+    attempt,
     judge,
     make_cache,
     manifest_for,
@@ -24,6 +27,8 @@ from storage_faults import (
     tree,
     write,
 )
+
+from logitcache.storage import repair
 
 Damage = Callable[[Path], object]
 
@@ -92,7 +97,7 @@ def damaged_files(store: str, folder: Path, counts: Counts) -> Iterator[Tally]:
             (path / name).rmdir()
             (path / name).write_bytes(data)
         folders = Tally("folder deleted or emptied", store)
-        for gone in sorted(p for p in path.rglob("*") if p.is_dir() and p.name != "staging")[::part]:
+        for gone in sorted(p for p in path.rglob("*") if p.is_dir())[::part]:
             for kept in (True, False):
                 shutil.rmtree(gone)
                 if kept:
@@ -227,4 +232,34 @@ def old_files(store: str, folder: Path, _: Counts) -> Iterator[Tally]:
     yield tally
 
 
-FAULTS = (bit_flips, damaged_files, exchanges, old_files)
+def linked(store: str, folder: Path, counts: Counts) -> Iterator[Tally]:
+    """Every file and folder moved away, with a link left in its place; repair must then leave all as it is.
+
+    Only shards/ may be moved so: everything is read as before, unless the link leads nowhere or into another cache.
+    """
+    tally = Tally("file or folder moved behind a link", store)
+    for precision, groups in KINDS[: 2 if counts.stride > 1 else 3]:
+        path = make_cache(folder / f"{store}-{precision}", store, precision, groups)
+        other = make_cache(folder / f"{store}-{precision}-other", store, precision, groups, seed=2)
+        expected, files, theirs, away = read_all(path), tree(path), tree(other), folder / "away"
+        found = sorted(p for p in path.rglob("*") if p.name != "writer.lock")
+        targets = [(p, away) for p in found[:: 1 if counts.stride == 1 else 5]]
+        targets += [(path / "shards", to) for to in (away, folder / "none", path / "shards", other, other / "shards")]
+        for moved, target in targets:
+            moved.rename(away)
+            moved.symlink_to(target)
+            seen = judge(path, expected)
+            said = attempt(partial(repair, path), path)[0]
+            moved.unlink()
+            away.rename(moved)
+            followed = moved.name == "shards" and target == away
+            if said.kind != ("same" if followed else "refused") or (followed and seen.kind != "same"):
+                seen = Seen("defect", f"{seen.kind} {seen.what}, and repair {said.kind} {said.what}"[:300])
+            if (tree(path), tree(other)) != (files, theirs):
+                seen = Seen("wrong", "repair changed a cache")
+            tally.notes["read as before"] += seen.kind == "same"
+            tally.add(f"{precision}, {class_of(moved.relative_to(path).as_posix())} to {target.name}", seen)
+    yield tally
+
+
+FAULTS = (bit_flips, damaged_files, exchanges, old_files, linked)

@@ -59,7 +59,7 @@ def _values() -> list[Case]:
         ("manifest", "unknown"): (1,),
         ("contents", "num_samples"): HUGE,
         ("contents", "index.size"): (0, 2**31, 2**40, 2**49, 2**50, -1, 1.5, True),
-        ("contents", "index.name"): (*NAMES, "shards", "staging", "manifest.json"),
+        ("contents", "index.name"): (*NAMES, "shards", "writer.lock", "manifest.json"),
         ("contents", "index.checksum"): ("0" * 32, "", 7),
         ("contents", "shards"): ([], None, {}, [1], [{"unit": "0" * 32, "checksum": "0" * 32}]),
         ("contents", "shards.0.unit"): ("../" + "0" * 29, "0" * 32, "A" * 32, "", "0" * 33, "/" * 32, 7),
@@ -338,8 +338,10 @@ def _links(store: str, data: str) -> list[Case]:
         for what, make in kinds.items()
     ]
     folders = ["shards", "shards/*-*"] + ([str(Path(data).parent)] if store == "zarr" else [])
+    by = {"shards": ""}  # which may be a link, to a folder of this cache alone
     return cases + [
-        Case(f"a link instead of the folder {pattern}", instead(pattern, link), store) for pattern in folders
+        Case(f"a link instead of the folder {pattern}", instead(pattern, link), store, by=by.get(pattern, "read"))
+        for pattern in folders
     ]
 
 

@@ -7,9 +7,9 @@ writer must end with the bytes of an undisturbed run, and no reader may see othe
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
-import io
 import os
 import shutil
 import signal
@@ -60,7 +60,7 @@ class Steps:
             for name in names:
                 call = partial(self._called, name, getattr(module, name))
                 self._patches.enter_context(mock.patch.object(module, name, call))
-        self._patches.enter_context(mock.patch.object(io, "open", partial(self._opened, io.open)))
+        self._patches.enter_context(mock.patch.object(builtins, "open", partial(self._opened, open)))
         return self
 
     def __exit__(self, *_: object) -> None:

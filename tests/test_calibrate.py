@@ -27,6 +27,7 @@ from logitcache.pipeline.calibrate import (
     choose,
     compare,
     read_calibration,
+    write_calibration,
 )
 from logitcache.pipeline.errors import NotCalibrated
 from logitcache.pipeline.samples import Sample
@@ -283,6 +284,17 @@ def test_calibration_is_of_one_engine_version_and_model(written: Path) -> None:
     for other in others:
         with pytest.raises(NotCalibrated, match=r"there, .* here"):
             check_calibration(written, *other)
+
+
+def test_writing_overwrites_nothing_else_and_follows_no_link(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    (tmp_path / "c.json.new").write_text("mine")
+    (tmp_path / "c.json").symlink_to(tmp_path / "thesis.tex")
+    write_calibration(tmp_path / "c.json", read_calibration(written))
+    assert read_calibration(tmp_path / "c.json") == read_calibration(written)
+    assert (tmp_path / "thesis.tex").read_text() == "ten years of work"
+    assert (tmp_path / "c.json.new").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.json", "c.json.new", "thesis.tex"]
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

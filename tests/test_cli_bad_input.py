@@ -466,7 +466,7 @@ def test_a_cache_of_another_identity_is_4_and_not_touched(
     if not finished:
         (mine / "contents.json").unlink()
         commits(mine)[0].unlink()
-        (mine / "staging" / "left").mkdir(parents=True)
+        (mine / "shards" / f"{'0' * 32}-{'0' * 16}.{'0' * 32}.new").mkdir()
     data = write_rows(ROWS["input_ids"])
     with unchanged(mine):
         message = refused(4, *precompute_line(model, data, mine, *more))

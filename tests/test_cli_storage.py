@@ -6,7 +6,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -824,3 +826,57 @@ def test_a_bucket_that_cannot_be_reached_is_one_sentence(verb: str, known: bool,
     assert outcome.stdout == "" and "Traceback" not in outcome.stderr
     (message,) = outcome.stderr.splitlines()
     assert message.startswith("logitcache: ") and message.endswith(".")
+
+
+# --- shards on another disk ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def larger_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system where there is one: a rename to it would be refused."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as name:
+        yield Path(name)
+
+
+def test_a_job_whose_shards_are_moved_to_a_larger_disk_goes_on(
+    tmp_path: Path, tiny_model: Path, data: Path, cache: Path, larger_disk: Path
+) -> None:
+    mine = tmp_path / "mine"
+    half = text_data(tmp_path, 0, 6)
+    precompute(tiny_model, half, mine, *ALONE)
+    shutil.move(mine / "shards", larger_disk / "cache-shards")
+    (mine / "shards").symlink_to(larger_disk / "cache-shards")
+    assert "Cached" in precompute(tiny_model, data, mine, *ALONE).out
+    assert by_tokens(list(LogitCache.open(mine).samples())) == by_tokens(list(LogitCache.open(cache).samples()))
+    assert "is intact" in done("verify", mine).out
+    assert "done" in done("status", mine).out
+    done(*train_line(tiny_model, mine, tmp_path / "adapter"))
+    flip_byte(shard_folders(mine)[0] / "logprobs.arrow")
+    assert "1 damaged shard dropped" in done("repair", mine).out
+    precompute(tiny_model, data, mine, *ALONE)
+    done("prune", mine, "--data", half, "--model", tiny_model)
+    assert "is intact" in done("verify", mine).out and (mine / "shards").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["shards", "shard", "contents.json"])
+def test_a_link_that_is_not_followed_is_2_for_every_verb_and_nothing_changes(
+    name: str, tmp_path: Path, tiny_model: Path, data: Path, cache: Path
+) -> None:
+    mine, kept = copy_of(cache, tmp_path / "mine"), tmp_path / "kept"
+    moved = {"shards": mine / "shards", "shard": shard_folders(mine)[0]}.get(name, mine / name)
+    shutil.move(moved, kept)
+    moved.symlink_to(tmp_path / "nowhere" if name == "shards" else kept)
+    lines = [
+        precompute_line(tiny_model, text_data(tmp_path), mine, "--shard-positions", 70),
+        train_line(tiny_model, mine, tmp_path / "adapter", "--data", data),
+        *(["repair", mine], ["merge", mine, cache], ["merge", tmp_path / "m", mine], ["convert", mine, tmp_path / "c"]),
+        ["export", mine, "--to", "parquet", "--out", tmp_path / "x.parquet"],
+        ["prune", mine, "--data", data, "--model", tiny_model],
+        ["push", mine, "owner/name"],
+    ]
+    with unchanged(kept) if kept.is_dir() else nullcontext():
+        for line in lines:
+            message = refused(2, *line)
+            assert "symbolic link" in message and str(moved) in message and "missing" not in message, line
+    assert moved.is_symlink()

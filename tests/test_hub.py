@@ -144,6 +144,41 @@ def test_a_grown_cache_sends_only_what_is_new(tmp_path: Path, hub: Hub) -> None:
     assert cache_bits(tmp_path / "back") == cache_bits(cache)
 
 
+def test_shards_behind_a_link_are_pushed_as_files(cache: Path, tmp_path: Path, hub: Hub) -> None:
+    done("push", cache, REPO)
+    sent = hub.files(REPO)
+    shutil.move(cache / "shards", tmp_path / "larger disk")
+    (cache / "shards").symlink_to(tmp_path / "larger disk")
+    hub.stored.clear()
+    assert "of which 0 were new" in done("push", cache, REPO).out
+    done("push", cache, "someone/again")
+    assert {n: d for n, d in hub.files("someone/again").items() if n != "README.md"} == {
+        n: d for n, d in sent.items() if n != "README.md"
+    }
+    done("pull", "someone/again", tmp_path / "back")
+    assert cache_bits(tmp_path / "back") == cache_bits(cache) and not (tmp_path / "back" / "shards").is_symlink()
+
+
+def test_a_link_below_is_not_pushed(cache: Path, tmp_path: Path, hub: Hub) -> None:
+    folder = shard_folders(cache)[0]
+    shutil.move(folder, tmp_path / "kept")
+    folder.symlink_to(tmp_path / "kept")
+    assert "symbolic link" in refused(2, "push", cache, REPO)
+    assert hub.requests == []
+
+
+def test_of_what_lies_there_only_older_indexes_go(tmp_path: Path, hub: Hub) -> None:
+    cache = write_cache(tmp_path / "cache", "arrow", SHARDS[:1])
+    done("push", cache, REPO)
+    (older,) = (name for name in hub.files(REPO) if name.startswith("index-"))
+    theirs = {"index-of-authors.npy": b"theirs", "shards/notes.txt": b"theirs", "notes.md": b"theirs"}
+    hub.put(REPO, theirs)
+    write_cache(cache, "arrow", SHARDS)
+    done("push", cache, REPO)
+    assert {name: hub.files(REPO).get(name) for name in theirs} == theirs
+    assert older not in hub.files(REPO)
+
+
 def test_pushing_the_same_again_changes_nothing(tmp_path: Path, hub: Hub) -> None:
     cache = write_cache(tmp_path / "cache", "arrow", SHARDS)
     done("push", cache, REPO)
@@ -426,4 +461,4 @@ def test_the_inventory_is_what_the_format_says(cache: Path) -> None:
 
     found = take_inventory(cache).sizes
     assert found == {n: (cache / n).stat().st_size for n in named_files(cache) - {"manifest.json", "contents.json"}}
-    assert snapshot(cache)["staging/left"] == b"private"
+    assert snapshot(cache)["work/left"] == b"private"

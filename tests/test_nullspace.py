@@ -196,6 +196,27 @@ def test_a_folder_gives_back_what_was_saved(space: NullSpace, tmp_path: Path) ->
     assert again.findings() == space.findings()
 
 
+def test_saving_overwrites_nothing_else_and_follows_no_link(space: NullSpace, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / f"{MANIFEST}.new").symlink_to(tmp_path / "thesis.tex")
+    (tmp_path / "n" / f"{TENSORS}.new").write_text("mine")
+    with pytest.raises(TrainingFailed, match="expected an empty folder"):
+        claim_folder(tmp_path / "n")
+    space.save(tmp_path / "n")
+    assert (tmp_path / "thesis.tex").read_text() == "ten years of work"
+    assert (tmp_path / "n" / f"{TENSORS}.new").read_text() == "mine"
+    assert NullSpace.open(tmp_path / "n").checksum == space.checksum
+
+
+def test_what_a_killed_process_left_unfinished_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / f"{TENSORS}.{'0' * 32}.new").write_bytes(b"half")
+    claim_folder(tmp_path)
+    (tmp_path / f"notes.{'0' * 32}.new").write_text("mine")
+    with pytest.raises(TrainingFailed):
+        claim_folder(tmp_path)
+
+
 def test_the_same_text_gives_the_same_null_space(space: NullSpace, samples: list[Sample]) -> None:
     again = compute_null_space(make_base(), samples, NullSpaceSettings(rank=RANK, memory_bytes=1))
     assert again.checksum == space.checksum

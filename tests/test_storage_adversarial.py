@@ -145,8 +145,16 @@ def test_a_writer_leaves_other_peoples_files_alone(tmp_path: Path) -> None:
     sample = make_sample(np.random.default_rng(4), 20)
     with CacheWriter(tmp_path, make_manifest("zarr")) as writer:
         writer.commit([sample])
-    (tmp_path / "shards" / "notes").mkdir()
-    (tmp_path / "mine.new").write_text("mine", encoding="utf-8")
-    with CacheWriter(tmp_path, make_manifest("zarr")) as writer:
-        writer.finalize()
-    assert (tmp_path / "shards" / "notes").is_dir() and (tmp_path / "mine.new").exists()
+    mine = ["mine.new", "index-of-authors.npy", "worker-notes.json", "staging/notes.txt", "shards/notes/a.txt"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    for _ in range(2):
+        with CacheWriter(tmp_path, make_manifest("zarr")) as writer:
+            writer.finalize()
+        assert [name for name in mine if not (tmp_path / name).is_file()] == []
+        next((tmp_path / "shards").glob("*-*/zarr.json")).unlink()
+        assert len(repair(tmp_path).dropped) == 1
+        assert [name for name in mine if not (tmp_path / name).is_file()] == []
+        with CacheWriter(tmp_path, make_manifest("zarr")) as writer:
+            writer.commit([sample])

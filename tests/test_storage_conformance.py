@@ -281,7 +281,7 @@ def test_an_unfinished_cache_is_repaired_too(path: Path, store: str) -> None:
 @pytest.mark.parametrize(
     "leftover",
     [
-        "staging/x/data",
+        f"shards/{'0' * 32}-{'0' * 16}.{'0' * 32}.new/c/0",
         f"contents.json.{'0' * 32}.new",
         f"manifest.json.{'0' * 32}.new",
         f"shards/{'0' * 32}.json.{'0' * 32}.new",
@@ -334,9 +334,8 @@ def test_a_writer_starts_beside_others_and_readers_see_what_was_finished(written
 
 def test_a_writer_does_not_remove_what_another_is_writing(path: Path, store: str) -> None:
     with CacheWriter(path, make_manifest(store)):
-        work = path / "staging" / "work"
+        work = path / "shards" / f"{'0' * 32}-{'0' * 16}.{'0' * 32}.new"
         work.mkdir(parents=True)
-        (path / "shards").mkdir()
         (path / "shards" / f"half.json.{'0' * 32}.new").write_bytes(b"half")
         with CacheWriter(path, make_manifest(store)) as other:
             other.commit(SHARDS[0])
@@ -374,9 +373,9 @@ def test_a_folder_that_another_writer_removes_meanwhile_is_written_again(
         (path / "shards" / f"{commit.unit}.json").unlink()
         settle = LocalFiles._settle
 
-        def late(files: LocalFiles, staging: Path, final: Path, content: dict[str, bytes]) -> None:
-            shutil.rmtree(final)
-            settle(files, staging, final, content)
+        def late(files: LocalFiles, at: int, staging: str, folder: str, content: dict[str, bytes]) -> None:
+            shutil.rmtree(path / folder)
+            settle(files, at, staging, folder, content)
 
         monkeypatch.setattr(LocalFiles, "_settle", late)
         assert writer.commit(SHARDS[0]) == commit

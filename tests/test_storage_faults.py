@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from storage_faults import (
     judge,
     lacks,
     make_cache,
-    manifest_for,
     read_all,
     samples_of,
     write,
@@ -105,22 +103,3 @@ def test_a_message_without_a_place_or_an_action_is_seen() -> None:
     assert list(lacks("reading /caches/a/manifest.json: bad. Run `logitcache verify`.", path).values()) == [""]
     assert list(lacks("it is bad. Run `logitcache verify`.", path).values()) == ["the file or shard"]
     assert list(lacks("reading /caches/a: bad.", path).values()) == ["an action"]
-
-
-def test_a_writer_that_begins_while_another_removes_staging_sees_no_such_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, listdir = make_cache(folder / "cache", "arrow"), os.listdir
-    expected = read_all(path)
-    (path / "staging").mkdir(exist_ok=True)
-    removed: list[str] = []
-
-    def meanwhile(name: str | Path) -> list[str]:
-        if str(name).endswith("staging"):
-            removed.append(str(name))
-            Path(name).rmdir()
-        return listdir(name)
-
-    monkeypatch.setattr(os, "listdir", meanwhile)
-    write(path, manifest_for("arrow"), samples_of(1))
-    assert removed and judge(path, expected).kind == "same"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from logitcache.storage import (
     CacheError,
     CacheWriter,
     CorruptCache,
+    LinkRefused,
     LogitCache,
     UnsupportedFormat,
     repair,
@@ -350,20 +352,20 @@ def test_a_symlinked_file_is_refused(written: Path, tmp_path: Path) -> None:
         file.symlink_to(kept)
         assert not verify(written).is_intact
         if is_read(file.relative_to(written).as_posix()):
-            refused(CorruptCache, "corrupt", lambda: cache_bits(written))
+            refused(LinkRefused, "link-refused", lambda: cache_bits(written))
         file.unlink()
         kept.rename(file)
     assert verify(written).is_intact
 
 
 def test_a_symlinked_folder_is_refused(written: Path, tmp_path: Path) -> None:
-    """As docs/format.md says: links out of a shard are not followed."""
+    """As docs/format.md says: links below shards/ are not followed."""
     for folder in [p for p in (written / "shards").rglob("*") if p.is_dir()]:
         kept = folder.rename(tmp_path / "kept")
         folder.symlink_to(kept)
         assert not verify(written).is_intact
         if is_read(folder.relative_to(written).as_posix()):
-            refused(CorruptCache, "corrupt", lambda: cache_bits(written))
+            refused(LinkRefused, "link-refused", lambda: cache_bits(written))
         folder.unlink()
         kept.rename(folder)
 
@@ -374,7 +376,23 @@ def test_a_symlinked_file_of_the_cache_is_no_other_kind_of_error(written: Path, 
     names = {"index": body_of(written, "contents")["index"]["name"], "commit": f"shards/{unit}.json"}
     file = written / names.get(name, name)
     file.symlink_to(file.rename(tmp_path / "kept"))
-    refused(CorruptCache, "corrupt", lambda: cache_bits(written))
+    refused(LinkRefused, "link-refused", lambda: cache_bits(written))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["a pipe", "a folder"])
+def test_what_is_no_plain_file_is_not_called_missing(
+    written: Path, tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    unit = body_of(written, "contents")["shards"][0]["unit"]
+    index = body_of(written, "contents")["index"]["name"]
+    (data, *_) = sorted(p for p in written.glob(f"shards/{unit}-*/**/*") if p.is_file() and p.name != "zarr.json")
+    for file in (written / index, written / f"shards/{unit}.json", data):
+        file.rename(tmp_path / "kept")
+        make(file)
+        message = refused(CorruptCache, "corrupt", lambda: cache_bits(written))
+        assert f"{file}: expected a plain file, found a folder, a pipe or a device" in message
+        file.rmdir() if file.is_dir() else file.unlink()
+        (tmp_path / "kept").rename(file)
 
 
 # --- tail groups ------------------------------------------------------------------------------------------------------

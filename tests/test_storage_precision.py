@@ -161,7 +161,7 @@ def not_stored(path: Path, store: str, precision: str, sample: CachedSample, gro
         good = every_position(np.random.default_rng(32), 12, token_groups=groups)
         message = refused(InvalidRecord, "invalid-record", lambda: writer.commit([good, sample]))
         assert tree(path) == before
-        assert not (path / "staging").exists()
+        assert not list(path.rglob("*.new"))
     return message
 
 

@@ -14,7 +14,8 @@ def pull(repo_id: str, cache: str, revision: str | None) -> None:
     """Fetch the cache in the data set REPO_ID (owner/name) of the Hugging Face Hub into the new folder CACHE.
 
     It is downloaded beside its place, to CACHE.pulling, and moved there when every byte has been verified. Interrupted,
-    the same command goes on. HF_TOKEN or `hf auth login` says who you are, HF_ENDPOINT which Hub.
+    the same command goes on. What lies at CACHE.pulling and no pull wrote is left alone, and refused. HF_TOKEN or
+    `hf auth login` says who you are, HF_ENDPOINT which Hub.
     """
     quiet_hub()
     from ..hub import pull as fetch

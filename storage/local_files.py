@@ -1,0 +1,391 @@
+"""The files of a cache in a folder of a local or network file system.
+
+Owns durability there (fsync, hard links, flock), and that a file is created whole or not at all. What is unfinished has
+a name ending in .new beside the name it will get, so that nothing is renamed from one file system to another. Which
+links are followed `links` says: a folder that is changed is held by its descriptor, one that is read was asked about
+once. Must not know what the files mean.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheError
+from .links import LINKABLE, is_link, opened, refused
+
+LOCK, UNFINISHED = "writer.lock", ".new"
+
+MAX_PLAIN_FOLDERS = 65_536
+"""Folders that are remembered to be no links."""
+
+NOT_PLAIN = "expected a plain file, found a folder, a pipe or a device"
+"""Why a name that is there is not read."""
+
+_UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{32}\.new$")
+
+
+class LocalFiles:
+    """A folder of a local or network file system. All raise `LinkRefused` where a link is met that is not followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self._path = root.absolute()  # whoever changes the working directory later
+        self._plain: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plain": set()}
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        with os.fdopen(self._descriptor(name), "rb") as f:
+            size = os.fstat(f.fileno()).st_size  # Python allocates what it is asked to read
+            return f.read(size + 1 if limit is None else min(limit, size) + 1)
+
+    def read_spans(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        handle = self._descriptor(name)
+        try:
+            size = os.fstat(handle).st_size  # Python allocates what it is asked to read
+            return [os.pread(handle, max(0, min(length, size - at)), at) for at, length in spans]
+        finally:
+            os.close(handle)
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._check_folder(_parted(name)[0])
+            mode = os.lstat(f"{self._path}/{name}").st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            self._look_again(name)
+            return False
+        if stat.S_ISLNK(mode):
+            raise refused(self._path, name)
+        return stat.S_ISREG(mode)
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with opened(self._path, folder) as at:
+                return sorted(_names(at))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        try:
+            with opened(self._path, folder) as at:
+                return dict(_walk(self._path, folder, at))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def times(self, folder: str) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        try:
+            with opened(self._path, folder) as at:
+                for name in _names(at):
+                    with suppress(FileNotFoundError):
+                        found[name] = os.stat(name, dir_fd=at, follow_symlinks=False).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return found
+
+    def create(self, name: str, data: bytes) -> bool:
+        folder, base = _parted(name)
+        with opened(self._path, folder) as at:
+            with _written(at, base, data) as temporary:
+                try:
+                    os.link(temporary, base, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
+                    created = True
+                except FileExistsError:
+                    self._check_plain(at, name)
+                    created = False
+            os.fsync(at)  # also for the loser, whose next file may name the winner's
+        return created
+
+    def replace(self, name: str, data: bytes) -> None:
+        folder, base = _parted(name)
+        with opened(self._path, folder) as at:
+            with _written(at, base, data) as temporary:
+                self._check_plain(at, name)
+                os.replace(temporary, base, src_dir_fd=at, dst_dir_fd=at)
+            os.fsync(at)
+
+    def publish(self, folder: str, files: Mapping[str, bytes]) -> None:
+        above, base = _parted(folder)
+        self._make(above)
+        with opened(self._path, above) as at:
+            staging = _temporary(base)
+            try:
+                _write_tree(at, staging, files)
+                try:
+                    os.rename(staging, base, src_dir_fd=at, dst_dir_fd=at)
+                except OSError as error:
+                    self._check_plain(at, folder)
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    self._settle(at, staging, folder, files)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True, dir_fd=at)
+            os.fsync(at)
+
+    def remove(self, name: str) -> None:
+        folder, base = _parted(name)
+        try:
+            with opened(self._path, folder) as at:
+                mode = os.stat(base, dir_fd=at, follow_symlinks=False).st_mode
+                if stat.S_ISLNK(mode):
+                    raise refused(self._path, name)
+                _remove(at, base, mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+
+    def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
+        self._make("")
+        with opened(self._path, "") as at:
+            handle = self._open_lock(at)  # the lock dies with its process
+        try:
+            if _is_alone(handle):
+                self._tidy()
+                tidy()
+            fcntl.flock(handle, fcntl.LOCK_SH)  # with the other writers; waits only while one of them tidies
+        except BaseException:
+            os.close(handle)
+            raise
+        return lambda: self._leave(handle, tidy)
+
+    def _leave(self, handle: int, tidy: Callable[[], None]) -> None:
+        try:
+            with suppress(OSError, CacheError):  # what is left now the next writer removes, or names as damaged
+                if _is_alone(handle):
+                    self._tidy()
+                    tidy()
+        finally:
+            os.close(handle)
+
+    def _tidy(self) -> None:
+        """Remove what killed writers left: nothing of it was ever named by a commit. What is a link nobody left."""
+        for folder in ("", LINKABLE):
+            with suppress(FileNotFoundError), opened(self._path, folder) as at:
+                for name in filter(_UNFINISHED_NAME.search, _names(at)):
+                    with suppress(FileNotFoundError):
+                        mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+                        if not stat.S_ISLNK(mode):
+                            _remove(at, name, mode)
+
+    def _open_lock(self, at: int) -> int:
+        try:
+            return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=at)
+        except OSError:
+            self._check_plain(at, LOCK)
+            raise
+
+    def _make(self, folder: str) -> None:
+        """The root and a folder below it, each named durably in the one above."""
+        with suppress(FileExistsError):  # of a link, which `opened` looks at
+            self._path.mkdir(parents=True)
+            sync_path(Path(os.path.realpath(self._path)).parent)
+        above = ""
+        for part in folder.split("/") if folder else ():
+            with opened(self._path, above) as at, suppress(FileExistsError):
+                os.mkdir(part, dir_fd=at)
+                os.fsync(at)
+            above = f"{above}/{part}" if above else part
+
+    def _descriptor(self, name: str) -> int:
+        """Of a plain file; one that is none (a pipe, a folder) is not there."""
+        path = f"{self._path}/{name}"
+        try:
+            self._check_folder(_parted(name)[0])
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                raise
+            self._look_again(name)
+            raise FileNotFoundError(errno.ENOENT, NOT_PLAIN, path) from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise FileNotFoundError(errno.ENOENT, NOT_PLAIN, path)
+        return handle
+
+    def _check_folder(self, folder: str) -> None:
+        """Once a folder, since every read of a file would cost several calls: only allowed links lead to it."""
+        if not folder or folder in self._plain:
+            return
+        self._check_folder(_parted(folder)[0])
+        if stat.S_ISLNK(os.lstat(f"{self._path}/{folder}").st_mode):
+            with opened(self._path, folder):
+                pass
+        if len(self._plain) >= MAX_PLAIN_FOLDERS:
+            self._plain.clear()
+        self._plain.add(folder)
+
+    def _look_again(self, name: str) -> None:
+        """Raise `LinkRefused` where a link is why a file is not there: one that was allowed may lead nowhere by now."""
+        self._plain.clear()
+        folder = _parted(name)[0]
+        with suppress(FileNotFoundError, NotADirectoryError), opened(self._path, folder) as at:
+            self._check_plain(at, name)
+
+    def _check_plain(self, at: int, name: str) -> None:
+        """Raise `LinkRefused` where a name in an open folder is a link."""
+        if is_link(_parted(name)[1], at):
+            raise refused(self._path, name)
+
+    def _settle(self, at: int, staging: str, folder: str, files: Mapping[str, bytes]) -> None:
+        """The folder was there already: another writer's with the same content, or what a crash left of one."""
+        base = _parted(folder)[1]
+        try:
+            self._check_written(at, folder, files)
+        except OSError:
+            broken = _temporary(base)
+            with suppress(FileNotFoundError):  # who had written it lost the unit to a third, and has removed it
+                os.rename(base, broken, src_dir_fd=at, dst_dir_fd=at)
+            os.rename(staging, base, src_dir_fd=at, dst_dir_fd=at)
+            shutil.rmtree(broken, ignore_errors=True, dir_fd=at)
+
+    def _check_written(self, at: int, folder: str, files: Mapping[str, bytes]) -> None:
+        with _entered(at, _parted(folder)[1]) as inside:
+            for _ in _walk(self._path, folder, inside):
+                pass  # it raises where there is a link in it
+            for name, data in files.items():
+                _check_bytes(inside, name, data)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The folder of a name, "" the root, and its last part."""
+    folder, _, base = name.rpartition("/")
+    return folder, base
+
+
+def _names(at: int) -> list[str]:
+    """What is in an open folder."""
+    with os.scandir(at) as entries:
+        return [entry.name for entry in entries]
+
+
+def _temporary(base: str) -> str:
+    """The name of a file or folder until it is whole."""
+    return f"{base}.{uuid.uuid4().hex}{UNFINISHED}"
+
+
+@contextmanager
+def _entered(at: int, name: str) -> Iterator[int]:
+    """A descriptor of a folder in an open one."""
+    handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _walk(root: Path, folder: str, at: int) -> Iterator[tuple[str, int]]:
+    """Names and sizes of all files below an open folder. Raises `LinkRefused` at a link."""
+    for name in _names(at):
+        try:
+            found = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                with _entered(at, name) as inside:
+                    yield from ((f"{name}/{n}", size) for n, size in _walk(root, f"{folder}/{name}", inside))
+                continue
+        except FileNotFoundError:  # another writer tidies
+            continue
+        if stat.S_ISLNK(found.st_mode):
+            raise refused(root, f"{folder}/{name}" if folder else name)
+        yield name, found.st_size
+
+
+def _remove(at: int, name: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        shutil.rmtree(name, dir_fd=at)  # which follows no link, and refuses to begin at one
+    else:
+        os.unlink(name, dir_fd=at)
+
+
+def _write_tree(at: int, folder: str, files: Mapping[str, bytes]) -> None:
+    """A new folder of files, all of it synced."""
+    os.mkdir(folder, dir_fd=at)
+    with _entered(at, folder) as inside:
+        made: dict[str, None] = {}
+        for name, data in files.items():
+            above = ""
+            for part in name.split("/")[:-1]:
+                above = f"{above}/{part}" if above else part
+                if above not in made:
+                    os.mkdir(above, dir_fd=inside)
+                    made[above] = None
+            _write_synced(inside, name, data)
+        for path in made:
+            with _entered(inside, path) as handle:
+                os.fsync(handle)
+        os.fsync(inside)
+
+
+@contextmanager
+def _written(at: int, base: str, data: bytes) -> Iterator[str]:
+    """The temporary name of a file with these bytes, which is gone at the end."""
+    temporary = _temporary(base)
+    try:
+        _write_synced(at, temporary, data)
+        yield temporary
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=at)
+
+
+def _write_synced(at: int, name: str, data: bytes) -> None:
+    with open(name, "xb", opener=partial(_open_new, at)) as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    _check_bytes(at, name, data)
+
+
+def _open_new(at: int, name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=at)
+
+
+def _check_bytes(at: int, name: str, data: bytes) -> None:
+    handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    with os.fdopen(handle, "rb") as f:
+        if f.read() != data:
+            raise OSError(errno.EIO, "reads back other than it was written", name)
+
+
+def _is_alone(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Create a local file or replace it, on the disk before this returns: whole or not at all, whatever is killed.
+
+    A link at `path` is replaced, not followed; until then the file has a name that nobody else's file has.
+    """
+    at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with _written(at, path.name, data) as temporary:
+            os.replace(temporary, path.name, src_dir_fd=at, dst_dir_fd=at)
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def is_unfinished(name: str, of: str) -> bool:
+    """Whether this is the name of what became of `of` where its writer was killed: nobody else's file."""
+    return name.startswith(f"{of}.") and _UNFINISHED_NAME.fullmatch(name.removeprefix(of)) is not None
+
+
+def sync_path(path: Path) -> None:
+    """What was written to a local file, or which names a local folder has, is on the disk before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
