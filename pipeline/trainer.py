@@ -91,9 +91,9 @@ class CachedKL(_AnyTrainer):
         self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
         if num_replicas(self) > 1 and any(self._terms()):
             raise TrainingFailed(
-                f"training with a penalty on the weights of a model divided over {num_replicas(self)} processes (or "
-                "with AdaLoRA, which has one): each process has a part of them and would pull on that alone. Leave out the "
-                "penalty, or tensor parallelism."
+                f"training with a penalty on the weights (AdaLoRA has one) of a model divided over {num_replicas(self)} "
+                "processes: each process has a part of them and would pull on that alone. Leave out the penalty, or "
+                "tensor parallelism."
             )
         opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.cache = None if self.objective.regularizer == "none" else opened
