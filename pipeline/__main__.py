@@ -1,5 +1,5 @@
-"""`python -m logitcache.pipeline` is `logitcache`."""
+"""`python -m logitcache` is `logitcache`."""
 
-from .cli import main
+from logitcache.cli import main
 
 main()

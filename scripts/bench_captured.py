@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from bench_loss import MIB, PeakMemory, provenance, resident_mib, run_child, set_up, write_csv
 
-from logitcache.storage.captured import DTYPE, Captured, _mark
+from logitcache.storage.captured_index import DTYPE, Captured, _mark
 from logitcache.storage.encoding import SampleTable
 from logitcache.storage.index import DTYPE as INDEX_DTYPE
 from logitcache.storage.index import SampleIndex, index_file

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from bench_loss_peers import PEERS, Teacher, masked_kl
 from torch import Tensor, nn
 
-from logitcache.pipeline.fused import linear_loss
-from logitcache.pipeline.losses import Objective, SparseTargets
+from logitcache.losses.formulas import Objective, SparseTargets
+from logitcache.losses.fused import linear_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "loss.csv"

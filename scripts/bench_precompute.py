@@ -42,12 +42,12 @@ from bench_loss import provenance, write_csv
 from bench_step import DEMO, QUICK, SHAPES, Shape, make_model
 from transformers import PreTrainedModel, logging
 
-from logitcache.pipeline.demo.text import code_documents
-from logitcache.pipeline.head import OutputHead, hidden_states, rows_at_once
-from logitcache.pipeline.job import JobSpec, Loaded, Share, load, plans, work
-from logitcache.pipeline.precompute import PrecomputeSettings
-from logitcache.pipeline.samples import Sample, pad_batch
-from logitcache.pipeline.teacher import SLICE_BYTES
+from logitcache.capture.plan import PrecomputeSettings
+from logitcache.capture.teacher import SLICE_BYTES
+from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
+from logitcache.data.samples import Sample, pad_batch
+from logitcache.demo.text import code_documents
+from logitcache.models.head import OutputHead, hidden_states, rows_at_once
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
 
@@ -320,7 +320,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.work) as folder, ExitStack() as stack:
             model = Path(folder) / "model"
             if shape == DEMO:
-                demo = stack.enter_context(as_file(files("logitcache.pipeline.demo").joinpath("base")))
+                demo = stack.enter_context(as_file(files("logitcache.demo").joinpath("base")))
                 shutil.copytree(demo, model)
             else:
                 make_model(shape, model, asdict(shape) | vars(args))

@@ -43,14 +43,14 @@ from transformers import (
     logging,
 )
 
-from logitcache.pipeline import targets
-from logitcache.pipeline.adapters import AdapterSettings, attach
-from logitcache.pipeline.demo.text import code_documents
-from logitcache.pipeline.losses import Objective
-from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
-from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, partition_for, precompute
-from logitcache.pipeline.samples import Sample
-from logitcache.pipeline.trainer import CachedKLTrainer
+from logitcache.adapters.attach import AdapterSettings, attach
+from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, partition_for, precompute
+from logitcache.data.samples import Sample
+from logitcache.demo.text import code_documents
+from logitcache.losses.formulas import Objective
+from logitcache.models.loading import Base, Source, load_base, load_tokenizer
+from logitcache.pairing import targets
+from logitcache.training.trainer import CachedKLTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "step.csv"
@@ -129,7 +129,7 @@ def make_model(shape: Shape, folder: Path, job: dict[str, Any]) -> None:
 @contextmanager
 def the_base(job: dict[str, Any]) -> Iterator[Base]:
     """The untouched base, loaded from its folder."""
-    demo = files("logitcache.pipeline.demo").joinpath("base")
+    demo = files("logitcache.demo").joinpath("base")
     with as_file(demo) if Shape(**job["shape"]) == DEMO else nullcontext(Path(job["folder"]) / "model") as folder:
         yield load_base(Source(job["shape"]["name"], folder), job["dtype"], torch.device(job["device"]))
 

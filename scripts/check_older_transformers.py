@@ -1,11 +1,11 @@
 """The loss of 2 x 3 micro-batches over that of 1 x 6, with older transformers and PEFT than those installed here.
 
 Owns the environment: the older packages in a folder of their own that comes before what is installed (torch and all
-else stay), and one process in it. Trainers and cache are those of tests/test_normalisation.py, which runs there too.
+else stay), and one process in it. Trainers and cache are those of tests/training/test_normalisation.py, which runs there too.
 Exit status 1 where a ratio is further from 1 than 1e-5.
 
     python scripts/check_older_transformers.py                 transformers 5.16.1 as in axolotl 0.19, and PEFT 0.20
-    python scripts/check_older_transformers.py --tests         and tests/test_normalisation.py there
+    python scripts/check_older_transformers.py --tests         and tests/training/test_normalisation.py there
     python scripts/check_older_transformers.py --packages transformers==5.10.0 peft==0.20.0
 """
 
@@ -31,7 +31,7 @@ HUB = "huggingface_hub>=1.5,<2"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--packages", nargs="+", default=PACKAGES)
-    parser.add_argument("--tests", action="store_true", help="run tests/test_normalisation.py there too")
+    parser.add_argument("--tests", action="store_true", help="run tests/training/test_normalisation.py there too")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -62,13 +62,13 @@ def measure() -> int:
 
 def losses(folder: Path) -> Iterator[tuple[str, float, float]]:
     """Name of a trainer, and its first logged loss both ways."""
-    from test_normalisation import SilentAboutLosses, trainer_over
-    from test_plug_in import make_sft, moved_adapter
-    from test_train import make_cache, make_samples
+    from training.test_normalisation import SilentAboutLosses, trainer_over
+    from training.test_plug_in import make_sft, moved_adapter
+    from training.test_run import make_cache, make_samples
     from transformers import PrinterCallback, Trainer
     from transformers.utils import logging
 
-    from logitcache.pipeline.losses import Objective
+    from logitcache.losses.formulas import Objective
 
     logging.set_verbosity_error()
     samples = make_samples(6)

@@ -1,8 +1,9 @@
 """Thousands of faults done to caches and their writers, of which none may give another number.
 
-Owns the counts and the table; the faults are in tests/storage_faults*.py, of which tests/test_storage_faults.py runs a
-sample. The trade-off: everything happens in memory (/dev/shm) where there is one, so that thousands of cases take
-minutes; kill -9 and a failing disk are simulated at the system calls, a power failure is not.
+Owns the counts and the table; the faults are in tests/support/storage_faults*.py, of which
+tests/storage/test_faults.py runs a sample. The trade-off: everything happens in memory (/dev/shm) where there is one,
+so that thousands of cases take minutes; kill -9 and a failing disk are simulated at the system calls, a power failure
+is not.
 
     python scripts/fault_suite.py            writes docs/benchmarks/faults.csv; 15 minutes on one core
     python scripts/fault_suite.py --quick    a taste, which writes nothing
@@ -20,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import storage_faults_crowds as crowds  # noqa: E402
-import storage_faults_damage as damage  # noqa: E402
-import storage_faults_hostile as hostile  # noqa: E402
-import storage_faults_writers as writers  # noqa: E402
-from storage_faults import STORES, Counts, Seen, Tally, grouped  # noqa: E402
+from support import storage_faults_crowds as crowds  # noqa: E402
+from support import storage_faults_damage as damage  # noqa: E402
+from support import storage_faults_hostile as hostile  # noqa: E402
+from support import storage_faults_writers as writers  # noqa: E402
+from support.storage_faults import STORES, Counts, Seen, Tally, grouped  # noqa: E402
 
 DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "faults.csv"
 LONG = Counts(flips=5000, kills=200, rounds=100, mutations=3000, stride=1)

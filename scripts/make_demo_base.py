@@ -1,6 +1,6 @@
 """Make the demo's base: a tokenizer and a Llama of 2.8 million parameters that know its prose, but no code.
 
-From the training part of `logitcache.pipeline.demo.text.prose_documents()` (docstrings and language reference
+From the training part of `logitcache.demo.text.prose_documents()` (docstrings and language reference
 of the running Python) it trains a byte-level BPE tokenizer of 4,096 tokens, then the model from scratch in
 float32. It saves both as `from_pretrained` loads them, at most 6,000,000 bytes with float16 weights, loads
 them again, and fails if the held-out cross-entropy is not the one before saving. The README.md beside them
@@ -30,7 +30,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR
 
-from logitcache.pipeline.demo.text import Document, code_documents, prose_documents, split
+from logitcache.demo.text import Document, code_documents, prose_documents, split
 
 VOCABULARY_SIZE, END = 4096, "<|endoftext|>"
 BLOCK_TOKENS, BATCH_BLOCKS = 256, 8

@@ -42,9 +42,9 @@ README = """# Golden caches of format version 1{title}
 
 Written once by `python scripts/make_golden.py{option}` with
 {versions}.
-They are never written again for version 1, since caches of users cannot be either: what `tests/test_golden.py` finds
-wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes their bytes; other versions of the codecs
-may write the same numbers as other bytes.
+They are never written again for version 1, since caches of users cannot be either: what
+`tests/storage/test_golden.py` finds wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes
+their bytes; other versions of the codecs may write the same numbers as other bytes.
 
 `zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
 two shards, a sample captured in both, rows with fewer than K alternatives or none, tails and groups of nothing.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from logitcache.pipeline.adapters import AdapterSettings
-from logitcache.pipeline.demo.run import DemoSettings, _fill_cache, _load, _load_float32, write_data
-from logitcache.pipeline.losses import Objective
-from logitcache.pipeline.models import Source, find_model
-from logitcache.pipeline.training import TrainSettings, train
+from logitcache.adapters.attach import AdapterSettings
+from logitcache.demo.run import DemoSettings, _fill_cache, _load, _load_float32, write_data
+from logitcache.losses.formulas import Objective
+from logitcache.models.loading import Source, find_model
+from logitcache.training.run import TrainSettings, train
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "budget.csv"
 BUDGETS = (0.05, 0.1, 0.2)
@@ -32,7 +32,7 @@ def main() -> None:
     settings, lines = DemoSettings(), []
     with (
         tempfile.TemporaryDirectory() as folder,
-        as_file(files("logitcache.pipeline.demo").joinpath("base")) as base_folder,
+        as_file(files("logitcache.demo").joinpath("base")) as base_folder,
     ):
         work = Path(folder)
         source = Source("demo base", find_model(str(base_folder)).folder)

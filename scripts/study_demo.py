@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers.utils import logging
 
-from logitcache.pipeline.adapters import AdapterSettings
-from logitcache.pipeline.demo.run import DemoSettings, write_data
-from logitcache.pipeline.evaluate import load_adapter
-from logitcache.pipeline.losses import Objective, Regularizer, Tail
-from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
-from logitcache.pipeline.partition import token_groups
-from logitcache.pipeline.precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.pipeline.rows import read_rows
-from logitcache.pipeline.samples import Sample, make_samples
-from logitcache.pipeline.training import TrainSettings, train
+from logitcache.adapters.attach import AdapterSettings
+from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.vocab_groups import token_groups
+from logitcache.data.rows import read_rows
+from logitcache.data.samples import Sample, make_samples
+from logitcache.demo.run import DemoSettings, write_data
+from logitcache.evaluation.compare import load_adapter
+from logitcache.losses.formulas import Objective, Regularizer, Tail
+from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.storage import LogitCache
 from logitcache.storage.encoding import columns_of
 from logitcache.storage.statistics import describe
+from logitcache.training.run import TrainSettings, train
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 WORK = Path(tempfile.gettempdir()) / "logitcache-study-tails"
-BASE = files("logitcache.pipeline.demo").joinpath("base")
+BASE = files("logitcache.demo").joinpath("base")
 BATCH, LEARNING_RATE = 8, 2e-3
 Line = dict[str, str]
 

@@ -33,8 +33,8 @@ from study_demo import (
     write_csv,
 )
 
-from logitcache.pipeline.demo.run import Outcome
-from logitcache.pipeline.evaluate import compare
+from logitcache.demo.run import Outcome
+from logitcache.evaluation.compare import compare
 
 ARMS = (
     REFERENCE,

@@ -48,13 +48,13 @@ from study_demo import (
 )
 from torch import Tensor
 
-from logitcache.pipeline.head import OutputHead, causal_lm_of, hidden_states
-from logitcache.pipeline.losses import Objective, SparseTargets, base_rest, regularizer_values
-from logitcache.pipeline.models import Base
-from logitcache.pipeline.partition import token_groups
-from logitcache.pipeline.precompute import PrecomputeSettings
-from logitcache.pipeline.samples import Sample, pad_batch
-from logitcache.pipeline.targets import groups_of, sparse_targets
+from logitcache.capture.plan import PrecomputeSettings
+from logitcache.capture.vocab_groups import token_groups
+from logitcache.data.samples import Sample, pad_batch
+from logitcache.losses.formulas import Objective, SparseTargets, base_rest, regularizer_values
+from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
+from logitcache.models.loading import Base
+from logitcache.pairing.targets import groups_of, sparse_targets
 from logitcache.storage import LogitCache
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.statistics import describe

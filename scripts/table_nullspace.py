@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from logitcache.pipeline.covariances import energy_ratio, input_covariances, linear_layers
-from logitcache.pipeline.demo.text import prose_documents, split
-from logitcache.pipeline.factors import minor_components, projected_factors
-from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
-from logitcache.pipeline.nullspace import InputSpace, NullSpace, NullSpaceSettings, compute_null_space
-from logitcache.pipeline.samples import Sample, make_samples
+from logitcache.adapters.covariances import energy_ratio, input_covariances, linear_layers
+from logitcache.adapters.null_space import InputSpace, NullSpace, NullSpaceSettings, compute_null_space
+from logitcache.adapters.start import minor_components, projected_factors
+from logitcache.data.samples import Sample, make_samples
+from logitcache.demo.text import prose_documents, split
+from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "nullspace.csv"
-BASE = files("logitcache.pipeline.demo").joinpath("base")
+BASE = files("logitcache.demo").joinpath("base")
 MAX_LENGTH, MAX_CHARS = 256, 1100
 KINDS = ("lora_null", "milora", "random")
 

@@ -37,19 +37,19 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.utils import logging
 
-from logitcache.pipeline.adapters import AdapterSettings, attach, save, save_start
-from logitcache.pipeline.demo.run import DemoSettings, _fill_cache, write_data
-from logitcache.pipeline.evaluate import compare, load_adapter
-from logitcache.pipeline.losses import Objective
-from logitcache.pipeline.models import Base, Source, load_base, load_tokenizer
-from logitcache.pipeline.rows import read_rows
-from logitcache.pipeline.samples import IGNORED, make_samples, pad_samples
-from logitcache.pipeline.training import TrainSettings, _arguments, train
+from logitcache.adapters.attach import AdapterSettings, attach, save, save_start
+from logitcache.data.rows import read_rows
+from logitcache.data.samples import IGNORED, make_samples, pad_samples
+from logitcache.demo.run import DemoSettings, _fill_cache, write_data
+from logitcache.evaluation.compare import compare, load_adapter
+from logitcache.losses.formulas import Objective
+from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.storage import LogitCache
+from logitcache.training.run import TrainSettings, _arguments, train
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "wrong_teacher.csv"
 WORK = Path(tempfile.gettempdir()) / "logitcache-wrong-teacher"
-BASE = files("logitcache.pipeline.demo").joinpath("base")
+BASE = files("logitcache.demo").joinpath("base")
 PLAIN, LIVE, TRUE, CACHE = "plain CE", "live disable_adapter()", "live true base", "cache"
 ARMS = (PLAIN, LIVE, TRUE, CACHE)
 ADAPTERS = ("pissa", "corda", "olora", "milora")

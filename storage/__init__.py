@@ -1,7 +1,7 @@
 """What lasts: the cache of base log-probabilities, as bytes on a disk.
 
 Owns the record, its identity, the manifest, the encodings and the stores.
-Must not import torch, transformers, peft, datasets, click or logitcache.pipeline:
+Must not import torch, transformers, peft, datasets, click or anything above it:
 a cache is readable where no model can be loaded.
 """
 

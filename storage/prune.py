@@ -20,10 +20,10 @@ from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
 from .files import Files, LocalFiles, open_files
 from .identity import digest
+from .job_status import remove_records
 from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_bytes
 from .repack import Part, Pick, Source, pack
 from .shard import SHARDS, OpenShard
-from .workers import remove_records
 from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, without_tokens, write_contents
 
 T = TypeVar("T")

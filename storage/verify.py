@@ -15,9 +15,9 @@ from .errors import CorruptCache, LinkRefused
 from .files import Files, LocalFiles, open_files
 from .identity import sample_id
 from .index import INDEX_NAME, SampleIndex, index_file
+from .job_status import record_names
 from .manifest import Contents, Manifest, ShardCommit, read_json
 from .shard import CONTENTS, SHARDS, TOKEN_GROUPS, OpenShard
-from .workers import record_names
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
-from .captured import Captured
+from .captured_index import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import LOCK, UNFINISHED, Files, LocalFiles, open_files

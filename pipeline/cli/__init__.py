@@ -13,6 +13,16 @@ from typing import Any
 
 import click
 
+from logitcache.errors import (
+    InputNotFound,
+    NotComparable,
+    NotTheBase,
+    PipelineError,
+    UnreadableSweep,
+    UnsuitableAdapter,
+    is_file_failure,
+    is_out_of_memory,
+)
 from logitcache.storage import (
     CacheError,
     CorruptCache,
@@ -24,16 +34,6 @@ from logitcache.storage import (
     SampleNotCached,
 )
 
-from ..errors import (
-    InputNotFound,
-    NotComparable,
-    NotTheBase,
-    PipelineError,
-    UnreadableSweep,
-    UnsuitableAdapter,
-    is_file_failure,
-    is_out_of_memory,
-)
 from .calibrate import calibrate
 from .convert import convert
 from .demo import demo

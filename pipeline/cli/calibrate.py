@@ -9,12 +9,11 @@ import click
 from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options
 
 if TYPE_CHECKING:
+    from logitcache.capture.calibration import Calibration, HeldRecords, Run
+    from logitcache.capture.teacher import Teacher
+    from logitcache.data.samples import Sample
+    from logitcache.models.loading import Source
     from logitcache.storage import ModelIdentity
-
-    from ..calibrate import Calibration, HeldRecords, Run
-    from ..models import Source
-    from ..samples import Sample
-    from ..teacher import Teacher
 
 
 @click.command(short_help="Compare another engine with transformers before a cache is made by it.")
@@ -88,11 +87,11 @@ def calibrate(
     quiet_libraries()
     import torch
 
-    from .. import calibrate as job
-    from ..head import check_head, check_length
-    from ..models import find_model, load_base, load_tokenizer, pick_device
-    from ..teacher import TransformersTeacher
-    from ..vllm_teacher import vllm_version
+    from logitcache.capture import calibration as job
+    from logitcache.capture.engines.vllm import vllm_version
+    from logitcache.capture.teacher import TransformersTeacher
+    from logitcache.models.head import check_head, check_length
+    from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
     if cache is None and engine == "vllm":
         vllm_version()  # before the reference has run for nothing
@@ -128,17 +127,16 @@ def calibrate(
 
 
 def _held(path: str, num_positions: int) -> "HeldRecords":
+    from logitcache.capture.calibration import choose_cached
     from logitcache.storage import LogitCache
-
-    from ..calibrate import choose_cached
 
     return choose_cached(LogitCache.open(path), num_positions)
 
 
 def _chosen(data: str, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int) -> "list[Sample]":
-    from ..calibrate import choose
-    from ..rows import read_rows
-    from ..samples import make_samples
+    from logitcache.capture.calibration import choose
+    from logitcache.data.rows import read_rows
+    from logitcache.data.samples import make_samples
 
     return choose(make_samples(read_rows(data), tokenizer, max_length, vocab_size).samples, num_positions, data)
 
@@ -154,10 +152,10 @@ def _start(
     device: Any,
 ) -> "tuple[Run, Teacher]":
     """The engine, running, and what says so of it."""
-    from ..calibrate import Run
-    from ..models import load_base
-    from ..teacher import TransformersTeacher
-    from ..vllm_teacher import start_vllm, vllm_identity, vllm_version
+    from logitcache.capture.calibration import Run
+    from logitcache.capture.engines.vllm import start_vllm, vllm_identity, vllm_version
+    from logitcache.capture.teacher import TransformersTeacher
+    from logitcache.models.loading import load_base
 
     if engine == "vllm":
         release = vllm_version()
@@ -168,7 +166,7 @@ def _start(
 
 
 def _lines(calibration: "Calibration") -> list[str]:
-    from ..calibrate import MIN_OVERLAP, bounds_of
+    from logitcache.capture.calibration import MIN_OVERLAP, bounds_of
 
     found, bounds = calibration.found, bounds_of(calibration)
     runs = [

@@ -25,8 +25,8 @@ def demo(out: Path) -> None:
     """
     started = perf_counter()
     quiet_libraries()
-    from ..demo.run import DemoSettings, relative_sentences, run_demo, summary_rows
-    from ..report import table
+    from logitcache.demo.run import DemoSettings, relative_sentences, run_demo, summary_rows
+    from logitcache.evaluation.table import table
 
     try:
         outcomes = run_demo(out, DemoSettings(), note)

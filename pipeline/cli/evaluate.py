@@ -28,11 +28,10 @@ from .common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from logitcache.data.samples import Row, Sample
+    from logitcache.evaluation.compare import Comparison
+    from logitcache.models.loading import Base
     from logitcache.storage import LogitCache
-
-    from ..evaluate import Comparison
-    from ..models import Base
-    from ..samples import Row, Sample
 
 
 @dataclass(frozen=True)
@@ -108,16 +107,15 @@ def evaluate(
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
+    from logitcache.adapters.reloadable import check_reloadable
+    from logitcache.data.rows import read_rows
+    from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift
+    from logitcache.evaluation.lm_eval import check_harness, run_tasks
+    from logitcache.evaluation.metrics import drift_prevented, finite_or_none
+    from logitcache.evaluation.table import evaluation_rows, table
+    from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
+    from logitcache.pairing.identity_checks import check_identity
     from logitcache.storage import LogitCache
-
-    from ..evaluate import check_adapter, load_adapter, plain_drift
-    from ..gate import check_identity
-    from ..metrics import drift_prevented, finite_or_none
-    from ..models import find_model, load_base, load_tokenizer, pick_device
-    from ..reloadable import check_reloadable
-    from ..report import evaluation_rows, table
-    from ..rows import read_rows
-    from ..tasks import check_harness, run_tasks
 
     if names:
         check_harness()
@@ -199,8 +197,8 @@ def _samples_of(
     side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int
 ) -> "list[Sample]":
     """Those of the text, cut as the cache was unless --max-length is given, or else those of the cache."""
-    from ..samples import make_samples
-    from ..targets import samples_of
+    from logitcache.data.samples import make_samples
+    from logitcache.pairing.targets import samples_of
 
     if side.rows is None:
         assert side.cache is not None
@@ -225,7 +223,7 @@ def _tell_dtype(side: _Side, base: "Base") -> None:
 
 
 def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", batch_tokens: int) -> "Comparison":
-    from ..evaluate import compare, compare_cached
+    from logitcache.evaluation.compare import compare, compare_cached
 
     with token_bar(f"evaluate {side.name}", sum(len(s.token_ids) for s in samples)) as progress:
         if side.cache is not None:

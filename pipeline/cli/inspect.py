@@ -38,7 +38,7 @@ def inspect(path: str, as_json: bool, plot: Path | None, max_positions: int) -> 
     statistics = describe(cache, max_positions)
     facts = _facts(cache, statistics)
     if plot is not None:
-        from ..pictures import plot_cache
+        from logitcache.reports.plots import plot_cache
 
         plot_cache(statistics, cache.num_positions, f"{facts['model_name']}: {path}", plot)
     if as_json:

@@ -54,11 +54,11 @@ def nullspace(
     the work. What is doubtful about the result is said: too little text, a rank beyond the null space, ties.
     """
     quiet_libraries()
-    from .. import nullspace as job
-    from ..covariances import num_passes, spread
-    from ..models import find_model, load_base, load_tokenizer, pick_device
-    from ..rows import read_rows
-    from ..samples import make_samples
+    from logitcache.adapters import null_space as job
+    from logitcache.adapters.covariances import num_passes, spread
+    from logitcache.data.rows import read_rows
+    from logitcache.data.samples import make_samples
+    from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
     job.claim_folder(out)
     source = find_model(model)

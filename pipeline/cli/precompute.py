@@ -20,8 +20,8 @@ from .common import (
 from .terminal import Console, terminated_softly
 
 if TYPE_CHECKING:
-    from ..estimate import Estimate
-    from ..job import JobReport, JobSpec, Share
+    from logitcache.capture.estimate import Estimate
+    from logitcache.capture.worker import JobReport, JobSpec, Share
 
 
 @click.command(short_help="Run the base once and store its log-probabilities.")
@@ -168,7 +168,7 @@ def precompute(
     Rows: text; prompt + completion; messages (assistant turns are supervised); or input_ids (+ labels, -100 where not
     supervised). Interrupted, the same command goes on where it stopped. A finished cache gains what it lacks.
 
-    Many workers: --shard-index and --num-shards in a job array; torchrun --nproc-per-node N -m logitcache.pipeline
+    Many workers: --shard-index and --num-shards in a job array; torchrun --nproc-per-node N -m logitcache
     precompute ...; or --engine ray (docs/how-to/scale.md).
     """
     if tail_groups == 1:
@@ -191,8 +191,8 @@ def precompute(
     index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
     console = Console(log_json, speaks=index == 0 or shard_index is not None)
     quiet_libraries()
-    from ..job import JobSpec, Share, load, one_worker, work
-    from ..precompute import PrecomputeSettings
+    from logitcache.capture.plan import PrecomputeSettings
+    from logitcache.capture.worker import JobSpec, Share, load, one_worker, work
 
     settings = PrecomputeSettings(
         top_k, max_length, batch_tokens, shard_positions, store, precision, min_mass, tail_groups, tail_samples
@@ -215,14 +215,14 @@ def precompute(
     )
     share = Share(index, num)
     if plan:
-        from ..estimate import estimate
+        from logitcache.capture.estimate import estimate
 
         with one_worker(load(spec)) as loaded:
             if loaded is not None:
                 _print_plan(spec, estimate(spec, loaded, tokens_per_second), share, cost_per_hour)
         return
     if engine == "ray":
-        from ..ray_engine import run_on_ray
+        from logitcache.capture.engines.ray import run_on_ray
 
         with terminated_softly():
             report = run_on_ray(spec, num_workers, console.tell)

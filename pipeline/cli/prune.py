@@ -25,10 +25,9 @@ def prune(path: str, data: str, model: str | None, dry_run: bool) -> None:
     the same command again finishes. Nothing else may write to the cache meanwhile; who reads it gets an error.
     """
     quiet_libraries()
+    from logitcache.capture.wanted_samples import ids_of_data
     from logitcache.storage import LogitCache
     from logitcache.storage import prune as remove
-
-    from ..prune import ids_of_data
 
     cache = LogitCache.open(path)
     if model is None and cache.manifest.tokenizer is not None:

@@ -18,7 +18,7 @@ def pull(repo_id: str, cache: str, revision: str | None) -> None:
     `hf auth login` says who you are, HF_ENDPOINT which Hub.
     """
     quiet_hub()
-    from ..hub import pull as fetch
+    from logitcache.hub.transfer import pull as fetch
 
     try:
         pulled = fetch(repo_id, cache, revision=revision)

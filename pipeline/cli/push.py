@@ -40,8 +40,8 @@ def push(
     which Hub. A cache holds the token ids of its text: whoever can read it can read the text.
     """
     quiet_hub()
-    from ..card import Licence, is_licence
-    from ..hub import prepare, send
+    from logitcache.hub.dataset_card import Licence, is_licence
+    from logitcache.hub.transfer import prepare, send
 
     for flag, value in (("--model-license", model_license), ("--data-license", data_license)):
         if value is not None and not is_licence(value):

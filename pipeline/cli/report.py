@@ -23,8 +23,8 @@ def report(folder: Path, out: Path | None) -> None:
     and needs no network.
     """
     quiet_libraries()
-    from ..report import table
-    from ..sweep_report import write_sweep_report
+    from logitcache.evaluation.table import table
+    from logitcache.reports.build import write_sweep_report
 
     written = write_sweep_report(folder, folder if out is None else out)
     if written.rows:

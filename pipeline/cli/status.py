@@ -10,7 +10,7 @@ import click
 from .common import CachePath, config_option, human_bytes
 
 if TYPE_CHECKING:
-    from logitcache.storage.workers import Status, WorkerRecord
+    from logitcache.storage.job_status import Status, WorkerRecord
 
 
 @click.command(short_help="How far a precompute job is, from its commits.")
@@ -23,7 +23,7 @@ def status(cache: str, as_json: bool) -> None:
     What is done, and how fast, comes from the commits alone: no process is asked, and none need be alive. What each
     worker is at, it has written beside them.
     """
-    from logitcache.storage.workers import status as read
+    from logitcache.storage.job_status import status as read
 
     found = read(cache)
     if as_json:

@@ -9,8 +9,8 @@ import click
 from .common import note, quiet_libraries, runtime_options
 
 if TYPE_CHECKING:
-    from ..grid import RunSpec
-    from ..sweep import Done
+    from logitcache.sweeps.config import RunSpec
+    from logitcache.sweeps.run import Done
 
 
 @click.command(short_help="Train and evaluate a grid of settings against one cache.")
@@ -40,11 +40,11 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
     on one machine or on many that share the folder. A run that fails is recorded, and the others go on.
     """
     quiet_libraries()
-    from ..grid import read_config
-    from ..jobs import run_in_processes
-    from ..models import pick_device
-    from ..report import table
-    from ..sweep import RUNS, SWEEP, measure_cost, prepare, run_all, state_of
+    from logitcache.evaluation.table import table
+    from logitcache.models.loading import pick_device
+    from logitcache.sweeps.config import read_config
+    from logitcache.sweeps.processes import run_in_processes
+    from logitcache.sweeps.run import RUNS, SWEEP, measure_cost, prepare, run_all, state_of
 
     asked = read_config(config)
     states = [state_of(out / RUNS / run.name) for run in asked.runs]

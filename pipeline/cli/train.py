@@ -248,7 +248,7 @@ def train(
 
     Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), files.json (its checksums),
     run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
-    Several GPUs: torchrun --nproc-per-node N -m logitcache.pipeline train ...
+    Several GPUs: torchrun --nproc-per-node N -m logitcache train ...
     """
     if regularizer not in ("none", *PENALTIES) and cache is None:
         raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
@@ -281,19 +281,19 @@ def train(
     if adapter != "lora-null" and (nullspace is not None or variant is not None):
         raise click.UsageError(f"--nullspace and --variant are for --adapter lora-null, not for {adapter}.")
     quiet_libraries()
+    from logitcache.adapters.attach import AdapterSettings
+    from logitcache.adapters.registry import KINDS, check_settings
+    from logitcache.data.rows import read_rows
+    from logitcache.data.samples import make_samples
+    from logitcache.losses.formulas import Objective
+    from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
+    from logitcache.pairing.identity_checks import Pairing, StepZero, check_identity
+    from logitcache.pairing.targets import samples_of
     from logitcache.storage import IdentityMismatch, LogitCache
+    from logitcache.training.penalties import PenaltySettings
+    from logitcache.training.run import TrainSettings
+    from logitcache.training.run import train as run
 
-    from ..adapters import AdapterSettings
-    from ..gate import Pairing, StepZero, check_identity
-    from ..kinds import KINDS, check_settings
-    from ..losses import Objective
-    from ..models import find_model, load_base, load_tokenizer, pick_device
-    from ..penalties import PenaltySettings
-    from ..rows import read_rows
-    from ..samples import make_samples
-    from ..targets import samples_of
-    from ..training import TrainSettings
-    from ..training import train as run
     from .progress import TrainBar
 
     settings = AdapterSettings(adapter)

@@ -14,21 +14,21 @@ from typing import Any
 
 import torch
 
+from logitcache.adapters.attach import AdapterSettings
+from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.data.rows import read_rows
+from logitcache.data.samples import Sample, make_samples
+from logitcache.errors import TrainingFailed
+from logitcache.evaluation.compare import Comparison, compare, load_adapter
+from logitcache.evaluation.table import markdown_table
+from logitcache.losses.formulas import Objective, Regularizer
+from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer
+from logitcache.pairing.identity_checks import check_identity
+from logitcache.reports.plots import frontier_picture
 from logitcache.storage import LogitCache
 from logitcache.storage.files import replace_file
+from logitcache.training.run import TrainSettings, train
 
-from ..adapters import AdapterSettings
-from ..errors import TrainingFailed
-from ..evaluate import Comparison, compare, load_adapter
-from ..gate import check_identity
-from ..losses import Objective, Regularizer
-from ..models import Base, Source, find_model, load_base, load_tokenizer
-from ..pictures import frontier_picture
-from ..precompute import PrecomputeSettings, make_plan, manifest_for, precompute
-from ..report import markdown_table
-from ..rows import read_rows
-from ..samples import Sample, make_samples
-from ..training import TrainSettings, train
 from .text import Document, code_documents, prose_documents, split
 
 Say = Callable[[str], None]
@@ -95,7 +95,7 @@ def run_demo(out: Path, settings: DemoSettings, say: Say) -> list[Outcome]:
     _claim_folder(out, settings)
     say("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
     paths = write_data(out / "data", settings)
-    with as_file(files("logitcache.pipeline.demo").joinpath("base")) as folder:
+    with as_file(files("logitcache.demo").joinpath("base")) as folder:
         source = Source("logitcache demo base", find_model(str(folder)).folder)
         train_set, new, prior = (_load(source, path, settings) for path in paths)
         untouched = _load_float32(source)

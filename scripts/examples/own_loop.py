@@ -21,8 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from logitcache.pipeline.loop import CachedLoss
-from logitcache.pipeline.losses import Objective
+from logitcache.losses.formulas import Objective
+from logitcache.training.custom_loop import CachedLoss
 
 
 def tokenized(path: str, tokenizer: Any) -> list[dict[str, list[int]]]:

@@ -19,8 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from logitcache.pipeline.losses import Objective
-from logitcache.pipeline.trainer import CachedKL
+from logitcache.losses.formulas import Objective
+from logitcache.training.trainer import CachedKL
 
 
 class CachedTrainer(CachedKL, Trainer):  # 1: the mixin before the trainer's own class

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from logitcache.pipeline.losses import Objective
-from logitcache.pipeline.trainer import CachedKL
+from logitcache.losses.formulas import Objective
+from logitcache.training.trainer import CachedKL
 
 
 class CachedSFTTrainer(CachedKL, SFTTrainer):  # 1: the mixin before the trainer's own class

@@ -1,0 +1,258 @@
+"""Adapters on a model: attached, kept for a resumed run, and saved for the original base.
+
+Owns what PEFT leaves open: a kind that rewrites the base's weights is saved as a change of the original ones. What
+kinds there are is in `kinds`. Trade-off: a rewriting kind costs a copy of the adapted weights in main memory while it
+is attached, so that what is taken out of a weight is, to its last bit, what the adapter holds, now and when a run is
+resumed. Must not know the trainer.
+Shapes: W [out, in] base weight, A [r, in], B [out, r]; s = alpha / r (rslora: alpha / sqrt(r)).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from logitcache.data.samples import Sample
+from logitcache.errors import TrainingFailed, UnsuitableAdapter
+from logitcache.models.quantization import LOAD_IN, held_in
+
+from .adalora import AdaLoraCallback
+from .covariances import linear_layers
+from .registry import (
+    KINDS,
+    NAME,
+    AdapterSettings,
+    Layers,
+    check_settings,
+    keeps_start,
+    lora_layers,
+    matrix_shape,
+    rewrites_base,
+    targets_of,
+)
+
+_WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
+
+__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start", "target_layers"]
+
+
+def attach(
+    model: PreTrainedModel,
+    settings: AdapterSettings,
+    base_name: str,
+    samples: Sequence[Sample] = (),
+    start: Path | None = None,
+) -> PeftModel:
+    """The model with an untrained adapter; its base weights are frozen. base_name: where PEFT finds the base again.
+
+    samples: for kinds that are initialised by them (eva, corda, lora-ga). start: what `save_start` kept of an earlier
+    run, in place of an initialisation. Factors are drawn from torch's generator: seed it before. Raises ValueError
+    where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
+    """
+    check_settings(settings)
+    _check_quantized(model, settings)
+    kind, layers = KINDS[settings.kind], target_layers(model, settings)
+    _check_layers(model, layers, settings)
+    rewritten = layers if rewrites_base(settings) else {}
+    originals = {name: layer.weight.detach().cpu().clone() for name, layer in rewritten.items()}
+    if start is not None:
+        adapted = _restored(model, start)
+    else:
+        config = kind.config(settings, layers)
+        if kind.needs_samples and not samples:
+            raise UnsuitableAdapter(f"attaching {settings.kind}: it is initialised by samples, and there are none.")
+        with _initialising(settings):
+            if kind.before is not None:
+                kind.before(model, config, samples)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=settings.kind == "eva")  # what PEFT advises for it
+        _check_names(adapted, settings)
+        with _initialising(settings):
+            if kind.after is not None:
+                kind.after(adapted, settings, samples)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # as PEFT does, but not of what is set later
+    for name, original in originals.items():
+        _take_out(adapted.base_model.model.get_submodule(name), original)
+    if _freezes_a(settings):
+        for _, layer in lora_layers(adapted):
+            layer.frozen_peft_weight_names = {NAME: (_FROZEN,)}  # what PEFT looks at when it sets trainable weights
+            layer.lora_A[NAME].requires_grad_(False)
+    if keeps_start(settings):
+        _as_plain_lora(adapted.peft_config[NAME])
+    adapted.peft_config[NAME].base_model_name_or_path = base_name
+    return adapted
+
+
+def adapter_callbacks(adapted: PeftModel, settings: AdapterSettings) -> list[TrainerCallback]:
+    """What the kind needs done while it is trained."""
+    return [AdaLoraCallback(adapted)] if settings.kind == "adalora" else []
+
+
+def save_start(adapted: PeftModel, folder: Path) -> None:
+    """Keep the first factors of an untrained adapter in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config[NAME])
+
+
+def save(adapted: PeftModel, out: Path, settings: AdapterSettings, base_name: str, start: Path | None = None) -> None:
+    """An adapter folder from which `PeftModel.from_pretrained`, on the original base, makes what was trained.
+
+    start: what `save_start` kept; needed where W is now W - s B0 A0. The change of the original weights is saved then:
+    s (B A - B0 A0) = s [B | -B0] [A; A0], of rank 2 r; where A was frozen s (B - B0) A, of rank r.
+    """
+    config = adapted.peft_config[NAME]
+    config.base_model_name_or_path = base_name
+    if not rewrites_base(settings):
+        adapted.save_pretrained(str(out), save_embedding_layers=False)  # no vocabulary is ever resized here
+        return
+    assert start is not None
+    first = _read_start(start)
+    state = {k: v.cpu() for k, v in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+    config = copy.deepcopy(config)
+    if _freezes_a(settings):
+        state = {k: v - first[k] if "lora_B" in k else v for k, v in state.items()}
+    else:
+        state = {
+            k: torch.cat([v, -first[k]], dim=1) if "lora_B" in k else torch.cat([v, first[k]], dim=0)
+            for k, v in state.items()
+        }
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    out.mkdir(parents=True, exist_ok=True)
+    adapted.create_or_update_model_card(str(out))
+    _write(out, state, config)
+
+
+@contextmanager
+def _initialising(settings: AdapterSettings) -> Iterator[None]:
+    """What PEFT or a decomposition says of samples and weights that it cannot start from, as a refusal."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UnsuitableAdapter(
+            f"initialising {settings.kind} of rank {settings.rank}: {said}. Use another kind, or other samples."
+        ) from error
+
+
+def _freezes_a(settings: AdapterSettings) -> bool:
+    return settings.kind == "lora-null" and settings.variant == "v2"
+
+
+def _restored(model: PreTrainedModel, start: Path) -> PeftModel:
+    try:
+        adapted: PeftModel = PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    except Exception as error:  # peft and safetensors raise many kinds
+        raise _no_start(start) from error
+    return adapted
+
+
+def _read_start(start: Path) -> dict[str, Tensor]:
+    try:
+        factors: dict[str, Tensor] = load_file(start / _WEIGHTS)
+    except Exception as error:  # safetensors raises many kinds
+        raise _no_start(start) from error
+    return factors
+
+
+def _no_start(start: Path) -> TrainingFailed:
+    return TrainingFailed(
+        f"going on from {start}: the first factors of this run are missing or damaged, and without them its "
+        "checkpoints are of no use. Start again with another --out."
+    )
+
+
+def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig) -> None:
+    save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _as_plain_lora(config: PeftConfig) -> None:
+    """Once initialised, how is forgotten: who loads the adapter must not rewrite weights, or look for samples."""
+    config.init_lora_weights = True
+    for name in ("corda_config", "eva_config", "lora_ga_config"):
+        setattr(config, name, None)
+
+
+def target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
+    """The layers that these settings adapt, by their names in the base (eva may leave some of them as they are)."""
+    wanted = targets_of(settings)
+    if wanted == "all-linear":
+        return linear_layers(model)
+    fits = {n: m for n, m in model.named_modules() if any(n == name or n.endswith(f".{name}") for name in wanted)}
+    return {n: m for n, m in fits.items() if getattr(m, "weight", None) is not None}
+
+
+def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
+    held = held_in(model)
+    if held is None or held in KINDS[settings.kind].quantized:
+        return
+    what = f"attaching {settings.kind} to weights of {held}"
+    if held not in LOAD_IN:
+        raise UnsuitableAdapter(
+            f"{what}: expected weights that are unquantised, or held in {' or '.join(LOAD_IN)}; no adapter has been "
+            "trained here on others. Use the unquantised checkpoint with --load-in 4bit, or attach PEFT's adapter "
+            "yourself (docs/how-to/plug-in.md)."
+        )
+    able = ", ".join(name for name, kind in KINDS.items() if held in kind.quantized)
+    why = (
+        "it takes part of each weight out, and what is left would be quantised again, which starts elsewhere"
+        if rewrites_base(settings)
+        else "its first values are made from the weights, and these are packed"
+    )
+    raise UnsuitableAdapter(f"{what}: {why}. Use {able or 'another model'}, or leave --load-in out.")
+
+
+def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
+    kind, what = KINDS[settings.kind], f"attaching {settings.kind} of rank {settings.rank}"
+    for name, layer in layers.items():
+        if not kind.rank_sides:
+            continue
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            raise UnsuitableAdapter(
+                f"{what}: {name} is no linear layer, and only of these are its factors defined. "
+                "Leave it out of --target-modules."
+            )
+        if settings.kind == "olora" and isinstance(layer, Conv1D):
+            raise UnsuitableAdapter(
+                f"{what}: {name} keeps its weight transposed (Conv1D), which PEFT's OLoRA takes for the weight itself. "
+                "Use pissa, or lora."
+            )
+        sides = matrix_shape(layer)
+        if kind.rank_sides * settings.rank > min(sides):
+            raise UnsuitableAdapter(
+                f"{what}: {name} has a weight of {sides[0]} x {sides[1]}, which allows a rank of at most "
+                f"{min(sides) // kind.rank_sides}. Use a lower --rank."
+            )
+        if kind.rewrites_base and sum(m._parameters.get("weight") is layer.weight for m in model.modules()) > 1:
+            raise UnsuitableAdapter(
+                f"{what}: the weight of {name} is another module's too (tied embeddings), which rewriting it would "
+                "change. Leave it out of --target-modules."
+            )
+
+
+def _check_names(adapted: PeftModel, settings: AdapterSettings) -> None:
+    """Raise ValueError for a name that fits no layer: PEFT is content with one of them."""
+    wanted, found = targets_of(settings), adapted.targeted_module_names
+    for name in [] if wanted == "all-linear" else wanted:
+        if not any(module == name or module.endswith(f".{name}") for module in found):
+            raise ValueError(f"no layer is called {name!r}")
+
+
+def _take_out(layer: LoraLayer, original: Tensor) -> None:
+    """W - s B A as the layer's weight, from the original weight and the factors as they are now."""
+    base = layer.get_base_layer()
+    b, a = (m[NAME].weight.detach().double() for m in (layer.lora_B, layer.lora_A))
+    taken = layer.scaling[NAME] * (b @ a)
+    original = original.to(base.weight.device)
+    base.weight.data = (original.double() - (taken.T if isinstance(base, Conv1D) else taken)).to(original.dtype)

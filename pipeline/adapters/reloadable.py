@@ -1,0 +1,108 @@
+"""Which adapter folders, loaded on the base, compute what was trained.
+
+Owns the closed tables. PEFT runs an adapter's initialisation again when it loads it, before it reads the file. One that
+rewrites the base's weights by a random draw, or by samples that are not there any more, rewrites them otherwise than
+they were in training, or not at all; nothing in the file says so. Trade-off: what is not known to be made again is
+refused, though a version of PEFT to come may do it. Must not load weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from logitcache.errors import UnsuitableAdapter, UnsupportedModel
+
+from .registry import KINDS, AdapterSettings, rewrites_base
+
+CONFIG, RUN, CHECKPOINTS = "adapter_config.json", "run.json", "checkpoints"
+
+TYPES = frozenset(
+    {
+        *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "CARTRIDGE", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA"),
+        *("GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF"),
+        *("PEANUT", "PREFIX_TUNING", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA"),
+        *("TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+    }
+)
+"""Of PEFT 0.21's types, those that compute the same after loading, and through body and head apart: tests assert it for
+each. What they draw is in the file, or drawn again from a seed in the configuration. Left out: types that lengthen the
+sequence (PROMPT_TUNING, P_TUNING, CPT, ...) or need more than tokens (POLY, XLORA, ...)."""
+
+INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica", "pissa", "olora"})
+"""Values of `init_lora_weights` beside true and false: the file replaces all that they set, or (pissa, olora) W loses
+the same part again: to the last bit on the same machine, within 1e-8 nats of KL with another number of threads
+(docs/log.md)."""
+
+WHY = {
+    "pissa_niter": "PEFT decomposes the weights at random, and takes another part out of them each time it is loaded",
+    "corda": "what was taken out of the weights came from samples, and PEFT cannot take it out without them",
+    "lora_ga": "what was taken out of the weights came from gradients, and PEFT leaves the weights whole without them",
+    "loftq": "the weights that it was trained on were quantised and differ from the base's in full rank",
+}
+"""By how `init_lora_weights` begins."""
+
+
+def check_reloadable(folder: str) -> None:
+    """Raise `UnsuitableAdapter` where the folder holds an adapter that is not known to compute, on the base, what was
+    trained; `UnsupportedModel` where its configuration cannot be read. A folder without an adapter passes."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        return
+    _check_checkpoint(path)
+    config = _json(path / CONFIG, folder)
+    kind, start = config.get("peft_type"), config.get("init_lora_weights")
+    if not isinstance(kind, str):
+        raise _damaged(folder, f"{CONFIG} does not say of which type it is")
+    if kind not in TYPES:
+        raise UnsuitableAdapter(
+            f"loading adapter {folder!r}: expected a type that is known to compute after loading what was trained "
+            f"(docs/adapters.md), found {kind}. Its numbers might be another model's. Merge it into the base where it "
+            "was trained (merge_and_unload, save_pretrained), and give that folder."
+        )
+    if kind == "LORA" and isinstance(start, str) and start.lower() not in INITIALISATIONS:
+        why = next((said for name, said in WHY.items() if start.lower().startswith(name)), "it is not known here")
+        raise UnsuitableAdapter(
+            f"loading adapter {folder!r}: expected a LoRA of the untouched base, found init_lora_weights {start!r}: "
+            f"{why}. It would be another model than was trained. Where it was trained, save it as a plain LoRA "
+            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)), or train it by "
+            "`logitcache train`, which saves one."
+        )
+    if config.get("sample_at_inference"):
+        raise UnsuitableAdapter(
+            f"loading adapter {folder!r}: expected one distribution a position, found sample_at_inference: {kind} then "
+            "draws at random in every forward. Set it to false in adapter_config.json to evaluate the mean."
+        )
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raise `UnsuitableAdapter` for what a run keeps for --resume, where it belongs to rewritten weights."""
+    place = path.resolve().parent
+    run = place.parent / RUN
+    if place.name != CHECKPOINTS or not run.is_file():
+        return
+    described = _json(run, str(path)).get("adapter")
+    if not isinstance(described, dict) or described.get("kind") not in KINDS:
+        raise _damaged(str(path), f"{run} does not say of which kind it is")
+    settings = AdapterSettings(described["kind"], variant=described.get("variant", AdapterSettings.variant))
+    if rewrites_base(settings):
+        raise UnsuitableAdapter(
+            f"loading adapter {str(path)!r}: it is a checkpoint of a run with {settings.kind}, whose adapter belongs "
+            "to the weights that training rewrote. On the base it is another model. It is for --resume alone: finish "
+            f"the run, and give {str(place.parent)!r}."
+        )
+
+
+def _json(path: Path, folder: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise _damaged(folder, f"{path.name} is no JSON object")
+    return found
+
+
+def _damaged(folder: str, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"loading adapter {folder!r}: it is damaged ({why}). Restore it from a copy, or train it again."
+    )

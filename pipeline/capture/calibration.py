@@ -1,0 +1,326 @@
+"""Does another engine say what transformers says? Two records of the same positions, compared; a bound; a file.
+
+Owns the bounds, and the calibration file that `precompute` asks of an engine. Must not start engines. All differences
+are in nats. Shapes: P positions, K alternatives.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.data.samples import Sample, distinct
+from logitcache.errors import NotCalibrated, UnreadableSweep
+from logitcache.json_files import CheckedJson
+from logitcache.models.loading import Base
+from logitcache.pairing.identity_checks import check_identity
+from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
+from logitcache.storage.files import replace_file
+from logitcache.storage.records import NO_TOKEN
+
+from .teacher import Teacher
+
+MIN_POSITIONS = 1000
+
+MIN_OVERLAP = 0.8
+"""Mean share of the kept alternatives that both engines keep: where they share nothing, nothing differs either."""
+
+ADVICE = "Nothing was cached. Run `logitcache calibrate` again."
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What two engines may differ by, in nats: the largest and the mean difference of a log-probability, of labels and
+    of alternatives alike, and the mean KL."""
+
+    max_nats: float
+    mean_nats: float
+    mean_kl_nats: float
+
+
+BOUNDS = {
+    "float32": Bounds(1e-3, 1e-4, 5e-6),
+    "float16": Bounds(0.25, 0.02, 5e-4),
+    "bfloat16": Bounds(1.0, 0.08, 5e-3),
+}
+"""By the coarser dtype of the two. What transformers differs by from itself on three models, in another attention or
+against float32 (docs/log.md), at most: float32 2e-5, 2e-6 and 1e-12; float16 .07, .006 and 1.2e-5; bfloat16 .5, .05 and
+7e-4. Another model of random weights: 5, 1.2 and .06; a tenth of noise on every weight: 1.8, .28 and .04. All KLs are
+below what the check of step 0 lets pass (`gate.KL_TOLERANCE_NATS`)."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What was found over `num_positions`: differences of log p(label); of the log-probabilities of the alternatives
+    that both keep (by token id); of p(tail); the mean share of alternatives that both keep; and KL(reference || engine)
+    over the outcomes that both tell apart: the label, those alternatives, everything else."""
+
+    num_samples: int
+    num_positions: int
+    max_label_nats: float
+    mean_label_nats: float
+    max_alternative_nats: float
+    mean_alternative_nats: float
+    max_tail_mass: float
+    mean_overlap: float
+    max_kl_nats: float
+    mean_kl_nats: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model was run: the engine, its version, and what the model is with it."""
+
+    engine: str
+    version: str
+    model: ModelIdentity
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An engine against the reference, on the same samples with the same top_k. rounding_nats: what a log-probability
+    of the engine may be off by alone because a cache stores it in steps."""
+
+    engine: Run
+    reference: Run
+    top_k: int
+    found: Differences
+    rounding_nats: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeldRecords:
+    """Of a cache, in place of an engine: some of its samples and their records, in one order."""
+
+    cache: LogitCache
+    samples: list[Sample]
+    records: list[BaseLogprobs]
+
+    @property
+    def run(self) -> Run:
+        """How the cache was made, as far as it says so."""
+        made_with = self.cache.manifest.created_with
+        return Run("cache", made_with.get("vllm", made_with.get("transformers", "unknown")), self.cache.manifest.model)
+
+
+def choose(samples: Sequence[Sample], num_positions: int, where: str) -> list[Sample]:
+    """Distinct samples of at least so many supervised positions in all, drawn by their content. where: for the message.
+
+    Raises `NotCalibrated` where there are not enough.
+    """
+    chosen, count = [], 0
+    for sample in sorted(distinct(samples), key=lambda s: sample_id(s.token_ids)):
+        if count >= num_positions:
+            break
+        chosen.append(sample)
+        count += len(sample.positions)
+    if count < num_positions:
+        raise _too_few(where, num_positions, count)
+    return chosen
+
+
+def choose_cached(cache: LogitCache, num_positions: int) -> HeldRecords:
+    """Samples of a cache with at least so many positions in all, drawn at random with a fixed seed.
+
+    Raises `NotCalibrated` where it holds fewer, and what reading a cache raises.
+    """
+    samples, records, count = [], [], 0
+    for i in np.random.default_rng(0).permutation(len(cache)):
+        if count >= num_positions:
+            break
+        held = cache.sample(int(i))
+        supervised = np.zeros(len(held.token_ids), dtype=np.bool_)
+        supervised[held.logprobs.positions + 1] = True
+        samples.append(Sample(held.token_ids, supervised, f"sample {i} of {cache.path}"))
+        records.append(held.logprobs)
+        count += len(held.logprobs)
+    if count < num_positions:
+        raise _too_few(str(cache.path), num_positions, count)
+    return HeldRecords(cache, samples, records)
+
+
+def check_cache(held: HeldRecords, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise `IdentityMismatch` unless the cache is of this model and tokenizer; dtype and attention may differ."""
+    check_identity(held.cache, base, tokenizer)
+
+
+def records_of(teacher: Teacher, samples: Sequence[Sample], batch_tokens: int) -> list[BaseLogprobs]:
+    """The records of the samples, in their order, by batches of at most so many tokens, padding included."""
+    return [record for batch in _batches(samples, batch_tokens) for record in teacher(batch)]
+
+
+def compare(reference: Sequence[BaseLogprobs], engine: Sequence[BaseLogprobs]) -> Differences:
+    """The differences of two engines' records of the same positions. Raises ValueError where they are of others."""
+    labels, alternatives, tails, overlaps, kls = zip(
+        *(_differences(a, b) for a, b in zip(reference, engine, strict=True)), strict=True
+    )
+    label, alternative = np.concatenate(labels), np.concatenate(alternatives)
+    kl = np.concatenate(kls)
+    return Differences(
+        num_samples=len(labels),
+        num_positions=len(label),
+        max_label_nats=float(label.max()),
+        mean_label_nats=float(label.mean()),
+        max_alternative_nats=float(alternative.max(initial=0)),
+        mean_alternative_nats=float(alternative.mean()) if len(alternative) else 0.0,
+        max_tail_mass=float(np.concatenate(tails).max()),
+        mean_overlap=float(np.concatenate(overlaps).mean()),
+        max_kl_nats=float(kl.max()),
+        mean_kl_nats=float(kl.mean()),
+    )
+
+
+def bounds_of(calibration: Calibration) -> Bounds:
+    """By the coarser dtype, a dtype that is not known being a coarse one; and the rounding of a cache, whose errors,
+    spread evenly over [-e, e], make a KL of about e^2 / 6."""
+    dtypes = (calibration.engine.model.dtype, calibration.reference.model.dtype)
+    bounds = max((BOUNDS.get(d, BOUNDS["bfloat16"]) for d in dtypes), key=lambda b: b.max_nats)
+    e = calibration.rounding_nats
+    return Bounds(bounds.max_nats + e, bounds.mean_nats + e, bounds.mean_kl_nats + e**2 / 3)
+
+
+def check_bounds(calibration: Calibration) -> None:
+    """Raise `NotCalibrated`, naming each difference above its bound, or where too few positions were compared."""
+    found, bounds = calibration.found, bounds_of(calibration)
+    wrong = [
+        f"{what} {value:.4g}, at most {bound:g}"
+        for what, value, bound in (
+            ("max difference of log p(label)", found.max_label_nats, bounds.max_nats),
+            ("mean difference of log p(label)", found.mean_label_nats, bounds.mean_nats),
+            ("max difference of alternatives", found.max_alternative_nats, bounds.max_nats),
+            ("mean difference of alternatives", found.mean_alternative_nats, bounds.mean_nats),
+            ("mean KL", found.mean_kl_nats, bounds.mean_kl_nats),
+        )
+        if not value <= bound
+    ]
+    if not found.mean_overlap >= MIN_OVERLAP:
+        wrong.append(f"shared alternatives {found.mean_overlap:.2f}, at least {MIN_OVERLAP:g}")
+    if found.num_positions < MIN_POSITIONS:
+        wrong.append(f"positions {found.num_positions}, at least {MIN_POSITIONS}")
+    if wrong:
+        engine, reference = calibration.engine, calibration.reference
+        raise NotCalibrated(
+            f"comparing {engine.engine} ({engine.model.dtype}, {engine.model.attention} attention) with "
+            f"{reference.engine} ({reference.model.dtype}, {reference.model.attention} attention) on "
+            f"{found.num_positions:,} positions: found {'; '.join(wrong)}. A cache made by it would not be of the base "
+            "that is trained. Run both in one dtype, or use --engine transformers."
+        )
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write a calibration as JSON, as a whole or not at all."""
+    replace_file(path, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The calibration in a file. Raises `NotCalibrated` where it is missing, damaged or of something else."""
+    try:
+        body = CheckedJson.of(path, ADVICE)
+        parts = {name: body.part(name) for name in ("engine", "reference")}
+        runs = {n: Run(p.text("engine"), p.text("version"), _identity(p.part("model"))) for n, p in parts.items()}
+        found = body.part("found")
+        counts = {n: found.whole(n) for n in ("num_samples", "num_positions")}
+        others = {f.name: found.number(f.name) for f in fields(Differences) if f.name not in counts}
+        differences = Differences(**counts, **others)  # type: ignore[arg-type]
+        top_k, rounding = body.whole("top_k"), body.number("rounding_nats")
+        return Calibration(runs["engine"], runs["reference"], top_k, differences, rounding)
+    except OSError as error:
+        raise NotCalibrated(f"reading {path}: {error.strerror or error}. {ADVICE}") from error
+    except UnreadableSweep as error:
+        raise NotCalibrated(str(error)) from error
+
+
+def check_calibration(path: Path, engine: str, version: str, identity: ModelIdentity) -> Calibration:
+    """The calibration in a file, if it is of this engine, this version, and this very model as the engine runs it.
+
+    identity: with the engine's dtype and attention. The bounds are those of today. Raises `NotCalibrated`.
+    """
+    calibration = read_calibration(path)
+    run = calibration.engine
+    stated = {"engine": run.engine, "version": run.version} | {f"model.{k}": v for k, v in asdict(run.model).items()}
+    wanted = {"engine": engine, "version": version} | {f"model.{k}": v for k, v in asdict(identity).items()}
+    differs = [f"{name}: {stated[name]} there, {wanted[name]} here" for name in wanted if stated[name] != wanted[name]]
+    reference = calibration.reference.model
+    differs += [
+        f"reference {name}: {getattr(reference, name)} there, {getattr(identity, name)} here"
+        for name in ("weights", "config", "vocab_size")
+        if getattr(reference, name) != getattr(identity, name)
+    ]
+    if differs:
+        raise NotCalibrated(
+            f"using the calibration in {path}: it differs in {'; '.join(differs)}. It says nothing of this engine with "
+            f"this model. {ADVICE}"
+        )
+    check_bounds(calibration)
+    return calibration
+
+
+def _too_few(where: str, expected: int, found: int) -> NotCalibrated:
+    return NotCalibrated(
+        f"calibrating on {where}: expected at least {expected:,} supervised positions, found {found:,}. Fewer say too "
+        "little. Give more data."
+    )
+
+
+def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for sample in samples:
+        longest = max(len(s.token_ids) for s in [*batch, sample])
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _identity(part: CheckedJson) -> ModelIdentity:
+    texts = {name: part.text(name) for name in ("weights", "config", "dtype", "attention")}
+    return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=part.text_or_empty("quantization"), **texts)
+
+
+def _differences(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], ...]:
+    """Of label [P], of shared alternatives [number of them], of the tail's mass [P]; overlap [P]; KL(a || b) [P]."""
+    if not (np.array_equal(a.positions, b.positions) and np.array_equal(a.label_ids, b.label_ids)):
+        raise ValueError("comparing records: expected the same positions and labels in both")
+    of_a, of_b = _shared(a, b)
+    same_a, same_b = of_a > -np.inf, of_b > -np.inf
+    both = same_a & same_b
+    label_a, label_b = a.label_logprobs.astype(np.float64), b.label_logprobs.astype(np.float64)
+    kept = np.minimum((a.alternative_ids != NO_TOKEN).sum(axis=1), (b.alternative_ids != NO_TOKEN).sum(axis=1))
+    overlap = both.sum(axis=1) / np.maximum(kept, 1)
+    of_a, of_b = np.where(both, of_a, -np.inf), np.where(both, of_b, -np.inf)
+    outcomes = []
+    for record, label, shared in ((a, label_a, of_a), (b, label_b, of_b)):
+        masses = np.exp(record.alternative_logprobs.astype(np.float64))
+        unshared = np.exp(record.tail_logprobs.astype(np.float64)) + masses.sum(axis=1) - np.exp(shared).sum(axis=1)
+        unshared = np.maximum(unshared, 0)
+        outcomes.append(np.concatenate([np.exp(label)[:, None], np.exp(shared), unshared[:, None]], axis=1))
+    tail = np.abs(np.exp(a.tail_logprobs.astype(np.float64)) - np.exp(b.tail_logprobs.astype(np.float64)))
+    return np.abs(label_a - label_b), np.abs(of_a[both] - of_b[both]), tail, overlap, _kl(*outcomes)
+
+
+def _shared(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log-probabilities of a's alternatives, [P, K], by a and by b; -inf where b does not keep them."""
+    order = np.argsort(b.alternative_ids, axis=1)
+    ids = np.take_along_axis(b.alternative_ids, order, axis=1)
+    logprobs = np.take_along_axis(b.alternative_logprobs, order, axis=1).astype(np.float64)
+    by_b = np.full(a.alternative_ids.shape, -np.inf)
+    for row in range(len(a)):
+        place = np.minimum(np.searchsorted(ids[row], a.alternative_ids[row]), ids.shape[1] - 1)
+        hit = (ids[row, place] == a.alternative_ids[row]) & (a.alternative_ids[row] != NO_TOKEN)
+        by_b[row, hit] = logprobs[row, place[hit]]
+    return a.alternative_logprobs.astype(np.float64), by_b
+
+
+def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL of masses [P, J], each normalised by its sum; 0 log 0 = 0, infinite where q lacks what p has."""
+    p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0)
+    kl: NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0)
+    return kl

@@ -1,0 +1,176 @@
+"""The base -> `BaseLogprobs`, chunk by chunk.
+
+Owns the record's numbers: one body forward of a padded batch, then the head on slices of supervised positions only.
+[batch, time, vocabulary] is never held; one slice of logits in float32 is.
+Shapes: B samples, T time, N positions of the batch, n of a slice, V vocabulary, K alternatives, G groups,
+M draws, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from logitcache.data.samples import Sample, pad_batch
+from logitcache.errors import NonFiniteLogits
+from logitcache.models.device_map import head_device
+from logitcache.models.head import OutputHead, hidden_states, rows_at_once
+from logitcache.storage import BaseLogprobs, sample_id
+
+SLICE_BYTES = 64 * 2**20
+"""Size of one slice of float32 logits; a few of its size are alive at a time."""
+
+CACHED_BYTES = 4 * 2**20
+"""Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
+anew each time, which takes longer than the arithmetic (2.6 times at V = 151,936)."""
+
+
+class Teacher(Protocol):
+    """Whatever runs the base."""
+
+    def __call__(self, batch: Sequence[Sample], /) -> list[BaseLogprobs]:
+        """The record of every supervised position of each sample, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformersTeacher:
+    """Records by transformers: the same numerics as the student's. Arguments: those of `capture`."""
+
+    model: PreTrainedModel
+    top_k: int
+    token_groups: Tensor | None = None
+    num_tail_samples: int = 0
+
+    def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
+        """`capture` of one padded batch."""
+        return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples)
+
+
+@torch.inference_mode()
+def capture(
+    model: PreTrainedModel,
+    batch: Sequence[Sample],
+    top_k: int,
+    token_groups: Tensor | None = None,
+    num_tail_samples: int = 0,
+) -> list[BaseLogprobs]:
+    """The record of every supervised position of a batch, with K = min(top_k, V - 1).
+
+    log p(c) = z_c - logsumexp(z) in float32 over the whole vocabulary; the tail is summed directly over the tokens that
+    are neither label nor kept. token_groups: int [V], to split the tail by; num_tail_samples: draws from the tail, the
+    same for a position of a sample whenever it is captured. Raises `NonFiniteLogits` with the sample and the position.
+    """
+    padded = pad_batch(batch, head_device(model))
+    hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
+    hidden = hidden.index_select(0, padded.rows)
+    head = OutputHead(model)
+    num_rows = rows_at_once(model, SLICE_BYTES)
+    split = None if token_groups is None else one_hot(token_groups.to(hidden.device))
+    uniforms = torch.from_numpy(_uniforms(batch, num_tail_samples)).to(hidden.device)
+    slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)
+    num_together = rows_at_once(model, CACHED_BYTES) if hidden.device.type == "cpu" else num_rows
+    parts = []
+    for h, labels, u in slices:
+        together = zip(*(c.split(num_together) for c in (head(h).float(), labels, u)), strict=True)
+        parts += [slice_record(z, y, top_k, split, v) for z, y, v in together]
+    columns = {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
+    for name in ("alternative_ids", "tail_sample_ids"):
+        if name in columns:
+            columns[name] = columns[name].astype(np.uint32)  # -1 becomes NO_TOKEN
+    _check_finite(columns["label_logprobs"], batch)
+    records, start = [], 0
+    for sample in batch:
+        rows = slice(start, start + len(sample.positions))
+        start = rows.stop
+        records.append(
+            BaseLogprobs(
+                positions=sample.positions,
+                label_ids=sample.token_ids[sample.positions + 1],
+                **{name: column[rows] for name, column in columns.items()},
+            )
+        )
+    return records
+
+
+def slice_record(
+    logits: Tensor, labels: Tensor, top_k: int, groups: Tensor | None = None, uniforms: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The columns of `BaseLogprobs` that float32 logits [n, V] determine; logits are overwritten.
+
+    groups: one-hot, float32 [V, G]. uniforms: float64 [n, M] in [0, 1), M draws from the tail by inversion. A row with
+    a logit that is not finite comes back as NaN in its log p(label).
+    """
+    k = min(top_k, logits.shape[1] - 1)
+    top = logits.amax(dim=1, keepdim=True)
+    finite = (logits.amin(dim=1) > -torch.inf) & (top.squeeze(1) < torch.inf)  # NaN fails both
+    rest = logits - top  # first, so that the size of the logits costs no digits
+    normaliser = rest.logsumexp(dim=1, keepdim=True)
+    label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
+    kept, ids = rest.scatter_(1, labels[:, None], -torch.inf).topk(k, dim=1)
+    tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
+    columns = {
+        "label_logprobs": label.where(finite, torch.nan),
+        "alternative_ids": ids,
+        "alternative_logprobs": kept - normaliser,
+        "tail_logprobs": tail,
+    }
+    if groups is None and (uniforms is None or not uniforms.shape[1]):
+        return columns
+    most = rest.amax(dim=1, keepdim=True)
+    most = torch.where(most > -torch.inf, most, 0.0)
+    masses = (rest - most).exp()
+    if groups is not None:
+        columns["tail_group_logprobs"] = (masses @ groups).log() + (most - normaliser)
+    if uniforms is not None and uniforms.shape[1]:
+        drawn = _draw(masses, uniforms)
+        logprobs = rest.gather(1, drawn) - normaliser
+        order = logprobs.argsort(dim=1, descending=True, stable=True)  # of ids in ascending order
+        nothing = (tail == -torch.inf)[:, None]
+        columns["tail_sample_ids"] = torch.where(nothing, -1, drawn.gather(1, order))
+        columns["tail_sample_logprobs"] = torch.where(nothing, -torch.inf, logprobs.gather(1, order))
+    return columns
+
+
+def one_hot(groups: Tensor) -> Tensor:
+    """float32 [V, G] of the group of each token, [V]."""
+    return torch.nn.functional.one_hot(groups.long()).float()
+
+
+def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:
+    """Indices, ascending, int64 [n, M]: the first whose cumulative mass exceeds the uniform's share of the whole."""
+    cumulative = masses.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    below = total.nextafter(torch.zeros_like(total))  # a uniform next to 1 times the total may round to it
+    drawn = torch.searchsorted(cumulative, torch.minimum(uniforms * total, below), right=True)
+    return drawn.clamp_(max=masses.shape[1] - 1).sort(dim=1).values  # beyond the end only where there is no tail
+
+
+def _uniforms(batch: Sequence[Sample], num_draws: int) -> NDArray[np.float64]:
+    """float64 [N, M] in [0, 1) of the supervised positions: a function of tokens and position, not of the batch."""
+    parts = []
+    for sample in batch:
+        seed = int.from_bytes(sample_id(sample.token_ids), "little")
+        stream = np.random.Generator(np.random.Philox(key=seed))
+        parts.append(stream.random((len(sample.token_ids), num_draws))[sample.positions])
+    return np.concatenate(parts)
+
+
+def _check_finite(label_logprobs: np.ndarray, batch: Sequence[Sample]) -> None:
+    bad = np.flatnonzero(np.isnan(label_logprobs))
+    if not len(bad):
+        return
+    row = int(bad[0])
+    for sample in batch:
+        if row < len(sample.positions):
+            raise NonFiniteLogits(
+                f"running the base on {sample.origin}, position {sample.positions[row]}: its logits are not finite "
+                f"({len(bad)} positions of this batch). Nothing of this batch was cached. "
+                "Try --dtype float32, or look at this row."
+            )
+        row -= len(sample.positions)

@@ -1,0 +1,369 @@
+"""The batch precompute job: a data set of any size, filled into one cache by any number of workers.
+
+Owns who does what. The data are read in windows of so many rows; the samples of a window make a plan of their own, and
+its shards are the units of work. Each unit belongs to one worker, by a rule that needs no talk: so workers may die,
+come late or be repeated, and what two did is committed once. Only the samples of one window are in memory. The last
+worker to finish finalises. Must not know how a record is made, nor print.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
+from logitcache.data.rows import count_rows, read_windows, sizes_of
+from logitcache.data.samples import SampleSet, check_samples_left, read_samples
+from logitcache.errors import InvalidData, NonFiniteLogits
+from logitcache.models.head import check_head, check_length
+from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer, pick_device
+from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
+from logitcache.storage import CacheWriter, LogitCache, Manifest, check_same_capture, copy_samples, sample_id
+from logitcache.storage.captured_index import Captured
+from logitcache.storage.identity import digest_json
+from logitcache.storage.job_status import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    WorkerRecord,
+    read_records,
+    remove_records,
+    write_record,
+)
+from logitcache.storage.manifest import MAX_SHARDS
+
+from .calibration import check_calibration
+from .plan import (
+    Counts,
+    Plan,
+    PrecomputeSettings,
+    count,
+    failed_text,
+    make_plan,
+    manifest_for,
+    manifest_of,
+    partition_for,
+    teacher_of,
+    without_captured,
+)
+from .shard_pipeline import Filler, Progress, Tell
+from .teacher import Teacher
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+
+WORKERS_A_WINDOW = 8
+"""Workers that share a window: more would all have to tokenize it, fewer would leave small data sets to few."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is, in plain values that any process can be told. window_rows: rows that are planned together.
+
+    samples_from: another cache of the same identity, whose samples are copied instead of computed; "" for none.
+    streaming: read a hub data set as it comes. engine: transformers or vllm; calibration: what `calibrate` wrote of the
+    latter. load_in, device_map, tensor_parallel: as of `load_base`; with the last, all ranks make one worker.
+    """
+
+    model: str
+    data: str
+    cache: str
+    settings: PrecomputeSettings
+    dtype: str = "auto"
+    device: str = "auto"
+    window_rows: int = 16_384
+    streaming: bool = False
+    samples_from: str = ""
+    engine: str = TRANSFORMERS
+    calibration: str = ""
+    load_in: str | None = None
+    device_map: str | None = None
+    tensor_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """The `index`-th of `num` workers."""
+
+    index: int = 0
+    num: int = 1
+
+    def has_unit(self, window: int, unit: int) -> bool:
+        """Whether a unit of a window is this worker's: every unit is one worker's, every worker's share about equal."""
+        turned = window // (
+            self.num // gcd(WORKERS_A_WINDOW, self.num)
+        )  # so that windows of few units feed all of them
+        return (window * WORKERS_A_WINDOW + (unit + turned) % WORKERS_A_WINDOW) % self.num == self.index
+
+    def has_window(self, window: int) -> bool:
+        """Whether some unit of a window may be this worker's."""
+        return (self.index - window * WORKERS_A_WINDOW) % self.num < WORKERS_A_WINDOW
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker loads once, for any number of shares."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    manifest: Manifest
+    partition: NDArray[np.uint8] | None
+    teacher: Teacher
+    base: Base | None
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What one worker did. planned: the rows of the windows it read, and its units of them; num_samples_found: of
+    those, the samples that were there already; num_samples_copied: that came from the other cache; is_final: whether
+    the cache is finished now."""
+
+    planned: Counts
+    num_samples: int = 0
+    num_positions: int = 0
+    num_tokens: int = 0
+    num_samples_found: int = 0
+    num_samples_copied: int = 0
+    is_final: bool = False
+
+
+def load(spec: JobSpec) -> Loaded:
+    """The base and all that goes with it. Raises what loading raises, and `NotCalibrated`."""
+    source = find_model(spec.model)
+    tokenizer = load_tokenizer(source)
+    if spec.engine == VLLM:
+        return _load_vllm(spec, source, tokenizer)
+    where = pick_device(spec.device)
+    base = load_base(source, spec.dtype, where, spec.load_in, spec.device_map, spec.tensor_parallel)
+    check_head(base.model)
+    partition = agreed(partition_for(base, spec.settings, spec.cache))
+    manifest = manifest_for(base, tokenizer, spec.settings, partition)
+    teacher = teacher_of(base, manifest, partition)
+    return Loaded(tokenizer, manifest, partition, teacher, base)
+
+
+@contextmanager
+def one_worker(loaded: Loaded) -> Iterator[Loaded | None]:
+    """With a model that is divided over processes: what the leader works with, and None, after all of the work, on the
+    others, which follow its forwards. Otherwise what was loaded."""
+    if not is_divided():
+        yield loaded
+    elif not leads():
+        follow(loaded.teacher)
+        yield None
+    else:
+        leading = Leading(loaded.teacher)
+        try:
+            yield replace(loaded, teacher=leading)
+        finally:
+            leading.release()
+
+
+def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
+    check_tail(spec.settings.tail_groups, spec.settings.tail_samples)
+    identity = vllm_identity(source, spec.dtype)
+    check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
+    manifest = manifest_of(source.name, identity, tokenizer, spec.settings, engine=VLLM)
+    teacher = start_vllm(source, identity, manifest.capture.top_k, spec.settings.max_length)
+    return Loaded(tokenizer, manifest, None, teacher, None)
+
+
+Planned = tuple[int, SampleSet, Plan]
+"""Number, samples and plan of a window."""
+
+
+def plans(spec: JobSpec, loaded: Loaded, share: Share) -> Iterator[Planned]:
+    """Every window that may hold a unit of this share."""
+    vocab_size = loaded.manifest.model.vocab_size
+    for window in read_windows(spec.data, spec.window_rows, share.has_window, spec.streaming):
+        found = read_samples(window.rows, loaded.tokenizer, spec.settings.max_length, vocab_size)
+        yield window.number, found, make_plan(found.samples, spec.settings)
+
+
+def work(
+    spec: JobSpec,
+    loaded: Loaded,
+    share: Share | None = None,
+    progress: Progress = lambda _: None,
+    tell: Tell = lambda name, facts: None,
+) -> JobReport:
+    """Do a share of the job, and finalise the cache if all of the others are done.
+
+    Raises what `CacheWriter`, the teacher and the data raise; `NonFiniteLogits` at the end where units could not be
+    computed. What was committed before stays, and the same call goes on from there.
+    """
+    share = share or Share()
+    windows = plans(spec, loaded, share)
+    first = next(windows, None)  # a broken row at the start is told before anything is written
+    if share.num == 1 and (first is None or first[1].num_rows < spec.window_rows):
+        rows, samples = (0, 0) if first is None else (first[1].num_rows, len(first[1].samples))
+        check_samples_left(rows, samples, spec.settings.max_length)
+    num_windows = _num_windows(spec)
+    if first is not None:
+        _check_length(loaded, first[2])
+        check_num_units(len(first[2].shards) * (num_windows or 1), spec.settings)
+    other = LogitCache.open(spec.samples_from) if spec.samples_from else None
+    if other is not None:
+        check_same_capture(loaded.manifest, other)
+    with CacheWriter(spec.cache, loaded.manifest, loaded.partition) as writer:
+        worker = _Worker(spec, loaded, share, writer, progress, tell, other, num_windows)
+        worker.begin()
+        try:
+            return worker.run(windows if first is None else chain([first], windows))
+        except BaseException:
+            with suppress(OSError):  # of a disk that is full, say
+                worker.record(worker.failed_as)
+            raise
+
+
+def check_num_units(num_units: int, settings: PrecomputeSettings) -> None:
+    """Raise `InvalidData` where a job comes to more shards than one cache can list, before it has cost anything."""
+    if num_units > MAX_SHARDS:
+        factor = -(-num_units // MAX_SHARDS)
+        raise InvalidData(
+            f"planning the job: about {num_units:,} shards, expected at most {MAX_SHARDS:,} in one cache. It could not "
+            f"be finished. Use --shard-positions {settings.shard_positions * factor} or more."
+        )
+
+
+def _num_windows(spec: JobSpec) -> int | None:
+    """None where nobody knows how many rows there are."""
+    rows = count_rows(spec.data)
+    return None if rows is None else -(-rows // spec.window_rows)
+
+
+def _job_of(spec: JobSpec) -> str:
+    """What the workers of one job agree on: how the data are cut into units."""
+    cut = (spec.settings.max_length, spec.settings.batch_tokens, spec.settings.shard_positions, spec.window_rows)
+    return digest_json([sizes_of(spec.data), list(cut)])
+
+
+def _check_length(loaded: Loaded, plan: Plan) -> None:
+    if loaded.base is not None:
+        check_length(loaded.base.model, max((len(s.token_ids) for s in plan.samples), default=0))
+
+
+class _Worker:
+    """One share on its way."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        loaded: Loaded,
+        share: Share,
+        writer: CacheWriter,
+        progress: Progress,
+        tell: Tell,
+        other: LogitCache | None,
+        num_windows: int | None,
+    ) -> None:
+        self._planned, self._num_found, self._num_copied = Counts(), 0, 0
+        self._spec, self._loaded, self._share = spec, loaded, share
+        self._writer, self._progress, self._tell = writer, progress, tell
+        self._other, self._job = other, ""
+        self._started, self._windows_done = time.time(), 0
+        self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
+        self._filler = Filler(writer, loaded.teacher, loaded.partition, progress, self._told)
+
+    def begin(self) -> None:
+        """Read what is there, and say that it works on the rest."""
+        self._writer.captured()
+        self._job = _job_of(self._spec)
+        self.record(RUNNING)
+
+    def run(self, windows: Iterable[Planned]) -> JobReport:
+        """All windows, then the end."""
+        captured = self._writer.captured()
+        with self._filler as filler:
+            for number, found, plan in windows:
+                self._fill(filler, number, found, plan, captured)
+                self._windows_done += 1
+        filled = filler.filled
+        if filled.failures:
+            raise NonFiniteLogits(failed_text(filled.failures))
+        self.record(FINISHED)
+        return JobReport(
+            self._planned,
+            filled.num_samples,
+            filled.num_positions,
+            filled.num_tokens,
+            self._num_found,
+            self._num_copied,
+            self._finalize(),
+        )
+
+    @property
+    def failed_as(self) -> str:
+        """What it is if it goes no further."""
+        return FAILED if self._filler.filled.failures else STOPPED
+
+    def record(self, state: str) -> None:
+        """Say how this worker is."""
+        filled = self._filler.filled
+        record = WorkerRecord(
+            state=state,
+            job=self._job,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._started,
+            updated=time.time(),
+            num_units=filled.num_units,
+            num_positions=filled.num_positions,
+            num_tokens=filled.num_tokens,
+            windows_done=self._windows_done,
+            num_windows=self._num_windows,
+            failures=filled.failures[:100],
+        )
+        write_record(self._writer.files, self._share.index, self._share.num, record)
+
+    def _fill(self, filler: Filler, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
+        filler.settle()  # a sample that was in the window before is captured by now
+        mine = Plan(tuple(s for unit, s in enumerate(plan.shards) if self._share.has_unit(window, unit)))
+        _check_length(self._loaded, mine)
+        missing = without_captured(mine, captured)
+        self._planned += count(found, mine)
+        self._num_found += mine.num_samples - missing.num_samples
+        self._tell("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
+        if self._other is not None:
+            missing = self._copied(self._other, missing, captured)
+        self._progress(mine.num_tokens - missing.num_tokens)
+        for shard in missing.shards:
+            if self._share.num > 1 and filler.is_done(shard):  # repeated: another did it after this one had begun
+                self._progress(sum(len(s.token_ids) for batch in shard for s in batch))
+            else:
+                filler.shard(shard)
+
+    def _copied(self, other: LogitCache, missing: Plan, captured: Captured) -> Plan:
+        """The plan less what the other cache has, which is in this one now."""
+        wanted = {sample_id(s.token_ids): s.positions for s in missing.samples}
+        copied = copy_samples(self._writer, other, wanted, self._spec.settings.shard_positions)
+        self._num_copied += copied.num_samples
+        return without_captured(missing, captured)
+
+    def _told(self, name: str, facts: dict[str, object]) -> None:
+        self._tell(name, facts)
+        if name.startswith("unit"):
+            self.record(RUNNING)
+
+    def _finalize(self) -> bool:
+        """By the last one: all of the others have said that they finished. Whether the cache is final now."""
+        num = self._share.num
+        records = read_records(self._writer.files)
+        states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
+        done = len(states) == num and set(states) == {(FINISHED, self._job)}
+        if done:
+            if not self._writer.has_shards:
+                num_rows = count_rows(self._spec.data) or max(1, self._planned.num_rows)
+                check_samples_left(num_rows, 0, self._spec.settings.max_length)
+            if not self._writer.is_final:
+                self._writer.finalize()
+            remove_records(self._writer.files)
+        return done or self._writer.is_final

@@ -1,0 +1,1 @@
+"""Rows of a data set -> samples: token ids, and which of them are supervised."""

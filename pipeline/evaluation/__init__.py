@@ -1,0 +1,1 @@
+"""How well base and adapted model predict new text and prior text."""

@@ -1,0 +1,396 @@
+"""The loss of hidden states without [N, V] memory: slice by slice through the head, gradient in the same pass.
+
+Owns memory and the closed-form gradient; the formulas are those of `losses`, which the tests hold this against. Tensors
+only. Trade-off: the gradient is made in the forward, so that a slice of logits is computed once and never kept; it
+cannot be differentiated twice. What the head does is autograd's own: any head is right, trained, adapted or scaled.
+
+With g_j the gradient at the logit of outcome j, the gradient at a token c of the tail is g_T e_c / sum_T e, with
+e_c = exp(z_c - max_T z): one exp, one sum and one row-wise product over the slice, for cross-entropy and regulariser
+together. The maximum is the tail's own, so a tail far below its label loses no digits.
+Shapes: N positions, n of a slice, D hidden, V vocabulary, K alternatives, G groups, J outcomes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .formulas import (
+    Objective,
+    Regularizer,
+    SparseTargets,
+    base_outcomes,
+    base_rest,
+    cross_entropy,
+    divergence,
+    regularizer_mask,
+    regularizer_values,
+    sampled_kl,
+)
+from .leaves import check_gradients, check_leaves, names_in
+
+SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Size of a slice of float32 logits, by the kind of device."""
+
+LEAST_GROUP_SUM = 1e-30
+"""Of exp(z - max): below it a group's sum has lost digits, and the slice goes the plain way."""
+
+_COLUMNS = 16_384
+"""Of a slice whose gradient is made at a time, where it differs by group."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+class LinearLoss(NamedTuple):
+    """float32 scalars. loss = ce + kl_weight * kl, with gradient; ce, kl: sums over positions in nats, without."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def linear_loss(
+    hidden: Tensor,
+    head: Head,
+    label_ids: Tensor,
+    targets: SparseTargets | None,
+    objective: Objective,
+    kl_weight: float | Tensor,
+    head_parameters: Sequence[Tensor] = (),
+    idle_parameters: Sequence[Tensor] = (),
+    top1: Tensor | None = None,
+) -> LinearLoss:
+    """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
+
+    hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
+    targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
+    are trained; idle_parameters: those of them that may have no part in the logits, and then get no gradient.
+    kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
+    to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
+    costs a synchronisation a slice, and no pass over its logits. Equals the sums of
+    `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
+    `losses.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
+    another of these, or with a trained tensor that is none of them.
+    """
+    parameters = [p for p in head_parameters if p.requires_grad]
+    if objective.regularizer == "none":
+        targets = None
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
+    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names_in(head), top1)
+    return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class _Call:
+    """The arguments that autograd need not see."""
+
+    head: Head
+    label_ids: Tensor
+    targets: SparseTargets | None
+    objective: Objective
+    kl_weight: float | Tensor
+    with_gradient: bool
+    idle: Sequence[Tensor] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+    top1: Tensor | None = None
+    _groups: tuple[Tensor, Tensor] | None = None
+
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """The group of each token, int64 [V], and the same as one-hot rows, float32 [V, G]."""
+        if self._groups is None:
+            assert self.targets is not None
+            assert self.targets.token_groups is not None and self.targets.tail_group_logprobs is not None
+            groups = self.targets.token_groups.long()
+            one_hot = torch.zeros(len(groups), self.targets.tail_group_logprobs.shape[1], device=groups.device)
+            self._groups = groups, one_hot.scatter_(1, groups[:, None], 1.0)
+        return self._groups
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, ce, kl; keeps the gradients of the loss."""
+        ce, kl = (torch.zeros((), device=hidden.device) for _ in range(2))
+        idle = {id(p) for p in call.idle}
+        gradients = [None if id(p) in idle else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        by_hidden = torch.zeros_like(hidden)
+        num_rows = _num_rows(call, hidden)
+        for start in range(0, len(hidden), num_rows):
+            rows = slice(start, start + num_rows)
+            targets = None if call.targets is None else call.targets.rows(rows)
+            h = hidden.detach()[rows].requires_grad_(call.with_gradient)
+            part = _slice(call, h, call.label_ids[rows], targets)
+            ce, kl = ce + part.ce, kl + part.kl
+            if part.gradient is not None:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    by_h, *found = torch.autograd.grad(part.logits, (h, *parameters), part.gradient, allow_unused=True)
+                check_gradients(found, parameters, call.idle, call.names)
+                check_leaves(part.logits, (h, *parameters))
+                if by_h is not None:  # a head may detach what it is given
+                    by_hidden[rows] += by_h
+                for i, gradient in enumerate(found):
+                    if gradient is not None:
+                        gradients[i] = _sum(gradients[i], gradient)
+                del by_h, found
+            del part  # before the next slice is made
+        ctx.save_for_backward(by_hidden, *gradients)
+        ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
+        loss = ce + _times(call.kl_weight, kl)
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
+        """Those, times the gradient of the loss."""
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # a scale in half precision would lose digits
+        return (None, *(None if g is None else (g.float() * grad_loss).to(dtype) for g, dtype in saved))
+
+
+def _sum(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """In float32, and in place where there is one."""
+    if total is None:
+        total = torch.zeros_like(gradient, dtype=torch.float32)
+    return total.add_(gradient)
+
+
+class _Slice(NamedTuple):
+    """logits [n, V] as the head made them, d loss / d logits or None, and the sums of the slice."""
+
+    logits: Tensor
+    gradient: Tensor | None
+    ce: Tensor
+    kl: Tensor
+
+
+def _num_rows(call: _Call, hidden: Tensor) -> int:
+    if call.objective.tokens_per_loss_chunk is not None:
+        return call.objective.tokens_per_loss_chunk
+    if not len(hidden):
+        return 1
+    vocab_size = getattr(call.head, "vocab_size", None)
+    if vocab_size is None:
+        with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
+            vocab_size = call.head(hidden.detach()[:1]).shape[1]
+    return max(1, SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cuda"]) // (4 * vocab_size))
+
+
+def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
+    with torch.set_grad_enabled(call.with_gradient):
+        logits = call.head(hidden)
+    keeps_output = type(logits.grad_fn).__name__ not in ("MmBackward0", "AddmmBackward0") or _has_hooks(call.head)
+    work = logits.detach().float()
+    if work.data_ptr() == logits.data_ptr() and keeps_output:
+        work = work.clone()
+    found = _losses_and_gradient(work, call, label_ids, targets)
+    if found is None:
+        with torch.set_grad_enabled(call.with_gradient):
+            logits = call.head(hidden)  # the first ones are overwritten
+        return _plain_slice(logits, call, label_ids, targets)
+    ce, kl = found
+    if not call.with_gradient:
+        return _Slice(logits, None, ce, kl)
+    if work.dtype != logits.dtype:
+        work = work.to(logits.dtype) if keeps_output else logits.detach().copy_(work)
+    return _Slice(logits, work, ce, kl)
+
+
+def _has_hooks(head: Head) -> bool:
+    """Whether somebody else may hold what the head returns."""
+    module = getattr(head, "module", head)
+    hooks = nn.modules.module._global_forward_hooks
+    return bool(hooks) or not isinstance(module, nn.Module) or any(m._forward_hooks for m in module.modules())
+
+
+def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
+    """The general way, by autograd over `losses`; several times the memory of a slice."""
+    assert targets is not None
+    z = logits.detach().float().requires_grad_(call.with_gradient)
+    with torch.set_grad_enabled(call.with_gradient):
+        ce = cross_entropy(z, label_ids).sum()
+        counts = regularizer_mask(targets, call.objective)
+        kl = torch.where(counts, regularizer_values(z, targets, call.objective), 0.0).sum()
+        gradient = (
+            torch.autograd.grad(ce + _times(call.kl_weight, kl), z)[0].to(logits.dtype) if call.with_gradient else None
+        )
+    return _Slice(logits, gradient, ce.detach(), kl.detach())
+
+
+@torch.no_grad()
+def _losses_and_gradient(
+    z: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None
+) -> tuple[Tensor, Tensor] | None:
+    """The sums of the slice; logits z, float32 [n, V], become d loss / d z. None where digits would be lost."""
+    labels, smoothing = label_ids.long()[:, None], call.objective.label_smoothing
+    if smoothing:
+        z_mean = z.sub_(z.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
+    if targets is None:
+        kept_ids, z_kept = labels, z.gather(1, labels)
+    else:
+        ids = targets.alternative_ids.long()
+        kept_ids = torch.cat([labels, ids], dim=1)
+        z_kept = torch.cat([z.gather(1, labels), torch.where(ids != labels, z.gather(1, ids), -torch.inf)], dim=1)
+    drawn = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
+    z_drawn = None if drawn is None else z.gather(1, drawn)
+    tail = _Tail(z.scatter_(1, kept_ids, -torch.inf))
+    if call.top1 is not None:  # also where the slice goes the plain way after this
+        call.top1 += _num_largest(z_kept, kept_ids, tail).to(call.top1)
+    origin = torch.cat([tail.top, z_kept[:, 1:]], dim=1).amax(dim=1, keepdim=True)  # the logits' size costs no digits
+    origin = torch.where(origin == -torch.inf, 0.0, origin)
+    z_kept = z_kept - origin
+    z_drawn = None if z_drawn is None else z_drawn - origin
+    tail.top = tail.top - origin
+    every = torch.cat([z_kept, tail.log_sum], dim=1)
+    log_all, log_rest = every.logsumexp(dim=1, keepdim=True), every[:, 1:].logsumexp(dim=1, keepdim=True)
+    ce = (log_all - z_kept[:, :1]).sum()
+    kept = (z_kept - log_all).exp()
+    kept[:, :1] = -(log_rest - log_all).exp()  # q(y) - 1, not as a difference
+    beyond = (tail.log_sum - log_all).exp()
+    if targets is None:
+        tail.scale(beyond)
+        if smoothing:  # the gradient is q - (1 - e) 1_y - e / V
+            ce = (1 - smoothing) * ce + smoothing * (log_all + origin - z_mean).sum()
+            z.sub_(smoothing / z.shape[1])
+            kept += smoothing - smoothing / z.shape[1]
+        z.scatter_(1, kept_ids, kept)
+        return ce, torch.zeros_like(ce)
+    found = _Compared.of(z_kept, tail, z_drawn, (log_rest - log_all).squeeze(1), targets, call)
+    if found is None:
+        return None
+    first = 1 if call.objective.masked else 0
+    last = z_kept.shape[1] - first
+    kept[:, first:] += found.gradient[:, :last]
+    tail.scale(beyond, found.gradient[:, last:])
+    if found.drawn is not None and drawn is not None:
+        z.scatter_add_(1, drawn, found.drawn.expand(drawn.shape))
+    z.scatter_(1, kept_ids[:, 1:], kept[:, 1:])
+    z.scatter_(1, labels, kept[:, :1])  # after what absent alternatives wrote there
+    return ce, found.values.sum()
+
+
+def _num_largest(z_kept: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor:
+    """How many labels, the first of the kept, have the largest logit; of equal ones the first id has it."""
+    label, label_id, others = z_kept[:, :1], kept_ids[:, :1], z_kept[:, 1:]
+    largest = ((label > others) | ((label == others) & (label_id < kept_ids[:, 1:]))).all(dim=1)
+    largest &= (label >= tail.top).squeeze(1)
+    (tied,) = (largest & (label == tail.top).squeeze(1)).nonzero(as_tuple=True)
+    if len(tied):
+        first = (tail.e[tied] == 1).int().argmax(dim=1)
+        largest[tied] = label_id[tied, 0] < first
+    return largest.sum()
+
+
+class _Tail:
+    """The tokens of a slice that are neither label nor kept: e = exp(z - max z) [n, V] in place of z."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.top = z.amax(dim=1, keepdim=True)  # -inf where there is no tail
+        self.e = z.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
+        self.sum = self.e.sum(dim=1, keepdim=True)
+        self.groups: Tensor | None = None
+        self.group_sums: Tensor | None = None
+
+    @property
+    def log_sum(self) -> Tensor:
+        """log sum of exp(z), [n, 1]; -inf where there is no tail."""
+        return self.top + self.sum.log()
+
+    def split(self, groups: Tensor, one_hot: Tensor) -> Tensor:
+        """log of the sum in each group, [n, G]."""
+        with torch.autocast(self.e.device.type, enabled=False):
+            self.group_sums = self.e @ one_hot
+        self.groups = groups
+        return self.top + self.group_sums.log()
+
+    def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
+        """e becomes the gradient: `gradient` [n, 1] of T shared out by e, and `parts` of T [n, 1] or its groups."""
+        factor = _share(gradient, self.sum)
+        if parts is not None and self.group_sums is None and parts.shape[1]:
+            factor = factor + _share(parts, self.sum)
+        if parts is None or self.group_sums is None or self.groups is None:
+            self.e.mul_(factor)
+            return
+        factor = factor + _share(parts, self.group_sums)
+        for start in range(0, self.e.shape[1], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            self.e[:, columns].mul_(factor.index_select(1, self.groups[columns]))
+
+
+@dataclass
+class _Compared:
+    """The regulariser of a slice: values [n], its gradient at the logit of each outcome [n, J] and at each draw [n, 1],
+    times kl_weight; 0 where a position does not count."""
+
+    values: Tensor
+    gradient: Tensor
+    drawn: Tensor | None
+
+    @staticmethod
+    def of(
+        z_kept: Tensor, tail: _Tail, z_drawn: Tensor | None, log_rest: Tensor, targets: SparseTargets, call: _Call
+    ) -> "_Compared | None":
+        """None where digits would be lost."""
+        objective = call.objective
+        log_p = base_outcomes(targets, objective)
+        parts = [z_kept[:, 1:] if objective.masked else z_kept]
+        if objective.tail == "groups":
+            parts.append(tail.split(*call.groups()))
+            if objective.regularizer in ("masked-kl", "full-kl") and tail.group_sums is not None:
+                counted = log_p[:, -tail.group_sums.shape[1] :] > -torch.inf
+                if bool((counted & (tail.group_sums < LEAST_GROUP_SUM)).any()):
+                    return None
+        elif objective.tail != "renormalize":
+            parts.append(tail.log_sum)
+        log_q = torch.cat(parts, dim=1) / objective.temperature
+        norm = log_q.logsumexp(dim=1, keepdim=True)
+        log_q = log_q - torch.where(norm == -torch.inf, 0.0, norm)
+        if objective.tail == "sampled":
+            assert z_drawn is not None
+            values = sampled_kl(log_p, log_q, z_drawn - norm, targets)
+            gradient, drawn = log_q.exp(), -log_p[:, -1:].exp() / z_drawn.shape[1]
+            gradient[:, :-1] -= log_p[:, :-1].exp()
+        else:
+            values = divergence(log_p, log_q, objective.regularizer) * objective.temperature**2
+            gradient = outcome_gradient(log_p, log_q, objective.regularizer) * objective.temperature
+            drawn = None
+        counts = regularizer_mask(targets, objective)
+        if objective.masked and objective.min_adapted_rest > 0:
+            counts = counts & (log_rest >= math.log(objective.min_adapted_rest))
+        weights = base_rest(targets).exp() if objective.weighting == "non-target-mass" else torch.ones_like(values)
+        scale = (weights * call.kl_weight)[:, None]
+        return _Compared(
+            torch.where(counts, values * weights, 0.0),
+            torch.where(counts[:, None], _times(scale, gradient), 0.0),
+            None if drawn is None else torch.where(counts[:, None], _times(scale, drawn), 0.0),
+        )
+
+
+def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: Regularizer) -> Tensor:
+    """d divergence / d (logit of each outcome), [n, J], Q being the softmax of these logits.
+
+    KL(P || Q): Q - P. KL(Q || P): Q (log Q/P - KL(Q || P)). JS: Q (log Q/m - KL(Q || m)) / 2, m = (P + Q) / 2.
+    """
+    q = log_q.exp()
+    if regularizer in ("masked-kl", "full-kl"):
+        return q - log_p.exp()
+    against, factor = log_p, 1.0
+    if regularizer == "masked-js":
+        against, factor = torch.logaddexp(log_p, log_q) - math.log(2), 0.5
+    ratio = torch.where(q > 0, log_q - against, 0.0)
+    return factor * q * (ratio - (q * ratio).sum(dim=1, keepdim=True))
+
+
+def _times(weight: float | Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is: without a weight an infinite value is nobody's business."""
+    weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def _share(gradient: Tensor, total: Tensor) -> Tensor:
+    """gradient / total, 0 where there is nothing to share it out to."""
+    return torch.where(total > 0, gradient / torch.where(total > 0, total, 1.0), 0.0)

@@ -1,0 +1,301 @@
+"""Load a base and its tokenizer from a folder or a hub id, and say which ones they are.
+
+Owns where weights come from and the fingerprints that go into a cache's manifest. Everything is loaded from local
+files, after a download if need be, without remote code. Must not know samples or caches.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from logitcache.errors import InputNotFound, UnsupportedModel
+from logitcache.storage import ModelIdentity, TokenizerIdentity
+from logitcache.storage.identity import config_fingerprint, digest_json, weights_fingerprint
+
+from .device_map import DeviceMap, keep_while, spreading
+from .head import logits_width
+from .quantization import LOAD_IN, held_in, make_trainable, quantization, stated_format
+from .tensor_parallel import dividing
+
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_DOWNLOADED = [*_TOKENIZER_FILES, "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base on disk: the name the user gave, and the folder that holds it."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base and what identifies it."""
+
+    source: Source
+    model: PreTrainedModel
+    identity: ModelIdentity
+
+
+def find_model(name: str) -> Source:
+    """The folder of a model: itself where it is one, else the local snapshot of the hub id, downloaded if missing.
+
+    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or holds an
+    adapter too: transformers would load that, on the base that it names, and not what is fingerprinted here.
+    """
+    folder = _folder_of(name, _DOWNLOADED)
+    weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    for files, what in (([folder / "config.json"], "a config.json"), (weights, "weights (model.safetensors)")):
+        if not any(file.is_file() for file in files):
+            raise UnsupportedModel(
+                f"loading model {name!r}: expected {what} in {folder}, found none. "
+                "Save the model there with save_pretrained()."
+            )
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModel(
+            f"loading model {name!r}: {folder} holds an adapter (adapter_config.json) beside the weights. "
+            "Give a folder of the base alone."
+        )
+    return Source(name, folder)
+
+
+def find_tokenizer(name: str) -> Source:
+    """`find_model` where only the tokenizer is needed: a folder without weights will do, and none are downloaded."""
+    return Source(name, _folder_of(name, _TOKENIZER_FILES))
+
+
+def _folder_of(name: str, patterns: list[str]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
+        raise InputNotFound(
+            f"loading model {name!r}: no such folder, and the hub did not give it ({first_line(error)}). "
+            "Check the spelling, or the network."
+        ) from error
+
+
+def load_base(
+    source: Source,
+    dtype: str,
+    device: torch.device,
+    load_in: str | None = None,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: bool = False,
+    attention: str | None = None,
+) -> Base:
+    """The causal language model in `source`, in evaluation mode, with every weight read from its files.
+
+    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantized.LOAD_IN`, in which
+    to hold the linear layers; the identity says so. device_map: over which devices to spread the layers, in place of
+    `device`; tensor_parallel: divide every layer over torchrun's processes (`ranks`), which must then do the same
+    together; at most one of the two. attention: eager or sdpa, else what
+    transformers chooses. Raises `UnsupportedModel` where a weight is missing from the files (it would be
+    random), the folder is not a causal language model or cannot be divided so, `InputNotFound` where the package that
+    quantises is not installed.
+    """
+    stated = checkpoint_format(source)
+    _check_load_in(source, stated, load_in, tensor_parallel)
+    with contextlib.ExitStack() as stack:
+        how: dict[str, Any] = {}
+        if device_map is not None:
+            how = stack.enter_context(spreading(device_map, source.name))
+        elif tensor_parallel:
+            how = dividing(_config(source).get_text_config(), source.name)
+        if load_in is not None:
+            quantising = {} if stated else _quantising(source, dtype, load_in)
+            how = {"device_map": {"": str(device)}, **how, **quantising}
+        model, info = _from_pretrained(source, dtype, how, attention)
+        if device_map is not None:
+            keep_while(model, how)
+    with _said_in_one_sentence(source):
+        weights = weights_fingerprint(source.folder)
+    missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if missing:
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {len(missing)} weights are not in its files, or not of the shape that its "
+            f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
+        )
+    model.eval()
+    if not how:
+        model.to(device)
+    held = _held(model, source, stated, load_in)
+    if held in LOAD_IN:
+        make_trainable(model, source.name)
+    identity = ModelIdentity(
+        weights=weights,
+        config=config_fingerprint(source.folder),
+        vocab_size=logits_width(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(model.config._attn_implementation),
+        quantization=held,
+    )
+    return Base(source, model, identity)
+
+
+def checkpoint_format(source: Source) -> str:
+    """`quantized.stated_format` of the checkpoint."""
+    return stated_format(_config(source), source.folder, source.name)
+
+
+def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIdentity:
+    """The identity of a model that another engine will run, without loading it.
+
+    dtype: auto is that of the checkpoint, as its config says. Raises `UnsupportedModel` where it does not say, or where
+    the files cannot be read.
+    """
+    try:
+        weights = weights_fingerprint(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"reading model {source.name!r}: {first_line(error)}. "
+            f"Check that the checkpoint in {source.folder} is complete."
+        ) from error
+    config = _config(source)
+    stated = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if not isinstance(stated, torch.dtype):
+        raise UnsupportedModel(
+            f"reading model {source.name!r}: its config.json does not say which dtype the weights have. Give --dtype."
+        )
+    return ModelIdentity(
+        weights=weights,
+        config=config_fingerprint(source.folder),
+        vocab_size=int(config.get_text_config().vocab_size),
+        dtype=str(stated).removeprefix("torch."),
+        attention=attention,
+        quantization=checkpoint_format(source),
+    )
+
+
+def _check_load_in(source: Source, stated: str, load_in: str | None, tensor_parallel: bool) -> None:
+    """Raise `UnsupportedModel` where weights cannot be quantised while they are loaded. stated: what they are in."""
+    if load_in is None:
+        return
+    what = f"loading model {source.name!r} in {load_in}"
+    if tensor_parallel:
+        raise UnsupportedModel(
+            f"{what}: packed weights cannot be divided over processes. Spread it with --device-map instead."
+        )
+    if stated not in ("", load_in):
+        raise UnsupportedModel(
+            f"{what}: its checkpoint is quantised already ({stated}) and would stay as it is. Leave --load-in out, or "
+            "give an unquantised checkpoint."
+        )
+
+
+def _held(model: PreTrainedModel, source: Source, stated: str, load_in: str | None) -> str:
+    """How its layers are held: as asked for, or as the checkpoint states, or unpacked from that ("").
+
+    Raises `UnsupportedModel` for anything else: then other engines would name it otherwise.
+    """
+    held, expected = held_in(model) or "", load_in or stated
+    if held == expected or (not held and load_in is None):
+        return held
+    raise UnsupportedModel(
+        f"loading model {source.name!r}: expected weights held in {expected or 'no format'}, found {held or 'none'}. "
+        "Its cache would not say what it is of. Give another checkpoint, and please report this one."
+    )
+
+
+def _from_pretrained(
+    source: Source, dtype: str, how: dict[str, Any], attention: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and which weights transformers missed."""
+    kernels = {} if attention is None else {"attn_implementation": attention}
+    with _said_in_one_sentence(source):
+        found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            **how,
+            **kernels,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _said_in_one_sentence(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. "
+            f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
+        ) from error
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model, or None where there is none (data of token ids need none)."""
+    if not any((source.folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise UnsupportedModel(
+            f"loading the tokenizer of {source.name!r}: {first_line(error)}. "
+            f"Save it in {source.folder} again with save_pretrained()."
+        ) from error
+    return tokenizer
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerIdentity | None:
+    """Fingerprint of the whole tokenizer (vocabulary, merges, normaliser, special tokens) and of its chat template."""
+    if tokenizer is None:
+        return None
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        rules = json.loads(backend.to_str())
+        rules.pop("truncation", None)  # the state of the last call, not the tokenizer's own
+        rules.pop("padding", None)
+    return TokenizerIdentity(
+        fingerprint=digest_json([rules, special]),
+        chat_template=digest_json(tokenizer.chat_template),
+    )
+
+
+def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:
+    """What `from_pretrained` is told; 4-bit weights are multiplied in the dtype of the others."""
+    found = getattr(_config(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    wanted = found if isinstance(found, torch.dtype) else torch.float32
+    return {"quantization_config": quantization(load_in, wanted, source.name)}
+
+
+def _config(source: Source) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. Repair {source.folder / 'config.json'}."
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: cuda where there is one (the process's own under torchrun), else the CPU. Raises `InputNotFound`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputNotFound("using device 'cuda': no CUDA device is available here. Use --device cpu, or auto.")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

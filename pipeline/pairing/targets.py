@@ -1,0 +1,244 @@
+"""Joins a batch with what the cache says of it: documents of a batch -> records -> `SparseTargets`.
+
+Owns alignment: which tokens of a batch are one sample, which of its positions are supervised, and that row i of the
+targets is position i of these. Works on what any collator of a causal language model makes (input_ids, labels, and an
+attention mask or position ids), so padding, packing and padding-free batches are all found by content. Must not know
+models or losses' formulas.
+Shapes: B rows, T time, N supervised positions of the batch, K alternatives.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.data.samples import IGNORED, Sample
+from logitcache.errors import InvalidBatch
+from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
+from logitcache.storage import BaseLogprobs, LogitCache
+from logitcache.storage.records import NO_TOKEN
+
+from .vocab_cut import Cut, cut_columns
+
+PREFIX = "base_"
+_IDS = ("alternative_ids", "draw_ids")
+_LOGPROBS = ("label_logprobs", "alternative_logprobs", "tail_logprobs", "tail_group_logprobs", "draw_logprobs")
+
+Batch = dict[str, Any]
+Collator = Callable[[Sequence[Any]], Batch]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample inside a batch: its row and first column, tokens uint32 [L], supervised positions int32 [P] within."""
+
+    row: int
+    column: int
+    token_ids: NDArray[np.uint32]
+    positions: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class CachedCollator:
+    """Any collator, and then the rows of the cache for every supervised position of its batch.
+
+    Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]), base_preceded (int64, where
+    documents begin that do not begin their row: behind another, or behind padding) and, with a cache, base_*:
+    ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
+    nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
+    first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
+    `PositionNotCaptured`, `CorruptCache`, `InvalidBatch`.
+    """
+
+    collator: Collator
+    cache: LogitCache | None
+    top_k: int | None = None
+    cut: Cut | None = None
+
+    def __call__(self, features: Sequence[Any]) -> Batch:
+        return with_targets(self.collator(features), self.cache, self.top_k, self.cut)
+
+
+def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: Cut | None = None) -> Batch:
+    """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
+    documents = list(documents_of(batch))
+    width = batch["input_ids"].shape[1]
+    rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
+    labels = [d.token_ids[d.positions + 1].astype(np.int32) for d in documents]
+    preceded = [np.array([d.row * width + d.column]) for d in documents if d.column]
+    added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
+    added["preceded"] = _joined(preceded, np.int64)
+    if cache is not None and documents:
+        found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
+        added |= target_columns(found, cut)
+    return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
+
+
+def documents_of(batch: Batch) -> Iterator[Document]:
+    """The samples of a batch that have supervised positions, row by row.
+
+    A row is split where position_ids start again at 0; padding is where attention_mask is 0. The label of position t is
+    labels[t + 1], as everywhere in transformers; a document's first token is nobody's label.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise InvalidBatch(f"looking up a batch: expected {name} in it, found {', '.join(sorted(batch))}.")
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        shape = None if batch.get(name) is None else tuple(batch[name].shape)
+        if shape is not None and (len(shape) != 2 or shape != tuple(batch["input_ids"].shape)):
+            raise InvalidBatch(
+                f"looking up a batch: expected input_ids [rows, time] and {name} of that shape, found "
+                f"{tuple(batch['input_ids'].shape)} and {shape}. Give a mask of padding or position_ids."
+            )
+    tokens, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
+    for row in range(len(tokens)):
+        present = np.ones(tokens.shape[1], dtype=np.int64) if mask is None else mask[row].numpy().astype(np.int64)
+        starts = present.copy()
+        starts[1:] = np.diff(present)
+        if not np.isin(present, (0, 1)).all() or (starts == 1).sum() > 1:
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: expected an attention mask of ones with padding at the ends, found "
+                "something else. Packed rows need position_ids that start again at 0 with each document."
+            )
+        if ((labels[row] != IGNORED) & (present == 0)).any():
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: expected labels of {IGNORED} where attention_mask is 0, found a "
+                "token to be learnt there. A mask made by `input_ids != pad` hides the end-of-text token where that "
+                "is the padding too: make it from the lengths."
+            )
+        first, end = int(present.argmax()), int(present.sum())
+        places = None if position_ids is None else position_ids[row].numpy()[first : first + end]
+        begins = [0] if places is None else _beginnings(places, row)
+        if mask is not None and len(begins) > 1:
+            raise InvalidBatch(
+                f"looking up row {row} of a batch: found {len(begins)} documents (position_ids start again at 0) and "
+                "an attention mask, with which a document would see those before it. Leave attention_mask out of "
+                "packed batches."
+            )
+        for begin, stop in zip(begins, [*begins[1:], end], strict=True):
+            span = slice(first + begin, first + stop)
+            found = _document(row, span, tokens[row, span], labels[row, span])
+            if found is not None:
+                yield found
+
+
+def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None = None) -> SparseTargets:
+    """Records one after the other as tensors on the CPU. token_groups: [V], where the records have tail groups."""
+    labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
+    columns = {f"{PREFIX}{name}": torch.from_numpy(c) for name, c in target_columns(records).items()}
+    targets = targets_of({f"{PREFIX}label_ids": torch.from_numpy(labels), **columns}, token_groups)
+    assert targets is not None
+    return targets
+
+
+def target_columns(records: Sequence[BaseLogprobs], cut: Cut | None = None) -> dict[str, NDArray[Any]]:
+    """Records one after the other as compact columns; see `CachedCollator`. Raises `InvalidBatch` as `cut_columns`."""
+    labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
+    names = {"draw_ids": "tail_sample_ids", "draw_logprobs": "tail_sample_logprobs"}
+    columns: dict[str, NDArray[Any]] = {}
+    for name in (*_IDS, *_LOGPROBS):
+        parts = [getattr(r, names.get(name, name)) for r in records]
+        if parts[0] is None:
+            continue
+        column = np.concatenate(parts)
+        columns[name] = (
+            np.where(column == NO_TOKEN, labels[:, None], column.astype(np.int32)) if name in _IDS else column
+        )
+    if cut is not None:
+        columns = cut_columns(columns, labels, cut)
+    return {name: column if name in _IDS else _as_bits(column) for name, column in columns.items()}
+
+
+def targets_of(batch: Batch, token_groups: Tensor | None = None) -> SparseTargets | None:
+    """The targets that are in a batch, on its device; None where it was made without a cache.
+
+    token_groups: [V], the tail group of each token, on the same device.
+    """
+    if f"{PREFIX}alternative_ids" not in batch:
+        return None
+    columns: dict[str, Tensor] = {}
+    for name in (*_IDS, *_LOGPROBS):
+        column = batch.get(f"{PREFIX}{name}")
+        if column is not None:
+            floats = torch.float16 if column.dtype == torch.int16 else torch.float32
+            columns[name] = column if name in _IDS else column.view(floats)
+    return SparseTargets(batch[f"{PREFIX}label_ids"], **columns, token_groups=token_groups)
+
+
+def placed(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its base_* columns on this device, where the head of the model is; the rest as it was."""
+    return {name: value.to(device) if name.startswith(PREFIX) else value for name, value in batch.items()}
+
+
+def count_positions(batch: Batch, objective: Objective) -> Tensor:
+    """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device."""
+    labels: Tensor = batch[f"{PREFIX}label_ids"]
+    targets = targets_of(batch)
+    every = torch.full((), len(labels), dtype=torch.int64, device=labels.device)
+    if targets is None or objective.regularizer == "none":
+        return torch.stack([every, torch.zeros_like(every)])
+    return torch.stack([every, regularizer_mask(targets, objective).sum()])
+
+
+def samples_of(cache: LogitCache) -> list[Sample]:
+    """The samples a cache holds, with the captured positions as their supervised ones."""
+    samples = []
+    for i, stored in enumerate(cache.stored_samples()):
+        supervised = np.zeros(len(stored.token_ids), dtype=np.bool_)
+        supervised[stored.positions + 1] = True
+        samples.append(Sample(stored.token_ids, supervised, f"{cache.path}, sample {i}"))
+    return samples
+
+
+def groups_of(cache: LogitCache | None, vocab_size: int | None = None) -> Tensor | None:
+    """The tail group of each token (of the first vocab_size), uint8 [V], on the CPU; None where the cache has none."""
+    groups = None if cache is None else cache.token_groups()
+    return None if groups is None else torch.from_numpy(groups[:vocab_size].copy())
+
+
+def cut_of(cache: LogitCache, vocab_size: int | None) -> Cut | None:
+    """What to take of a cache where the first vocab_size tokens are compared; None where that is all it has."""
+    if vocab_size is None or cache.manifest.model.vocab_size <= vocab_size:
+        return None
+    groups = cache.token_groups()
+    return Cut(vocab_size, None if groups is None else groups[:vocab_size].copy())
+
+
+def _beginnings(places: NDArray[Any], row: int) -> list[int]:
+    """Where the documents of a row begin: position_ids count up by one, from 0 in each."""
+    if not ((places[1:] == places[:-1] + 1) | (places[1:] == 0)).all() or np.any(places[:1] != 0):
+        raise InvalidBatch(
+            f"looking up row {row} of a batch: expected position_ids that count up by one, from 0 at the first token "
+            "of each document, found others. Let the collator make them so, or leave them out where nothing is packed."
+        )
+    return [0, *(np.flatnonzero(places[1:] == 0) + 1).tolist()]
+
+
+def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any]) -> Document | None:
+    supervised = labels[1:] != IGNORED
+    if not supervised.any():
+        return None
+    if np.any(supervised & (labels[1:] != tokens[1:])):
+        at = int(np.flatnonzero(supervised & (labels[1:] != tokens[1:]))[0]) + 1
+        raise InvalidBatch(
+            f"looking up row {row} of a batch: expected labels equal to input_ids (or {IGNORED}), found "
+            f"{labels[at]} for {tokens[at]} at column {span.start + at}. Labels are not shifted here."
+        )
+    return Document(row, span.start, tokens.astype(np.uint32), np.flatnonzero(supervised).astype(np.int32))
+
+
+def _joined(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+
+def _as_bits(logprobs: NDArray[np.float32]) -> NDArray[Any]:
+    """As float16 where that is exact, which steps of 1/32 nat are down to -64; the bits as integers."""
+    with np.errstate(over="ignore"):
+        halves = logprobs.astype(np.float16)
+    exact = np.array_equal(halves.astype(np.float32), logprobs)
+    return halves.view(np.int16) if exact else np.ascontiguousarray(logprobs).view(np.int32)

@@ -1,0 +1,289 @@
+"""The report on a sweep: which words, tables and pictures stand on the page, and the files it is written to.
+
+Owns the wording: it says of every number over how many runs and seeds it is taken, and what speaks for a method in the
+same form as what speaks against it. The rows are `sweep_tables`', the drawing is `pictures`'; must not print.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.storage.files import replace_file
+
+from .page import Block, Bullets, Heading, Paragraph, Picture, Table, as_html, as_markdown
+from .pareto import CURVE_SHARE, SEED, Budgets, Spent, representative, spent_on
+from .plots import cost_picture, curves_picture, sweep_frontier_picture
+from .results import COLUMNS, Cost, Sweep, read_sweep, write_csv
+from .tables import (
+    Rows,
+    View,
+    budget_rows,
+    count,
+    counts_sentence,
+    equal_learning_sentences,
+    front_rows,
+    main_rows,
+    method_rows,
+    run_rows,
+    setting_rows,
+    view_of,
+)
+
+PICTURES = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What was written, and of it what fits a terminal: the main table and some sentences."""
+
+    rows: Rows
+    sentences: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def write_sweep_report(folder: Path, out: Path) -> SweepReport:
+    """report.html, report.md, results.csv and the pictures, into the folder `out`.
+
+    Raises what `results.read_sweep` raises; nothing is written then.
+    """
+    sweep = read_sweep(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(sweep, out / "results.csv")
+    blocks = _opening(sweep)
+    rows: Rows = []
+    sentences: list[str] = []
+    if sweep.finished:
+        view = view_of(sweep)
+        rows, sentences = main_rows(view), equal_learning_sentences(view)
+        blocks += [*_comparison(view, rows, sentences, out), *_cost(sweep, out), *_settings(view)]
+    else:
+        blocks.append(Paragraph("No run has finished: there is nothing to compare yet."))
+    blocks += [*_runs(sweep), *_csv_columns()]
+    for name, text in (("report.html", as_html(blocks)), ("report.md", as_markdown(blocks))):
+        replace_file(out / name, text.encode())
+    stems = [block.stem for block in blocks if isinstance(block, Picture)]
+    files = [out / "report.html", out / "report.md", out / "results.csv"]
+    files += [stem.with_name(stem.name + kind) for stem in stems for kind in PICTURES]
+    return SweepReport(rows, (counts_sentence(sweep), *sentences), tuple(files))
+
+
+def _opening(sweep: Sweep) -> list[Block]:
+    seeds = sorted({str(run.settings[SEED]) for run in sweep.runs}, key=lambda s: (len(s), s))
+    trained = f"{sweep.num_train_tokens:,} tokens ({sweep.num_train_positions:,} predicted positions)"
+    return [
+        Heading("Learning against forgetting: what the sweep came to", 1),
+        Paragraph(
+            f"{count(len(sweep.methods), 'method')} of fine-tuning {sweep.model} are compared, each trained on "
+            f"{trained} with seeds {', '.join(seeds)}. Learning is measured on {sweep.new}, forgetting on "
+            f"{sweep.prior}. {counts_sentence(sweep)}"
+        ),
+        Bullets(
+            (
+                "Learning: by how much the cross-entropy on new text is lower than the untouched base's, in nats a "
+                "token. More is better.",
+                "Forgetting: by how much the cross-entropy on prior text is higher than the untouched base's, in nats "
+                "a token. Less is better; below 0 the adapted model predicts it better than the base.",
+                "A setting is a method with all its settings but the seed. Only means over a setting's seeds are "
+                "compared, and nothing is interpolated between settings.",
+                "[low, high] is the 95 % t-interval of a mean over seeds. It tells how far other seeds may lie, not "
+                "how far other text may.",
+            )
+        ),
+        *_failed(sweep),
+        Heading("Methods"),
+        Table(method_rows(sweep), num_text=4),
+    ]
+
+
+def _failed(sweep: Sweep) -> list[Block]:
+    failed = [run for run in sweep.runs if run.status == "failed"]
+    if not failed:
+        return []
+    steps = ["" if run.error_step is None else f" at step {run.error_step}" for run in failed]
+    items = (f"{r.name} ({r.method}) failed{step}: {r.error}" for r, step in zip(failed, steps, strict=True))
+    return [Heading("Failed runs"), Bullets(tuple(items))]
+
+
+def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> list[Block]:
+    budgets, limit = view.budgets, view.limit
+    sweep_frontier_picture(view.settings, view.sweep.methods, [out / f"frontier{kind}" for kind in PICTURES])
+    return [
+        Heading("The methods in one table"),
+        Paragraph(
+            "Most learning of any setting whose mean forgetting is at most a budget, in nats a token. "
+            f"{_budget_rule(budgets)} A dash: no setting of the method forgets so little."
+        ),
+        Table(rows),
+        Paragraph(
+            "Hypervolume: the area of all (learning, forgetting) that some setting of the method equals or betters, "
+            f"from the reference point (learning 0, forgetting {limit:.2f} nats). That is the worst mean forgetting, "
+            "rounded up to .01, of any setting that learns and that no other of its method betters in both. More is "
+            "better. It compares methods of this sweep only."
+        ),
+        *_caveats(view),
+        Heading("Frontier"),
+        Picture(
+            out / "frontier",
+            "learning against forgetting, every setting",
+            f"Learning against forgetting of {count(len(view.settings), 'setting')}: right and down is better. Small "
+            "signs are seeds, large ones their mean, bars the 95 % interval of the mean (none with one seed; a bar "
+            "that ends at the frame goes on beyond it). A line joins settings of a method that differ in one field "
+            "only: the learning rate where it was varied. The grey steps are the front.",
+        ),
+        Paragraph(
+            "The front, from the least learning to the most: no setting learns more and forgets less than these."
+        ),
+        Table(front_rows(view), num_text=2),
+        Heading("The best setting at each budget of forgetting"),
+        Table(budget_rows(view)),
+        Heading("At equal learning"),
+        Paragraph(
+            f"Each method in turn sets how much is to be learnt: by its best setting within {100 * CURVE_SHARE:.0f} % "
+            f"of {max(budgets.largest, 0.0):.3g} nats, or the one that forgets least where none stays within. The "
+            "others answer with their least forgetting among settings that learn as much or more."
+        ),
+        Bullets(tuple(sentences)),
+        *_curves(view, out),
+    ]
+
+
+def _budget_rule(budgets: Budgets) -> str:
+    whose = "plain cross-entropy" if budgets.of_reference else "any setting (there is no plain cross-entropy here)"
+    if len(budgets.nats) == 1:
+        return f"The only budget is 0, since the largest mean forgetting of {whose} is {budgets.largest:.3g}."
+    shares = ", ".join(f"{100 * share:.0f}" for share in budgets.shares)
+    return f"Budgets are {shares} % of {budgets.largest:.3g}, the largest mean forgetting of {whose}."
+
+
+def _caveats(view: View) -> list[Block]:
+    """What a reader must know before believing a difference."""
+    settings, items = view.settings, []
+    seeds = [s.learning.num_seeds for s in settings]
+    if (single := seeds.count(1)) > 0:
+        items.append(
+            f"{single} of {count(len(settings), 'setting')} {'has' if single == 1 else 'have'} one seed: nothing says "
+            "how much of these numbers is chance, and no interval is given."
+        )
+    if 2 in seeds:
+        items.append("With two seeds an interval is wide: 12.7 standard errors to each side.")
+    lacking = [s for s in settings if s.learning.num_seeds < s.num_planned]
+    if lacking:
+        which = "; ".join(f"{s.method}{view.of(s)}: {s.learning.num_seeds} of {s.num_planned}" for s in lacking)
+        items.append(f"Seeds are missing (failed or not finished), and means are over the others: {which}.")
+    counts = {m: len(view.groups.get(m, [])) for m in view.sweep.methods}
+    if len(set(counts.values())) > 1:
+        tried = ", ".join(f"{m} {n}" for m, n in counts.items())
+        items.append(f"The methods have different numbers of settings ({tried}): the best of more tries looks better.")
+    items.append(
+        "The best setting is chosen by the same text and seeds that it is measured on. That flatters every method with "
+        "several settings."
+    )
+    return [Bullets(tuple(items))]
+
+
+def _curves(view: View, out: Path) -> list[Block]:
+    chosen = {m: representative(settings, view.budgets) for m, settings in view.groups.items()}
+    drawn = {m: s for m, s in chosen.items() if any(run.curve for run in s.runs)}
+    if not drawn:
+        return []
+    curves_picture(
+        {m: s.runs for m, s in drawn.items()}, view.sweep.methods, [out / f"curves{kind}" for kind in PICTURES]
+    )
+    which = "; ".join(f"{m}{view.of(s)} ({count(len(s.runs), 'seed')})" for m, s in drawn.items())
+    return [
+        Heading("Learning curves"),
+        Picture(
+            out / "curves",
+            "cross-entropy and regulariser against the step",
+            "Cross-entropy on training text, and the regulariser, against the optimizer step: means since the last "
+            f"logged step. One setting a method, chosen as above: {which}. Plain cross-entropy has no regulariser, and "
+            "methods may have different ones: the right side compares seeds and shapes, not heights.",
+        ),
+    ]
+
+
+def _cost(sweep: Sweep, out: Path) -> list[Block]:
+    head, cost = Heading("What it cost, against a live base"), sweep.cost
+    if cost is None:
+        return [head, Paragraph("Not measured in this sweep.")]
+    spent = spent_on(sweep.runs, cost)
+    unit, size = _time_unit(spent.live_sum)
+    training = spent.training / size
+    bars = {
+        "with the cache": {"training": training, "the base, once": spent.capture / size},
+        "with a live base": {"training": training, "the base, in every step": spent.live / size},
+    }
+    rows = [["", "training", "the base", f"sum, {unit}", "against a live base"]]
+    for (name, bar), total in zip(bars.items(), (spent.cached_sum, spent.live_sum), strict=True):
+        ratio = f"{total / spent.live_sum:.2f}" if spent.live_sum > 0 else "-"
+        rows.append([name, *(f"{value:.3g}" for value in bar.values()), f"{total / size:.3g}", ratio])
+    pictures = []
+    if spent.live_sum > 0:
+        cost_picture(bars, unit, [out / f"cost{kind}" for kind in PICTURES])
+        pictures.append(
+            Picture(out / "cost", "time with the cache and with a live base", f"The same sums as bars, in {unit}.")
+        )
+    return [head, *_cost_words(cost, spent), Table(rows), *pictures]
+
+
+def _cost_words(cost: Cost, spent: Spent) -> list[Block]:
+    steps = None if cost.live_extra_seconds <= 0 else cost.capture_seconds / cost.live_extra_seconds
+    equal = "" if steps is None else f", as long as a live base in {count(round(steps), 'step')}"
+    return [
+        Paragraph(
+            f"Measured on run {cost.run}: a step with the cache takes {cost.step_seconds:.3g} s; the base's forward "
+            f"over the same batches, up to its log-softmax, takes {cost.live_extra_seconds:.3g} s a step. The base "
+            f"once over the training data takes {cost.capture_seconds:.3g} s (the same measurement, scaled by "
+            f"tokens){equal}."
+        ),
+        Paragraph(
+            f"Training is the measured time of the {count(spent.num_runs, 'finished run')}. A live base would have run "
+            f"in the {count(spent.num_regularized_steps, 'step')} of those with a regulariser; the "
+            f"{count(spent.num_plain, 'run')} without one need no base, and none is counted for them. The steps of one "
+            "run stand for all here; evaluation, and the memory that a live base takes, are in neither sum."
+        ),
+    ]
+
+
+def _settings(view: View) -> list[Block]:
+    return [
+        Heading("Every setting"),
+        Paragraph(
+            "Means over seeds. Learning and forgetting in nats a token. Prevented: 1 - forgetting / forgetting of "
+            "plain cross-entropy in the same setting but for the objective (adapter, rank, learning rate, ...); a dash "
+            "where there is no such setting, or where it does not forget. Prior perplexity: its change on prior text. "
+            "KL: mean KL(base || adapted), nats. Same first token: share of positions of prior text where base and "
+            "adapted model predict the same token first."
+        ),
+        Table(setting_rows(view), num_text=2),
+    ]
+
+
+def _runs(sweep: Sweep) -> list[Block]:
+    base = ""
+    if sweep.finished and (first := sweep.finished[0].outcome) is not None:
+        base = (
+            f" The untouched base has a perplexity of {first.new.perplexity_before:.4g} on new text "
+            f"({first.new.num_positions:,} positions) and {first.prior.perplexity_before:.4g} on prior text "
+            f"({first.prior.num_positions:,})."
+        )
+    return [
+        Heading("Every run"),
+        Paragraph(f"Learning and forgetting in nats a token; perplexities of the adapted model.{base}"),
+        Table(run_rows(sweep), num_text=3),
+    ]
+
+
+def _csv_columns() -> list[Block]:
+    listed = ((name, meaning) for name, (meaning, _) in COLUMNS.items())
+    return [
+        Heading("Columns of results.csv"),
+        Paragraph(
+            "One row a run, whatever its status; between error_step and learning_nats a column for each setting."
+        ),
+        Table([["column", "meaning"], *map(list, listed)], num_text=2),
+    ]
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    return ("seconds", 1) if seconds < 600 else ("minutes", 60) if seconds < 7200 else ("hours", 3600)

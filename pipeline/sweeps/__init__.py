@@ -1,0 +1,1 @@
+"""Many runs from one cache: what a sweep asks for, and each run done once."""

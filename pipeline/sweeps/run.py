@@ -1,0 +1,346 @@
+"""Many runs from one cache: each trained, evaluated and kept in a folder of its own, and none done twice.
+
+Owns the sweep's folder: sweep.json, probe/new and probe/prior (what the base says of the held-out text, captured once),
+runs/NAME/ (what `training` writes, and result.json or failed.json). What has one of these is done. A run is claimed by
+a lock on its folder while it is trained, so that any number of processes may work on one sweep, and the claim of a
+killed one is gone with it. The base is loaded once a process and stays untouched: every run gets a copy.
+Must not print; what a run is comes from `grid`, tables and pictures are the report's.
+"""
+
+import copy
+import fcntl
+import gc
+import json
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.teacher import SLICE_BYTES
+from logitcache.data.rows import read_rows
+from logitcache.data.samples import Sample, make_samples, pad_batch
+from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
+from logitcache.evaluation.compare import compare_cached, load_adapter
+from logitcache.models.head import OutputHead, hidden_states, rows_at_once
+from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
+from logitcache.pairing.identity_checks import check_identity, check_samples, check_tail
+from logitcache.pairing.targets import samples_of
+from logitcache.storage import CacheError, IdentityMismatch, LogitCache
+from logitcache.training.run import data_fingerprint, train
+from logitcache.training.run_folder import RUN, clear, write_json
+
+from .config import RunSpec, SweepConfig
+
+SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json", "runs", "probe"
+VERSION = 1
+COST_BATCHES = 9
+"""Of the training data, by which the cost of a live base is measured."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all runs of a process share. base: on the CPU, untouched; device: where runs are trained."""
+
+    config: SweepConfig
+    out: Path
+    base: Base
+    device: torch.device
+    cache: LogitCache
+    samples: Sequence[Sample]
+    probes: dict[str, tuple[LogitCache, Sequence[Sample]]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run ended. learning, forgetting: change of cross-entropy, nats a token; None where it failed.
+
+    told: what a run that was begun before left aside when it went on, and why.
+    """
+
+    spec: RunSpec
+    learning: float | None
+    forgetting: float | None
+    seconds: float | None
+    error: str | None = None
+    told: tuple[str, ...] = ()
+
+
+def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, say: Say = lambda _: None) -> Prepared:
+    """Load what the runs share, capture the base on the held-out text, and claim the folder `out` for this sweep.
+
+    A sweep that is there already is gone on with: other runs may be asked for, but of the same model, cache and text.
+    Raises `IdentityMismatch` where these differ, `TrainingFailed` where the folder holds something else, and whatever
+    reading them raises.
+    """
+    _check_folder(out)
+    source = find_model(config.model)
+    tokenizer = load_tokenizer(source)
+    base = load_base(source, dtype, torch.device("cpu"))
+    cache = LogitCache.open(config.cache)
+    check_identity(cache, base, tokenizer)
+    max_length = cache.manifest.capture.max_length
+
+    def read(path: str) -> list[Sample]:
+        return make_samples(read_rows(path), tokenizer, max_length, base.identity.vocab_size).samples
+
+    samples = samples_of(cache) if config.data is None else read(config.data)
+    check_samples(cache, samples)
+    for spec in config.runs:
+        check_tail(cache, spec.objective, spec.training.top_k)
+    texts = {"new": read(config.new), "prior": read(config.prior)}
+    described = _description(config, base, cache, samples, texts)
+    with _locked(out / f"{SWEEP}.lock"):
+        stored = _stored(out)
+        _check_same(stored, described, out)
+        write_json(out / SWEEP, {**described, **_runs_of(config, out, stored), "cost": stored.get("cost")})
+        on_device = _copy_of(base, device)
+        probes: dict[str, tuple[LogitCache, Sequence[Sample]]] = {}
+        for name, text in texts.items():
+            job = PrecomputeSettings(config.probe_top_k, max_length, precision="exact").fitted(base.identity.vocab_size)
+            plan, path = make_plan(text, job), out / PROBE / name
+            report = precompute(on_device, manifest_for(base, tokenizer, job), plan, path)
+            if report.num_samples:
+                say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
+            probes[name] = (LogitCache.open(path), list(plan.samples))
+    return Prepared(config, out, base, device, cache, samples, probes)
+
+
+def run_all(prepared: Prepared, retry_failed: bool = False) -> Iterator[Done]:
+    """Every run that nobody has done or is doing, in the order of the configuration."""
+    for spec in prepared.config.runs:
+        done = run_one(prepared, spec, retry_failed)
+        if done is not None:
+            yield done
+
+
+def run_one(prepared: Prepared, spec: RunSpec, retry_failed: bool = False) -> Done | None:
+    """Train and evaluate a run; None where it is done already, or another process is at it.
+
+    What is wrong with this run alone (a loss that is not finite, a rank that a layer does not allow, no memory) is
+    recorded in failed.json. What would stop every run (a full disk) is raised.
+    """
+    folder = prepared.out / RUNS / spec.name
+    with _locked(prepared.out / RUNS / f"{spec.name}.lock", wait=False) as mine:
+        if not mine or state_of(folder) == "finished" or (state_of(folder) == "failed" and not retry_failed):
+            return None
+        try:
+            return _train_and_evaluate(prepared, spec, folder)
+        except FolderInUse:  # by `logitcache train`, started by hand
+            return None
+        except Exception as error:
+            if is_file_failure(error) or not _only_this_run(error):
+                raise
+            return _record_failure(spec, folder, error)
+        finally:
+            gc.collect()
+            if prepared.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def state_of(folder: Path) -> str:
+    """Of a run's folder: finished, failed, begun, or waiting."""
+    for name, state in ((RESULT, "finished"), (FAILED, "failed"), (RUN, "begun")):
+        if (folder / name).is_file():
+            return state
+    return "waiting"
+
+
+def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done:
+    if state_of(folder) == "failed":
+        clear(folder)
+    told: list[str] = []
+    report = train(
+        _copy_of(prepared.base, prepared.device),
+        prepared.samples,
+        prepared.cache,
+        folder,
+        spec.adapter,
+        spec.objective,
+        spec.training,
+        resume=True,
+        penalty=spec.penalty,
+        tell=told.append,
+    )
+    adapted = load_adapter(_copy_of(prepared.base, prepared.device).model, str(folder))
+    found = {name: compare_cached(adapted, cache, samples) for name, (cache, samples) in prepared.probes.items()}
+    result = {
+        "name": spec.name,
+        "method": spec.method,
+        "settings": spec.settings,
+        "seconds": report.seconds,
+        "num_steps": report.num_steps,
+        "num_tokens": report.num_tokens,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        **{name: comparison.as_dict() for name, comparison in found.items()},
+    }
+    write_json(folder / RESULT, result)
+    changes = {n: c.after.ce_nats - c.before.ce_nats for n, c in found.items() if c.after is not None}
+    return Done(spec, -changes["new"], changes["prior"], report.seconds, told=tuple(told))
+
+
+def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
+    said = " ".join(str(error).split()) or type(error).__name__
+    folder.mkdir(parents=True, exist_ok=True)
+    failure = {"name": spec.name, "method": spec.method, "settings": spec.settings, "error": said}
+    if not isinstance(error, (PipelineError, CacheError)):
+        failure["traceback"] = "".join(traceback.format_exception(error))
+    write_json(folder / FAILED, {**failure, "step": _last_step(folder)})
+    return Done(spec, None, None, None, said)
+
+
+def _only_this_run(error: Exception) -> bool:
+    """Whether the other runs may do better. A cache that is damaged, or is not this model's, stops them too."""
+    return not isinstance(error, CacheError)
+
+
+def _last_step(folder: Path) -> int | None:
+    log = folder / "train_log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    steps = []
+    for line in lines:
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            break  # cut off where it was being written
+    return max(steps, default=None)
+
+
+def _copy_of(base: Base, device: torch.device) -> Base:
+    """The untouched base again, on the device: a run may rewrite it."""
+    return Base(base.source, copy.deepcopy(base.model).to(device), base.identity)
+
+
+def _description(
+    config: SweepConfig, base: Base, cache: LogitCache, samples: Sequence[Sample], texts: dict[str, list[Sample]]
+) -> dict[str, Any]:
+    """What decides every run's result besides its own settings."""
+    return {
+        "format": VERSION,
+        "model": config.model,
+        "identity": asdict(base.identity),
+        "cache": config.cache,
+        "contents": cache.contents_checksum,
+        "data": data_fingerprint(samples),
+        **{name: getattr(config, name) for name in texts},
+        "texts": {name: data_fingerprint(text) for name, text in texts.items()},
+        "probe_top_k": config.probe_top_k,
+        "num_train_tokens": sum(len(s.token_ids) for s in samples),
+        "num_train_positions": sum(len(s.positions) for s in samples),
+    }
+
+
+def _runs_of(config: SweepConfig, out: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The methods and runs that are asked for, and those that an earlier configuration asked for and that are done."""
+    runs = {run.name: asdict(run) for run in config.runs}
+    earlier = [r for r in stored.get("runs", []) if state_of(out / RUNS / r["name"]) in ("finished", "failed")]
+    runs |= {r["name"]: r for r in earlier if r["name"] not in runs}
+    return {"methods": list(dict.fromkeys(r["method"] for r in runs.values())), "runs": list(runs.values())}
+
+
+def _check_same(stored: dict[str, Any], described: dict[str, Any], out: Path) -> None:
+    """Raise `IdentityMismatch` where the sweep that is there was of something else; paths may differ."""
+    parts = ("format", "identity", "contents", "data", "texts", "probe_top_k")
+    differs = [name for name in parts if stored and stored.get(name) != json.loads(json.dumps(described[name]))]
+    if differs:
+        raise IdentityMismatch(
+            f"going on with {out}: the sweep there differs in {', '.join(differs)} (see its {SWEEP}). Its results and "
+            "new ones could not be compared. Choose another --out, or use the model, cache and text it was begun with."
+        )
+
+
+def _check_folder(out: Path) -> None:
+    """Raise `TrainingFailed` where `out` holds something else than a sweep, begun or done."""
+    ours = {SWEEP, f"{SWEEP}.new", f"{SWEEP}.lock", PROBE, RUNS}
+    stray = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.exists() else []
+    if stray and not (out / SWEEP).is_file():
+        raise TrainingFailed(
+            f"writing to {out}: expected an empty folder or a sweep, found {stray[0]}. Choose another --out."
+        )
+
+
+def _stored(out: Path) -> dict[str, Any]:
+    """sweep.json of a sweep that was begun; empty where there is none."""
+    path = out / SWEEP
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "runs" not in found:
+        raise TrainingFailed(f"reading {path}: it is not what `logitcache sweep` writes. Choose another --out.")
+    return found
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone holds the lock file within; the system lets go of it however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def measure_cost(prepared: Prepared) -> None:
+    """What a live base would have cost, into sweep.json: its forward over the batches of one of the runs.
+
+    The least that a live base adds to a step: body, head and log-softmax at the supervised positions, slice by slice;
+    not the copy of its logits that most trainers keep. The run is the first finished one that read the cache.
+    """
+    path = prepared.out / SWEEP
+    finished = [r for r in prepared.config.runs if state_of(prepared.out / RUNS / r.name) == "finished"]
+    regularized = [r for r in finished if r.objective.regularizer != "none"]
+    if not regularized:
+        return
+    spec, settings = regularized[0], regularized[0].training
+    results = [json.loads((prepared.out / RUNS / r.name / RESULT).read_text(encoding="utf-8")) for r in finished]
+    (result,) = (r for r in results if r["name"] == spec.name)
+    base = _copy_of(prepared.base, prepared.device).model
+    size, tokens, seconds = settings.batch_size, 0, []
+    for start in range(0, min(len(prepared.samples), size * COST_BATCHES), size):
+        batch = prepared.samples[start : start + size]
+        tokens += sum(len(s.token_ids) for s in batch)
+        seconds.append(_seconds_of(base, batch))
+    counted = seconds[1:] or seconds  # the first warms up
+    a_batch = sum(counted) / len(counted)
+    all_tokens = sum(len(s.token_ids) for s in prepared.samples)
+    cost = {
+        "run": spec.name,
+        "step_seconds": result["seconds"] / max(result["num_steps"], 1),
+        "live_extra_seconds_a_step": a_batch * settings.grad_accum,
+        "capture_seconds": a_batch * len(seconds) * all_tokens / tokens,
+        "steps": sum(r["num_steps"] for r in results),
+    }
+    with _locked(prepared.out / f"{SWEEP}.lock"):
+        write_json(path, {**_stored(prepared.out), "cost": cost})
+
+
+@torch.inference_mode()
+def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample]) -> float:
+    _wait_for(base.device)
+    started = perf_counter()
+    padded = pad_batch(batch, base.device)
+    hidden = hidden_states(base, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
+    head, num_rows = OutputHead(base), rows_at_once(base, SLICE_BYTES)
+    for rows in hidden.index_select(0, padded.rows).split(num_rows):
+        head(rows).float().log_softmax(dim=1)
+    _wait_for(base.device)
+    return perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

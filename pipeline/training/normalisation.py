@@ -1,0 +1,113 @@
+"""Over which processes the loss of a step is a mean, and proof, at a run's first step, that the trainer keeps to it.
+
+Owns how many processes see one batch together, what keeps a Trainer of any version from dividing a loss that is
+normalised already, and the check of the first step. Must not compute losses, nor import `trainer`.
+Trade-off: the check asks the device for numbers, once a run; a trainer that changes its mind later is not noticed.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitcache.errors import TrainingFailed
+
+TOLERANCE = 1e-3
+"""Relative: of what a step's loss is from what it should be."""
+
+_NORMALISED = {"loss_is_scaled_for_ga": True, "model_accepts_loss_kwargs": True}
+"""What a Trainer reads before it divides the loss of a micro-batch by their number: the first since transformers 5.19,
+which goes before the second; versions before know the second alone."""
+
+
+@contextmanager
+def already_normalised(trainer: Any) -> Iterator[None]:
+    """Inside, no version of the Trainer divides what `compute_loss` returns.
+
+    Outside, all is as the trainer has set it, since its own evaluation reads the second too, and TRL's `__init__` the
+    first: with transformers before 5.19 it then sets a `compute_loss_func` that is none.
+    """
+    own = vars(trainer)
+    before = {name: own[name] for name in _NORMALISED if name in own}
+    own.update(_NORMALISED)
+    try:
+        yield
+    finally:
+        for name in _NORMALISED:
+            own.pop(name, None)
+        own.update(before)
+
+
+def parallelism(trainer: Any, kind: str) -> int:
+    """Processes of a group that runs one batch together: kind tp, cp or sp.
+
+    Of the trainer's own method and of what accelerate was told: not every version of the one knows the other.
+    """
+    size = getattr(trainer, f"get_{kind}_size", None)
+    told = getattr(getattr(trainer.accelerator, "parallelism_config", None), f"{kind}_size", None)
+    return max(1 if size is None else int(size()), told or 1)
+
+
+def num_replicas(trainer: Any) -> int:
+    """Processes that hold one model together, see one batch, and each find the same loss: of tensor parallelism."""
+    return parallelism(trainer, "tp")
+
+
+def over_processes(trainer: Any, sums: Tensor) -> Tensor:
+    """The sum over all processes; those that see one batch together count as one."""
+    total: Tensor = trainer.accelerator.reduce(sums.clone(), reduction="sum")
+    return total / num_replicas(trainer) if total.is_floating_point() else total // num_replicas(trainer)
+
+
+class FirstStep:
+    """The loss of a run's first optimizer step, told three ways, which must agree before it is made.
+
+    What `training_step` returned, averaged over processes; what is logged; and sums over positions by their number,
+    which know nothing of how the step was divided. A step without positions proves nothing, so the next one is asked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending = True
+        self._sums = torch.zeros(6, device=device)
+
+    def begin(self) -> None:
+        """What comes is of another step, or of another try of the same."""
+        self._sums.zero_()
+
+    def add_returned(self, loss: Tensor) -> None:
+        """Of a micro-batch, as `backward` had it."""
+        self._sums[0] += loss.detach().to(self._sums)
+
+    def add_terms(self, ce: Tensor, kl: Tensor, counts: Tensor, others: Tensor) -> None:
+        """Of a micro-batch: sums of CE and regulariser, the positions of each, and what else this process's share of
+        the loss has, weighted (a penalty, the same on every process)."""
+        self._sums[1:] += torch.stack([part.detach().to(self._sums) for part in (others, ce, kl, *counts)])
+
+    def check(self, trainer: Any, logged: Tensor, kl_weight: float) -> None:
+        """Raise `TrainingFailed` where the three differ. logged: [CE, regulariser], this process's share of the means.
+
+        All processes must call it, and all raise together.
+        """
+        if not self.pending:
+            return
+        found = trainer.accelerator.reduce(torch.cat([self._sums, logged]), reduction="sum").tolist()
+        returned, others, ce, kl, num_ce, num_kl, logged_ce, logged_kl = found
+        self.pending = num_ce == 0
+        returned, others = (value / trainer.accelerator.num_processes for value in (returned, others))
+        logged_ce, logged_kl = (value / num_replicas(trainer) for value in (logged_ce, logged_kl))
+        ce, kl = ce / max(num_ce, 1), kl / max(num_kl, 1)
+        weighted, logged_weighted = (kl_weight * value if kl_weight else 0.0 for value in (kl, logged_kl))
+        expected, in_log = ce + weighted + others, logged_ce + logged_weighted + others
+        tolerance = TOLERANCE * (abs(ce) + abs(weighted) + abs(others)) + 1e-6
+        if not math.isfinite(expected) or all(abs(value - expected) <= tolerance for value in (returned, in_log)):
+            return  # `trainer` stops a run whose loss is not finite
+        raise TrainingFailed(
+            f"training, step {trainer.state.global_step + 1}: expected a loss of {expected:.6g} (CE {ce:.6g} + "
+            f"{kl_weight:g} * KL {kl:.6g}{f' + {others:.6g}' if others else ''}), found {returned:.6g} in what "
+            f"{type(trainer).__name__}.training_step returned and {in_log:.6g} in the log. Every gradient is off by "
+            "as much. Nothing was saved. Put CachedKL before transformers' Trainer or TRL's SFTTrainer itself: "
+            "what lies between scales the loss, or hides the positions of the whole step."
+        )

@@ -1,0 +1,315 @@
+"""The output folder of a training run: who writes to it, what is whole in it, and where a resumed run goes on.
+
+Owns run.json, run.lock, checkpoints/ and the order of what is written: a list of files (`file_list`) is on the disk
+before anything older is removed, so that whatever is killed, and whenever the power goes, something whole is left. The
+lists keep the description of the run too: run.json is for people, and is written again from them. Must not know the
+trainer or import torch. Trade-off: two checkpoints, and a third while it is written, take their space.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from logitcache.errors import FolderInUse, TrainingFailed
+from logitcache.file_list import FILES, about_of, fault_of, names_below, seal
+from logitcache.storage import IdentityMismatch
+from logitcache.storage.files import replace_file, sync_path
+
+RUN, LOG, LOCK, CHECKPOINTS = "run.json", "train_log.jsonl", "run.lock", "checkpoints"
+START = "start"
+"""Folder of the first factors, among the checkpoints, of an adapter that cannot do without them."""
+
+KEPT = 2
+"""Checkpoints: the newest, and one more should a disk lose a part of it."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a file of another machine may take to be seen here: as long as NFS may keep the names of a folder."""
+
+CARD = "README.md"
+"""Which people write anew, so that it is in no list."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STAGED = "final.new"
+_VARIES = ("versions", "device")
+"""Parts of a description in which a resumed run may differ."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of a run.
+
+    checkpoint: to go on from; result: of a run that is finished, and nothing is to be done; said: what was left aside,
+    and why, a sentence each.
+    """
+
+    checkpoint: Path | None = None
+    result: Json | None = None
+    said: tuple[str, ...] = ()
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """This process alone writes to the folder within; the system lets go of it however the process ends.
+
+    Raises `FolderInUse` where another does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, blocking=False, fallback_to_soft=False)  # a soft one would outlive a killed process
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FolderInUse(
+            f"writing to {out}: expected nobody else there, found {_holder(out)} training into it. Two runs would "
+            "overwrite each other. Wait for it, or choose another --out."
+        ) from error
+    try:
+        since = f"{datetime.now():%Y-%m-%d %H:%M}"
+        (out / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()} (since {since})", encoding="utf-8")
+        yield
+    finally:
+        try:
+            (out / LOCK).write_bytes(b"")
+        finally:
+            lock.release()
+
+
+def check_ours(out: Path) -> None:
+    """Raise `TrainingFailed` where a folder holds something, and no sign of a run. Changes nothing."""
+    if not out.exists() or _run_json(out) is not None or _recorded(out) is not None:
+        return
+    if (out / RUN).exists():
+        raise TrainingFailed(f"reading {out / RUN}: it is not what `logitcache train` writes. Choose another --out.")
+    if not all(_is_leftover(path) for path in out.iterdir()):
+        raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
+
+
+def look(out: Path, description: Json, resume: bool) -> Found:
+    """What there is of the run that `description` describes. Changes nothing.
+
+    Raises `TrainingFailed` where the folder holds a run that is not to be resumed, or a finished one that is damaged;
+    `IdentityMismatch` where it holds another run.
+    """
+    recorded, run = _recorded(out), _run_json(out)
+    if recorded is None and run is None:
+        return Found()
+    if not resume:
+        raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
+    _check_same(out, description, recorded or run or {})
+    said = [] if _agree(run, recorded) else [f"{RUN} is missing or damaged: it is written again."]
+    if not (out / FILES).exists() and (run or {}).get("status") != "finished":
+        return _to_go_on(out, description, said)
+    fault = fault_of(out)
+    if fault is None:
+        return Found(result=(about_of(out) or {})["result"], said=tuple(said))
+    found = _to_go_on(out, description, [*said, f"The finished run is damaged: {fault}."])
+    if found.checkpoint is None:
+        raise TrainingFailed(
+            f"resuming {out}: expected a finished run, found that {fault}, and no whole checkpoint to go on from. "
+            "Restore the file from a copy, or train again with another --out."
+        )
+    return found
+
+
+def begin(out: Path, description: Json, checkpoint: Path | None) -> None:
+    """Say that the run is under way, and remove what it will write again: all that is newer than the checkpoint."""
+    (out / FILES).unlink(missing_ok=True)
+    write_json(out / RUN, {**description, "status": "started"})
+    shutil.rmtree(out / _STAGED, ignore_errors=True)
+    for path in _checkpoints(out):
+        if checkpoint is None or _step(path) > _step(checkpoint):
+            shutil.rmtree(path)
+
+
+def keep_start(out: Path, description: Json, save: Callable[[Path], None]) -> None:
+    """Make the folder of the first factors, as a whole or not at all. save: writes them to a folder."""
+    folder, staged = out / CHECKPOINTS / START, out / CHECKPOINTS / f"{START}.new"
+    for path in (staged, folder):
+        if path.exists():
+            shutil.rmtree(path)
+    staged.mkdir(parents=True)
+    save(staged)
+    seal(staged, {"run": description})
+    staged.rename(folder)
+    sync_path(folder.parent)
+
+
+def start_of(out: Path) -> Path:
+    """The folder of the first factors. Raises `TrainingFailed` where it is not what was written."""
+    folder = out / CHECKPOINTS / START
+    fault = fault_of(folder)
+    if fault is not None:
+        raise TrainingFailed(
+            f"going on from {folder}: the first factors of this run are missing or damaged ({fault}), and without them "
+            "its checkpoints are of no use. Start again with another --out."
+        )
+    return folder
+
+
+def seal_checkpoint(out: Path, step: int, description: Json, num_processes: int) -> None:
+    """List a checkpoint that every process has written its part of, and then remove those before the one before it.
+
+    Raises `TrainingFailed` where a process's part is not seen here.
+    """
+    folder = out / CHECKPOINTS / f"checkpoint-{step}"
+    ranks = [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
+    _wait_for([folder / name for name in ("trainer_state.json", *ranks)])
+    if (out / LOG).exists():
+        sync_path(out / LOG)
+    seal(folder, {"run": description, "step": step})
+    older = [path for path in _checkpoints(out) if _step(path) < step]
+    spare = [path for path in older if about_of(path) is not None][: KEPT - 1]
+    for path in older:
+        if path not in spare:
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it is not whole
+
+
+def finish(out: Path, description: Json, result: Json, save: Callable[[Path], None]) -> None:
+    """Save what was trained, list it, say that the run is finished, and remove the checkpoints, in this order.
+
+    save: writes what was trained to a folder.
+    """
+    staged = out / _STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    save(staged)
+    names = names_below(staged)
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (staged / name).replace(out / name)
+    shutil.rmtree(staged)
+    if (out / LOG).exists():
+        sync_path(out / LOG)
+    seal(out, {"run": description, "result": result}, [name for name in names if name != CARD])
+    settle(out)
+
+
+def settle(out: Path) -> None:
+    """What is left to do in a folder whose final list is whole: run.json says so, and no checkpoint is needed."""
+    about = about_of(out) or {}
+    finished = {**about["run"], "status": "finished", "result": about["result"]}
+    if _run_json(out) != finished:
+        write_json(out / RUN, finished)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # what cannot be removed now does not undo a run
+
+
+def clear(out: Path) -> None:
+    """Remove all that a run left in its folder. Raises `FolderInUse` where it is under way."""
+    with held(out):
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def check_shared(out: Path) -> None:
+    """Raise `TrainingFailed` where this process does not see the folder that the first one made."""
+    _wait_for([out / LOCK])
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Whole or not at all, and on the disk before this returns."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _to_go_on(out: Path, description: Json, said: Sequence[str]) -> Found:
+    """The newest whole checkpoint of this run, and what is to be said of the newer ones."""
+    told, checkpoints = list(said), _checkpoints(out)
+    for path in checkpoints:
+        fault = fault_of(path)
+        if fault is None and _differs(description, (about_of(path) or {})["run"]):
+            fault = "it is of another run"
+        if fault is None:
+            return Found(path, said=(*told, f"Going on from {path.name}."))
+        told.append(f"{path.name} was left: {fault}.")
+    why = "No checkpoint is whole" if checkpoints else "No checkpoint was written yet"
+    return Found(said=(*told, f"{why}: the run starts from the beginning."))
+
+
+def _recorded(out: Path) -> Json | None:
+    """The description that the newest list keeps; None where there is no list that can be read."""
+    for folder in (out, *_checkpoints(out), out / CHECKPOINTS / START):
+        about = about_of(folder)
+        if about is not None:
+            run: Json = about["run"]
+            return run
+    return None
+
+
+def _run_json(out: Path) -> Json | None:
+    """What run.json says; None where it is missing or damaged."""
+    try:
+        run = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return run if isinstance(run, dict) and run.get("status") in ("started", "finished") else None
+
+
+def _agree(run: Json | None, recorded: Json | None) -> bool:
+    """Whether run.json is of the run that the lists are of."""
+    return run is not None and (recorded is None or not _differs(recorded, run))
+
+
+def _check_same(out: Path, description: Json, recorded: Json) -> None:
+    differs = _differs(description, recorded)
+    if differs:
+        raise IdentityMismatch(
+            f"resuming {out}: the run there differs in {', '.join(differs)} (see its {RUN}). "
+            "Resume with the arguments it was started with, or choose another --out."
+        )
+
+
+def _differs(description: Json, recorded: Json) -> list[str]:
+    parts = [name for name in description if name not in _VARIES]
+    mine: Json = json.loads(json.dumps(description))
+    return [name for name in parts if _identity(mine[name]) != _identity(recorded.get(name))]
+
+
+def _identity(part: Any) -> Any:
+    """A part of a description without the names of paths: content decides, however it is spelt or where it is now."""
+    return {k: v for k, v in part.items() if k not in ("name", "path")} if isinstance(part, dict) else part
+
+
+def _is_leftover(path: Path) -> bool:
+    """What a run leaves that ended before its run.json was written."""
+    return path.name in (f"{RUN}.new", LOCK) or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """The newest first."""
+    folders = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _wait_for(paths: Sequence[Path]) -> None:
+    """Until they are there. Raises `TrainingFailed` where they do not come: the machines share no folder."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > until:
+            raise TrainingFailed(
+                f"training over processes: expected {missing[0]} of another process, found that it is not seen here. "
+                "Without it no checkpoint is whole. Choose an --out that all machines share."
+            )
+        time.sleep(0.1)
+
+
+def _holder(out: Path) -> str:
+    said = (out / LOCK).read_text(encoding="utf-8").strip()
+    return said or "another process"

@@ -1,0 +1,447 @@
+"""What plugs into transformers' Trainer, or any trainer made from it: CE + weight * regulariser from the cache.
+
+Owns normalisation: the cross-entropy and the regulariser are each a mean over their own positions of the whole
+accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. Also owns what is
+refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `step`.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from logitcache.adapters.adalora import Orthogonality
+from logitcache.errors import TrainingFailed
+from logitcache.losses.formulas import Objective
+from logitcache.models.head import OutputHead, causal_lm_of, check_head
+from logitcache.pairing.identity_checks import check_first_batch, check_precision, check_tail, check_width, common_width
+from logitcache.pairing.layout import LayoutCheck
+from logitcache.pairing.targets import (
+    PREFIX,
+    Batch,
+    CachedCollator,
+    Collator,
+    count_positions,
+    cut_of,
+    documents_of,
+    groups_of,
+)
+from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
+
+from .batch_loss import batch_loss
+from .kl_controller import BudgetedWeight
+from .normalisation import FirstStep, already_normalised, num_replicas, over_processes, parallelism
+from .own_loss import ROUTER, check_own_loss, probe_own_loss
+from .penalties import Penalty
+from .replaced import TokenMetrics, check_replaced, logs_tokens
+
+CHECKED_ROWS = 100_000
+"""Rows of a data set that are looked up before the first step; later ones when their step comes."""
+
+_ROWS_AT_ONCE = 64
+
+
+_AnyTrainer: Any = Trainer if TYPE_CHECKING else object
+
+
+class CachedKL(_AnyTrainer):
+    """Mixin before a Trainer class: its loss reads the base from a cache. The base itself is never run.
+
+        class CachedKLSFTTrainer(CachedKL, SFTTrainer): ...
+        CachedKLSFTTrainer(cache="cache/", objective=Objective(weight=1.0), model=..., args=..., train_dataset=...)
+
+    Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
+    top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
+    untrained model with the cache on the first batch (leave it on, unless that has been done, or the teacher is another
+    model). ignore_padding: where model and cache have logits of different widths, compare what both have.
+    other_precision: model and cache may hold their weights in different formats (a quantised model, the cache of the
+    base as it was), else `IdentityMismatch`, where checked.
+    replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
+    penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
+    AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
+    Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
+    and `penalty` and `orthogonality`, without their weights, beside the trainer's own; over TRL's SFTTrainer its
+    `num_tokens` and `mean_token_accuracy` too. Batches of evaluation are the trainer's own business.
+    Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
+    `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        cache: LogitCache | str | Path | None,
+        objective: Objective | None = None,
+        top_k: int | None = None,
+        check: bool = True,
+        penalty: Penalty | None = None,
+        ignore_padding: bool = False,
+        other_precision: bool = False,
+        replace_loss: bool = False,
+        **kwargs: Any,  # of the trainer that this is mixed into
+    ) -> None:
+        if not replace_loss:
+            check_replaced(type(self), CachedKL)
+        super().__init__(*args, **kwargs)
+        self.objective = Objective() if objective is None else objective
+        if cache is None and self.objective.regularizer != "none":
+            raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
+        if penalty is not None and self.objective.label_smoothing:
+            raise TrainingFailed(
+                "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
+            )
+        self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
+        if num_replicas(self) > 1 and any(self._terms()):
+            raise TrainingFailed(
+                f"training with a penalty on the weights (AdaLoRA has one) of a model divided over {num_replicas(self)}"
+                " processes: each process has a part of them and would pull on that alone. Leave out the penalty, or "
+                "tensor parallelism."
+            )
+        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        self.cache = None if self.objective.regularizer == "none" else opened
+        self.cached_top_k = top_k
+        check_supported(self)
+        check_tail(self.cache, self.objective, top_k)
+        self._vocab_size: int | None = None
+        if self.cache is not None:
+            self._vocab_size = common_width(self.model, self.cache) if ignore_padding else None
+            check_width(self.model, self.cache, self.objective, self._vocab_size)
+            if check:
+                check_precision(self.model, self.cache, other_precision)
+        self._cut = None if self.cache is None else cut_of(self.cache, self._vocab_size)
+        handler = getattr(self.accelerator, "ddp_handler", None)
+        if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
+            handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
+        device = self.args.device
+        groups = groups_of(self.cache, self._vocab_size) if self.objective.tail == "groups" else None
+        self._token_groups = None if groups is None else groups.to(device)
+        self._check, self._check_start = check, check
+        self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
+        self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
+        self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
+        self.reset_meters()
+        self._step_counts = torch.ones((), dtype=torch.int64, device=device)
+        self.kl_weight = self.objective.weight
+        self._first_step = FirstStep(device)
+        self.add_callback(_MeterReset(self))
+        self.add_callback(_FirstStepCheck(self))
+        if self._tokens is not None:
+            self.add_callback(self._tokens)
+        if self.objective.kl_budget is not None:
+            self.add_callback(BudgetCallback(self))
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own, whose batches bring their targets along, made where they are collated."""
+        if self._check:
+            check_head(causal_lm_of(self.model))
+            probe_own_loss(self.model)
+        collator, settings = self.data_collator, self.accelerator.dataloader_config
+        dispatch = settings.dispatch_batches
+        self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k, self._cut)
+        settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator, settings.dispatch_batches = collator, dispatch
+        if self._check and self.cache is not None:
+            self._check_data(loader.dataset)
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The batches of one optimizer step, and their positions on all processes: int64 [CE, regulariser]."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from its last step: the Trainer would do one more
+            return [], torch.zeros(2, dtype=torch.int64, device=device)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:  # a stream has ended
+            batches = []
+        self._num_micro_batches = max(1, len(batches))
+        self._metered_steps += bool(batches)
+        self._metered_weight += self.kl_weight if batches else 0.0
+        self._step_meter.zero_()
+        self._first_step.begin()
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            counts += count_positions(batch, self.objective).to(device)
+        counts = over_processes(self, counts)
+        self._step_counts = counts[1]
+        return batches, counts
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own, but what `compute_loss` returns is not divided by the number of micro-batches."""
+        with already_normalised(self):
+            loss: Tensor = super().training_step(*args, **kwargs)
+        if self._first_step.pending:
+            self._first_step.add_returned(loss)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
+        if f"{PREFIX}rows" not in inputs or not model.training:  # evaluation
+            inputs = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
+            if self._tokens is not None:
+                self._tokens.settle()
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if self._check_layout is not None:
+            with self.accelerator.autocast():
+                self._check_layout(model, inputs)
+        if self._check_start and self.cache is not None and len(inputs[f"{PREFIX}rows"]):
+            self._check_start = False
+            with self.accelerator.autocast():
+                check_first_batch(model, inputs, self.cache, self.objective, self._vocab_size)
+        if num_items_in_batch is None:
+            num_items_in_batch = count_positions(inputs, self.objective)
+        num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
+        with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
+            weight = self.kl_weight * num_ce / num_kl
+            top1 = None if self._tokens is None else torch.zeros((), dtype=torch.int64, device=self.args.device)
+            found = batch_loss(model, inputs, self.objective, weight, self._token_groups, self._vocab_size, top1)
+        if self._tokens is not None and top1 is not None:
+            self._tokens.add(inputs, top1)
+        means = torch.stack([found.ce / num_ce, found.kl / num_kl])
+        self._meter += means
+        self._step_meter += means
+        # distributed training averages gradients over its data-parallel processes; these are sums
+        loss = found.loss / num_ce * (self.accelerator.num_processes // num_replicas(self))
+        others = torch.zeros_like(loss)
+        for name, term in self._terms():  # the same on every process, so that the average of its gradients is its own
+            part = (term() / self._num_micro_batches).to(loss.device)
+            self._term_meters[name] += part.detach()
+            others = others + term.weight * part
+        loss = loss + others
+        if self._first_step.pending:
+            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.objective), others)
+        return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
+
+    def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:
+        """What is added to the loss of every step once, whatever its batches, by the names of the logs."""
+        if self.penalty is not None:
+            yield "penalty", self.penalty
+        if self.orthogonality is not None:
+            yield "orthogonality", self.orthogonality
+
+    def reset_meters(self) -> None:
+        """What is logged next is of steps after this."""
+        self._meter.zero_()
+        for meter in self._term_meters.values():
+            meter.zero_()
+        if self._tokens is not None:
+            self._tokens.reset()
+        self._metered_steps, self._metered_weight = 0, 0.0
+
+    def step_kl(self) -> float | None:
+        """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
+        if not int(self._step_counts):
+            return None
+        return float(over_processes(self, self._step_meter)[1])
+
+    def check_first_step(self) -> None:
+        """Raise `TrainingFailed` where the run's first step is not that of all its positions: see `FirstStep`."""
+        self._first_step.check(self, self._step_meter, self.kl_weight)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
+        if self._tokens is not None and self.model.training:
+            logs = {**logs, **self._tokens.logged()}
+        if "loss" in logs and self._metered_steps:
+            ce, kl = (over_processes(self, self._meter) / self._metered_steps).tolist()
+            logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
+            terms, advice = f"CE {ce}, KL {kl}", "Try a lower --lr."
+            for name, _ in self._terms():
+                logs[name] = float(self._term_meters[name]) / self._metered_steps
+                terms += f", {name} {logs[name]}"
+            if self.objective.label_smoothing:
+                advice = "Try a lower --lr, or no label smoothing: it is infinite where a logit is -inf."
+            self.reset_meters()
+            if not torch.isfinite(torch.tensor([ce, kl, *(logs[name] for name, _ in self._terms())])).all():
+                raise TrainingFailed(
+                    f"training, step {self.state.global_step}: the loss is not finite ({terms}). "
+                    f"The last checkpoint is kept. {advice}"
+                )
+        super().log(logs, start_time)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Saves no weights that are not finite, since the checkpoint before would be removed for them."""
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        if not all(torch.isfinite(p).all() for p in trained):
+            raise TrainingFailed(
+                f"training, step {self.state.global_step}: what is trained is not finite. "
+                "The last checkpoint is kept. Try a lower --lr."
+            )
+        super().save_model(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """Without those that restore themselves: they cannot be made anew without their trainer.
+
+        Where the checkpoint is of a trainer that had them not, they begin, and the next checkpoint has them.
+        """
+        kinds, saved = (BudgetCallback, TokenMetrics), dict(self.state.stateful_callbacks or {})
+        own = {type(c).__name__: c.state() for c in self.callback_handler.callbacks if isinstance(c, kinds)}
+        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in {kind.__name__ for kind in kinds}}
+        super()._load_callback_state()
+        self.state.stateful_callbacks = {**own, **saved}
+
+    def _check_data(self, dataset: Any) -> None:
+        """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
+        if not hasattr(dataset, "__len__") or self.cache is None:
+            return
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        rows = iter(range(min(len(dataset), CHECKED_ROWS)))
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            if self._miss(dataset, chunk, collate) is None:
+                continue
+            for index in chunk:  # one by one, for the first in the order of the data
+                error = self._miss(dataset, [index], collate)
+                if error is not None:
+                    raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
+
+    def _miss(
+        self, dataset: Any, indices: list[int], collate: Collator
+    ) -> SampleNotCached | PositionNotCaptured | None:
+        """What the cache says of the documents of these rows; None where it has them all."""
+        assert self.cache is not None
+        documents = list(documents_of(collate([dataset[i] for i in indices])))
+        try:
+            self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
+        except (SampleNotCached, PositionNotCaptured) as error:
+            return error
+        return None
+
+
+class CachedKLTrainer(CachedKL, Trainer):
+    """`CachedKL` over transformers' own Trainer. Raises as it does."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's, but a run of one step has no warm-up: at a learning rate of 0 it would train nothing."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0
+        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
+
+
+class _MeterReset(TrainerCallback):
+    """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters; one that goes on is not where
+    the base is."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.reset_meters()
+        if state.global_step:
+            self._trainer._check_start = False
+
+
+class _FirstStepCheck(TrainerCallback):
+    """Holds the first step of every run, and of every try of it, against its own positions before it is made."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._first_step.pending = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_first_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_first_step()  # in a loop of one's own that does not say when it is about to make the step
+
+
+class BudgetCallback(TrainerCallback, ExportableState):
+    """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
+
+    def __init__(self, trainer: CachedKL) -> None:
+        objective = trainer.objective
+        assert objective.kl_budget is not None
+        self._trainer = trainer
+        self._weight = BudgetedWeight(objective.kl_budget, objective.weight)
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps."""
+        return {"args": {}, "attributes": vars(self._weight).copy()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if state.global_step and isinstance(saved, dict):
+            self._weight = BudgetedWeight(**{**saved["attributes"], "kl_budget": self._weight.kl_budget})
+        self._trainer.kl_weight = self._weight.weight
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step_kl = self._trainer.step_kl()
+        if step_kl is not None:
+            self._trainer.kl_weight = self._weight.update(step_kl)
+
+
+def check_supported(trainer: Any) -> None:
+    """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
+    args, model = trainer.args, trainer.model
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    refused: tuple[tuple[Callable[[], bool], str], ...] = (
+        (
+            lambda: args.n_gpu > 1,
+            f"{args.n_gpu} GPUs in one process (DataParallel) split a batch without its targets. "
+            "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
+            "label smoothing by the trainer would be ignored, as the loss is made here. "
+            'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
+        ),
+        (
+            lambda: parallelism(trainer, "cp") > 1 or parallelism(trainer, "sp") > 1,
+            "context or sequence parallelism cuts sequences across processes, and the targets would not be cut with "
+            "them. Set cp_size=1 and sp_size=1",
+        ),
+        (
+            lambda: num_replicas(trainer) > 1 and isinstance(model, PeftModel) and not _is_divided(model),
+            f"{num_replicas(trainer)} processes hold it together, and each would train an adapter of its own on its "
+            "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
+        ),
+        (
+            lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
+            "FSDP and ZeRO-3 keep the output head in pieces outside of the model's forward. Use DDP, or ZeRO-1 or -2",
+        ),
+        (
+            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
+            "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
+            "Leave it at its default",
+        ),
+        (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
+    )
+    for holds, why in refused:
+        if holds():
+            raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
+    check_own_loss(model)
+
+
+def _is_divided(model: nn.Module) -> bool:
+    """Whether something that is trained is a part of a whole that knows its other parts."""
+    return any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad)
+
+
+def _cutting(args: Any) -> str:
+    """What settings of TRL cut documents where the cache did not."""
+    packing = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
+    if packing in ("wrapped", "bfd_split"):
+        return f" packing_strategy={packing!r} cuts documents anywhere: use 'bfd', which keeps their beginnings whole."
+    if getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        return " truncation_mode='keep_end' cuts off beginnings: use 'keep_start'."
+    return ""

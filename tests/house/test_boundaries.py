@@ -1,0 +1,197 @@
+"""The rooms of the architecture: which package may import which, what importing one loads, and who may print."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "peft", "datasets", "click", "accelerate"}
+
+STORAGE_ROOMS = {
+    "errors": set(),
+    "records": {"errors"},
+    "identity": set(),
+    "links": {"errors"},
+    "local_files": {"errors", "links"},
+    "files": {"errors", "local_files"},
+    "encoding": {"errors", "identity", "records"},
+    "manifest": {"encoding", "errors", "files", "identity"},
+    "backend": {"encoding", "errors", "files", "identity", "manifest"},
+    "arrow_sizes": set(),
+    "zarr_backend": {"backend", "encoding", "identity", "manifest"},
+    "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
+    "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
+    "index": {"backend", "encoding", "files", "identity", "manifest"},
+    "cache": {"backend", "errors", "files", "identity", "index", "manifest", "records", "shard"},
+    "captured_index": {"encoding", "identity"},
+    "job_status": {"cache", "errors", "files", "manifest", "shard"},
+    "writer": {
+        "backend",
+        "cache",
+        "captured_index",
+        "encoding",
+        "errors",
+        "files",
+        "identity",
+        "index",
+        "manifest",
+        "records",
+        "shard",
+    },
+    "verify": {"cache", "encoding", "errors", "files", "identity", "index", "manifest", "shard", "job_status"},
+    "repack": {"backend", "encoding", "identity", "shard"},
+    "transfer": {
+        "cache",
+        "encoding",
+        "errors",
+        "files",
+        "identity",
+        "manifest",
+        "records",
+        "repack",
+        "shard",
+        "writer",
+    },
+    "prune": {
+        "cache",
+        "encoding",
+        "errors",
+        "files",
+        "identity",
+        "manifest",
+        "repack",
+        "shard",
+        "job_status",
+        "writer",
+    },
+    "statistics": {"cache", "records"},
+    "inventory": {"cache", "files", "identity", "index", "manifest", "shard"},
+}
+"""The files of storage/, and the others of it that each may import."""
+
+PACKAGES = {
+    "errors": set(),
+    "events": set(),
+    "json_files": {"errors"},
+    "file_list": {"storage"},
+    "losses": {"errors"},
+    "data": {"errors", "storage"},
+    "models": {"errors", "storage"},
+    "pairing": {"data", "errors", "losses", "models", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "storage"},
+    "adapters": {"data", "errors", "events", "models", "storage"},
+    "evaluation": {
+        *("adapters", "data", "errors", "events", "file_list", "losses", "models", "pairing", "storage"),
+    },
+    "training": {"adapters", "data", "errors", "file_list", "losses", "models", "pairing", "storage"},
+    "sweeps": {
+        *("adapters", "capture", "data", "errors", "evaluation", "losses", "models", "pairing", "storage", "training"),
+    },
+    "reports": {"errors", "evaluation", "json_files", "storage"},
+    "hub": {"errors", "storage"},
+    "demo": {
+        *("adapters", "capture", "data", "errors", "evaluation", "losses", "models", "pairing", "reports", "storage"),
+        "training",
+    },
+}
+"""The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
+
+
+def imports_of(path: Path, package: str) -> tuple[set[str], set[str], set[str]]:
+    """Siblings (relative), rooms of this project (absolute, without the package itself), and foreign packages."""
+    siblings, rooms, foreign = set(), set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path}: relative imports stay within their package"
+            module = node.module or ""
+            siblings |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            if parts[0] != "logitcache":
+                foreign.add(parts[0])
+            elif len(parts) > 1:
+                rooms.add(parts[1])
+            else:
+                rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+    return siblings, rooms - {package}, foreign
+
+
+@pytest.mark.parametrize("room", STORAGE_ROOMS)
+def test_storage_imports_only_what_it_may(room: str) -> None:
+    siblings, rooms, foreign = imports_of(ROOT / "storage" / f"{room}.py", "storage")
+    assert siblings <= STORAGE_ROOMS[room] and not rooms
+    assert not foreign & {*HEAVY, "logitcache"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports_only_what_it_may(package: str) -> None:
+    folder = ROOT / "pipeline" / package
+    for path in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        _, rooms, foreign = imports_of(path, package)
+        assert rooms <= PACKAGES[package], path
+        assert not foreign & {"click", "logitcache"}, path
+
+
+def test_losses_import_torch_and_nothing_else() -> None:
+    for path in (ROOT / "pipeline" / "losses").rglob("*.py"):
+        _, _, foreign = imports_of(path, "losses")
+        assert not foreign & (HEAVY - {"torch"}), path
+
+
+def test_every_module_has_a_room() -> None:
+    """A new package is a decision about the architecture: enter it above."""
+    assert {p.stem for p in (ROOT / "storage").glob("*.py")} == {*STORAGE_ROOMS, "__init__"}
+    found = {p.stem for p in (ROOT / "pipeline").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert found == {*PACKAGES, "cli", "__init__", "__main__"}
+
+
+def test_there_is_no_circle() -> None:
+    """Packages stand on floors: each imports only packages that have been placed before it."""
+    placed, rest = {"storage"}, dict(PACKAGES)
+    while rest:
+        ready = [name for name, needs in rest.items() if needs <= placed]
+        assert ready, f"a circle among {sorted(rest)}"
+        placed |= {name for name in ready if rest.pop(name) is not None}
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for path in [*(ROOT / "storage").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
+        if "cli" in path.relative_to(ROOT).parts:
+            continue
+        names = {n.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Name)}
+        assert not names & {"print", "exit", "quit", "breakpoint"}, path
+        assert "sys.exit" not in path.read_text(encoding="utf-8"), path
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level and logitcache modules that a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport sys\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    return set(done.stdout.split())
+
+
+def test_importing_storage_loads_no_framework() -> None:
+    loaded = loaded_by("import logitcache.storage")
+    assert not loaded & HEAVY
+    assert not any(name.startswith("logitcache.") and not name.startswith("logitcache.storage") for name in loaded)
+
+
+def test_losses_know_nothing_of_storage() -> None:
+    loaded = loaded_by("import logitcache.losses.formulas, logitcache.losses.fused")
+    assert not any(name.startswith("logitcache.storage") for name in loaded)
+    assert not loaded & {"transformers", "peft", "zarr", "pyarrow"}
+
+
+def test_help_loads_no_framework() -> None:
+    """`logitcache --help` answers at once."""
+    assert not loaded_by("import logitcache.cli") & {"torch", "transformers", "peft", "datasets"}
+
+
+def test_reports_load_no_framework() -> None:
+    """Reports are made of files: a laptop without torch can read a sweep."""
+    assert not loaded_by("import logitcache.reports.build") & {"torch", "transformers", "peft", "datasets"}

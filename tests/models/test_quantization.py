@@ -1,0 +1,427 @@
+"""A backbone quantised on loading: its gradient, its place beside the cache of the base, and what is refused."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import PeftModel
+from support.cli_harness import done, precompute, refused, text_data
+from torch import nn
+from training.test_run import make_samples
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
+
+from logitcache.adapters.attach import AdapterSettings, attach
+from logitcache.adapters.registry import KINDS, rewrites_base
+from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for
+from logitcache.capture.plan import precompute as fill
+from logitcache.capture.vocab_groups import token_groups
+from logitcache.data.samples import pad_samples
+from logitcache.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel
+from logitcache.losses.formulas import Objective
+from logitcache.models import quantization as quantized
+from logitcache.models.head import OutputHead, check_head, hidden_states, logits_width
+from logitcache.models.loading import Base, find_model, load_base
+from logitcache.models.quantization import LOAD_IN, quantization_of
+from logitcache.pairing.identity_checks import KL_TOLERANCE_QUANTIZED_NATS, Pairing, check_identity, probe_step_zero
+from logitcache.pairing.targets import with_targets
+from logitcache.storage import CacheWriter, IdentityMismatch, LogitCache
+from logitcache.storage.manifest import features_of
+from logitcache.training.batch_loss import batch_loss
+from logitcache.training.custom_loop import CachedLoss
+from logitcache.training.full_weights import unfreeze
+from logitcache.training.run import TrainSettings, train
+from logitcache.training.trainer import CachedKLTrainer
+
+bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, of the test extra, is not installed"
+)
+CPU = torch.device("cpu")
+SAMPLES = make_samples(16)
+V = 260
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with rows of whole blocks of 64 weights, as every real model has them."""
+    return save(tmp_path_factory.mktemp("models") / "tiny", 0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with other weights."""
+    return save(tmp_path_factory.mktemp("models") / "other", 1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> LogitCache:
+    """Of the tiny base as it is, every alternative, in float32."""
+    return cache_of(load(tiny), tmp_path_factory.mktemp("quantized") / "c")
+
+
+@pytest.fixture(scope="module")
+def quantised_caches(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, LogitCache]:
+    """The same of the tiny base held in each format."""
+    folder = tmp_path_factory.mktemp("quantized")
+    return {how: cache_of(load(tiny, how), folder / how) for how in LOAD_IN}
+
+
+def cache_of(base: Base, path: Path) -> LogitCache:
+    settings = PrecomputeSettings(top_k=V - 1, max_length=64, precision="exact")
+    manifest = manifest_for(base, None, settings)
+    manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
+    fill(base, manifest, make_plan(SAMPLES, settings), path)
+    return LogitCache.open(path)
+
+
+def wide(seed: int = 0) -> Any:
+    return make_model(seed, hidden_size=64, intermediate_size=128)
+
+
+def save(folder: Path, seed: int) -> Path:
+    wide(seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, load_in: str | None = None, dtype: str = "float32") -> Base:
+    return load_base(find_model(str(folder)), dtype, CPU, load_in)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=torch.arange(40)[None] * 6).logits
+    return found
+
+
+def unpacked(layer: Any) -> torch.Tensor:
+    """The weights [out, in] that a quantised layer computes with, float32."""
+    from bitsandbytes import functional
+
+    if type(layer).__name__ == "Linear4bit":
+        found: torch.Tensor = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return found.float()
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return layer.weight.data.float() * scales.float()[:, None] / 127
+
+
+def dense_twin(model: Any) -> Any:
+    """A model without any quantisation that has the very weights of a quantised one."""
+    twin = wide()
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.weight.data = unpacked(model.get_submodule(name))
+    return twin
+
+
+# --- what is loaded --------------------------------------------------------------------------------------------------
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_layers_are_quantised_and_the_identity_says_so(load_in: str, dtype: str, tiny: Path) -> None:
+    base, plain = load(tiny, load_in, dtype), load(tiny, None, dtype)
+    assert quantization_of(base.model) == load_in and quantization_of(plain.model) is None
+    assert base.identity == replace(plain.identity, quantization=load_in) and plain.identity.quantization == ""
+    assert base.identity.vocab_size == V == logits_width(base.model)
+    kinds = {n: type(m).__name__ for n, m in base.model.named_modules() if isinstance(m, nn.Linear)}
+    assert kinds.pop("lm_head") == "Linear"
+    assert set(kinds.values()) == {"Linear4bit" if load_in == "4bit" else "Linear8bitLt"}
+    check_head(base.model)
+    expected, found = logits(plain.model).float(), logits(base.model).float()
+    assert 0 < (found - expected).norm() < {"8bit": 0.1, "4bit": 0.6}[load_in] * expected.norm()
+
+
+@bitsandbytes
+def test_rows_of_broken_blocks_are_refused_in_4_bits_on_a_cpu(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "narrow")
+    with pytest.raises(UnsupportedModel, match="expected layers with a multiple of 64 inputs, found 32"):
+        load(tmp_path / "narrow", "4bit")
+    load(tmp_path / "narrow", "8bit")
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_weights_are_near_those_of_the_files(load_in: str, tiny: Path) -> None:
+    """Relative to their size, by the formats: 1/127 of the largest of a row; NormalFloat .09 on normal weights."""
+    plain, model = load(tiny).model, load(tiny, load_in).model
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            error = (
+                unpacked(model.get_submodule(name)) - module.weight.detach()
+            ).norm() / module.weight.detach().norm()
+            assert 1e-3 < error < {"8bit": 0.01, "4bit": 0.1}[load_in], name
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_a_packed_output_embedding_still_tells_how_many_logits_it_makes(load_in: str, tiny: Path) -> None:
+    settings = BitsAndBytesConfig(**{f"load_in_{load_in}": True}, llm_int8_skip_modules=["nothing"])
+    model = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings, device_map={"": "cpu"})
+    quantized.make_trainable(model, "tiny")
+    head = model.get_output_embeddings()
+    assert type(head).__name__ != "Linear"
+    assert (head.weight.shape[0] == V) is (load_in == "8bit")
+    ids = torch.arange(9)[None]
+    assert logits_width(model) == V == OutputHead(model)(hidden_states(model, input_ids=ids)).shape[-1]
+    if load_in == "4bit":
+        with pytest.raises(UnsupportedModel, match="its output embedding is packed"):
+            token_groups(model, 4)
+
+
+def test_a_packed_output_embedding_that_hides_its_width_is_refused() -> None:
+    model = make_model()
+    packed = nn.Module()
+    packed.weight = nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    model.lm_head = packed
+    with pytest.raises(UnsupportedModel, match="hides how many logits it makes"):
+        logits_width(model)
+
+
+def test_without_the_package_one_sentence_says_what_to_install(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompute(tiny, text_data(tmp_path), tmp_path / "c")
+    monkeypatch.setattr(quantized, "find_spec", lambda _: None)
+    line = ["train", "--model", tiny, "--cache", tmp_path / "c", "--out", tmp_path / "o", "--load-in", "4bit"]
+    told = refused(2, *line)
+    assert "expected the package bitsandbytes, found none" in told and "pip install 'logitcache[quantized]'" in told
+    assert not (tmp_path / "o").exists()
+
+
+# --- the gradient ----------------------------------------------------------------------------------------------------
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_the_gradient_is_that_of_the_weights_it_computes_with(load_in: str, tiny: Path, cache: LogitCache) -> None:
+    """After checks in evaluation mode, as before a run: bitsandbytes packs weights there, and drops gradients then."""
+    model = load(tiny, load_in).model
+    check_head(model)
+    batch = with_targets(pad_samples(SAMPLES[:4]), cache)
+    found = []
+    for body in (model, dense_twin(model)):
+        torch.manual_seed(0)
+        adapted = attach(body, AdapterSettings(rank=4, alpha=8.0), "tiny")
+        torch.manual_seed(1)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        logits(adapted)
+        batch_loss(adapted.train(), batch, Objective(), 1.0, None).loss.backward()
+        found.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+    mine, theirs = found
+    assert mine.keys() == theirs.keys() and len(mine) == 2 * 7 * 2
+    tolerance = 0.1 if load_in == "8bit" else 1e-3  # 8-bit layers round their inputs too
+    for name, gradient in theirs.items():
+        assert (mine[name] - gradient).norm() < tolerance * gradient.norm(), name
+
+
+class Linear4bit(nn.Linear):
+    """By its name one of bitsandbytes'; without a gradient with respect to its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
+class Linear8bitLt(nn.Linear):
+    """One whose gradient is another's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach()) + (x - x.detach()).sum()
+
+
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bitLt])
+def test_layers_that_lose_or_spoil_the_gradient_are_refused(kind: Callable[..., nn.Module]) -> None:
+    model = wide()
+    quantized.make_trainable(model, "tiny")
+    model.model.layers[0].mlp.up_proj = kind(64, 128, bias=False)
+    with pytest.raises(UnsupportedModel, match="the gradient does not pass its Linear"):
+        quantized.make_trainable(model, "tiny")
+
+
+# --- beside the cache ------------------------------------------------------------------------------------------------
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_step_zero_tells_what_quantisation_costs_and_refuses_another(
+    load_in: str, tiny: Path, other: Path, cache: LogitCache
+) -> None:
+    plain = probe_step_zero(load(tiny).model, cache, SAMPLES, Objective())
+    found = probe_step_zero(load(tiny, load_in).model, cache, SAMPLES, Objective())
+    assert plain.kl_nats < 1e-6 and 1e-4 < found.kl_nats < found.tolerance_nats
+    assert found.tolerance_nats == pytest.approx(plain.tolerance_nats + KL_TOLERANCE_QUANTIZED_NATS[load_in])
+    with pytest.raises(NotTheBase, match="checking step 0"):
+        probe_step_zero(load(other, load_in).model, cache, SAMPLES, Objective())
+
+
+@bitsandbytes
+@pytest.mark.parametrize("theirs", [None, *LOAD_IN])
+@pytest.mark.parametrize("ours", [None, *LOAD_IN])
+def test_another_precision_is_refused_unless_it_is_asked_for(
+    ours: str | None,
+    theirs: str | None,
+    tiny: Path,
+    other: Path,
+    cache: LogitCache,
+    quantised_caches: dict[str, LogitCache],
+) -> None:
+    held, base = cache if theirs is None else quantised_caches[theirs], load(tiny, ours)
+    probe = probe_step_zero(base.model, held, SAMPLES, Objective())
+    allowed = sum(KL_TOLERANCE_QUANTIZED_NATS[how] for how in {ours, theirs} if how)
+    if ours == theirs == "4bit":  # 8 bits differ from themselves in another batch
+        allowed = 0.0
+    assert probe.kl_nats < probe.tolerance_nats and probe.tolerance_nats == pytest.approx(1e-5 + allowed)
+    check_identity(held, base, None, Pairing(other_precision=True))
+    with pytest.raises(IdentityMismatch, match="differs in weights"):
+        check_identity(held, load(other, ours), None, Pairing(other_precision=True))
+    if ours == theirs:
+        check_identity(held, base, None)
+        return
+    assert probe.kl_nats > 1e-4
+    for pairing in (None, Pairing()):
+        with pytest.raises(IdentityMismatch) as caught:
+            check_identity(held, base, None, pairing)
+        told = str(caught.value)
+        assert f"made from {theirs or 'unquantised'} weights, the model has {ours or 'unquantised'} weights" in told
+        assert "--other-precision" in told
+
+
+@bitsandbytes
+@pytest.mark.parametrize(("ours", "theirs"), [("4bit", None), (None, "4bit"), ("8bit", "8bit")])
+def test_trainers_and_loops_refuse_another_precision_too(
+    ours: str | None,
+    theirs: str | None,
+    tmp_path: Path,
+    tiny: Path,
+    cache: LogitCache,
+    quantised_caches: dict[str, LogitCache],
+) -> None:
+    held = cache if theirs is None else quantised_caches[theirs]
+    model = attach(load(tiny, ours).model, AdapterSettings(rank=2, alpha=4.0), "tiny")
+    batch = pad_samples(SAMPLES[:4])
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+
+    def in_a_trainer(**more: Any) -> object:
+        return CachedKLTrainer(model=model, args=arguments, train_dataset=SAMPLES, cache=held, **more)
+
+    def in_a_loop(**more: Any) -> object:
+        return CachedLoss(held, **more)(model, batch)
+
+    def in_a_run(other_precision: bool = False) -> object:
+        base, pairing = load(tiny, ours), Pairing(other_precision=other_precision)
+        name = f"o{other_precision}"
+        settings, steps = AdapterSettings(rank=2, alpha=4.0), TrainSettings(max_steps=1)
+        return train(base, SAMPLES, held, tmp_path / name, settings, Objective(), steps, pairing=pairing)
+
+    for start in (in_a_trainer, in_a_loop, in_a_run):
+        start(other_precision=True)
+        if ours == theirs:
+            start()
+            continue
+        with pytest.raises(IdentityMismatch, match="--other-precision"):
+            start()
+    in_a_trainer(check=False)
+
+
+@bitsandbytes
+def test_a_cache_goes_on_in_one_precision(tiny: Path, quantised_caches: dict[str, LogitCache]) -> None:
+    held = quantised_caches["4bit"]
+    for how in (None, "8bit"):
+        base = load(tiny, how)
+        manifest = replace(held.manifest, model=base.identity)
+        manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
+        with pytest.raises(IdentityMismatch, match=r"model\.quantization"):
+            CacheWriter(held.path, manifest)
+
+
+CASES = [(kind, load_in) for kind in KINDS for load_in in LOAD_IN if kind != "lora-null"]
+
+
+@bitsandbytes
+@pytest.mark.parametrize(("kind", "load_in"), CASES)
+def test_an_adapter_stands_on_quantised_weights_or_is_refused(
+    kind: str, load_in: str, tmp_path: Path, tiny: Path, cache: LogitCache
+) -> None:
+    settings, start = AdapterSettings(kind, 4, 8.0), logits(load(tiny, load_in).model)
+    if load_in not in KINDS[kind].quantized:
+        why = (
+            "it takes part of each weight out" if rewrites_base(settings) else "first values are made from the weights"
+        )
+        with pytest.raises(UnsuitableAdapter, match=f"attaching {kind} to weights of {load_in}: .*{why}"):
+            attach(load(tiny, load_in).model, settings, "tiny", SAMPLES)
+        return
+    assert torch.equal(logits(attach(load(tiny, load_in).model, settings, "tiny", SAMPLES)), start)
+    base, out = load(tiny, load_in), tmp_path / "o"
+    steps = TrainSettings(lr=1e-2, max_steps=4, batch_size=4)
+    report = train(base, SAMPLES, cache, out, settings, Objective(), steps, pairing=Pairing(other_precision=True))
+    assert report.step_zero is not None and report.step_zero.kl_nats > 1e-4
+    again = PeftModel.from_pretrained(load(tiny, load_in).model, str(out))
+    assert torch.equal(logits(again), logits(base.model)) and not torch.equal(logits(again), start)
+
+
+def test_kinds_that_rewrite_the_base_stand_on_no_quantised_weights() -> None:
+    for kind, row in KINDS.items():
+        assert not (row.quantized and row.rewrites_base), kind
+    assert KINDS["lora"].quantized == LOAD_IN and not KINDS["lora-null"].quantized
+
+
+@bitsandbytes
+def test_a_whole_quantised_model_cannot_be_trained(tiny: Path) -> None:
+    with pytest.raises(UnsuitableAdapter, match="its weights are quantised"):
+        unfreeze(load(tiny, "8bit").model)
+
+
+@bitsandbytes
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: Path, other: Path) -> None:
+    data = text_data(tmp_path)
+    precompute(tiny, data, tmp_path / "c")
+    line = ["train", "--model", tiny, "--cache", tmp_path / "c", "--out", tmp_path / "o", "--load-in", load_in]
+    line += ["--rank", 2, "--max-steps", 2]
+    told = refused(4, *line)
+    assert f"made from unquantised weights, the model has {load_in} weights" in told and "--other-precision" in told
+    line.append("--other-precision")
+    said = done(*line).err
+    assert f"nats (noise floor of {load_in} weights against a cache of unquantised ones; above 0." in said
+    assert "cast" not in said
+    run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
+    assert run["pairing"]["load_in"] == load_in and run["pairing"]["other_precision"] is True
+    assert run["model"]["quantization"] == load_in
+    assert 1e-5 < run["result"]["step_zero"]["kl_nats"] < run["result"]["step_zero"]["tolerance_nats"]
+    done(*line, "--resume")
+    assert "differs in model, pairing" in refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
+    done("evaluate", "--model", tiny, "--adapter", tmp_path / "o", "--data", data, "--prior", data)
+    assert "differs in weights" in refused(4, *[other if a is tiny else a for a in line])
+    told = refused(2, *line[:6], tmp_path / "p", *line[7:], "--adapter", "pissa")
+    assert "it takes part of each weight out" in told
+
+
+@bitsandbytes
+def test_a_cache_of_a_quantised_base_on_the_command_line(
+    tmp_path: Path, tiny: Path, quantised_caches: dict[str, LogitCache]
+) -> None:
+    path = quantised_caches["4bit"].path
+    assert "float32 with 4bit weights, sdpa attention" in done("inspect", path).out
+    line = ["train", "--model", tiny, "--cache", path, "--out", tmp_path / "o", "--rank", 2, "--max-steps", 1]
+    assert "made from 4bit weights, the model has unquantised weights" in refused(4, *line)
+    said = done(*line, "--load-in", "4bit").err
+    assert "nats (noise floor)." in said
+    run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
+    assert run["pairing"]["other_precision"] is False and run["result"]["step_zero"]["kl_nats"] < 1e-5
+    line[line.index(tmp_path / "o")] = tmp_path / "p"
+    assert "of unquantised weights against a cache of 4bit ones; above 0.3" in done(*line, "--other-precision").err
+
+
+def test_another_precision_is_of_the_base_s_own_cache(tmp_path: Path, tiny: Path) -> None:
+    line = ["train", "--model", tiny, "--data", text_data(tmp_path), "--out", tmp_path / "o", "--other-precision"]
+    assert "is for the cache of the student's own base" in refused(2, *line, "--regularizer", "none")
+    told = refused(2, *line, "--cache", tmp_path / "c", "--teacher-is-not-base", "--regularizer", "full-kl")
+    assert "is for the cache of the student's own base" in told

@@ -1,0 +1,127 @@
+"""What a sweep's configuration asks for, and what is refused before anything is trained."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from logitcache.errors import InputNotFound, InvalidData
+from logitcache.sweeps.config import FIELDS, LEARNING_RATES, METHODS, make_config, read_config
+from logitcache.training.run import TrainSettings
+
+PATHS = {"model": "m", "cache": "c", "new": "n.jsonl", "prior": "p.jsonl"}
+
+
+def config(**keys: Any) -> Any:
+    return make_config({**PATHS, **keys}, "sweep.yaml")
+
+
+def test_the_grid_is_the_product_of_its_axes_for_every_method() -> None:
+    found = config(
+        grid={"lr": [1e-3, 2e-3], "seed": [0, 1], "rank": 4, "max_steps": 5},
+        methods={"plain": {"regularizer": "none"}, "masked": {"weight": [0.5, 1.0], "top_k": [4, 8]}},
+    )
+    assert found.methods == ["plain", "masked"]
+    plain, masked = ([r for r in found.runs if r.method == m] for m in found.methods)
+    assert len(plain) == 4 and len(masked) == 16
+    chosen = {tuple(r.settings[n] for n in ("lr", "seed", "weight", "top_k")) for r in masked}
+    assert chosen == set(itertools.product((1e-3, 2e-3), (0, 1), (0.5, 1.0), (4, 8)))
+    for run in found.runs:
+        assert run.settings.keys() == set(FIELDS)
+        assert run.adapter.rank == 4 and run.adapter.alpha == 8.0 and run.penalty is None
+        assert run.training == TrainSettings(
+            lr=run.settings["lr"], seed=run.settings["seed"], max_steps=5, top_k=run.settings["top_k"]
+        )
+    assert {r.objective.regularizer for r in plain} == {"none"}
+    assert {(r.objective.regularizer, r.objective.weight) for r in masked} == {("masked-kl", 0.5), ("masked-kl", 1.0)}
+    assert len({r.name for r in found.runs}) == len(found.runs)
+
+
+def test_learning_rates_are_swept_where_none_is_named() -> None:
+    for methods in (None, {"plain": {"regularizer": "none"}, "masked": None}):
+        found = config(methods=methods)
+        for method in found.methods:
+            assert {r.settings["lr"] for r in found.runs if r.method == method} == set(LEARNING_RATES)
+    assert config(methods=None).methods == list(METHODS)
+
+
+def test_a_method_has_its_own_axes_before_those_of_the_grid() -> None:
+    found = config(grid={"lr": [1e-3, 2e-3]}, methods={"low": {"lr": 1e-4}, "both": {"regularizer": "none"}})
+    assert [r.settings["lr"] for r in found.runs] == [1e-4, 1e-3, 2e-3]
+
+
+def test_what_plain_training_does_not_have_is_no_axis_of_it() -> None:
+    """The weights, tails and k of the grid are one run without a regulariser."""
+    grid = {"lr": 1e-3, "weight": [0.5, 1.0], "tail": ["bucket", "renormalize"], "top_k": [4, 8]}
+    found = config(grid=grid, methods={"plain": {"regularizer": "none"}, "masked": {}})
+    assert [sum(r.method == m for r in found.runs) for m in found.methods] == [1, 8]
+
+
+def test_penalties_take_the_weight_and_leave_the_loss_alone() -> None:
+    found = config(grid={"lr": 1e-3}, methods={"L2-SP": {"regularizer": "l2-sp", "weight": 0.1}})
+    (run,) = found.runs
+    assert run.penalty is not None and (run.penalty.kind, run.penalty.weight) == ("l2-sp", 0.1)
+    assert run.objective.regularizer == "none"
+
+
+def test_a_run_keeps_its_name_when_the_grid_grows() -> None:
+    small = config(grid={"lr": 1e-3, "seed": 0}, methods={"masked": {}})
+    large = config(grid={"seed": [1, 0], "lr": [2e-3, 1e-3]}, methods={"other": {"weight": 2.0}, "masked": {}})
+    assert {r.name for r in small.runs} < {r.name for r in large.runs}
+    renamed = config(grid={"lr": 1e-3, "seed": 0}, methods={"Masked!": {}})
+    assert renamed.runs[0].name != small.runs[0].name
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"modle": "m"}, "unknown key 'modle'"),
+    "unknown field": ({"grid": {"learning_rate": 1e-3}}, "unknown key 'learning_rate'"),
+    "unknown field of a method": ({"methods": {"a": {"lrr": 1}}}, "method 'a': unknown key 'lrr'"),
+    "no value": ({"grid": {"lr": []}}, "lr has no values"),
+    "no method": ({"methods": {}}, "at least one method"),
+    "a value twice": ({"grid": {"seed": [0, 1, 0]}}, "seed has 0 twice"),
+    "unknown regulariser": ({"methods": {"a": {"regularizer": "kl"}}}, "regularizer: expected one of"),
+    "unknown adapter": ({"grid": {"adapter": "lorra"}}, "preparing adapter lorra: expected one of"),
+    "refused adapter": ({"grid": {"adapter": "loftq"}}, "LoftQ replaces the weights"),
+    "odd rank": ({"grid": {"adapter": "orthogonal", "rank": 3}}, "even rank"),
+    "no null space": ({"grid": {"adapter": "lora-null"}}, "null space"),
+    "a text for a number": ({"grid": {"lr": "1e-3"}}, "lr: expected a number, found '1e-3' (YAML wants a point"),
+    "half a seed": ({"grid": {"seed": 0.5}}, "seed: expected a number, found 0.5"),
+    "yes for a number": ({"grid": {"rank": True}}, "rank: expected a number, found True"),
+    "a number for a text": ({"grid": {"tail": 3}}, "tail: expected a text, found 3"),
+    "a negative weight": ({"grid": {"weight": -1.0}}, "weight: expected 0 to"),
+    "temperature with a bucket": ({"grid": {"temperature": 2.0}}, "Use tail renormalize"),
+    "nothing to train": ({"grid": {"max_steps": 0}}, "would train nothing"),
+    "no alternatives": ({"grid": {"top_k": 0}}, "top_k: expected 1 or more"),
+    "a budget for weights": ({"methods": {"a": {"regularizer": "ewc", "kl_budget": 0.1}}}, "kl_budget"),
+    "a path that is none": ({"cache": 3}, "expected cache, a path"),
+    "a probe of nothing": ({"probe_top_k": 0}, "probe_top_k"),
+    "a list for the grid": ({"grid": [1]}, "grid: expected fields and their values"),
+    "one run in two methods": ({"methods": {"a": {"lr": 1e-3}, "b": {"lr": 1e-3}}}, "'a' and 'b' have a run in common"),
+    "too many": ({"grid": {"seed": list(range(101)), "rank": list(range(1, 101))}}, "more than 10,000"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_is_one_sentence(case: str, tmp_path: Path) -> None:
+    keys, said = WRONG[case]
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**PATHS, **keys}), encoding="utf-8")
+    with pytest.raises(InvalidData) as caught:
+        read_config(path)
+    message = str(caught.value)
+    assert said in message and str(path) in message and message.endswith(".") and "\n" not in message
+
+
+def test_a_file_that_is_none() -> None:
+    with pytest.raises(InputNotFound, match=r"reading nowhere\.yaml: No such file"):
+        read_config(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", ""])
+def test_a_file_that_is_no_mapping(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidData, match="reading"):
+        read_config(path)
