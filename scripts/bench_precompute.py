@@ -43,11 +43,11 @@ from bench_step import DEMO, QUICK, SHAPES, Shape, make_model
 from transformers import PreTrainedModel, logging
 
 from logitcache.capture.plan import PrecomputeSettings
-from logitcache.capture.teacher import SLICE_BYTES
 from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
-from logitcache.data.samples import Sample, pad_batch
+from logitcache.data.batches import pad_batch
+from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents
-from logitcache.models.head import OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
 
@@ -93,7 +93,7 @@ def write_rows(shape: Shape, path: Path, job: dict[str, Any]) -> None:
 @torch.inference_mode()
 def bare(model: PreTrainedModel, batches: Batches) -> None:
     """What nobody can do without: every hidden state and every logit once, and their logsumexp."""
-    head, num_rows = OutputHead(model), rows_at_once(model, SLICE_BYTES)
+    head, num_rows = OutputHead(model), rows_at_once(model, LOGITS_BYTES)
     for batch in batches:
         padded = pad_batch(batch, model.device)
         hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask)

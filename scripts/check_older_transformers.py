@@ -1,8 +1,8 @@
 """The loss of 2 x 3 micro-batches over that of 1 x 6, with older transformers and PEFT than those installed here.
 
 Owns the environment: the older packages in a folder of their own that comes before what is installed (torch and all
-else stay), and one process in it. Trainers and cache are those of tests/training/test_normalisation.py, which runs there too.
-Exit status 1 where a ratio is further from 1 than 1e-5.
+else stay), and one process in it. Trainers and cache are those of tests/training/test_normalisation.py,
+which runs there too. Exit status 1 where a ratio is further from 1 than 1e-5.
 
     python scripts/check_older_transformers.py                 transformers 5.16.1 as in axolotl 0.19, and PEFT 0.20
     python scripts/check_older_transformers.py --tests         and tests/training/test_normalisation.py there

@@ -50,7 +50,8 @@ from torch import Tensor
 
 from logitcache.capture.plan import PrecomputeSettings
 from logitcache.capture.vocab_groups import token_groups
-from logitcache.data.samples import Sample, pad_batch
+from logitcache.data.batches import pad_batch
+from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective, SparseTargets, base_rest, regularizer_values
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
 from logitcache.models.loading import Base

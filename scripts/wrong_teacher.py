@@ -38,8 +38,9 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings, attach, save, save_start
-from logitcache.data.rows import read_rows
-from logitcache.data.samples import IGNORED, make_samples, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.rows import IGNORED, read_rows
+from logitcache.data.samples import make_samples
 from logitcache.demo.run import DemoSettings, _fill_cache, write_data
 from logitcache.evaluation.compare import compare, load_adapter
 from logitcache.losses.formulas import Objective

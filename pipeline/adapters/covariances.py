@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from logitcache.capture.plan import PrecomputeSettings, make_plan
-from logitcache.capture.shard_pipeline import Progress
-from logitcache.data.samples import PaddedBatch, Sample, distinct, pad_batch
+from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch
+from logitcache.data.samples import Sample, distinct
 from logitcache.errors import NonFiniteLogits, UnsupportedModel
+from logitcache.events import Progress
 from logitcache.models.head import check_length, hidden_states
 
 PROBE_TOKENS = 8
@@ -61,8 +61,7 @@ def input_covariances(
     """
     check_length(model, max(len(s.token_ids) for s in samples))
     groups = input_groups(model, samples[0])
-    plan = make_plan(samples, PrecomputeSettings(batch_tokens=batch_tokens))
-    batches = [batch for shard in plan.shards for batch in shard]
+    batches = list(batches_by_length(samples, batch_tokens))
     for part in _passes(groups, memory_bytes):
         found = _accumulate(model, part, batches, progress)
         for group in part:

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from logitcache.capture.shard_pipeline import Progress
 from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound, NotTheBase, TrainingFailed, UnsuitableAdapter
+from logitcache.events import Progress
 from logitcache.models.loading import Base
 from logitcache.storage import CorruptCache, sample_id
 from logitcache.storage.files import is_unfinished, replace_file

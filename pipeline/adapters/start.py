@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcache.data.samples import Sample, pad_batch, pad_samples
+from logitcache.data.batches import pad_batch, pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import UnsuitableAdapter
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
 

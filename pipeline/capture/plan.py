@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.data.samples import Sample, SampleSet, distinct
+from logitcache.data.batches import batches_by_length
+from logitcache.data.samples import Sample, SampleSet
 from logitcache.errors import NonFiniteLogits
+from logitcache.events import Progress
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, tokenizer_identity
 from logitcache.storage import CacheWriter, CaptureSettings, Manifest, ModelIdentity, sample_id
@@ -26,7 +28,7 @@ from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
 from logitcache.storage.manifest import features_of
 
-from .shard_pipeline import Filler, Progress
+from .shard_pipeline import Filler
 from .teacher import TransformersTeacher
 from .vocab_groups import token_groups
 
@@ -178,23 +180,18 @@ def manifest_of(
 
 
 def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:
-    """Distinct samples, longest first (memory runs out at once or never), in batches of at most `batch_tokens`."""
-    ordered = sorted(distinct(samples), key=lambda s: (-len(s.token_ids), sample_id(s.token_ids)))
+    """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards."""
     shards: list[tuple[tuple[Sample, ...], ...]] = []
     batches: list[tuple[Sample, ...]] = []
-    batch: list[Sample] = []
     num_positions = 0
-    for sample in ordered:
-        if batch and (len(batch) + 1) * len(batch[0].token_ids) > settings.batch_tokens:
-            batches.append(tuple(batch))
-            batch = []
-            if num_positions >= settings.shard_positions:
-                shards.append(tuple(batches))
-                batches, num_positions = [], 0
-        batch.append(sample)
-        num_positions += len(sample.positions)
-    if batch:
-        shards.append((*batches, tuple(batch)))
+    for batch in batches_by_length(samples, settings.batch_tokens):
+        batches.append(batch)
+        num_positions += sum(len(sample.positions) for sample in batch)
+        if num_positions >= settings.shard_positions:
+            shards.append(tuple(batches))
+            batches, num_positions = [], 0
+    if batches:
+        shards.append(tuple(batches))
     return Plan(tuple(shards))
 
 

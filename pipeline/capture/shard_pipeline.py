@@ -5,7 +5,7 @@ cannot be computed at all (its shard is left out and reported). Must not know wh
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, is_out_of_memory
+from logitcache.events import Progress, Tell
 from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, sample_id
 from logitcache.storage.manifest import ShardCommit
 from logitcache.storage.records import keep_mass
 
 from .teacher import Teacher
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens done since the last call."""
-
-Tell = Callable[[str, dict[str, object]], None]
-"""Called with the name of an event and what is known of it."""
 
 LEAVING_SECONDS = 5.0
 """How long a shard that is being written is waited for when the work is stopped."""

@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcache.data.samples import Sample, pad_batch
+from logitcache.data.batches import pad_batch
+from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits
 from logitcache.models.device_map import head_device
-from logitcache.models.head import OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.storage import BaseLogprobs, sample_id
-
-SLICE_BYTES = 64 * 2**20
-"""Size of one slice of float32 logits; a few of its size are alive at a time."""
 
 CACHED_BYTES = 4 * 2**20
 """Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
@@ -70,7 +68,7 @@ def capture(
     hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)
-    num_rows = rows_at_once(model, SLICE_BYTES)
+    num_rows = rows_at_once(model, LOGITS_BYTES)
     split = None if token_groups is None else one_hot(token_groups.to(hidden.device))
     uniforms = torch.from_numpy(_uniforms(batch, num_tail_samples)).to(hidden.device)
     slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)

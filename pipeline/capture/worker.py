@@ -24,6 +24,7 @@ from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identit
 from logitcache.data.rows import count_rows, read_windows, sizes_of
 from logitcache.data.samples import SampleSet, check_samples_left, read_samples
 from logitcache.errors import InvalidData, NonFiniteLogits
+from logitcache.events import Progress, Tell
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
@@ -56,7 +57,7 @@ from .plan import (
     teacher_of,
     without_captured,
 )
-from .shard_pipeline import Filler, Progress, Tell
+from .shard_pipeline import Filler
 from .teacher import Teacher
 
 TRANSFORMERS, VLLM = "transformers", "vllm"

@@ -28,7 +28,8 @@ from .common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from logitcache.data.samples import Row, Sample
+    from logitcache.data.rows import Row
+    from logitcache.data.samples import Sample
     from logitcache.evaluation.compare import Comparison
     from logitcache.models.loading import Base
     from logitcache.storage import LogitCache

@@ -17,7 +17,11 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import InputNotFound, InvalidData
 
-from .samples import Row
+Row = dict[str, Any]
+"""One row as its file has it, by the names of its columns."""
+
+IGNORED = -100
+"""The label of a token that is none."""
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 

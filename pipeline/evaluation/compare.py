@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache.adapters.reloadable import check_reloadable
-from logitcache.capture.plan import PrecomputeSettings, make_plan
-from logitcache.capture.teacher import SLICE_BYTES
-from logitcache.data.samples import PaddedBatch, Sample, distinct, pad_batch, pad_samples
+from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
+from logitcache.data.samples import Sample, distinct
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
+from logitcache.events import Progress
 from logitcache.file_list import FILES, fault_of
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
 from logitcache.models.head import (
+    LOGITS_BYTES,
     OutputHead,
     causal_lm_of,
     check_length,
@@ -37,8 +38,7 @@ from logitcache.models.head import (
     rows_at_once,
 )
 from logitcache.models.loading import Base, find_model, first_line, load_base
-from logitcache.pairing.identity_checks import SLICE_BYTES as PLAIN_SLICE_BYTES
-from logitcache.pairing.identity_checks import check_samples, check_width
+from logitcache.pairing.identity_checks import PLAIN_LOSS_BYTES, check_samples, check_width
 from logitcache.pairing.inputs import model_inputs
 from logitcache.pairing.targets import PREFIX, placed, targets_of, with_targets
 from logitcache.storage import LogitCache, ModelIdentity, sample_id
@@ -47,7 +47,6 @@ from logitcache.storage.identity import digest
 
 from .metrics import Comparison, Metrics, comparison_of
 
-Progress = Callable[[int], None]
 Values = dict[str, Tensor]
 """Columns of `metrics.DocumentSums` for every position of a batch, [N]."""
 
@@ -234,14 +233,14 @@ def _document_sums(
     progress: Progress,
 ) -> tuple[dict[str, NDArray[np.float64]], list[Sample]]:
     """Sums over the positions of each document, [D], and the documents: distinct samples with supervised positions."""
-    plan = make_plan([s for s in samples if len(s.positions)], PrecomputeSettings(batch_tokens=batch_tokens))
-    documents = list(plan.samples)
+    batches = list(batches_by_length((s for s in samples if len(s.positions)), batch_tokens))
+    documents = [sample for batch in batches for sample in batch]
     if not documents:
         raise InvalidData("evaluating: expected a sample with a supervised token at least, found none.")
     for model in models:
         check_length(causal_lm_of(model), len(documents[0].token_ids))
     parts: dict[str, list[NDArray[np.float64]]] = {}
-    for batch in (batch for shard in plan.shards for batch in shard):
+    for batch in batches:
         counts = np.array([len(s.positions) for s in batch])
         for name, column in values(batch).items():
             part = np.add.reduceat(column.double().cpu().numpy(), np.cumsum(counts) - counts)
@@ -270,7 +269,7 @@ def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
     """
     hidden = [_hidden_of(m, batch.rows, input_ids=batch.input_ids, attention_mask=batch.attention_mask) for m in models]
     heads = [OutputHead(causal_lm_of(m)) for m in models]
-    num_rows = rows_at_once(causal_lm_of(models[0]), SLICE_BYTES)
+    num_rows = rows_at_once(causal_lm_of(models[0]), LOGITS_BYTES)
     parts = []
     for labels, *rows in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
         logprobs = [head(h).to(labels.device).float().log_softmax(dim=1) for head, h in zip(heads, rows, strict=True)]
@@ -297,7 +296,7 @@ def _cached_values(adapted: nn.Module, cache: LogitCache, batch: Sequence[Sample
     targets = targets_of(columns)
     assert targets is not None
     hidden = _hidden_of(adapted, columns[f"{PREFIX}rows"], **model_inputs(adapted, columns))
-    head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_SLICE_BYTES)
+    head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
     precision = PRECISIONS[cache.manifest.capture.precision]
     rounding = 0.0 if precision is None else precision.max_error + 0.5 / precision.scalars
     parts = []

@@ -8,7 +8,6 @@ they mean are the harness's; only the interval of the change is ours, by the res
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from logitcache.errors import InputNotFound, TasksFailed
 from logitcache.models.loading import first_line
 
-from .metrics import intervals_of, resampled_totals
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task. metric: the harness's name, with its filter where it has one; before, after: in the
-    metric's own unit (accuracies are shares, 0 to 1); after: None without an adapter; interval: of after - before, over
-    the task's documents, None where the metric is not a mean over these; num_documents: how many there are."""
-
-    task: str
-    metric: str
-    before: float
-    after: float | None
-    interval: tuple[float, float] | None
-    num_documents: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
+from .metrics import TaskScore, intervals_of, resampled_totals
 
 
 def check_harness() -> None:

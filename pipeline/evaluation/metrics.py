@@ -100,6 +100,24 @@ class Comparison:
         }
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task. metric: the harness's name, with its filter where it has one; before, after: in the
+    metric's own unit (accuracies are shares, 0 to 1); after: None without an adapter; interval: of after - before, over
+    the task's documents, None where the metric is not a mean over these; num_documents: how many there are."""
+
+    task: str
+    metric: str
+    before: float
+    after: float | None
+    interval: tuple[float, float] | None
+    num_documents: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
 def comparison_of(sums: DocumentSums, before_from: Literal["base", "cache"] = "base", samples: str = "") -> Comparison:
     """The comparison that these sums make, intervals included."""
     totals = {name: column.sum(keepdims=True) for name, column in sums.items()}

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from .lm_eval import TaskScore
-from .metrics import Comparison, Metrics
+from .metrics import Comparison, Metrics, TaskScore
 
 _METRICS: list[tuple[str, str, float, str, Callable[[Metrics], float]]] = [
     ("cross-entropy, nats a token", ".3f", 1, "ce_change", lambda m: m.ce_nats),

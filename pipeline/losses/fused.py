@@ -33,7 +33,7 @@ from .formulas import (
 )
 from .leaves import check_gradients, check_leaves, names_in
 
-SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+LOSS_SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Size of a slice of float32 logits, by the kind of device."""
 
 LEAST_GROUP_SUM = 1e-30
@@ -177,7 +177,7 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
     if vocab_size is None:
         with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
             vocab_size = call.head(hidden.detach()[:1]).shape[1]
-    return max(1, SLICE_BYTES.get(hidden.device.type, SLICE_BYTES["cuda"]) // (4 * vocab_size))
+    return max(1, LOSS_SLICE_BYTES.get(hidden.device.type, LOSS_SLICE_BYTES["cuda"]) // (4 * vocab_size))
 
 
 def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:

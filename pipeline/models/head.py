@@ -27,6 +27,9 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
+LOGITS_BYTES = 64 * 2**20
+"""Size of one slice of float32 logits that are read and dropped; a few of its size are alive at a time."""
+
 
 class OutputHead:
     """Hidden states [..., D] -> logits [..., V], as the model's own forward makes them.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import InvalidData, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mask, regularizer_values
 from logitcache.models.device_map import head_device
@@ -31,7 +32,7 @@ from .inputs import model_inputs
 from .targets import PREFIX, Batch, cut_of, placed, targets_of, with_targets
 
 NUM_PROBED = 8
-SLICE_BYTES = 16 * 2**20
+PLAIN_LOSS_BYTES = 16 * 2**20
 """Of float32 logits; the plain forms hold several times that."""
 
 KL_TOLERANCE_NATS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.05}
@@ -331,7 +332,7 @@ def measure(
     causal_lm = causal_lm_of(model)
     form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
     head = OutputHead(causal_lm, vocab_size)
-    num_rows = rows_at_once(causal_lm, SLICE_BYTES)
+    num_rows = rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
     values, errors = [], []
     with evaluation_mode(model):
         for batch in batches:

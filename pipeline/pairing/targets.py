@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.data.samples import IGNORED, Sample
+from logitcache.data.rows import IGNORED
+from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
 from logitcache.storage import BaseLogprobs, LogitCache

@@ -23,12 +23,12 @@ import torch
 from transformers import PreTrainedModel
 
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.capture.teacher import SLICE_BYTES
+from logitcache.data.batches import pad_batch
 from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, make_samples, pad_batch
+from logitcache.data.samples import Sample, make_samples
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
-from logitcache.models.head import OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
 from logitcache.pairing.identity_checks import check_identity, check_samples, check_tail
 from logitcache.pairing.targets import samples_of
@@ -334,7 +334,7 @@ def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample]) -> float:
     started = perf_counter()
     padded = pad_batch(batch, base.device)
     hidden = hidden_states(base, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
-    head, num_rows = OutputHead(base), rows_at_once(base, SLICE_BYTES)
+    head, num_rows = OutputHead(base), rows_at_once(base, LOGITS_BYTES)
     for rows in hidden.index_select(0, padded.rows).split(num_rows):
         head(rows).float().log_softmax(dim=1)
     _wait_for(base.device)

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from logitcache.adapters.covariances import spread
-from logitcache.data.samples import Sample, pad_batch
+from logitcache.data.batches import pad_batch
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed, UnsuitableAdapter
 from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import linear_loss

@@ -27,7 +27,8 @@ from transformers.integrations import TensorBoardCallback
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.null_space import NullSpace, check_null_space
 from logitcache.adapters.registry import KINDS, NO_ADAPTER, check_settings, keeps_start, rewrites_base
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts

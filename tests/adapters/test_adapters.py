@@ -31,7 +31,8 @@ from logitcache.adapters.registry import (
 )
 from logitcache.adapters.start import minor_components
 from logitcache.cli.train import ADAPTERS
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective

@@ -17,7 +17,8 @@ from training.test_run import V, make_base, make_cache, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_values
 from logitcache.losses.fused import linear_loss

@@ -19,7 +19,7 @@ from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for,
 from logitcache.capture.plan import precompute as fill
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups
-from logitcache.data.samples import pad_samples
+from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed, UnsupportedModel
 from logitcache.evaluation.compare import compare, compare_cached, load_adapter
 from logitcache.losses.formulas import Objective

@@ -127,7 +127,7 @@ def test_non_finite_logits_name_sample_and_position(value: float) -> None:
 
 
 def test_no_tensor_of_batch_time_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.capture.teacher.SLICE_BYTES", 4 * 260 * 4)
+    monkeypatch.setattr("logitcache.capture.teacher.LOGITS_BYTES", 4 * 260 * 4)
     model, batch = make_model(), make_batch(vocab_size=250, lengths=(40, 40, 40))
     largest = 0
 

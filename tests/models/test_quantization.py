@@ -21,7 +21,7 @@ from logitcache.adapters.registry import KINDS, rewrites_base
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for
 from logitcache.capture.plan import precompute as fill
 from logitcache.capture.vocab_groups import token_groups
-from logitcache.data.samples import pad_samples
+from logitcache.data.batches import pad_samples
 from logitcache.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel
 from logitcache.losses.formulas import Objective
 from logitcache.models import quantization as quantized

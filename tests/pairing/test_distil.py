@@ -18,7 +18,8 @@ from torch import Tensor
 from training.test_run import make_samples
 
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, InvalidData, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source, tokenizer_identity

@@ -46,7 +46,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
 from logitcache.cli import run
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.data.samples import make_samples as samples_of_rows
 from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed, UnsupportedModel
 from logitcache.losses.formulas import Objective

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source

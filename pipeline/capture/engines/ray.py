@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from logitcache.capture.plan import Counts, failed_text
-from logitcache.capture.shard_pipeline import Tell
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
+from logitcache.events import Tell
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, NotACache
 from logitcache.storage.cache import read_manifest, stored_token_groups

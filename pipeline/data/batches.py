@@ -1,0 +1,64 @@
+"""Samples side by side: padded batches, and samples sorted by length into batches of so many tokens.
+
+Owns padding and the order in which samples are batched. Must not know tokenizers, models or caches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.storage import sample_id
+
+from .rows import IGNORED
+from .samples import Sample, distinct
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """input_ids, attention_mask: [B, T], padded on the right; rows: [N] of the flattened [B * T] that predict a
+    supervised token; label_ids: [N], that token."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    label_ids: Tensor
+
+
+def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedBatch:
+    """Samples side by side, padded on the right with token 0, which the attention mask hides."""
+    length = max(len(s.token_ids) for s in batch)
+    input_ids = np.zeros((len(batch), length), dtype=np.int64)
+    mask = np.zeros((len(batch), length), dtype=np.int64)
+    for i, sample in enumerate(batch):
+        input_ids[i, : len(sample.token_ids)] = sample.token_ids
+        mask[i, : len(sample.token_ids)] = 1
+    rows = np.concatenate([i * length + s.positions.astype(np.int64) for i, s in enumerate(batch)])
+    labels = np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
+    return PaddedBatch(*(torch.from_numpy(a).to(device) for a in (input_ids, mask, rows, labels)))
+
+
+def pad_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Samples as any collator would have them: input_ids, attention_mask and labels, int64 [B, T]."""
+    padded = pad_batch(samples, device)
+    labels = torch.full_like(padded.input_ids, IGNORED)
+    labels.view(-1)[padded.rows + 1] = padded.label_ids
+    return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
+
+
+def batches_by_length(samples: Iterable[Sample], batch_tokens: int) -> Iterator[tuple[Sample, ...]]:
+    """Distinct samples, longest first (memory runs out at once or never), in batches of at most `batch_tokens`.
+
+    batch_tokens: with padding; a longer sample is a batch of its own. The order is one for any order of the samples:
+    equal lengths are ordered by sample_id.
+    """
+    batch: list[Sample] = []
+    for sample in sorted(distinct(samples), key=lambda s: (-len(s.token_ids), sample_id(s.token_ids))):
+        if batch and (len(batch) + 1) * len(batch[0].token_ids) > batch_tokens:
+            yield tuple(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield tuple(batch)
