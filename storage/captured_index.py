@@ -41,7 +41,7 @@ class Captured:
         ids = [row.tobytes() for row in table.sample_ids]
         ends = np.cumsum(table.num_positions, dtype=np.int64)
         rows["mark"] = [
-            _mark(key, positions[int(end) - int(n) : int(end)])
+            fingerprint64(key, positions[int(end) - int(n) : int(end)])
             for key, end, n in zip(ids, ends, table.num_positions, strict=True)
         ]
         rows["row"] = np.arange(len(table))
@@ -78,7 +78,7 @@ class Captured:
     def _not_in(
         self, key: bytes, wanted: NDArray[np.int32], stored: NDArray[np.void], units: Sequence[str]
     ) -> NDArray[np.int32]:
-        if np.any(stored["mark"] == _mark(key, wanted)):
+        if np.any(stored["mark"] == fingerprint64(key, wanted)):
             return wanted[:0]
         left = wanted
         for row in stored:
@@ -100,6 +100,7 @@ class Captured:
         return held[1]
 
 
-def _mark(key: bytes, positions: NDArray[np.int32]) -> int:
+def fingerprint64(key: bytes, positions: NDArray[np.int32]) -> int:
+    """The mark of a sample id and its positions, by which equal ones are recognised without reading."""
     packed = np.ascontiguousarray(positions, dtype="<i4").tobytes()
     return int(digest(key + packed)[:16], 16)

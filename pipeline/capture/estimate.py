@@ -14,7 +14,6 @@ from logitcache.storage.records import concatenate
 from logitcache.storage.writer import pack_shard, unit_id
 
 from .plan import Counts, count
-from .shard_pipeline import cached_samples
 from .worker import JobSpec, Loaded, Share, check_num_units, plans
 
 SAMPLE_POSITIONS = 2048
@@ -57,8 +56,8 @@ def estimate(spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = No
     check_num_units(planned.num_units, spec.settings)
     bytes_per_position, sampled, measured = _measure(loaded, first)
     return Estimate(
-        loaded.manifest.capture.top_k,
-        loaded.manifest.model.vocab_size,
+        loaded.cache_spec.manifest.capture.top_k,
+        loaded.cache_spec.manifest.model.vocab_size,
         planned,
         bytes_per_position,
         sampled,
@@ -76,7 +75,7 @@ def _spread(batches: Sequence[Sequence[Sample]]) -> list[Sequence[Sample]]:
 
 def _measure(loaded: Loaded, batches: Sequence[Sequence[Sample]]) -> tuple[float, int, float]:
     """Bytes a position, positions, and tokens a second, of the second time where there is one batch only."""
-    capture, seconds, tokens = loaded.manifest.capture, 0.0, 0
+    manifest, seconds, tokens = loaded.cache_spec.manifest, 0.0, 0
     cached: list[CachedSample] = []
     loaded.teacher(batches[0])  # the first forward allocates
     for batch in batches:
@@ -84,8 +83,8 @@ def _measure(loaded: Loaded, batches: Sequence[Sequence[Sample]]) -> tuple[float
         records = loaded.teacher(batch)
         seconds += perf_counter() - start
         tokens += sum(len(s.token_ids) for s in batch)
-        cached += cached_samples(list(zip(batch, records, strict=True)), capture.min_mass, loaded.partition)
+        cached += loaded.cache_spec.stored(zip(batch, records, strict=True))
     table = sample_table(cached)
-    columns = encode(concatenate([c.logprobs for c in cached]), capture)
-    commit, files = pack_shard(loaded.manifest, unit_id(table), table, columns, 0.0)
+    columns = encode(concatenate([c.logprobs for c in cached]), manifest.capture)
+    commit, files = pack_shard(manifest, unit_id(table), table, columns, 0.0)
     return sum(map(len, files.values())) / commit.num_positions, commit.num_positions, tokens / seconds

@@ -11,17 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, is_out_of_memory
 from logitcache.events import Progress, Tell
-from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, sample_id
+from logitcache.storage import BaseLogprobs, CacheWriter, sample_id
 from logitcache.storage.manifest import ShardCommit
-from logitcache.storage.records import keep_mass
 
+from .cache_spec import CacheSpec
 from .teacher import Teacher
 
 LEAVING_SECONDS = 5.0
@@ -39,20 +37,16 @@ class Filled:
     failures: tuple[str, ...] = ()
 
 
-def cached_samples(
-    captured: Sequence[tuple[Sample, BaseLogprobs]], min_mass: float, partition: NDArray[np.uint8] | None
-) -> list[CachedSample]:
-    """Samples and their records as they are stored: with the fewest alternatives that hold this mass."""
-    return [
-        CachedSample(sample.token_ids, keep_mass(record, min_mass, partition), sample.num_tokens_cut)
-        for sample, record in captured
-    ]
+def failed_text(failures: Sequence[str]) -> str:
+    """What is said of shards that could not be computed."""
+    others = f" {len(failures) - 1} more shards could not be computed either." if len(failures) > 1 else ""
+    return failures[0] + others
 
 
 class Filler:
     """Fills the cache of a writer. Use as a context manager; what was added is in `filled` once it is left.
 
-    partition: of the manifest's tail groups. Raises what the teacher and `CacheWriter.commit` raise, the latter one
+    cache_spec: of the cache that is written. Raises what the teacher and `CacheWriter.commit` raise, the latter one
     shard later.
     """
 
@@ -60,12 +54,12 @@ class Filler:
         self,
         writer: CacheWriter,
         teacher: Teacher,
-        partition: NDArray[np.uint8] | None = None,
+        cache_spec: CacheSpec,
         progress: Progress = lambda _: None,
         tell: Tell = lambda name, facts: None,
     ) -> None:
         self.filled = Filled()
-        self._writer, self._teacher, self._partition = writer, teacher, partition
+        self._writer, self._teacher, self._cache_spec = writer, teacher, cache_spec
         self._progress, self._tell = progress, tell
         self._most_tokens: int | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
@@ -148,4 +142,4 @@ class Filler:
         return found
 
     def _write(self, captured: Sequence[tuple[Sample, BaseLogprobs]]) -> ShardCommit:
-        return self._writer.commit(cached_samples(captured, self._writer.manifest.capture.min_mass, self._partition))
+        return self._writer.commit(self._cache_spec.stored(captured))

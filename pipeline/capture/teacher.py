@@ -21,7 +21,10 @@ from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits
 from logitcache.models.device_map import head_device
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, sample_id
+
+from .cache_spec import CacheSpec
 
 CACHED_BYTES = 4 * 2**20
 """Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
@@ -48,6 +51,13 @@ class TransformersTeacher:
     def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
         """`capture` of one padded batch."""
         return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples)
+
+
+def teacher_of(base: Base, cache_spec: CacheSpec) -> TransformersTeacher:
+    """The base as the teacher of a cache."""
+    kept, groups = cache_spec.manifest.capture, cache_spec.token_groups
+    split = None if groups is None else torch.from_numpy(groups.copy())
+    return TransformersTeacher(base.model, kept.top_k, split, kept.num_tail_samples)
 
 
 @torch.inference_mode()

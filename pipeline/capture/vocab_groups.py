@@ -7,6 +7,8 @@ stored in the cache, and whoever goes on with it uses that.
 Shapes: V vocabulary, D hidden, G groups.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,25 @@ from transformers import PreTrainedModel
 from logitcache.errors import UnsupportedModel
 from logitcache.models.device_map import weight_of
 from logitcache.models.head import logits_width
+from logitcache.models.loading import Base
+from logitcache.storage.cache import stored_token_groups
+
+from .settings import PrecomputeSettings
 
 NUM_ITERATIONS = 30
 ROWS_AT_ONCE = 16_384
+
+
+def groups_for(base: Base, settings: PrecomputeSettings, path: str | Path) -> NDArray[np.uint8] | None:
+    """The tail group of each token, uint8 [V]: that of the cache at `path` if it was begun, or made from the base.
+
+    None without tail groups, or without a tail.
+    """
+    num_groups = settings.fitted(base.identity.vocab_size).tail_groups
+    if not num_groups:
+        return None
+    stored = stored_token_groups(path)
+    return token_groups(base.model, num_groups) if stored is None else stored
 
 
 @torch.no_grad()

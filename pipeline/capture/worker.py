@@ -1,34 +1,31 @@
-"""The batch precompute job: a data set of any size, filled into one cache by any number of workers.
+"""The precompute job: samples of a data set of any size, or in memory, filled into one cache by any number of workers.
 
-Owns who does what. The data are read in windows of so many rows; the samples of a window make a plan of their own, and
-its shards are the units of work. Each unit belongs to one worker, by a rule that needs no talk: so workers may die,
-come late or be repeated, and what two did is committed once. Only the samples of one window are in memory. The last
-worker to finish finalises. Must not know how a record is made, nor print.
+Owns the one way to fill a cache, and who does what. The data are read in windows of so many rows; the samples of a
+window make a plan of their own, and its shards are the units of work. Each unit belongs to one worker, by a rule that
+needs no talk: so workers may die, come late or be repeated, and what two did is committed once. Only the samples of one
+window are in memory. The last worker to finish finalises. Must not know how a record is made, nor print.
 """
 
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import gcd
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
-from logitcache.data.rows import count_rows, read_windows, sizes_of
-from logitcache.data.samples import SampleSet, check_samples_left, read_samples
+from logitcache.data.samples import Sample, SampleSet, check_samples_left
 from logitcache.errors import InvalidData, NonFiniteLogits
 from logitcache.events import Progress, Tell
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
-from logitcache.storage import CacheWriter, LogitCache, Manifest, check_same_capture, copy_samples, sample_id
+from logitcache.storage import CacheWriter, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
 from logitcache.storage.identity import digest_json
 from logitcache.storage.job_status import (
@@ -43,24 +40,19 @@ from logitcache.storage.job_status import (
 )
 from logitcache.storage.manifest import MAX_SHARDS
 
+from .cache_spec import CacheSpec, cache_spec
 from .calibration import check_calibration
-from .plan import (
-    Counts,
-    Plan,
-    PrecomputeSettings,
-    count,
-    failed_text,
-    make_plan,
-    manifest_for,
-    manifest_of,
-    partition_for,
-    teacher_of,
-    without_captured,
-)
-from .shard_pipeline import Filler
-from .teacher import Teacher
+from .plan import Counts, Plan, count, make_plan, without_captured
+from .settings import PrecomputeSettings
+from .shard_pipeline import Filler, failed_text
+from .teacher import Teacher, teacher_of
+from .vocab_groups import groups_for
+from .windows import Data, Rows, Samples
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
+
+WINDOW_ROWS = 16_384
+"""Rows that are held, sorted by length and cut into shards together."""
 
 WORKERS_A_WINDOW = 8
 """Workers that share a window: more would all have to tokenize it, fewer would leave small data sets to few."""
@@ -68,20 +60,21 @@ WORKERS_A_WINDOW = 8
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job is, in plain values that any process can be told. window_rows: rows that are planned together.
+    """What a job is. window_rows: rows, or samples in memory, that are planned together.
 
+    model, data: names, which any process can be told; or a base that is loaded and samples that are in memory.
     samples_from: another cache of the same identity, whose samples are copied instead of computed; "" for none.
     streaming: read a hub data set as it comes. engine: transformers or vllm; calibration: what `calibrate` wrote of the
     latter. load_in, device_map, tensor_parallel: as of `load_base`; with the last, all ranks make one worker.
     """
 
-    model: str
-    data: str
+    model: str | Base
+    data: str | Sequence[Sample]
     cache: str
     settings: PrecomputeSettings
     dtype: str = "auto"
     device: str = "auto"
-    window_rows: int = 16_384
+    window_rows: int = WINDOW_ROWS
     streaming: bool = False
     samples_from: str = ""
     engine: str = TRANSFORMERS
@@ -89,6 +82,11 @@ class JobSpec:
     load_in: str | None = None
     device_map: str | None = None
     tensor_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        how = (self.dtype, self.device, self.engine, self.load_in, self.device_map, self.tensor_parallel)
+        if isinstance(self.model, Base) and how != ("auto", "auto", TRANSFORMERS, None, None, False):
+            raise ValueError("dtype, device, engine, load_in, device_map, tensor_parallel: the base is loaded already")
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,7 @@ class Loaded:
     """What a worker loads once, for any number of shares."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    manifest: Manifest
-    partition: NDArray[np.uint8] | None
+    cache_spec: CacheSpec
     teacher: Teacher
     base: Base | None
 
@@ -136,19 +133,74 @@ class JobReport:
     is_final: bool = False
 
 
-def load(spec: JobSpec) -> Loaded:
-    """The base and all that goes with it. Raises what loading raises, and `NotCalibrated`."""
-    source = find_model(spec.model)
-    tokenizer = load_tokenizer(source)
+def precompute(
+    model: str | Path | Base,
+    data: str | Path | Sequence[Sample],
+    cache: str | Path,
+    settings: PrecomputeSettings | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    window_rows: int = WINDOW_ROWS,
+    streaming: bool = False,
+    samples_from: str | Path | None = None,
+    engine: str = TRANSFORMERS,
+    calibration: str | Path | None = None,
+    load_in: str | None = None,
+    device_map: str | None = None,
+    tensor_parallel: bool = False,
+    progress: Progress = lambda _: None,
+    tell: Tell = lambda name, facts: None,
+) -> JobReport:
+    """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
+
+    model: folder or hub id, or a base that is loaded, for which dtype, device and all from `engine` on are settled.
+    data: file, folder, URL or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is
+    one. The others: as of `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks.
+
+    With a model that is divided over processes, all must call this; the leader's report counts and the others' is
+    empty. Raises what loading, the data, the teacher and `CacheWriter` raise, ValueError for settings that contradict
+    each other.
+    """
+    spec = JobSpec(
+        model if isinstance(model, Base) else str(model),
+        str(data) if isinstance(data, Path) else data,
+        str(cache),
+        settings or PrecomputeSettings(),
+        dtype,
+        device,
+        window_rows,
+        streaming,
+        samples_from=str(samples_from or ""),
+        engine=engine,
+        calibration=str(calibration or ""),
+        load_in=load_in,
+        device_map=device_map,
+        tensor_parallel=tensor_parallel,
+    )
+    with one_worker(load(spec, tokenizer)) as loaded:
+        return JobReport(Counts()) if loaded is None else work(spec, loaded, progress=progress, tell=tell)
+
+
+def load(spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
+    """The base and all that goes with it. tokenizer: None is the one beside the model, if there is one.
+
+    Raises what loading raises, and `NotCalibrated`.
+    """
+    source = spec.model.source if isinstance(spec.model, Base) else find_model(spec.model)
+    tokenizer = tokenizer or load_tokenizer(source)
     if spec.engine == VLLM:
         return _load_vllm(spec, source, tokenizer)
-    where = pick_device(spec.device)
-    base = load_base(source, spec.dtype, where, spec.load_in, spec.device_map, spec.tensor_parallel)
+    if isinstance(spec.model, Base):
+        base = spec.model
+    else:
+        where = pick_device(spec.device)
+        base = load_base(source, spec.dtype, where, spec.load_in, spec.device_map, spec.tensor_parallel)
     check_head(base.model)
-    partition = agreed(partition_for(base, spec.settings, spec.cache))
-    manifest = manifest_for(base, tokenizer, spec.settings, partition)
-    teacher = teacher_of(base, manifest, partition)
-    return Loaded(tokenizer, manifest, partition, teacher, base)
+    groups = agreed(groups_for(base, spec.settings, spec.cache))
+    kept = cache_spec(source.name, base.identity, tokenizer, spec.settings, groups)
+    return Loaded(tokenizer, kept, teacher_of(base, kept), base)
 
 
 @contextmanager
@@ -172,9 +224,9 @@ def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase
     check_tail(spec.settings.tail_groups, spec.settings.tail_samples)
     identity = vllm_identity(source, spec.dtype)
     check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
-    manifest = manifest_of(source.name, identity, tokenizer, spec.settings, engine=VLLM)
-    teacher = start_vllm(source, identity, manifest.capture.top_k, spec.settings.max_length)
-    return Loaded(tokenizer, manifest, None, teacher, None)
+    kept = cache_spec(source.name, identity, tokenizer, spec.settings, engine=VLLM)
+    teacher = start_vllm(source, identity, kept.manifest.capture.top_k, spec.settings.max_length)
+    return Loaded(tokenizer, kept, teacher, None)
 
 
 Planned = tuple[int, SampleSet, Plan]
@@ -183,10 +235,16 @@ Planned = tuple[int, SampleSet, Plan]
 
 def plans(spec: JobSpec, loaded: Loaded, share: Share) -> Iterator[Planned]:
     """Every window that may hold a unit of this share."""
-    vocab_size = loaded.manifest.model.vocab_size
-    for window in read_windows(spec.data, spec.window_rows, share.has_window, spec.streaming):
-        found = read_samples(window.rows, loaded.tokenizer, spec.settings.max_length, vocab_size)
-        yield window.number, found, make_plan(found.samples, spec.settings)
+    for number, found in data_of(spec, loaded).windows(spec.window_rows, share.has_window):
+        yield number, found, make_plan(found.samples, spec.settings)
+
+
+def data_of(spec: JobSpec, loaded: Loaded) -> Data:
+    """The data of a job, by their name or in memory."""
+    max_length, vocab_size = spec.settings.max_length, loaded.cache_spec.manifest.model.vocab_size
+    if isinstance(spec.data, str):
+        return Rows(spec.data, spec.streaming, loaded.tokenizer, max_length, vocab_size)
+    return Samples(spec.data, max_length, vocab_size)
 
 
 def work(
@@ -207,14 +265,14 @@ def work(
     if share.num == 1 and (first is None or first[1].num_rows < spec.window_rows):
         rows, samples = (0, 0) if first is None else (first[1].num_rows, len(first[1].samples))
         check_samples_left(rows, samples, spec.settings.max_length)
-    num_windows = _num_windows(spec)
+    num_windows = _num_windows(spec, loaded)
     if first is not None:
         _check_length(loaded, first[2])
         check_num_units(len(first[2].shards) * (num_windows or 1), spec.settings)
     other = LogitCache.open(spec.samples_from) if spec.samples_from else None
     if other is not None:
-        check_same_capture(loaded.manifest, other)
-    with CacheWriter(spec.cache, loaded.manifest, loaded.partition) as writer:
+        check_same_capture(loaded.cache_spec.manifest, other)
+    with loaded.cache_spec.writer(spec.cache) as writer:
         worker = _Worker(spec, loaded, share, writer, progress, tell, other, num_windows)
         worker.begin()
         try:
@@ -235,16 +293,16 @@ def check_num_units(num_units: int, settings: PrecomputeSettings) -> None:
         )
 
 
-def _num_windows(spec: JobSpec) -> int | None:
+def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
     """None where nobody knows how many rows there are."""
-    rows = count_rows(spec.data)
+    rows = data_of(spec, loaded).count()
     return None if rows is None else -(-rows // spec.window_rows)
 
 
-def _job_of(spec: JobSpec) -> str:
+def _job_of(spec: JobSpec, loaded: Loaded) -> str:
     """What the workers of one job agree on: how the data are cut into units."""
     cut = (spec.settings.max_length, spec.settings.batch_tokens, spec.settings.shard_positions, spec.window_rows)
-    return digest_json([sizes_of(spec.data), list(cut)])
+    return digest_json([data_of(spec, loaded).sizes(), list(cut)])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
@@ -272,12 +330,12 @@ class _Worker:
         self._other, self._job = other, ""
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
-        self._filler = Filler(writer, loaded.teacher, loaded.partition, progress, self._told)
+        self._filler = Filler(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
 
     def begin(self) -> None:
         """Read what is there, and say that it works on the rest."""
         self._writer.captured()
-        self._job = _job_of(self._spec)
+        self._job = _job_of(self._spec, self._loaded)
         self.record(RUNNING)
 
     def run(self, windows: Iterable[Planned]) -> JobReport:
@@ -362,7 +420,7 @@ class _Worker:
         done = len(states) == num and set(states) == {(FINISHED, self._job)}
         if done:
             if not self._writer.has_shards:
-                num_rows = count_rows(self._spec.data) or max(1, self._planned.num_rows)
+                num_rows = data_of(self._spec, self._loaded).count() or max(1, self._planned.num_rows)
                 check_samples_left(num_rows, 0, self._spec.settings.max_length)
             if not self._writer.is_final:
                 self._writer.finalize()

@@ -15,7 +15,7 @@ from .common import config_option, note, quiet_libraries
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo-output"),
     show_default=True,
-    help="Folder for data, cache, adapters, report and picture; an interrupted demo goes on there.",
+    help="Folder for data, cache, sweep, report and picture; an interrupted demo goes on there.",
 )
 def demo(out: Path) -> None:
     """Show the effect on a small embedded model: plain LoRA against masked KL from a cache. A few minutes on 2 cores.
@@ -29,11 +29,11 @@ def demo(out: Path) -> None:
     from logitcache.evaluation.table import table
 
     try:
-        outcomes = run_demo(out, DemoSettings(), note)
+        sweep = run_demo(out, DemoSettings(), note)
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
-    click.echo("\n" + table(summary_rows(outcomes)) + "\n")
-    for sentence in relative_sentences(outcomes):
+    click.echo("\n" + table(summary_rows(sweep)) + "\n")
+    for sentence in relative_sentences(sweep):
         click.echo(sentence)
     click.echo(
         "\nCross-entropies in nats a token on held-out text, means over seeds ± half the range. "

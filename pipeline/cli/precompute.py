@@ -191,7 +191,7 @@ def precompute(
     index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
     console = Console(log_json, speaks=index == 0 or shard_index is not None)
     quiet_libraries()
-    from logitcache.capture.plan import PrecomputeSettings
+    from logitcache.capture.settings import PrecomputeSettings
     from logitcache.capture.worker import JobSpec, Share, load, one_worker, work
 
     settings = PrecomputeSettings(

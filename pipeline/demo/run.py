@@ -1,33 +1,35 @@
-"""The main job on an embedded default: precompute once, train three ways with two seeds, evaluate, report.
+"""The main job on an embedded default: texts, a cache of the base, a sweep of three methods and two seeds, its table.
 
-Owns the demo's settings, which were fixed before its first run (docs/log.md), and its output folder. Everything it does
-goes through the same functions as the command line. Must not print: it reports through `say`.
+Owns the demo's settings, which were fixed before its first run (docs/log.md), and its output folder:
+
+    demo.json                what it was begun with
+    data/                    new_train.jsonl, new_heldout.jsonl, prior_heldout.jsonl
+    cache/                   what the base says of new_train
+    sweep/                   what `logitcache sweep` writes of any sweep, and `logitcache report` reads
+    report.md, frontier.png  the table, in words, and the picture
+
+Trains and evaluates nothing itself, and must not print: it reports through `say`.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from logitcache.adapters.attach import AdapterSettings
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, make_samples
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.errors import TrainingFailed
-from logitcache.evaluation.compare import Comparison, compare, load_adapter
-from logitcache.evaluation.table import markdown_table
-from logitcache.losses.formulas import Objective, Regularizer
-from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer
-from logitcache.pairing.identity_checks import check_identity
+from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
+from logitcache.reports.results import Outcome, Sweep, read_sweep
 from logitcache.storage import LogitCache
 from logitcache.storage.files import replace_file
-from logitcache.training.run import TrainSettings, train
+from logitcache.sweeps.config import SweepConfig, make_config
+from logitcache.sweeps.run import prepare, run_one
 
 from .text import Document, code_documents, prose_documents, split
 
@@ -40,7 +42,7 @@ class Method:
     """One way of training: its name in tables, its regulariser and its peak learning rate."""
 
     name: str
-    regularizer: Regularizer
+    regularizer: str
     lr: float
 
 
@@ -63,54 +65,70 @@ class DemoSettings:
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one run came to, beside what it cost."""
+def run_demo(out: Path, settings: DemoSettings, say: Say) -> Sweep:
+    """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns what the sweep came to.
 
-    method: str
-    seed: int
-    new: Comparison
-    prior: Comparison
-    seconds: float
-
-    @property
-    def learning(self) -> float:
-        """Fall of cross-entropy on held-out new text, nats a token."""
-        assert self.new.after is not None
-        return self.new.before.ce_nats - self.new.after.ce_nats
-
-    @property
-    def forgetting(self) -> float:
-        """Rise of cross-entropy on held-out prior text, nats a token."""
-        assert self.prior.after is not None
-        return self.prior.after.ce_nats - self.prior.before.ce_nats
-
-
-def run_demo(out: Path, settings: DemoSettings, say: Say) -> list[Outcome]:
-    """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns the outcomes.
-
-    Raises `TrainingFailed` where the folder holds something else, `FileNotFoundError` where this Python carries no
-    sources to take text from.
+    Raises `TrainingFailed` where the folder holds something else, or a run fails or is done by another process now,
+    `FileNotFoundError` where this Python carries no sources to take text from.
     """
     _claim_folder(out, settings)
     say("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
-    paths = write_data(out / "data", settings)
-    with as_file(files("logitcache.demo").joinpath("base")) as folder:
-        source = Source("logitcache demo base", find_model(str(folder)).folder)
-        train_set, new, prior = (_load(source, path, settings) for path in paths)
-        untouched = _load_float32(source)
-        cache = _fill_cache(out / "cache", untouched, train_set, settings, say)
-        outcomes = []
-        runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
-        for number, (seed, method) in enumerate(runs, 1):
-            outcome = _run(out, untouched, cache, train_set, new, prior, method, seed, settings, say)
-            outcomes.append(outcome)
+    write_data(out / "data", settings)
+    with as_file(files("logitcache.demo").joinpath("base")) as base:
+        config = sweep_config(base, out, settings)
+        cache = fill_cache(config, settings, say)
+        prepared = prepare(config, out / "sweep", "float32", torch.device("cpu"))
+        for number, run in enumerate(config.runs, 1):
+            run_one(prepared, run, retry_failed=True)
+            found = next(r for r in read_sweep(out / "sweep").runs if r.name == run.name)
+            if found.outcome is None:
+                why = found.error or "another process is at it"
+                raise TrainingFailed(f"training {run.method} of the demo in {out}: {why}. The other runs are kept.")
             say(
-                f"{number}/{len(runs)} {method.name}, seed {seed}: new {-outcome.learning:+.3f}, "
-                f"prior {outcome.forgetting:+.3f} nats a token, trained in {outcome.seconds:.0f} s"
+                f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: new "
+                f"{-found.outcome.learning:+.3f}, prior {found.outcome.forgetting:+.3f} nats a token, trained in "
+                f"{found.outcome.seconds:.0f} s"
             )
-    write_report(out, outcomes, cache, settings)
-    return outcomes
+    sweep = read_sweep(out / "sweep")
+    write_report(out, sweep, cache, settings)
+    return sweep
+
+
+def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
+    """The demo as a sweep: every method with the first seed, then with the next."""
+    data = out / "data"
+    config = make_config(
+        {
+            "model": str(base),
+            "cache": str(out / "cache"),
+            "data": str(data / "new_train.jsonl"),
+            "new": str(data / "new_heldout.jsonl"),
+            "prior": str(data / "prior_heldout.jsonl"),
+            "grid": {
+                "seed": list(settings.seeds),
+                "max_steps": settings.max_steps,
+                "batch_size": settings.batch_size,
+                "rank": settings.rank,
+                "weight": settings.weight,
+            },
+            "methods": {m.name: {"regularizer": m.regularizer, "lr": m.lr} for m in settings.methods},
+        },
+        "the demo",
+    )
+    return replace(config, runs=tuple(sorted(config.runs, key=lambda run: settings.seeds.index(run.settings["seed"]))))
+
+
+def fill_cache(config: SweepConfig, settings: DemoSettings, say: Say) -> LogitCache:
+    """The cache that the demo's runs are trained with."""
+    assert config.data is not None
+    started = perf_counter()
+    job = PrecomputeSettings(top_k=settings.top_k, max_length=settings.max_length)
+    report = precompute(config.model, config.data, config.cache, job, dtype="float32", device="cpu")
+    cache = LogitCache.open(config.cache)
+    ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
+    done = ran if report.num_tokens else "nothing left to run"
+    say(f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB.")
+    return cache
 
 
 def write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path, Path]:
@@ -131,15 +149,16 @@ def write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path, Path]:
     return train_set, new, prior_path
 
 
-def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
+def summary_rows(sweep: Sweep) -> list[list[str]]:
     """The demo's table: base first, then each method, means over seeds ± half the range."""
-    base = outcomes[0]
+    by_method = _by_method(sweep)
+    base = next(iter(by_method.values()))[0]
     rows = [["", "new CE", "prior CE", "learnt", "forgotten", "KL on prior", "s a run"]]
-    rows.append(["base", f"{base.new.before.ce_nats:.3f}", f"{base.prior.before.ce_nats:.3f}", "", "", "", ""])
-    for method, runs in _by_method(outcomes).items():
+    rows.append(["base", f"{base.new.ce_before:.3f}", f"{base.prior.ce_before:.3f}", "", "", "", ""])
+    for method, runs in by_method.items():
         columns = {
-            "new": [r.new.after.ce_nats for r in runs if r.new.after],
-            "prior": [r.prior.after.ce_nats for r in runs if r.prior.after],
+            "new": [r.new.ce_after for r in runs],
+            "prior": [r.prior.ce_after for r in runs],
             "learnt": [r.learning for r in runs],
             "forgotten": [r.forgetting for r in runs],
             "kl": [r.prior.kl_nats for r in runs if r.prior.kl_nats is not None],
@@ -149,24 +168,11 @@ def summary_rows(outcomes: list[Outcome]) -> list[list[str]]:
     return rows
 
 
-def write_report(out: Path, outcomes: list[Outcome], cache: LogitCache, settings: DemoSettings) -> None:
-    """results.json, frontier.png and report.md."""
-    results = [
-        {"method": o.method, "seed": o.seed, "new": o.new.as_dict(), "prior": o.prior.as_dict(), "seconds": o.seconds}
-        for o in outcomes
-    ]
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    points = {m: [(r.learning, r.forgetting) for r in runs] for m, runs in _by_method(outcomes).items()}
-    title = f"{cache.num_positions:,} tokens of source code, {len(settings.seeds)} seeds, one cache"
-    frontier_picture(points, out / "frontier.png", title)
-    (out / "report.md").write_text(_report(outcomes, cache, settings), encoding="utf-8")
-
-
-def relative_sentences(outcomes: list[Outcome]) -> list[str]:
+def relative_sentences(sweep: Sweep) -> list[str]:
     """Each method against the first (plain LoRA), in words: means over seeds."""
     means = {
         method: (sum(r.learning for r in runs) / len(runs), sum(r.forgetting for r in runs) / len(runs))
-        for method, runs in _by_method(outcomes).items()
+        for method, runs in _by_method(sweep).items()
     }
     (first, (learnt, forgotten)), *others = means.items()
     return [
@@ -177,83 +183,38 @@ def relative_sentences(outcomes: list[Outcome]) -> list[str]:
     ]
 
 
-def _report(outcomes: list[Outcome], cache: LogitCache, settings: DemoSettings) -> str:
-    per_position = cache.num_bytes / cache.num_positions
-    bullets = "\n".join(f"- {sentence}" for sentence in relative_sentences(outcomes))
+def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSettings) -> None:
+    """frontier.png and report.md."""
+    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in _by_method(sweep).items()}
+    title = f"{cache.num_positions:,} tokens of source code, {len(settings.seeds)} seeds, one cache"
+    frontier_picture(points, out / "frontier.png", title)
     learning_rates = "; ".join(f"{m.name} {m.lr:g}" for m in settings.methods)
-    return f"""# logitcache demo: learning and forgetting
-
-A small base model that knows English prose (Python's documentation) is fine-tuned on source code. Every method sees
-the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran once over them, into a cache of
-{cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, {per_position:.0f} bytes a position),
-and never again.
-
-Cross-entropy in nats a token on held-out text; means over {len(settings.seeds)} seeds, ± half the range.
-
-{markdown_table(summary_rows(outcomes))}
-
-{bullets}
-
-![learning against forgetting](frontier.png)
-
-Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, cosine schedule,
-weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the tail as one outcome.
-Methods, learning rates, weight and seeds were fixed before the first run.
-"base" is the untouched base; "KL on prior" is KL(base || adapted).
-"""
-
-
-def _run(
-    out: Path,
-    untouched: Base,
-    cache: LogitCache,
-    train_set: list[Sample],
-    new: list[Sample],
-    prior: list[Sample],
-    method: Method,
-    seed: int,
-    settings: DemoSettings,
-    say: Say,
-) -> Outcome:
-    folder = out / "runs" / f"{method.name.replace(',', '').replace(' ', '-')}-seed{seed}"
-    report = train(
-        _load_float32(untouched.source),
-        train_set,
-        cache,
-        folder,
-        AdapterSettings(rank=settings.rank, alpha=2.0 * settings.rank),
-        Objective(regularizer=method.regularizer, weight=settings.weight),
-        TrainSettings(lr=method.lr, batch_size=settings.batch_size, max_steps=settings.max_steps, seed=seed),
-        resume=True,
-        tell=say,
-    )
-    base = untouched.model
-    adapted = load_adapter(_load_float32(untouched.source).model, str(folder))
-    return Outcome(method.name, seed, compare(base, adapted, new), compare(base, adapted, prior), report.seconds)
-
-
-def _fill_cache(path: Path, base: Base, samples: list[Sample], settings: DemoSettings, say: Say) -> LogitCache:
-    job = PrecomputeSettings(top_k=settings.top_k, max_length=settings.max_length)
-    tokenizer = load_tokenizer(base.source)
-    started = perf_counter()
-    plan = make_plan(samples, job)
-    report = precompute(base, manifest_for(base, tokenizer, job), plan, path)
-    cache = LogitCache.open(path)
-    check_identity(cache, base, tokenizer)
-    ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
-    done = ran if report.num_tokens else "nothing left to run"
-    say(f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB.")
-    return cache
-
-
-def _load(source: Source, path: Path, settings: DemoSettings) -> list[Sample]:
-    tokenizer = load_tokenizer(source)
-    assert tokenizer is not None
-    return make_samples(read_rows(str(path)), tokenizer, settings.max_length, len(tokenizer)).samples
-
-
-def _load_float32(source: Source) -> Base:
-    return load_base(source, "float32", torch.device("cpu"))
+    page: list[Block] = [
+        Heading("logitcache demo: learning and forgetting", 1),
+        Paragraph(
+            "A small base model that knows English prose (Python's documentation) is fine-tuned on source code. Every "
+            f"method sees the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran once over "
+            f"them, into a cache of {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, "
+            f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
+        ),
+        Paragraph(
+            f"Cross-entropy in nats a token on held-out text; means over {len(settings.seeds)} seeds, ± half the range."
+        ),
+        Table(summary_rows(sweep)),
+        Bullets(tuple(relative_sentences(sweep))),
+        Picture(
+            out / "frontier",
+            "learning against forgetting",
+            f"Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, "
+            f"cosine schedule, weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the "
+            "tail as one outcome. Methods, learning rates, weight and seeds were fixed before the first run.",
+        ),
+        Paragraph(
+            '"base" is the untouched base; "KL on prior" is KL(base || adapted) over the base\'s most probable tokens, '
+            "with the rest as one outcome, as in every sweep."
+        ),
+    ]
+    (out / "report.md").write_text(as_markdown(page), encoding="utf-8")
 
 
 def _claim_folder(out: Path, settings: DemoSettings) -> None:
@@ -287,14 +248,15 @@ def _spread(documents: list[Document], count: int) -> list[Document]:
     return [documents[i * len(documents) // count] for i in range(count)]
 
 
-def _by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+def _by_method(sweep: Sweep) -> dict[str, list[Outcome]]:
     grouped: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        grouped.setdefault(outcome.method, []).append(outcome)
+    for run in sweep.runs:
+        assert run.outcome is not None
+        grouped.setdefault(run.method, []).append(run.outcome)
     return grouped
 
 
-def _mean_and_range(values: list[Any]) -> str:
+def _mean_and_range(values: list[float]) -> str:
     mean, half_range = sum(values) / len(values), (max(values) - min(values)) / 2
     return f"{_nats(mean)} ± {half_range:.3f}"
 

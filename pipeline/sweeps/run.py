@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, make_samples
+from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
@@ -106,11 +107,11 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
         probes: dict[str, tuple[LogitCache, Sequence[Sample]]] = {}
         for name, text in texts.items():
             job = PrecomputeSettings(config.probe_top_k, max_length, precision="exact").fitted(base.identity.vocab_size)
-            plan, path = make_plan(text, job), out / PROBE / name
-            report = precompute(on_device, manifest_for(base, tokenizer, job), plan, path)
+            path = out / PROBE / name
+            report = precompute(on_device, text, path, job, tokenizer=tokenizer)
             if report.num_samples:
                 say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
-            probes[name] = (LogitCache.open(path), list(plan.samples))
+            probes[name] = (LogitCache.open(path), list(distinct(text)))
     return Prepared(config, out, base, device, cache, samples, probes)
 
 

@@ -146,7 +146,9 @@ def train(
     _check_placement(base, adapter, penalty)
     check_settings(adapter)
     description = _describe(job)
-    arguments = _arguments(out, settings, head_device(base.model), job.mixed)  # starts the group of processes, if any
+    arguments = trainer_arguments(
+        out, settings, head_device(base.model), job.mixed
+    )  # starts the processes' group, if any
     with ExitStack() as stack:
 
         def claim() -> run_folder.Found:
@@ -353,8 +355,10 @@ def _entry(line: str) -> dict[str, Any] | None:
     return entry
 
 
-def _arguments(out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False) -> TrainingArguments:
-    """mixed: float32 weights that are computed with in bfloat16."""
+def trainer_arguments(
+    out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments of a run. mixed: float32 weights that are computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,

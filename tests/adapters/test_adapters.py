@@ -377,13 +377,13 @@ def test_the_term_is_added_once_a_step(accumulate: int, tmp_path: Path, cache: L
     from training.test_run import gradients_after_one_step
 
     from logitcache.adapters.adalora import AdaLoraCallback
-    from logitcache.training.run import TrainSettings, _arguments
+    from logitcache.training.run import TrainSettings, trainer_arguments
     from logitcache.training.trainer import CachedKLTrainer
 
     found = []
     for weight in (0.5, 0.0):
         model = untrained(AdapterSettings("adalora", RANK, 8.0))
-        args = _arguments(tmp_path, TrainSettings(max_steps=1, batch_size=2), torch.device("cpu"))
+        args = trainer_arguments(tmp_path, TrainSettings(max_steps=1, batch_size=2), torch.device("cpu"))
         args.save_strategy, args.gradient_accumulation_steps = "no", accumulate
         factors = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
         callback = AdaLoraCallback(model)

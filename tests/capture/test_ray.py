@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.cli_harness import Outcome, Rows, cache_bytes, commits, done, logitcache, precompute_line, refused
 
 from logitcache.capture.engines import ray as ray_engine
-from logitcache.capture.plan import PrecomputeSettings
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.worker import JobSpec
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.storage import LogitCache

@@ -12,7 +12,8 @@ import torch
 from conftest import make_model
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
 from logitcache.evaluation.compare import Comparison, compare, compare_cached, samples_fingerprint
@@ -53,7 +54,7 @@ def make_cache(
     identity = ModelIdentity("weights", "config", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), model or make_model(), identity)
     settings = PrecomputeSettings(top_k=top_k, max_length=64, precision=precision, **more)
-    precompute(base, manifest_for(base, None, settings), make_plan(samples, settings), path)
+    precompute(base, samples, path, settings)
     return LogitCache.open(path)
 
 
@@ -171,14 +172,10 @@ def test_a_small_cache_is_the_bucket_and_a_lower_bound(tmp_path: Path, more: dic
 
 
 def make_grouped_cache(path: Path, samples: Sequence[Sample], top_k: int) -> LogitCache:
-    from logitcache.capture.plan import partition_for
-
     identity = ModelIdentity("weights", "config", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), make_model(), identity)
     settings = PrecomputeSettings(top_k=top_k, max_length=64, precision="exact", tail_groups=4)
-    partition = partition_for(base, settings, path)
-    manifest = manifest_for(base, None, settings, partition)
-    precompute(base, manifest, make_plan(samples, settings), path, partition=partition)
+    precompute(base, samples, path, settings)
     return LogitCache.open(path)
 
 

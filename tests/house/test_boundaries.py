@@ -92,10 +92,7 @@ PACKAGES = {
     },
     "reports": {"errors", "evaluation", "json_files", "storage"},
     "hub": {"errors", "storage"},
-    "demo": {
-        *("adapters", "capture", "data", "errors", "evaluation", "losses", "models", "pairing", "reports", "storage"),
-        "training",
-    },
+    "demo": {"capture", "errors", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from training.test_run import V, make_base, make_cache, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed
@@ -86,7 +87,7 @@ def logs_of(trainer: Any) -> list[dict[str, float]]:
 def capture_of(path: Path, model: Any, samples: Sequence[Sample], **settings: Any) -> LogitCache:
     base = replace(make_base(), model=model)
     chosen = PrecomputeSettings(**{"top_k": 8, "max_length": 64, "precision": "exact", **settings})
-    precompute(base, manifest_for(base, None, chosen), make_plan(samples, chosen), path)
+    precompute(base, samples, path, chosen)
     return LogitCache.open(path)
 
 

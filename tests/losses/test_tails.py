@@ -10,10 +10,10 @@ from conftest import make_model
 from support.cli_harness import done, precompute, refused, text_data, train_line
 from training.test_run import V, make_base, make_samples
 
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, partition_for
-from logitcache.capture.plan import precompute as fill
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.teacher import capture, slice_record
 from logitcache.capture.vocab_groups import token_groups
+from logitcache.capture.worker import precompute as fill
 from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective, regularizer_values
 from logitcache.models.head import hidden_states
@@ -24,10 +24,7 @@ from logitcache.storage.records import NO_TOKEN
 
 def make_tails_cache(path: Path, samples: list[Sample], **settings: Any) -> LogitCache:
     chosen = PrecomputeSettings(top_k=8, max_length=64, precision="exact", **settings)
-    base = make_base()
-    partition = partition_for(base, chosen, path)
-    manifest = manifest_for(base, None, chosen, partition)
-    fill(base, manifest, make_plan(samples, chosen), path, partition=partition)
+    fill(make_base(), samples, path, chosen)
     return LogitCache.open(path)
 
 
@@ -176,7 +173,7 @@ def test_the_cache_keeps_the_partition_it_was_begun_with(
     """Another machine's k-means may differ in a token; whoever goes on with a cache takes the partition from it."""
     precompute(tiny_model, text_data(tmp_path, 0, 6), tmp_path / "c", "--tail-groups", 4)
     before = LogitCache.open(tmp_path / "c").token_groups()
-    import logitcache.capture.plan as job
+    import logitcache.capture.vocab_groups as job
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("a partition was made again")

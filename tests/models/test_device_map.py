@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training.test_run import make_samples
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, partition_for
-from logitcache.capture.plan import precompute as fill
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups
+from logitcache.capture.worker import precompute as fill
 from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed, UnsupportedModel
 from logitcache.evaluation.compare import compare, compare_cached, load_adapter
@@ -73,8 +73,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> LogitCache:
     """Of the undivided model, with tail groups."""
     base, path = load(tiny), tmp_path_factory.mktemp("placement") / "c"
     settings = PrecomputeSettings(top_k=16, max_length=64, precision="exact", tail_groups=4)
-    partition = partition_for(base, settings, path)
-    fill(base, manifest_for(base, None, settings, partition), make_plan(SAMPLES, settings), path, partition=partition)
+    fill(base, SAMPLES, path, settings)
     return LogitCache.open(path)
 
 

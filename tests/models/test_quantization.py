@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArgum
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.adapters.registry import KINDS, rewrites_base
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for
-from logitcache.capture.plan import precompute as fill
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.vocab_groups import token_groups
+from logitcache.capture.worker import precompute as fill
 from logitcache.data.batches import pad_samples
 from logitcache.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel
 from logitcache.losses.formulas import Objective
@@ -73,9 +73,7 @@ def quantised_caches(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> di
 
 def cache_of(base: Base, path: Path) -> LogitCache:
     settings = PrecomputeSettings(top_k=V - 1, max_length=64, precision="exact")
-    manifest = manifest_for(base, None, settings)
-    manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
-    fill(base, manifest, make_plan(SAMPLES, settings), path)
+    fill(base, SAMPLES, path, settings)
     return LogitCache.open(path)
 
 

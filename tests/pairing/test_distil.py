@@ -17,7 +17,9 @@ from conftest import make_model, make_tokenizer
 from torch import Tensor
 from training.test_run import make_samples
 
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.cache_spec import cache_spec
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, InvalidData, NotTheBase, TrainingFailed
@@ -28,7 +30,7 @@ from logitcache.pairing.vocab_cut import Cut, cut_columns
 from logitcache.storage import IdentityMismatch, LogitCache, ModelIdentity
 from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.full_weights import unfreeze
-from logitcache.training.run import TrainSettings, _arguments
+from logitcache.training.run import TrainSettings, trainer_arguments
 from logitcache.training.trainer import CachedKLTrainer
 
 V, WIDE = 260, 272
@@ -66,8 +68,9 @@ def cache_of(path: Path, teacher: Any, kept: Kept, precision: str = "exact", tok
         tail_groups=0 if kept.groups is None else int(kept.groups.max()) + 1,
     )
     base = base_of(teacher)
-    manifest = manifest_for(base, tokenizer, settings, kept.groups)
-    precompute(base, manifest, make_plan(SAMPLES, settings), path, partition=kept.groups)
+    if kept.groups is not None:  # a cache that was begun with other groups than those of its base keeps them
+        cache_spec("teacher", base.identity, tokenizer, settings, kept.groups).writer(path).close()
+    precompute(base, SAMPLES, path, settings, tokenizer=tokenizer)
     return LogitCache.open(path)
 
 
@@ -166,7 +169,9 @@ def test_the_trainer_has_the_gradient_of_the_loop(tmp_path: Path) -> None:
     student = student_of(tie_word_embeddings=True)
     CachedLoss(cache, objective, check=False)(student, pad_samples(SAMPLES)).loss.backward()
     expected = gradients(student)
-    args = _arguments(tmp_path / "o", TrainSettings(max_steps=1, batch_size=2, grad_accum=3), torch.device("cpu"))
+    args = trainer_arguments(
+        tmp_path / "o", TrainSettings(max_steps=1, batch_size=2, grad_accum=3), torch.device("cpu")
+    )
     args.save_strategy, args.max_grad_norm = "no", 0.0
     found: dict[str, Tensor] = {}
 
@@ -282,7 +287,7 @@ def test_the_trainer_ignores_padding_as_the_loop_does(tmp_path: Path) -> None:
         cache = cache_of(tmp_path / f"c{teacher}", teacher_of(teacher), Kept(16, GROUPS[:teacher]))
         objective = Objective("full-kl", "groups", weight=WEIGHT)
         anchored = CachedLoss(cache, objective, check=False, vocab_size=V)(student_of(student), pad_samples(SAMPLES))
-        args = _arguments(tmp_path / "o", TrainSettings(max_steps=1, batch_size=6), torch.device("cpu"))
+        args = trainer_arguments(tmp_path / "o", TrainSettings(max_steps=1, batch_size=6), torch.device("cpu"))
         args.save_strategy = "no"
         trainer = CachedKLTrainer(
             model=student_of(student),
@@ -312,7 +317,7 @@ def test_other_widths_are_refused_unless_padding_is_ignored(check: bool, tmp_pat
 
 def test_draws_of_a_wider_teacher_are_refused(tmp_path: Path) -> None:
     teacher, settings = base_of(teacher_of(WIDE)), PrecomputeSettings(top_k=8, max_length=64, tail_samples=4)
-    precompute(teacher, manifest_for(teacher, None, settings), make_plan(SAMPLES, settings), tmp_path / "c")
+    precompute(teacher, SAMPLES, tmp_path / "c", settings)
     with pytest.raises(TrainingFailed, match="tail sampled on 260 of the 272 tokens"):
         CachedLoss(tmp_path / "c", Objective(tail="sampled"), vocab_size=V)(student_of(), pad_samples(SAMPLES))
 
@@ -386,7 +391,7 @@ def losses_of(history: Sequence[dict[str, float]]) -> list[float]:
 
 def test_a_student_comes_closer_to_its_teacher(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "c", teacher_of(), Kept(32))
-    args = _arguments(
+    args = trainer_arguments(
         tmp_path / "o", TrainSettings(max_steps=30, batch_size=6, lr=3e-3, log_every=1), torch.device("cpu")
     )
     args.save_strategy = "no"

@@ -26,7 +26,7 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss
-from logitcache.training.run import TrainSettings, _arguments
+from logitcache.training.run import TrainSettings
 from logitcache.training.trainer import CachedKLTrainer
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,7 +52,7 @@ def student(folder: Path, kind: str) -> Any:
 
 def logs_of(folder: Path, kind: str) -> list[dict[str, float]]:
     """Of two steps of 4 x 2 samples. The first has a learning rate of 0, so that the second is of the same weights."""
-    args = _arguments(folder / f"out-{kind}-{WORLD}", TrainSettings(lr=1e-2, batch_size=4, max_steps=2), CPU)
+    args = trainer_arguments(folder / f"out-{kind}-{WORLD}", TrainSettings(lr=1e-2, batch_size=4, max_steps=2), CPU)
     args.save_strategy, args.gradient_accumulation_steps, args.logging_steps = "no", 2, 1
     args.optim = "sgd"  # AdamW's fused step takes no mixture of whole and divided weights
     if WORLD > 1:

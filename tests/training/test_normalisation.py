@@ -27,7 +27,7 @@ from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache
 from logitcache.training.penalties import Penalty
-from logitcache.training.run import TrainSettings, _arguments
+from logitcache.training.run import TrainSettings
 from logitcache.training.trainer import CachedKL, check_supported
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def trainer_over(base: type[Trainer], out: Path, samples: Sequence[Sample], cach
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    args = _arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
+    args = trainer_arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
     args.save_strategy, args.logging_steps = "no", 1
     own = {name: changes.pop(name) for name in ("objective", "penalty") if name in changes}
     for name, value in changes.items():

@@ -44,7 +44,8 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.cli import run
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
@@ -715,7 +716,7 @@ def make_exact_cache(path: Path, model: Any, samples: Sequence[Sample]) -> Logit
     vocab_size = model.config.vocab_size
     settings = PrecomputeSettings(top_k=vocab_size - 1, max_length=64, precision="exact")
     base = Base(Source("tiny", path), model, ModelIdentity("weights", "config", vocab_size, "float32", "sdpa"))
-    precompute(base, manifest_for(base, None, settings), make_plan(samples, settings), path)
+    precompute(base, samples, path, settings)
     return LogitCache.open(path)
 
 

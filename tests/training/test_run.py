@@ -14,7 +14,8 @@ from conftest import make_model
 from torch.utils.data import DataLoader
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
@@ -49,8 +50,7 @@ def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
 
 def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
     settings = PrecomputeSettings(top_k=top_k, max_length=64, precision="exact")
-    base = make_base()
-    precompute(base, manifest_for(base, None, settings), make_plan(samples, settings), path)
+    precompute(make_base(), samples, path, settings)
     return LogitCache.open(path)
 
 
@@ -58,14 +58,14 @@ def make_trainer(
     out: Path, samples: Sequence[Sample], cache: LogitCache | None, objective: Objective, **changes: Any
 ) -> CachedKLTrainer:
     """A trainer whose adapter does not start as identity, so that the KL has a gradient at once."""
-    from logitcache.training.run import _arguments
+    from logitcache.training.run import trainer_arguments
 
     torch.manual_seed(0)
     model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    args = _arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
+    args = trainer_arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
     args.save_strategy = "no"
     for name, value in changes.items():
         setattr(args, name, value)
@@ -213,9 +213,9 @@ def test_all_alternatives_train_like_an_online_teacher(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")
-    from logitcache.training.run import _arguments
+    from logitcache.training.run import trainer_arguments
 
-    args = _arguments(
+    args = trainer_arguments(
         tmp_path / "o", TrainSettings(lr=lr, max_steps=steps, batch_size=4, log_every=1), torch.device("cpu")
     )
     args.save_strategy, args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm = "no", "constant", 0, 0.0

@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from logitcache.capture.plan import Counts, failed_text
+from logitcache.capture.plan import Counts
+from logitcache.capture.shard_pipeline import failed_text
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
@@ -44,6 +45,7 @@ MAX_SHARES = 64
 DEATHS_A_SHARE = 8
 """How often a share is begun again after its actor or its machine died: a row that kills its process ends the job."""
 
+T = TypeVar("T")
 Event = tuple[str, dict[str, object]]
 
 
@@ -250,9 +252,9 @@ def absolute(spec: JobSpec) -> JobSpec:
     )
 
 
-def _whole(path: str) -> str:
+def _whole(path: T) -> T | str:
     """A path that exists, from the root; else what it is: a hub id, a URL, or a mistake to be told as written."""
-    return str(Path(path).absolute()) if path and Path(path).exists() else path
+    return str(Path(path).absolute()) if isinstance(path, str) and path and Path(path).exists() else path
 
 
 def import_ray() -> Any:

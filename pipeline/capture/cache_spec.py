@@ -1,0 +1,86 @@
+"""What a cache is to hold of every position: its manifest, and the partition of the vocabulary that this names.
+
+Owns the manifest that goes with a base and settings, and that manifest and partition travel together. Must not know
+which samples there are, nor run the base.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.data.samples import Sample
+from logitcache.models.loading import tokenizer_identity
+from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, CaptureSettings, Manifest, ModelIdentity
+from logitcache.storage.encoding import PRECISIONS
+from logitcache.storage.identity import digest
+from logitcache.storage.manifest import features_of
+from logitcache.storage.records import keep_mass
+
+from .settings import PrecomputeSettings
+
+PACKAGES = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
+"""Whose versions a manifest names, and the engine's where there is one."""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The manifest of a cache, and the tail group of each token, uint8 [V], exactly where it has tail groups."""
+
+    manifest: Manifest
+    token_groups: NDArray[np.uint8] | None = None
+
+    def writer(self, path: str | Path) -> CacheWriter:
+        """A writer of the cache at `path`. Raises what `CacheWriter` raises."""
+        return CacheWriter(path, self.manifest, self.token_groups)
+
+    def stored(self, captured: Iterable[tuple[Sample, BaseLogprobs]]) -> list[CachedSample]:
+        """Samples and their records as they are stored: with the fewest alternatives that hold the mass asked for."""
+        min_mass = self.manifest.capture.min_mass
+        return [
+            CachedSample(sample.token_ids, keep_mass(record, min_mass, self.token_groups), sample.num_tokens_cut)
+            for sample, record in captured
+        ]
+
+
+def cache_spec(
+    model_name: str,
+    identity: ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: PrecomputeSettings,
+    token_groups: NDArray[np.uint8] | None = None,
+    engine: str = "",
+) -> CacheSpec:
+    """What a cache of this base with these settings holds.
+
+    token_groups: as `vocab_groups.groups_for` gives them. engine: named where it is not transformers; its tail is 1
+    minus the rest. Raises ValueError for tail samples with min_mass: the draws are from beyond all top_k alternatives.
+    """
+    if settings.tail_samples and settings.min_mass < 1:
+        raise ValueError("tail_samples with min_mass: the draws are from beyond all top_k alternatives")
+    precision = PRECISIONS[settings.precision]
+    fitted = settings.fitted(identity.vocab_size)
+    manifest = Manifest(
+        store=settings.store,
+        model=identity,
+        tokenizer=tokenizer_identity(tokenizer),
+        capture=CaptureSettings(
+            top_k=fitted.top_k,
+            max_length=settings.max_length,
+            min_mass=settings.min_mass,
+            precision=settings.precision,
+            max_error=precision.max_error if precision else 0.0,
+            num_tail_groups=0 if token_groups is None else fitted.tail_groups,
+            tail_partition="" if token_groups is None else digest(token_groups.tobytes()),
+            num_tail_samples=settings.tail_samples,
+            tail_from_remainder=bool(engine),
+        ),
+        model_name=model_name,
+        created_with={name: version(name) for name in [*PACKAGES, *([engine] if engine else [])]},
+    )
+    manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
+    return CacheSpec(manifest, token_groups)

@@ -1,0 +1,91 @@
+"""The samples of a job, window by window: rows of a data set, tokenized as they come, or samples that are in memory.
+
+Owns that a job sees no difference between the two, and what is refused of samples in memory, whose rows nobody has
+checked. Must not know plans, models or caches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.data.rows import Wanted, count_rows, read_windows, sizes_of
+from logitcache.data.samples import Sample, SampleSet, read_samples
+from logitcache.data.tokenize import check_row_tokens
+from logitcache.errors import InvalidData
+
+
+class Data(Protocol):
+    """Where a job's samples come from."""
+
+    def windows(self, num_rows: int, wanted: Wanted = ...) -> Iterator[tuple[int, SampleSet]]:
+        """Number and samples of every wanted window of num_rows rows; the last one has what is left."""
+        ...
+
+    def count(self) -> int | None:
+        """How many rows there are, where that is known without reading much."""
+        ...
+
+    def sizes(self) -> list[list[str | int]]:
+        """Names and sizes by which the workers of one job know that they work on the same data."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set by its name, as `read_windows` takes it. Raises as that does, and `InvalidData`, naming the row."""
+
+    name: str
+    streaming: bool
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int
+    vocab_size: int
+
+    def windows(self, num_rows: int, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, SampleSet]]:
+        """Parsed and tokenized where they are wanted only."""
+        for window in read_windows(self.name, num_rows, wanted, self.streaming):
+            yield window.number, read_samples(window.rows, self.tokenizer, self.max_length, self.vocab_size)
+
+    def count(self) -> int | None:
+        """None for what is large, at a URL or of the hub."""
+        return count_rows(self.name)
+
+    def sizes(self) -> list[list[str | int]]:
+        """Of the files; of the hub, its id."""
+        return sizes_of(self.name)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in memory. Raises `InvalidData` where one is too long, of another vocabulary, or has no label."""
+
+    samples: Sequence[Sample]
+    max_length: int
+    vocab_size: int
+
+    def windows(self, num_rows: int, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, SampleSet]]:
+        """Slices of them."""
+        for number, start in enumerate(range(0, len(self.samples), num_rows)):
+            if wanted(number):
+                yield number, self._checked(self.samples[start : start + num_rows])
+
+    def count(self) -> int:
+        """All of them."""
+        return len(self.samples)
+
+    def sizes(self) -> list[list[str | int]]:
+        """Their number: no other process has them."""
+        return [["samples in memory", len(self.samples)]]
+
+    def _checked(self, samples: Sequence[Sample]) -> SampleSet:
+        for sample in samples:
+            if len(sample.token_ids) > self.max_length:
+                raise InvalidData(
+                    f"reading {sample.origin}: expected at most {self.max_length} tokens, found "
+                    f"{len(sample.token_ids)}. The cache would say that its samples are no longer than that. Cut the "
+                    "sample, or use a larger max_length."
+                )
+            check_row_tokens(sample.token_ids.astype("int64"), sample.supervised, self.vocab_size, sample.origin)
+        cut = [sample.num_tokens_cut for sample in samples if sample.num_tokens_cut]
+        return SampleSet(list(samples), len(samples), len(cut), sum(cut), 0)
