@@ -22,15 +22,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from bench_loss import MIB, PeakMemory, provenance, resident_mib, run_child, set_up, write_csv
+from bench_common import BENCHMARKS, MIB, PeakMemory, provenance, resident_mib, run_child, set_up, write_csv
 
-from logitcache.storage.captured_index import DTYPE, Captured, _mark
+from logitcache.storage.captured_index import DTYPE, Captured, fingerprint64
 from logitcache.storage.encoding import SampleTable
 from logitcache.storage.index import DTYPE as INDEX_DTYPE
 from logitcache.storage.index import SampleIndex, index_file
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "captured.csv"
+DEFAULT_OUT = BENCHMARKS / "captured.csv"
 SIZES = (1_000_000, 10_000_000, 100_000_000)
 WINDOW, POSITIONS, TABLES = 16_384, 1_024, 64
 INDEX_BYTES_A_SAMPLE = 200
@@ -68,7 +67,7 @@ def child(job: dict[str, Any]) -> dict[str, float]:
     stored, new = (sample_ids(min(WINDOW, job["num_samples"]), rng) for _ in range(2))
     known = np.zeros(len(stored), dtype=DTYPE)
     known["key"] = np.frombuffer(b"".join(stored), dtype="<u8")[::2]
-    known["mark"] = [_mark(key, POSITIONS_OF_ALL) for key in stored]
+    known["mark"] = [fingerprint64(key, POSITIONS_OF_ALL) for key in stored]
     captured, seconds = Captured(never), 0.0
     with PeakMemory("cpu") as memory:
         for rows in blocks(job["num_samples"], job["block"], known, rng):

@@ -16,40 +16,28 @@ tensors of [N, V] would not fit into what is free is not run, and its row says s
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
-import gc
 import json
-import os
-import platform
-import re
-import shlex
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_common import BENCHMARKS, LOGIT_STD, PeakMemory, provenance, run_child, set_up, timed, write_csv
 from bench_loss_peers import PEERS, Teacher, masked_kl
 from torch import Tensor, nn
 
 from logitcache.losses.formulas import Objective, SparseTargets
 from logitcache.losses.fused import linear_loss
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "loss.csv"
+DEFAULT_OUT = BENCHMARKS / "loss.csv"
 TOP_K, NUM_GROUPS, NUM_DRAWS = 64, 64, 32
-LOGIT_STD, TEACHER_NOISE = 4.0, 0.3
+TEACHER_NOISE = 0.3
 CHECKED_ROWS = 64
-MIB = 2**20
 
 OURS = {f"logitcache {tail}": Objective(tail=tail) for tail in ("bucket", "renormalize", "groups", "sampled")}
 OURS = {"logitcache CE only": Objective(regularizer="none")} | OURS
@@ -177,73 +165,6 @@ def by_definition(method: str, inputs: Inputs) -> tuple[float, Tensor]:
 # Measurement, in the child
 
 
-class PeakMemory:
-    """MiB by which memory grew at its peak within `with`: of the allocator on a GPU; else of the resident set, by the
-    kernel's high-water mark where it can be reset, or looked at every millisecond."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda, self.before, self.growth = device == "cuda", 0.0, 0.0
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated() / MIB
-            return self
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # so that what was freed before does not serve unseen
-        self.before = self.peak = resident_mib()
-        self.marked = reset_high_water_mark()
-        self.ended = threading.Event()
-        if not self.marked:
-            threading.Thread(target=self._look, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            self.growth = torch.cuda.max_memory_allocated() / MIB - self.before
-            return
-        self.ended.set()
-        self.growth = (high_water_mark_mib() if self.marked else self.peak) - self.before
-
-    def _look(self) -> None:
-        while not self.ended.wait(0.001):
-            self.peak = max(self.peak, resident_mib())
-
-
-def resident_mib() -> float:
-    """Memory of this process that is in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
-
-
-def high_water_mark_mib() -> float:
-    """The most it has been since the mark was reset, or the process began."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
-def reset_high_water_mark() -> bool:
-    """Whether the mark could be reset to what is resident now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return high_water_mark_mib() - resident_mib() < 4
-    except (OSError, IndexError):
-        return False
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds, by the GPU's own events on a GPU."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
 def child(job: dict[str, Any]) -> dict[str, float]:
     """Measure one method once: {seconds, growth}, and the errors where the job asks for them."""
     device, method, compiled = job["device"], job["method"], job["compiled"]
@@ -276,13 +197,6 @@ def child(job: dict[str, Any]) -> dict[str, float]:
     return result
 
 
-def set_up(threads: int) -> None:
-    """This process on so many cores and threads."""
-    torch.set_num_threads(threads)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-threads:]))
-
-
 # Report
 
 
@@ -294,47 +208,6 @@ def fits(method: str, size: Size) -> bool:
     free = int(found.split("MemAvailable:")[1].split()[0]) * 1024
     copies = next((peer.copies for peer in PEERS if peer.name == method), 1)
     return copies * size.tokens * size.vocab * 4 < 0.9 * free
-
-
-def run_child(script: str, job: dict[str, Any], threads: int) -> dict[str, Any] | None:
-    """What a fresh process of the script prints last, as JSON; None where memory ran out in it."""
-    line = [sys.executable, script, "--job", json.dumps(job)]
-    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    if done.returncode == -9 or "OutOfMemory" in done.stderr or "not enough memory" in done.stderr:
-        return None
-    if done.returncode:
-        raise RuntimeError(f"{job.get('method')} in a process of its own ended with {done.returncode}:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def provenance(script: str, device: str, packages: Sequence[str]) -> dict[str, str]:
-    """Machine, versions, commit and command line, the same for every row."""
-    machine = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        machine = f"{found[1].strip() if found else machine}, {os.cpu_count()} cores"
-    if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}; {machine}"
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--short"], capture_output=True, text=True).stdout.strip()
-    return {
-        "machine": machine,
-        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
-        "commit": (commit or "unknown") + (" with changes" if changed else ""),
-        "command": shlex.join(["python", f"scripts/{Path(script).name}", *sys.argv[1:]]),
-    }
-
-
-def write_csv(rows: list[dict[str, str]], path: Path) -> None:
-    """One line a measurement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def measure(size: Size, args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 Owns the measurements behind docs/benchmarks/precompute.csv. All methods run over the same padded batches, each in a
 fresh process that has loaded its model and run one batch before; the repeats go round the methods, and what counts are
 the ratios of one round. `bare` is the body's forward, the head on slices and a float32 logsumexp, nothing kept;
-`capture` the records too (top-k, label, tail, copies), nothing written; `precompute` the whole `job.work`: rows read,
+`capture` the records too (top-k, label, tail, copies), nothing written; `precompute` the whole of `work`: rows read,
 tokenised and planned, captured, encoded, checked, written, synced, read back, finalised. `two processes` are two
 workers of one job with as many threads each, from the moment that both are let go to the end of the last. Nobody is
 pinned within the cores that a setting has: 1 thread on 2 cores leaves one to the writer, as a GPU leaves the processor;
@@ -31,18 +31,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from bench_loss import provenance, write_csv
-from bench_step import DEMO, QUICK, SHAPES, Shape, make_model
+from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make_model, provenance, write_csv
 from transformers import PreTrainedModel, logging
 
-from logitcache.capture.plan import PrecomputeSettings
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
@@ -51,8 +50,7 @@ from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "precompute.csv"
+DEFAULT_OUT = BENCHMARKS / "precompute.csv"
 BARE, CAPTURE, PRECOMPUTE, TWO = METHODS = ["bare", "capture", "precompute", "two processes"]
 PRESETS = {"both": [DEMO, SHAPES["0.5b"][0]], "demo": [DEMO], "0.5b": SHAPES["0.5b"], "7b": SHAPES["7b"]}
 TOP_K = 64
@@ -320,7 +318,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.work) as folder, ExitStack() as stack:
             model = Path(folder) / "model"
             if shape == DEMO:
-                demo = stack.enter_context(as_file(files("logitcache.demo").joinpath("base")))
+                demo = stack.enter_context(as_file(demo_base()))
                 shutil.copytree(demo, model)
             else:
                 make_model(shape, model, asdict(shape) | vars(args))

@@ -16,7 +16,6 @@ Python lists and from a row group a sample, so its speed here says what the layo
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import math
 import tempfile
@@ -32,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from bench_common import BENCHMARKS, Line, write_csv
 from numpy.typing import NDArray
 from synthetic_teacher import VOCABULARY_SIZE, Rows, rows
 
@@ -45,7 +45,7 @@ POLYNOMIAL_TERMS, POLYNOMIAL_EXACT = 6, 16
 SAMPLING_ID_BITS, SAMPLING_COUNT_BITS = 17, 7
 READ_SECONDS, READ_ROUNDS = 1.0, 5
 
-DEFAULT_OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "size_peers.csv"
+DEFAULT_OUT = BENCHMARKS / "size_peers.csv"
 
 
 @dataclass(frozen=True)
@@ -305,15 +305,16 @@ def measure(top: Top) -> Iterator[Measured]:
                 yield from random_sampling(top.best(12))
 
 
-def write_csv(measured: list[Measured], path: Path) -> None:
-    """One line a layout and k; the speed is empty where it is not measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["layout", "top_k", "bytes_a_token", "read_tokens_per_second", "remark"])
-        for row in measured:
-            speed = "" if row.read_tokens_per_second is None else f"{row.read_tokens_per_second:.0f}"
-            writer.writerow([row.layout, row.top_k, f"{row.bytes_a_token:.1f}", speed, row.remark])
+def line_of(row: Measured) -> Line:
+    """A row of the CSV; the speed is empty where it is not measured."""
+    speed = "" if row.read_tokens_per_second is None else f"{row.read_tokens_per_second:.0f}"
+    return {
+        "layout": row.layout,
+        "top_k": str(row.top_k),
+        "bytes_a_token": f"{row.bytes_a_token:.1f}",
+        "read_tokens_per_second": speed,
+        "remark": row.remark,
+    }
 
 
 def print_table(measured: list[Measured]) -> None:
@@ -344,7 +345,7 @@ def main() -> None:
     measured.sort(key=lambda row: row.layout)  # stable: k ascends within a layout
     print_table(measured)
     print(f"{args.rows} rows, seed {args.seed}; torch {torch.__version__}, numpy {np.__version__}, one thread, warm")
-    write_csv(measured, args.out)
+    write_csv([line_of(row) for row in measured], args.out)
 
 
 if __name__ == "__main__":

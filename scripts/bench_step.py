@@ -22,8 +22,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from importlib.resources import as_file, files
+from dataclasses import asdict, replace
+from importlib.resources import as_file
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,11 +31,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_loss import PeakMemory, provenance, run_child, set_up, write_csv
+from bench_common import (
+    BENCHMARKS,
+    DEMO,
+    QUICK,
+    SHAPES,
+    PeakMemory,
+    Shape,
+    demo_base,
+    make_model,
+    provenance,
+    run_child,
+    set_up,
+    write_csv,
+)
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -44,7 +55,8 @@ from transformers import (
 )
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, partition_for, precompute
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents
 from logitcache.losses.formulas import Objective
@@ -52,8 +64,7 @@ from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.pairing import targets
 from logitcache.training.trainer import CachedKLTrainer
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "step.csv"
+DEFAULT_OUT = BENCHMARKS / "step.csv"
 METHODS = {
     "plain CE": "Trainer's own loss",
     "cache, bucket": "masked KL, base read from the cache",
@@ -63,32 +74,7 @@ METHODS = {
 }
 TOP_K, TAIL_GROUPS, RANK = 64, 64, 16
 LEFT_OUT_STEPS = 2
-LOGIT_STD = 4.0
 LEAST_REST = 1e-4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A random model: its configuration in transformers. `demo` stands for the demo's own base instead."""
-
-    name: str
-    kind: str = "llama"
-    vocab_size: int = 151_936
-    hidden_size: int = 512
-    intermediate_size: int = 2816
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    tie_word_embeddings: bool = False
-
-
-DEMO = Shape("demo")
-SHAPES = {
-    "cpu": [DEMO, Shape("random, V = 151,936")],
-    "7b": [Shape("random, as Qwen2.5-7B", "qwen2", 152_064, 3584, 18_944, 28, 28, 4)],
-    "0.5b": [Shape("random, as Qwen2.5-0.5B", "qwen2", 151_936, 896, 4864, 24, 14, 2, True)],
-}
-QUICK = [replace(SHAPES["cpu"][1], name="random, tiny", vocab_size=2000, hidden_size=64, num_hidden_layers=2)]
 
 
 # Preparation, in a process of its own
@@ -113,24 +99,12 @@ def prepare(job: dict[str, Any]) -> dict[str, float]:
     return {"body": body, "head": head, "cache_bytes_a_token": size / rows.size}
 
 
-@torch.no_grad()
-def make_model(shape: Shape, folder: Path, job: dict[str, Any]) -> None:
-    """Random weights, the head scaled so that logits have a standard deviation of 4, not of nearly 0."""
-    values = {name: value for name, value in asdict(shape).items() if name not in ("name", "kind")}
-    config = AutoConfig.for_model(shape.kind, **values, max_position_embeddings=job["length"], use_cache=False)
-    torch.manual_seed(job["seed"])
-    with torch.device(job["device"]):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"]))
-    head = model.get_output_embeddings().weight
-    head.mul_(LOGIT_STD / (config.initializer_range * shape.hidden_size**0.5))
-    model.save_pretrained(folder)
-
-
 @contextmanager
 def the_base(job: dict[str, Any]) -> Iterator[Base]:
     """The untouched base, loaded from its folder."""
-    demo = files("logitcache.demo").joinpath("base")
-    with as_file(demo) if Shape(**job["shape"]) == DEMO else nullcontext(Path(job["folder"]) / "model") as folder:
+    with (
+        as_file(demo_base()) if Shape(**job["shape"]) == DEMO else nullcontext(Path(job["folder"]) / "model") as folder
+    ):
         yield load_base(Source(job["shape"]["name"], folder), job["dtype"], torch.device(job["device"]))
 
 
@@ -157,9 +131,7 @@ def fill_cache(base: Base, rows: np.ndarray, path: Path) -> None:
     samples = [
         Sample(row.astype(np.uint32), np.ones(len(row), dtype=np.bool_), f"row {i}") for i, row in enumerate(rows)
     ]
-    partition = partition_for(base, settings, path)
-    manifest = manifest_for(base, None, settings, partition)
-    precompute(base, manifest, make_plan(samples, settings), path, partition=partition)
+    precompute(base, samples, path, settings)
 
 
 # Training, in a process of its own

@@ -11,8 +11,6 @@ speeds are medians, and what counts are the ratios of one run. Tokens are superv
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
 import os
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from bench_common import BENCHMARKS, PeakMemory, timed, write_csv
 from bench_size_peers import Top, axolotl, distillkit
 from synthetic_teacher import VOCABULARY_SIZE, Rows, rows, samples
 
@@ -39,7 +38,6 @@ from logitcache.storage.writer import pack_shard
 
 SAMPLE_TOKENS = 512
 BATCH = 8
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SIZES = [(8, 0), (32, 0), (64, 0), (128, 0), (16, 64), (8, 64)]
 """Alternatives and tail groups."""
 
@@ -175,7 +173,7 @@ def encode_speed(settings: Manifest, whole: list[CachedSample]) -> float:
         columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         pack_shard(settings, "0" * 32, sample_table(whole), columns, 0.0)
 
-    return len(whole) * SAMPLE_TOKENS / timed(once)
+    return len(whole) * SAMPLE_TOKENS / median_seconds(once)
 
 
 def commit_speed(settings: Manifest, whole: list[CachedSample], path: Path) -> float:
@@ -205,14 +203,9 @@ def read_speed(read: Callable[[list[int]], object], num_samples: int, batch: int
     return median(found)
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Median seconds of 5 calls after one."""
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[1:])
+def median_seconds(function: Callable[[], object]) -> float:
+    """Of 5 calls after one."""
+    return median([timed(function, "cpu") for _ in range(6)][1:])
 
 
 def write_index(path: Path, num_samples: int) -> None:
@@ -250,23 +243,14 @@ def opening() -> Iterator[Speed]:
         yield Speed(f"find one of {num_samples:,} samples", "both", find * 1e6, "us", None, "by its id")
 
 
-def peak_kilobytes() -> int:
-    """Peak of the resident memory since it was last cleared."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0])
-
-
 def measure_open(path: str) -> None:
     """What the child of `opening` prints."""
     import logitcache.storage.index  # imports are not the opening
 
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from what is resident now
-    before = peak_kilobytes()
-    start = time.perf_counter()
-    cache = LogitCache.open(path)
-    seconds = time.perf_counter() - start
-    memory = (peak_kilobytes() - before) / 1024
+    with PeakMemory("cpu") as memory:
+        start = time.perf_counter()
+        cache = LogitCache.open(path)
+        seconds = time.perf_counter() - start
     index: logitcache.storage.index.SampleIndex = cache._index
     numbers = np.random.default_rng(0).integers(len(index), size=20_000).tolist()
     keys = [index.sample_id(number) for number in numbers]
@@ -275,15 +259,7 @@ def measure_open(path: str) -> None:
     each = (time.perf_counter() - start) / len(keys)
     if [f[0] for f in found] != numbers:
         raise ValueError("searching the index: expected each sample at its place, found others")
-    print(seconds, memory, each)
-
-
-def write_csv(lines: list[dict[str, str]], path: Path) -> None:
-    """One line a measurement."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    print(seconds, memory.growth, each)
 
 
 def main() -> None:
@@ -297,13 +273,12 @@ def main() -> None:
     if args.open:
         measure_open(args.open)
         return
-    OUT.mkdir(parents=True, exist_ok=True)
     if args.part != "speed":
         lines = []
         for line in sizes(args.rows):
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
             lines.append(line)
-        write_csv(lines, OUT / "storage_size.csv")
+        write_csv(lines, BENCHMARKS / "storage_size.csv")
     if args.part != "size":
         table = []
         for speed in [*opening(), *speeds(args.rows)]:
@@ -312,7 +287,7 @@ def main() -> None:
             print(f"{speed.what:55} {speed.store:45} {value:>9} {speed.unit:9} {ratio:>6} {speed.remark}", flush=True)
             named = {"what": speed.what, "store": speed.store, "value": value, "unit": speed.unit}
             table.append(named | {"times_axolotl": ratio, "remark": speed.remark})
-        write_csv(table, OUT / "storage_speed.csv")
+        write_csv(table, BENCHMARKS / "storage_speed.csv")
 
 
 if __name__ == "__main__":

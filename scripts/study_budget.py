@@ -4,21 +4,21 @@ python scripts/study_budget.py            -> docs/benchmarks/budget.csv
 """
 
 import argparse
-import csv
 import json
 import tempfile
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 
+from bench_common import BENCHMARKS, demo_base, write_csv
+from study_demo import REFERENCE, Demo
 from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings
-from logitcache.demo.run import DemoSettings, _fill_cache, _load, _load_float32, write_data
+from logitcache.demo.run import DemoSettings
 from logitcache.losses.formulas import Objective
-from logitcache.models.loading import Source, find_model
 from logitcache.training.run import TrainSettings, train
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "budget.csv"
+OUT = BENCHMARKS / "budget.csv"
 BUDGETS = (0.05, 0.1, 0.2)
 
 
@@ -26,23 +26,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=DemoSettings().max_steps)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     logging.disable_progress_bar()
-    settings, lines = DemoSettings(), []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        as_file(files("logitcache.demo").joinpath("base")) as base_folder,
-    ):
+    settings, lines = DemoSettings(max_steps=args.steps), []
+    with tempfile.TemporaryDirectory() as folder, as_file(demo_base()) as base_folder:
         work = Path(folder)
-        source = Source("demo base", find_model(str(base_folder)).folder)
-        samples = _load(source, write_data(work / "data", settings)[0], settings)
-        cache = _fill_cache(work / "cache", _load_float32(source), samples, settings, print)
+        demo = Demo(base_folder, work, settings)
+        cache = demo.cache(REFERENCE)
         for budget, seed in ((b, s) for b in args.budgets for s in range(args.seeds)):
             out = work / f"{budget}-{seed}"
             train(
-                _load_float32(source),
-                samples,
+                demo.load(),
+                demo.train_set,
                 cache,
                 out,
                 AdapterSettings(rank=settings.rank, alpha=2.0 * settings.rank),
@@ -66,10 +63,7 @@ def main() -> None:
                 }
             )
             print(lines[-1], flush=True)
-    with args.out.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(lines, args.out)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ Owns where these are kept between runs, the first two of the tails that are comp
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,9 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, precompute
-from logitcache.capture.vocab_groups import token_groups
+from logitcache.capture.cache_spec import cache_spec
+from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.demo.run import DemoSettings, write_data
@@ -34,11 +33,8 @@ from logitcache.storage.encoding import columns_of
 from logitcache.storage.statistics import describe
 from logitcache.training.run import TrainSettings, train
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 WORK = Path(tempfile.gettempdir()) / "logitcache-study-tails"
-BASE = files("logitcache.demo").joinpath("base")
 BATCH, LEARNING_RATE = 8, 2e-3
-Line = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,13 @@ REFERENCE = Arm("bucket k=64")
 
 
 class Demo:
-    """The demo's base and data; `steps` decides how much there is to train on. work: where everything is kept."""
+    """The demo's base and data; max_steps decides how much there is to train on. work: where everything is kept."""
 
-    def __init__(self, folder: Path, work: Path, steps: int) -> None:
-        self.source, self.work, self.settings = Source("demo base", folder), work, DemoSettings(max_steps=steps)
+    def __init__(self, folder: Path, work: Path, settings: DemoSettings) -> None:
+        self.source, self.work, self.settings = Source("demo base", folder), work, settings
         self.tokenizer = load_tokenizer(self.source)
-        self.untouched = self._base()
-        data = work / f"data-{steps}"
+        self.untouched = self.load()
+        data = work / f"data-{settings.max_steps}-{settings.num_held_out}"
         if not data.exists():
             write_data(data.with_suffix(".new"), self.settings)
             data.with_suffix(".new").rename(data)
@@ -76,9 +72,10 @@ class Demo:
     def fill(
         self, path: Path, samples: Sequence[Sample], job: PrecomputeSettings, groups: NDArray[np.uint8] | None = None
     ) -> LogitCache:
-        """A cache as `logitcache precompute` makes it. groups: uint8 [V], any partition."""
-        manifest = manifest_for(self.untouched, self.tokenizer, job, groups)
-        precompute(self.untouched, manifest, make_plan(samples, job), path, partition=groups)
+        """A cache as `logitcache precompute` makes it. groups: uint8 [V], a partition that is not the base's own."""
+        if groups is not None:  # the cache that is begun with it keeps it
+            cache_spec(self.source.name, self.untouched.identity, self.tokenizer, job, groups).writer(path).close()
+        precompute(self.untouched, samples, path, job)
         return LogitCache.open(path)
 
     def cache(self, arm: Arm) -> LogitCache | None:
@@ -90,8 +87,7 @@ class Demo:
         job = PrecomputeSettings(k, self.settings.max_length, shard_positions=rows, precision=arm.precision)
         job = replace(job, tail_groups=arm.tail_groups, tail_samples=arm.tail_samples)
         name = f"cache-{self.settings.max_steps}-k{k}-g{arm.tail_groups}-m{arm.tail_samples}-{arm.precision}"
-        groups = token_groups(self.untouched.model, arm.tail_groups) if arm.tail_groups else None
-        return self.fill(self.work / name, self.train_set, job, groups)
+        return self.fill(self.work / name, self.train_set, job)
 
     def train(
         self, arm: Arm, cache: LogitCache | None, weight: float, seed: int, folder: Path
@@ -101,10 +97,10 @@ class Demo:
         adapter = AdapterSettings(rank=rank, alpha=2.0 * rank)
         objective = Objective(regularizer=arm.regularizer, tail=arm.tail, weight=weight)
         settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
-        report = train(self._base(), self.train_set, cache, folder, adapter, objective, settings, resume=True)
-        return load_adapter(self._base().model, str(folder)), report.seconds
+        report = train(self.load(), self.train_set, cache, folder, adapter, objective, settings, resume=True)
+        return load_adapter(self.load().model, str(folder)), report.seconds
 
-    def _base(self) -> Base:
+    def load(self) -> Base:
         """Loaded anew: an adapter changes the model it is attached to."""
         return load_base(self.source, "float32", torch.device("cpu"))
 
@@ -117,24 +113,6 @@ def bytes_a_position(cache: LogitCache) -> float:
     """Of the record's columns as they lie on disk, without the sample table."""
     sizes = describe(cache, max_positions=1).bytes_by_column
     return sum(sizes[column.name] for column in columns_of(cache.manifest.capture)) / cache.num_positions
-
-
-def read_csv(path: Path) -> list[Line]:
-    """The lines of a CSV, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(lines: list[Line], path: Path) -> None:
-    """One line a measurement; all of them, or the file stays as it was."""
-    unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    unfinished.replace(path)
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

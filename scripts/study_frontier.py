@@ -18,22 +18,10 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from study_demo import (
-    BASE,
-    OUT,
-    PLAIN,
-    REFERENCE,
-    Arm,
-    Demo,
-    Line,
-    arguments,
-    bytes_a_position,
-    read_csv,
-    start,
-    write_csv,
-)
+from bench_common import BENCHMARKS, Line, demo_base, read_csv, write_csv
+from study_demo import PLAIN, REFERENCE, Arm, Demo, arguments, bytes_a_position, start
 
-from logitcache.demo.run import Outcome
+from logitcache.demo.run import DemoSettings
 from logitcache.evaluation.compare import compare
 
 ARMS = (
@@ -55,15 +43,15 @@ SAID = ("arm", "weight", "seed", "learning", "forgetting", "kl_prior", "seconds"
 
 def frontier(args: argparse.Namespace) -> None:
     """Train what is not in the CSV yet, a whole sweep of one seed before the next, and compare."""
-    out = args.out or OUT / "tail_frontier.csv"
+    out = args.out or BENCHMARKS / "tail_frontier.csv"
     lines, steps = read_csv(out), str(args.steps)
     done = {(line["arm"], line["weight"], line["seed"], line["steps"]) for line in lines}
     sweep = [(PLAIN, 0.0), *product(ARMS, WEIGHTS)]
     runs = [(arm, weight, seed) for seed in range(args.seeds) for arm, weight in sweep]
     missing = [run for run in runs if (run[0].name, f"{run[1]:g}", str(run[2]), steps) not in done]
     if missing and not args.table:
-        with as_file(BASE) as folder:
-            demo = Demo(folder, args.work, args.steps)
+        with as_file(demo_base()) as folder:
+            demo = Demo(folder, args.work, DemoSettings(max_steps=args.steps))
             for number, run in enumerate(missing, 1):
                 started = time.perf_counter()
                 lines.append(trained(demo, *run))
@@ -79,8 +67,7 @@ def trained(demo: Demo, arm: Arm, weight: float, seed: int) -> Line:
     with tempfile.TemporaryDirectory(dir=demo.work) as folder:
         adapted, seconds = demo.train(arm, cache, weight, seed, Path(folder))
     new, prior = (compare(demo.untouched.model, adapted, samples) for samples in (demo.new, demo.prior))
-    found = Outcome(arm.name, seed, new, prior, seconds)
-    assert prior.kl_nats is not None
+    assert new.after is not None and prior.after is not None and prior.kl_nats is not None
     kept = {"top_k": "", "bytes_a_position": ""}
     if cache is not None:
         kept = {"top_k": str(cache.manifest.capture.top_k), "bytes_a_position": f"{bytes_a_position(cache):.1f}"}
@@ -94,8 +81,8 @@ def trained(demo: Demo, arm: Arm, weight: float, seed: int) -> Line:
         "weight": f"{weight:g}",
         "seed": str(seed),
         "steps": str(demo.settings.max_steps),
-        "learning": f"{found.learning:.4f}",
-        "forgetting": f"{found.forgetting:.4f}",
+        "learning": f"{new.before.ce_nats - new.after.ce_nats:.4f}",
+        "forgetting": f"{prior.after.ce_nats - prior.before.ce_nats:.4f}",
         "kl_prior": f"{prior.kl_nats:.4f}",
         "seconds": f"{seconds:.1f}",
     }

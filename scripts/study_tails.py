@@ -29,29 +29,17 @@ from statistics import mean
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_common import BENCHMARKS, Line, demo_base, read_csv, write_csv
 from numpy.typing import NDArray
 from peft import PeftModel
-from study_demo import (
-    BASE,
-    BATCH,
-    OUT,
-    PLAIN,
-    REFERENCE,
-    Arm,
-    Demo,
-    Line,
-    arguments,
-    bytes_a_position,
-    read_csv,
-    start,
-    write_csv,
-)
+from study_demo import BATCH, PLAIN, REFERENCE, Arm, Demo, arguments, bytes_a_position, start
 from torch import Tensor
 
-from logitcache.capture.plan import PrecomputeSettings
+from logitcache.capture.settings import PrecomputeSettings
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
+from logitcache.demo.run import DemoSettings
 from logitcache.losses.formulas import Objective, SparseTargets, base_rest, regularizer_values
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
 from logitcache.models.loading import Base
@@ -232,15 +220,16 @@ def measures(probes: Sequence[Probe], form: Form, cache: LogitCache) -> dict[str
 
 def fidelity(args: argparse.Namespace) -> None:
     """Measure every form on every model, write the table and print it."""
-    started, out = time.perf_counter(), args.out or OUT / "tails.csv"
+    started, out = time.perf_counter(), args.out or BENCHMARKS / "tails.csv"
     if not args.table:
-        with as_file(BASE) as folder, tempfile.TemporaryDirectory() as scratch:
-            demo = Demo(folder, args.work, args.steps)
+        with as_file(demo_base()) as folder, tempfile.TemporaryDirectory() as scratch:
+            demo = Demo(folder, args.work, DemoSettings(max_steps=args.steps))
             samples = demo.new[:: max(1, len(demo.new) // args.samples)][: args.samples]
             models = {}
             for arm, part in MODELS:
                 steps = max(1, args.steps // part)
-                models[f"{arm.name}, {steps} steps"] = probes_of(arm, Demo(folder, args.work, steps), samples)
+                trained = Demo(folder, args.work, DemoSettings(max_steps=steps))
+                models[f"{arm.name}, {steps} steps"] = probes_of(arm, trained, samples)
             print(f"data and models: {time.perf_counter() - started:.0f} s", flush=True)
             lines = [
                 line for kept in groupby(forms(), lambda f: f.kept) for line in rows_of(*kept, demo, models, scratch)

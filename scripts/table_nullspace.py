@@ -10,13 +10,13 @@ energy of a layer's inputs along the rows of A, over that along a random directi
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import BENCHMARKS, demo_base, write_csv
 from torch import Tensor
 from transformers.utils import logging
 
@@ -27,8 +27,7 @@ from logitcache.data.samples import Sample, make_samples
 from logitcache.demo.text import prose_documents, split
 from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "nullspace.csv"
-BASE = files("logitcache.demo").joinpath("base")
+OUT = BENCHMARKS / "nullspace.csv"
 MAX_LENGTH, MAX_CHARS = 256, 1100
 KINDS = ("lora_null", "milora", "random")
 
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    with as_file(BASE) as folder:
+    with as_file(demo_base()) as folder:
         base = load_base(Source("demo base", folder), "float32", torch.device("cpu"))
         texts: dict[str, Sequence[Sample]] = {
             "calibration": prose(base, False, args.samples),
@@ -94,11 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
                 **{column: f"{value:.2e}" for column, value in ratios.items()},
             }
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(lines, args.out)
     print(f"{len(lines)} layers: {args.out}")
 
 

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import fsspec
 import numpy as np
-from bench_loss import provenance, write_csv
+from bench_common import BENCHMARKS, provenance, write_csv
 from bench_storage import TABLE_FILES, manifest
 from fsspec.implementations.memory import MemoryFileSystem
 from synthetic_teacher import rows, samples
@@ -32,8 +32,7 @@ from logitcache.storage import CachedSample, CacheWriter, files
 from logitcache.storage.index import DTYPE
 from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, ShardEntry, StoredFile, to_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "scaling.csv"
+DEFAULT_OUT = BENCHMARKS / "scaling.csv"
 TOTAL_TOKENS, SAMPLE_POSITIONS, TOP_K = 100_000_000_000, 1024, 64
 KINDS = {"pipe_file": "put", "cat_file": "get", "isfile": "head", "exists": "head", "ls": "list", "find": "list"}
 

@@ -20,43 +20,38 @@ evaluated there. What is in the CSV is not run again; nats a token.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
+import study_demo
 import torch
 import torch.nn.functional as F
+from bench_common import BENCHMARKS, Line, demo_base, read_csv, write_csv
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings, attach, save, save_start
 from logitcache.data.batches import pad_samples
-from logitcache.data.rows import IGNORED, read_rows
-from logitcache.data.samples import make_samples
-from logitcache.demo.run import DemoSettings, _fill_cache, write_data
+from logitcache.data.rows import IGNORED
+from logitcache.demo.run import DemoSettings
 from logitcache.evaluation.compare import compare, load_adapter
 from logitcache.losses.formulas import Objective
-from logitcache.models.loading import Base, Source, load_base, load_tokenizer
-from logitcache.storage import LogitCache
-from logitcache.training.run import TrainSettings, _arguments, train
+from logitcache.training.run import TrainSettings, train, trainer_arguments
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "wrong_teacher.csv"
+OUT = BENCHMARKS / "wrong_teacher.csv"
 WORK = Path(tempfile.gettempdir()) / "logitcache-wrong-teacher"
-BASE = files("logitcache.demo").joinpath("base")
 PLAIN, LIVE, TRUE, CACHE = "plain CE", "live disable_adapter()", "live true base", "cache"
 ARMS = (PLAIN, LIVE, TRUE, CACHE)
 ADAPTERS = ("pissa", "corda", "olora", "milora")
 KEY = ("adapter", "arm", "seed", "lr", "steps", "weight")
 MIN_REST = 1e-4
-Line = dict[str, str]
 
 
 def masked_kl(base: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -85,40 +80,31 @@ class LiveTeacher(Trainer):
         return F.cross_entropy(logits, labels[kept]) + self.weight * masked_kl(teacher, logits, labels[kept])
 
 
-class Demo:
-    """The demo's base, data and cache, kept in `work`."""
+class Demo(study_demo.Demo):
+    """The demo's base, data and cache, kept in `work`, and one run of each arm."""
 
     def __init__(self, folder: Path, work: Path, settings: DemoSettings) -> None:
-        self.source, self.work, self.settings = Source("demo base", folder), work, settings
-        self.untouched = self.load()
-        paths = write_data(work / f"data-{settings.max_steps}-{settings.num_held_out}", settings)
-        tokenizer, vocab_size = load_tokenizer(self.source), self.untouched.identity.vocab_size
-        self.train_set, self.new, self.prior = (
-            make_samples(read_rows(str(path)), tokenizer, settings.max_length, vocab_size).samples for path in paths
-        )
-        path = work / f"cache-{settings.max_steps}-k{settings.top_k}"
-        self.cache: LogitCache = _fill_cache(path, self.untouched, self.train_set, settings, print)
-        self.tail = "groups" if self.cache.manifest.capture.num_tail_groups else "bucket"
+        super().__init__(folder, work, settings)
+        cache = self.cache(study_demo.REFERENCE)
+        assert cache is not None
+        self.kept = cache
+        self.tail = "groups" if cache.manifest.capture.num_tail_groups else "bucket"
 
-    def load(self) -> Base:
-        """Anew: an adapter changes the model it is attached to."""
-        return load_base(self.source, "float32", torch.device("cpu"))
-
-    def run(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> float:
+    def run_arm(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> float:
         """Train one adapter into `out`; its seconds."""
         started = time.perf_counter()
         if arm in (LIVE, TRUE):
-            self._live(adapter, arm, job, weight, out)
+            self.live(adapter, arm, job, weight, out)
         else:
             objective = Objective("none") if arm == PLAIN else Objective(tail=self.tail, weight=weight)  # type: ignore[arg-type]
-            train(self.load(), self.train_set, self.cache, out, adapter, objective, job)
+            train(self.load(), self.train_set, self.kept, out, adapter, objective, job)
         return time.perf_counter() - started
 
-    def _live(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> None:
+    def live(self, adapter: AdapterSettings, arm: str, job: TrainSettings, weight: float, out: Path) -> None:
         set_seed(job.seed)
         model = attach(self.load().model, adapter, str(self.source.folder), self.train_set)
         save_start(model, out / "checkpoints" / "start")
-        args = _arguments(out, job, torch.device("cpu"))
+        args = trainer_arguments(out, job, torch.device("cpu"))
         args.save_strategy = "no"
         trainer = LiveTeacher(
             model=model,
@@ -175,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     settings = replace(defaults, max_steps=args.steps, num_held_out=args.held_out)
-    with as_file(BASE) as folder:
+    with as_file(demo_base()) as folder:
         demo = Demo(folder, args.work, settings)
         for kind in args.adapter:
             sweep(demo, AdapterSettings(kind, settings.rank, 2.0 * settings.rank), args)
@@ -198,31 +184,12 @@ def sweep(demo: Demo, adapter: AdapterSettings, args: argparse.Namespace) -> Non
                 residual = residual or demo.residual(adapter, seed)
                 job = TrainSettings(lr=lr, batch_size=demo.settings.batch_size, max_steps=args.steps, seed=seed)
                 with tempfile.TemporaryDirectory(dir=args.work) as out:
-                    seconds = demo.run(adapter, arm, job, args.weight, Path(out))
+                    seconds = demo.run_arm(adapter, arm, job, args.weight, Path(out))
                     found = {**key, "tail": demo.tail if arm == CACHE else "", **demo.measure(Path(out))}
                 found |= {"residual_forgetting": residual, "seconds": f"{seconds:.1f}"}
                 write_csv([*lines, found], args.out)
                 print(f"{adapter.kind}, {arm}, seed {seed}, lr {lr:g}: learnt {found['learning']}, forgot "
                       f"{found['forgetting']} nats, {seconds:.0f} s")  # fmt: skip
-
-
-def read_csv(path: Path) -> list[Line]:
-    """The lines that are there."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(lines: Sequence[Line], path: Path) -> None:
-    """All of them, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

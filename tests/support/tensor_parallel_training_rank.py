@@ -26,7 +26,7 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss
-from logitcache.training.run import TrainSettings
+from logitcache.training.run import TrainSettings, trainer_arguments
 from logitcache.training.trainer import CachedKLTrainer
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))

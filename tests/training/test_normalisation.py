@@ -27,7 +27,7 @@ from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache
 from logitcache.training.penalties import Penalty
-from logitcache.training.run import TrainSettings
+from logitcache.training.run import TrainSettings, trainer_arguments
 from logitcache.training.trainer import CachedKL, check_supported
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -1,0 +1,216 @@
+"""What the scripts that measure share: models, memory, seconds, a process of its own, and the CSVs of docs/benchmarks.
+
+Owns where results go, what every row says of its machine, versions and commit, and the random models. Measures nothing
+itself, and must not import `logitcache`: scripts that measure others do not load it.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+MIB = 2**20
+LOGIT_STD = 4.0
+Line = dict[str, str]
+"""A row of a CSV."""
+
+
+def demo_base() -> Any:
+    """The demo's embedded base, for `as_file`."""
+    return files("logitcache.demo").joinpath("base")
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random model: its configuration in transformers. `demo` stands for the demo's own base instead."""
+
+    name: str
+    kind: str = "llama"
+    vocab_size: int = 151_936
+    hidden_size: int = 512
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    tie_word_embeddings: bool = False
+
+
+DEMO = Shape("demo")
+SHAPES = {
+    "cpu": [DEMO, Shape("random, V = 151,936")],
+    "7b": [Shape("random, as Qwen2.5-7B", "qwen2", 152_064, 3584, 18_944, 28, 28, 4)],
+    "0.5b": [Shape("random, as Qwen2.5-0.5B", "qwen2", 151_936, 896, 4864, 24, 14, 2, True)],
+}
+QUICK = [replace(SHAPES["cpu"][1], name="random, tiny", vocab_size=2000, hidden_size=64, num_hidden_layers=2)]
+
+
+@torch.no_grad()
+def make_model(shape: Shape, folder: Path, job: dict[str, Any]) -> None:
+    """Random weights, the head scaled so that logits have a standard deviation of 4, not of nearly 0."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # which most children do without
+
+    values = {name: value for name, value in asdict(shape).items() if name not in ("name", "kind")}
+    config = AutoConfig.for_model(shape.kind, **values, max_position_embeddings=job["length"], use_cache=False)
+    torch.manual_seed(job["seed"])
+    with torch.device(job["device"]):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"]))
+    head = model.get_output_embeddings().weight
+    head.mul_(LOGIT_STD / (config.initializer_range * shape.hidden_size**0.5))
+    model.save_pretrained(folder)
+
+
+# Memory and seconds
+
+
+class PeakMemory:
+    """MiB by which memory grew at its peak within `with`: of the allocator on a GPU; else of the resident set, by the
+    kernel's high-water mark where it can be reset, or looked at every millisecond."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda, self.before, self.growth = device == "cuda", 0.0, 0.0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / MIB
+            return self
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # so that what was freed before does not serve unseen
+        self.before = self.peak = resident_mib()
+        self.marked = reset_high_water_mark()
+        self.ended = threading.Event()
+        if not self.marked:
+            threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.growth = torch.cuda.max_memory_allocated() / MIB - self.before
+            return
+        self.ended.set()
+        self.growth = (high_water_mark_mib() if self.marked else self.peak) - self.before
+
+    def _look(self) -> None:
+        while not self.ended.wait(0.001):
+            self.peak = max(self.peak, resident_mib())
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def high_water_mark_mib() -> float:
+    """The most it has been since the mark was reset, or the process began."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+def reset_high_water_mark() -> bool:
+    """Whether the mark could be reset to what is resident now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return high_water_mark_mib() - resident_mib() < 4
+    except (OSError, IndexError):
+        return False
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds, by the GPU's own events on a GPU."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+# A process of its own
+
+
+def set_up(threads: int) -> None:
+    """This process on so many cores and threads."""
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-threads:]))
+
+
+def run_child(script: str, job: dict[str, Any], threads: int) -> dict[str, Any] | None:
+    """What a fresh process of the script prints last, as JSON; None where memory ran out in it."""
+    line = [sys.executable, script, "--job", json.dumps(job)]
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    if done.returncode == -9 or "OutOfMemory" in done.stderr or "not enough memory" in done.stderr:
+        return None
+    if done.returncode:
+        raise RuntimeError(f"{job.get('method')} in a process of its own ended with {done.returncode}:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def provenance(script: str, device: str, packages: Sequence[str]) -> dict[str, str]:
+    """Machine, versions, commit and command line, the same for every row."""
+    machine = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        machine = f"{found[1].strip() if found else machine}, {os.cpu_count()} cores"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}; {machine}"
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--short"], capture_output=True, text=True).stdout.strip()
+    return {
+        "machine": machine,
+        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        "commit": (commit or "unknown") + (" with changes" if changed else ""),
+        "command": shlex.join(["python", f"scripts/{Path(script).name}", *sys.argv[1:]]),
+    }
+
+
+# CSVs
+
+
+def read_csv(path: Path) -> list[Line]:
+    """The lines of a CSV, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line a measurement; all of them, or the file stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.new")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(path)
