@@ -24,6 +24,12 @@ class InputNotFound(PipelineError):
     reason = "input-not-found"
 
 
+class InvalidSettings(PipelineError, ValueError):
+    """A setting of the wrong type or out of its range, or settings that contradict one another."""
+
+    reason = "invalid-settings"
+
+
 class InvalidData(PipelineError):
     """A data file or row that cannot be used; the message names it."""
 

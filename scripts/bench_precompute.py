@@ -41,12 +41,13 @@ import torch
 from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make_model, provenance, write_csv
 from transformers import PreTrainedModel, logging
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.settings import LoadSettings
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
 
@@ -105,10 +106,12 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-job["cores"] :]))
-    settings = PrecomputeSettings(
+    settings = CaptureSettings(
         TOP_K, job["length"], job["batch_tokens"], job["shard_positions"], job["store"], tail_groups=job["tail_groups"]
     )
-    spec = JobSpec(job["model"], job["data"], job["cache"], settings, job["dtype"], job["device"])
+    spec = JobSpec(
+        job["model"], job["data"], job["cache"], settings, LoadSettings(dtype=job["dtype"], device=job["device"])
+    )
     loaded = load(spec)
     share = Share(job["index"], job["num"])
     planned = [plan for _, _, plan in plans(spec, loaded, Share())]

@@ -55,7 +55,7 @@ from transformers import (
 )
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents
@@ -127,7 +127,7 @@ def random_rows(shape: Shape, num_rows: int, job: dict[str, Any]) -> np.ndarray:
 
 def fill_cache(base: Base, rows: np.ndarray, path: Path) -> None:
     """k = 64 and 64 tail groups: one cache for every method."""
-    settings = PrecomputeSettings(top_k=TOP_K, max_length=rows.shape[1], tail_groups=TAIL_GROUPS, batch_tokens=2048)
+    settings = CaptureSettings(top_k=TOP_K, max_length=rows.shape[1], tail_groups=TAIL_GROUPS, batch_tokens=2048)
     samples = [
         Sample(row.astype(np.uint32), np.ones(len(row), dtype=np.bool_), f"row {i}") for i, row in enumerate(rows)
     ]
@@ -212,7 +212,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             with the_base(job) as second:
                 teacher = second.model
         torch.manual_seed(job["seed"])
-        model = attach(base.model, AdapterSettings(rank=RANK, alpha=2.0 * RANK), base.source.name)
+        model = attach(base.model, AdapterSettings(rank=RANK), base.source.name)
         meter = StepMeter(job["device"])
         meter.watch_lookups()
         common: dict[str, Any] = {

@@ -26,7 +26,7 @@ from bench_common import BENCHMARKS, PeakMemory, timed, write_csv
 from bench_size_peers import Top, axolotl, distillkit
 from synthetic_teacher import VOCABULARY_SIZE, Rows, rows, samples
 
-from logitcache.storage import CachedSample, CacheWriter, CaptureSettings, LogitCache, Manifest, ModelIdentity
+from logitcache.storage import CachedSample, CacheWriter, CaptureIdentity, LogitCache, Manifest, ModelIdentity
 from logitcache.storage.cache import CONTENTS, MANIFEST
 from logitcache.storage.encoding import PRECISIONS, SampleTable, encode, sample_table
 from logitcache.storage.files import open_files
@@ -57,7 +57,7 @@ class Speed:
 def manifest(store: str, precision: str, top_k: int, groups: Rows | None = None, min_mass: float = 1.0) -> Manifest:
     """A manifest of the synthetic teacher."""
     steps = PRECISIONS[precision]
-    capture = CaptureSettings(top_k, 4096, min_mass, precision, steps.max_error if steps else 0.0)
+    capture = CaptureIdentity(top_k, 4096, min_mass, precision, steps.max_error if steps else 0.0)
     features: tuple[str, ...] = ()
     if groups is not None:
         partition = digest(groups.token_groups.tobytes())

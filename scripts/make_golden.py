@@ -25,7 +25,7 @@ from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
     CacheWriter,
-    CaptureSettings,
+    CaptureIdentity,
     Manifest,
     ModelIdentity,
     TokenizerIdentity,
@@ -61,7 +61,7 @@ def make_manifest(store: str, precision: str, num_draws: int) -> Manifest:
         store=store,
         model=ModelIdentity("0123456789abcdef" * 2, "fedcba9876543210" * 2, VOCAB, "bfloat16", "sdpa"),
         tokenizer=TokenizerIdentity("00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"),
-        capture=CaptureSettings(
+        capture=CaptureIdentity(
             top_k=TOP_K,
             max_length=64,
             min_mass=MIN_MASS,

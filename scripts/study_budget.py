@@ -42,7 +42,7 @@ def main() -> None:
                 demo.train_set,
                 cache,
                 out,
-                AdapterSettings(rank=settings.rank, alpha=2.0 * settings.rank),
+                AdapterSettings(rank=settings.rank),
                 Objective(kl_budget=budget),
                 TrainSettings(
                     2e-3, batch_size=settings.batch_size, max_steps=settings.max_steps, seed=seed, log_every=1

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.capture.cache_spec import cache_spec
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, make_samples
@@ -70,7 +70,7 @@ class Demo:
         )
 
     def fill(
-        self, path: Path, samples: Sequence[Sample], job: PrecomputeSettings, groups: NDArray[np.uint8] | None = None
+        self, path: Path, samples: Sequence[Sample], job: CaptureSettings, groups: NDArray[np.uint8] | None = None
     ) -> LogitCache:
         """A cache as `logitcache precompute` makes it. groups: uint8 [V], a partition that is not the base's own."""
         if groups is not None:  # the cache that is begun with it keeps it
@@ -84,7 +84,7 @@ class Demo:
             return None
         k = arm.top_k or self.untouched.identity.vocab_size - 1
         rows = 32_768 if arm.top_k else 2_048  # a shard is made in memory
-        job = PrecomputeSettings(k, self.settings.max_length, shard_positions=rows, precision=arm.precision)
+        job = CaptureSettings(k, self.settings.max_length, shard_positions=rows, precision=arm.precision)
         job = replace(job, tail_groups=arm.tail_groups, tail_samples=arm.tail_samples)
         name = f"cache-{self.settings.max_steps}-k{k}-g{arm.tail_groups}-m{arm.tail_samples}-{arm.precision}"
         return self.fill(self.work / name, self.train_set, job)
@@ -94,8 +94,10 @@ class Demo:
     ) -> tuple[PeftModel, float]:
         """The adapted model and the seconds its training took, as the demo trains; a finished run is only loaded."""
         rank, steps = self.settings.rank, self.settings.max_steps
-        adapter = AdapterSettings(rank=rank, alpha=2.0 * rank)
-        objective = Objective(regularizer=arm.regularizer, tail=arm.tail, weight=weight)
+        adapter = AdapterSettings(rank=rank)
+        objective = Objective(
+            regularizer=arm.regularizer, tail=arm.tail, weight=1.0 if arm.regularizer == "none" else weight
+        )
         settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
         report = train(self.load(), self.train_set, cache, folder, adapter, objective, settings, resume=True)
         return load_adapter(self.load().model, str(folder)), report.seconds

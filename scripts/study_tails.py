@@ -35,7 +35,7 @@ from peft import PeftModel
 from study_demo import BATCH, PLAIN, REFERENCE, Arm, Demo, arguments, bytes_a_position, start
 from torch import Tensor
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
@@ -67,7 +67,7 @@ class Kept:
 
     def cache(self, demo: Demo, samples: Sequence[Sample], path: Path) -> LogitCache:
         """Written and opened."""
-        job = PrecomputeSettings(self.top_k, demo.settings.max_length, tail_groups=self.tail_groups)
+        job = CaptureSettings(self.top_k, demo.settings.max_length, tail_groups=self.tail_groups)
         job = replace(job, tail_samples=self.tail_samples)
         return demo.fill(path, samples, job, self.groups(demo.untouched) if self.tail_groups else None)
 

@@ -18,7 +18,7 @@ from .errors import (
     SampleNotCached,
     UnsupportedFormat,
 )
-from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, sample_id
+from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, sample_id
 from .manifest import Manifest
 from .prune import PruneReport, prune
 from .records import BaseLogprobs, CachedSample
@@ -31,7 +31,7 @@ __all__ = [
     "CacheError",
     "CacheWriter",
     "CachedSample",
-    "CaptureSettings",
+    "CaptureIdentity",
     "Copied",
     "CorruptCache",
     "IdentityMismatch",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .arrow_sizes import check_sizes
 from .backend import Blocks, ShardFiles, corrupt, needed_blocks, rows_per_block, take_slices
 from .encoding import Column, Columns, SamplePlace, SampleTable, columns_of
-from .identity import CaptureSettings
+from .identity import CaptureIdentity
 from .manifest import Block
 
 SAMPLES, LOGPROBS = "samples.arrow", "logprobs.arrow"
@@ -45,19 +45,19 @@ _PLANES = {"<u4": (16, "<u2", "<u1"), "<u2": (8, "<u1", "<u1")}
 class ArrowBackend:
     """Writes and opens shards as Arrow IPC files."""
 
-    def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
+    def write(self, table: SampleTable, columns: Columns, capture: CaptureIdentity) -> tuple[dict[str, bytes], Blocks]:
         samples, sample_blocks = _write_file(_SAMPLES_SCHEMA, _sample_batches(table))
         logprobs, row_blocks = _write_file(_schema(capture), _batches(columns, capture))
         return {SAMPLES: samples, LOGPROBS: logprobs}, {SAMPLES: sample_blocks, LOGPROBS: row_blocks}
 
-    def open(self, files: ShardFiles, capture: CaptureSettings) -> "ArrowReader":
+    def open(self, files: ShardFiles, capture: CaptureIdentity) -> "ArrowReader":
         return ArrowReader(files, capture)
 
 
 class ArrowReader:
     """A shard in the Arrow layout."""
 
-    def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
+    def __init__(self, files: ShardFiles, capture: CaptureIdentity) -> None:
         self._files, self._capture = files, capture
         self._rows = rows_per_block(capture)
         self._schema = _schema(capture)  # not the file's own: no checksum covers its header
@@ -198,7 +198,7 @@ def _list_item(column: Any, row: int) -> NDArray[Any]:
     return item
 
 
-def _schema(capture: CaptureSettings) -> pa.Schema:
+def _schema(capture: CaptureIdentity) -> pa.Schema:
     fields = []
     for column in columns_of(capture):
         if column.width and column.dtype in _PLANES:
@@ -210,7 +210,7 @@ def _schema(capture: CaptureSettings) -> pa.Schema:
     return pa.schema([pa.field(n, pa.list_(t, w) if w else t, nullable=False) for n, t, w in types])
 
 
-def _batches(columns: Columns, capture: CaptureSettings) -> Iterator[pa.RecordBatch]:
+def _batches(columns: Columns, capture: CaptureIdentity) -> Iterator[pa.RecordBatch]:
     schema = _schema(capture)
     num_rows, rows = len(next(iter(columns.values()))), rows_per_block(capture)
     for start in range(0, num_rows, rows):

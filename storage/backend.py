@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from .encoding import Columns, SamplePlace, SampleTable
 from .errors import CorruptCache
 from .files import Files, how_missing
-from .identity import CaptureSettings, digest
+from .identity import CaptureIdentity, digest
 from .manifest import Block, ShardCommit
 
 ROWS_PER_BLOCK, ENTRIES_PER_BLOCK = 256, 2**20
 """Positions in one compressed block, which is what is read at least; fewer where K + M is in the thousands."""
 
 
-def rows_per_block(capture: CaptureSettings) -> int:
+def rows_per_block(capture: CaptureIdentity) -> int:
     """Positions in one block of a cache with these settings."""
     return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // (capture.top_k + capture.num_tail_samples)))
 
@@ -55,11 +55,11 @@ class ShardReader(Protocol):
 class Backend(Protocol):
     """A store: how the columns of a shard become files."""
 
-    def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
+    def write(self, table: SampleTable, columns: Columns, capture: CaptureIdentity) -> tuple[dict[str, bytes], Blocks]:
         """The files of a shard by name, and the blocks of them that are read apart."""
         ...
 
-    def open(self, files: "ShardFiles", capture: CaptureSettings) -> ShardReader:
+    def open(self, files: "ShardFiles", capture: CaptureIdentity) -> ShardReader:
         """A shard of these files. Reads nothing yet."""
         ...
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidRecord
-from .identity import CaptureSettings, sample_id
+from .identity import CaptureIdentity, sample_id
 from .records import MASS_TOLERANCE, NO_TOKEN, BaseLogprobs, CachedSample
 
 Columns = dict[str, NDArray[Any]]
@@ -67,7 +67,7 @@ class Column:
         return (rows, self.width) if self.width else (rows,)
 
 
-def columns_of(capture: CaptureSettings) -> tuple[Column, ...]:
+def columns_of(capture: CaptureIdentity) -> tuple[Column, ...]:
     """The columns that a cache with these settings stores a position in."""
     k, g, m = capture.top_k, capture.num_tail_groups, capture.num_tail_samples
     if capture.precision == "exact":
@@ -83,12 +83,12 @@ def columns_of(capture: CaptureSettings) -> tuple[Column, ...]:
     return tuple(columns)
 
 
-def mass_tolerance(capture: CaptureSettings) -> float:
+def mass_tolerance(capture: CaptureIdentity) -> float:
     """How far label + alternatives + tail of a record that was read may be from 1."""
     return float(np.expm1(capture.max_error)) + MASS_TOLERANCE
 
 
-def encode(record: BaseLogprobs, capture: CaptureSettings) -> Columns:
+def encode(record: BaseLogprobs, capture: CaptureIdentity) -> Columns:
     """The columns of these rows. Raises `InvalidRecord` where a value does not fit, or its promised error is missed."""
     precision = PRECISIONS[capture.precision]
     columns = _quantised(record, precision) if precision else _exact(record)
@@ -105,7 +105,7 @@ def decode(
     columns: Mapping[str, NDArray[Any]],
     positions: NDArray[np.int32],
     label_ids: NDArray[np.uint32],
-    capture: CaptureSettings,
+    capture: CaptureIdentity,
 ) -> BaseLogprobs:
     """The rows these columns hold. positions int32 [P], label_ids uint32 [P]: what is stored elsewhere."""
     precision = PRECISIONS[capture.precision]

@@ -61,7 +61,7 @@ class TokenizerIdentity:
 
 
 @dataclass(frozen=True)
-class CaptureSettings:
+class CaptureIdentity:
     """What was kept of each distribution.
 
     top_k: K, alternatives at most; max_length: samples are cut at this many tokens; min_mass: a row keeps the fewest

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
-from .identity import CaptureSettings, ModelIdentity, TokenizerIdentity, digest, digest_json
+from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, digest, digest_json
 
 FORMAT_VERSION = 1
 TAIL_GROUPS = "tail-groups"
@@ -35,7 +35,7 @@ MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
 
 _LATER_FIELDS: dict[type, dict[str, Any]] = {
-    CaptureSettings: {"num_tail_samples": 0, "tail_from_remainder": False},
+    CaptureIdentity: {"num_tail_samples": 0, "tail_from_remainder": False},
     ModelIdentity: {"quantization": ""},
 }
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
@@ -59,7 +59,7 @@ class Manifest:
     store: str
     model: ModelIdentity
     tokenizer: TokenizerIdentity | None
-    capture: CaptureSettings
+    capture: CaptureIdentity
     model_name: str
     created_with: dict[str, str]
     reader_features: tuple[str, ...] = ()
@@ -271,7 +271,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     return value
 
 
-def features_of(capture: CaptureSettings, model: ModelIdentity | None = None) -> tuple[str, ...]:
+def features_of(capture: CaptureIdentity, model: ModelIdentity | None = None) -> tuple[str, ...]:
     """The reader features of a cache with these settings, of this base."""
     held = {
         TAIL_GROUPS: capture.num_tail_groups > 0,
@@ -311,7 +311,7 @@ def _check_bounds(value: object) -> None:
         _check_files((value.index,))
 
 
-def _check_capture(capture: CaptureSettings, vocab_size: int) -> None:
+def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
     if not 1 <= capture.top_k < min(vocab_size, MAX_TOP_K):
         raise ValueError(f"capture.top_k: expected 1 to V - 1, below {MAX_TOP_K}, found {capture.top_k}")
     if capture.max_length < 2:

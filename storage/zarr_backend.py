@@ -26,7 +26,7 @@ from zarr.storage import MemoryStore
 
 from .backend import Blocks, ShardFiles, corrupt, needed_blocks, rows_per_block, take_slices
 from .encoding import PRECISIONS, Column, Columns, SamplePlace, SampleTable, columns_of
-from .identity import CaptureSettings
+from .identity import CaptureIdentity
 from .manifest import Block
 
 TABLE_COLUMNS = (
@@ -49,7 +49,7 @@ _CRC_BYTES, _INDEX_ENTRY = 4, 16
 class ZarrBackend:
     """Writes and opens shards as Zarr groups."""
 
-    def write(self, table: SampleTable, columns: Columns, capture: CaptureSettings) -> tuple[dict[str, bytes], Blocks]:
+    def write(self, table: SampleTable, columns: Columns, capture: CaptureIdentity) -> tuple[dict[str, bytes], Blocks]:
         files: dict[str, bytes] = {"zarr.json": _json({"attributes": {}, "zarr_format": 3, "node_type": "group"})}
         blocks: Blocks = {}
         arrays = [(c, _table_array(table, c.name), _TABLE_BLOCK) for c in TABLE_COLUMNS]
@@ -60,14 +60,14 @@ class ZarrBackend:
             files[_data_file(column)], blocks[column.name] = _write_chunks(column, data, rows)
         return files, blocks
 
-    def open(self, files: ShardFiles, capture: CaptureSettings) -> "ZarrReader":
+    def open(self, files: ShardFiles, capture: CaptureIdentity) -> "ZarrReader":
         return ZarrReader(files, capture)
 
 
 class ZarrReader:
     """A shard in the Zarr layout."""
 
-    def __init__(self, files: ShardFiles, capture: CaptureSettings) -> None:
+    def __init__(self, files: ShardFiles, capture: CaptureIdentity) -> None:
         self._files, self._columns, self._rows = files, columns_of(capture), rows_per_block(capture)
         commit = files.commit
         self._lengths = {c.name: commit.num_samples for c in TABLE_COLUMNS}
@@ -160,7 +160,7 @@ def _fill(column: Column) -> Any:
     return np.nan if dtype.kind == "f" else np.iinfo(dtype).max
 
 
-def _attributes(column: Column, capture: CaptureSettings) -> dict[str, Any]:
+def _attributes(column: Column, capture: CaptureIdentity) -> dict[str, Any]:
     """What a reader without this program has to multiply with."""
     precision = PRECISIONS[capture.precision]
     if precision is None:

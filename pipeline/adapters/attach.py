@@ -29,15 +29,14 @@ from .covariances import linear_layers
 from .registry import (
     KINDS,
     NAME,
-    AdapterSettings,
     Layers,
-    check_settings,
     keeps_start,
     lora_layers,
     matrix_shape,
     rewrites_base,
     targets_of,
 )
+from .settings import AdapterSettings
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 
@@ -57,7 +56,6 @@ def attach(
     run, in place of an initialisation. Factors are drawn from torch's generator: seed it before. Raises ValueError
     where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
     """
-    check_settings(settings)
     _check_quantized(model, settings)
     kind, layers = KINDS[settings.kind], target_layers(model, settings)
     _check_layers(model, layers, settings)
@@ -216,9 +214,7 @@ def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
 def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
     kind, what = KINDS[settings.kind], f"attaching {settings.kind} of rank {settings.rank}"
     for name, layer in layers.items():
-        if not kind.rank_sides:
-            continue
-        if not isinstance(layer, (nn.Linear, Conv1D)):
+        if kind.decomposes and not isinstance(layer, (nn.Linear, Conv1D)):
             raise UnsuitableAdapter(
                 f"{what}: {name} is no linear layer, and only of these are its factors defined. "
                 "Leave it out of --target-modules."
@@ -228,8 +224,8 @@ def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSetti
                 f"{what}: {name} keeps its weight transposed (Conv1D), which PEFT's OLoRA takes for the weight itself. "
                 "Use pissa, or lora."
             )
-        sides = matrix_shape(layer)
-        if kind.rank_sides * settings.rank > min(sides):
+        sides = matrix_shape(layer) if layer.weight.dim() == 2 else ()  # of others, PEFT says what it thinks
+        if sides and kind.rank_sides * settings.rank > min(sides):
             raise UnsuitableAdapter(
                 f"{what}: {name} has a weight of {sides[0]} x {sides[1]}, which allows a rank of at most "
                 f"{min(sides) // kind.rank_sides}. Use a lower --rank."

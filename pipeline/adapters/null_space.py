@@ -27,22 +27,11 @@ from logitcache.storage.files import is_unfinished, replace_file
 from logitcache.storage.identity import digest, digest_json
 
 from .covariances import InputGroup, input_covariances, input_groups, spread
+from .settings import NullSpaceSettings as NullSpaceSettings
 
 MANIFEST, TENSORS, FORMAT_VERSION = "nullspace.json", "nullspace.safetensors", 1
 TIE = 1e-6
 """Relative gap of two eigenvalues at the cut below which the choice between their directions says nothing."""
-
-
-@dataclass(frozen=True)
-class NullSpaceSettings:
-    """rank: r, directions an input; max_samples, max_length: calibration text; batch_tokens: padded tokens a forward;
-    memory_bytes: of covariances at a time (at least one is held): more of it, fewer passes over the text."""
-
-    rank: int = 16
-    max_samples: int = 256
-    max_length: int = 1024
-    batch_tokens: int = 8192
-    memory_bytes: int = 4 * 2**30
 
 
 @dataclass(frozen=True)

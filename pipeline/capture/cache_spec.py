@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample
 from logitcache.models.loading import tokenizer_identity
-from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, CaptureSettings, Manifest, ModelIdentity
+from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, CaptureIdentity, Manifest, ModelIdentity
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
 from logitcache.storage.manifest import features_of
 from logitcache.storage.records import keep_mass
 
-from .settings import PrecomputeSettings
+from .settings import CaptureSettings
 
 PACKAGES = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
 """Whose versions a manifest names, and the engine's where there is one."""
@@ -51,30 +51,28 @@ def cache_spec(
     model_name: str,
     identity: ModelIdentity,
     tokenizer: PreTrainedTokenizerBase | None,
-    settings: PrecomputeSettings,
+    settings: CaptureSettings,
     token_groups: NDArray[np.uint8] | None = None,
     engine: str = "",
 ) -> CacheSpec:
     """What a cache of this base with these settings holds.
 
     token_groups: as `vocab_groups.groups_for` gives them. engine: named where it is not transformers; its tail is 1
-    minus the rest. Raises ValueError for tail samples with min_mass: the draws are from beyond all top_k alternatives.
+    minus the rest. Raises `InvalidSettings` for more alternatives or groups than the base has tokens.
     """
-    if settings.tail_samples and settings.min_mass < 1:
-        raise ValueError("tail_samples with min_mass: the draws are from beyond all top_k alternatives")
+    settings.check_vocabulary(identity.vocab_size)
     precision = PRECISIONS[settings.precision]
-    fitted = settings.fitted(identity.vocab_size)
     manifest = Manifest(
         store=settings.store,
         model=identity,
         tokenizer=tokenizer_identity(tokenizer),
-        capture=CaptureSettings(
-            top_k=fitted.top_k,
+        capture=CaptureIdentity(
+            top_k=settings.top_k,
             max_length=settings.max_length,
             min_mass=settings.min_mass,
             precision=settings.precision,
             max_error=precision.max_error if precision else 0.0,
-            num_tail_groups=0 if token_groups is None else fitted.tail_groups,
+            num_tail_groups=0 if token_groups is None else settings.tail_groups,
             tail_partition="" if token_groups is None else digest(token_groups.tobytes()),
             num_tail_samples=settings.tail_samples,
             tail_from_remainder=bool(engine),

@@ -16,7 +16,7 @@ from logitcache.data.samples import Sample, SampleSet
 from logitcache.storage import sample_id
 from logitcache.storage.captured_index import Captured
 
-from .settings import PrecomputeSettings
+from .settings import CaptureSettings
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def count(found: SampleSet, plan: Plan) -> Counts:
     return Counts(*rows, plan.num_samples, plan.num_tokens, plan.num_positions, len(plan.shards))
 
 
-def make_plan(samples: Sequence[Sample], settings: PrecomputeSettings) -> Plan:
+def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
     """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards."""
     shards: list[tuple[tuple[Sample, ...], ...]] = []
     batches: list[tuple[Sample, ...]] = []

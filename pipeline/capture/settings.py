@@ -1,30 +1,113 @@
-"""What a cache is to hold and how it is cut into shards: the settings of a capture.
+"""What is kept of the base's predictions, and what a job is that keeps them, in plain values without torch."""
 
-Must not know models or data.
-"""
+from dataclasses import dataclass, field
+from typing import Literal
 
-from dataclasses import dataclass, replace
+from logitcache.errors import InvalidSettings
+from logitcache.models.settings import LoadSettings
+from logitcache.settings import Settings, option, required
+
+Store = Literal["zarr", "arrow"]
+Precision = Literal["exact", "fine", "compact"]
+Engine = Literal["transformers", "vllm"]
+
+MANY_ALTERNATIVES = 1024
+"""More of them than this and a cache is mostly of tokens that the base rules out."""
 
 
 @dataclass(frozen=True)
-class PrecomputeSettings:
-    """top_k: alternatives a position; max_length: tokens a sample; batch_tokens: padded tokens a
-    forward; shard_positions: positions a shard, the most that a kill can lose; store: zarr or arrow; precision: exact,
-    fine or compact; min_mass: keep the fewest alternatives with this share of the non-target mass (1: all top_k);
-    tail_groups: parts of the vocabulary to split the tail by (0: none); tail_samples: draws from the tail (0: none)."""
+class CaptureSettings(Settings):
+    """What a cache keeps of each position, and how the work is cut."""
 
-    top_k: int = 64
-    max_length: int = 1024
-    batch_tokens: int = 8192
-    shard_positions: int = 32_768
-    store: str = "zarr"
-    precision: str = "fine"
-    min_mass: float = 1.0
-    tail_groups: int = 0
-    tail_samples: int = 0
+    top_k: int = option(64, "Alternatives to keep a position.", at_least=1)
+    max_length: int = option(1024, "Tokens a sample; longer ones are cut at the end, counted and reported.", at_least=2)
+    batch_tokens: int = option(
+        8192, "Tokens in one forward of the base, padding included. Lower it if memory runs out.", at_least=1
+    )
+    shard_positions: int = option(32_768, "Positions a shard: what an interruption can lose at most.", at_least=1)
+    store: Store = option("zarr", "File layout of the shards.")
+    precision: Precision = option("fine", "Maximum error of a stored log-probability: 0 (float32), 1/64 or 1/32 nat.")
+    min_mass: float = option(
+        1.0,
+        "Keep the fewest alternatives that hold this share of the non-target mass, --top-k at most.",
+        above=0,
+        at_most=1,
+    )
+    tail_groups: int = option(
+        0,
+        "Groups of the vocabulary to split the mass beyond the alternatives over; 0: keep it as one.",
+        at_least=0,
+        at_most=256,
+    )
+    tail_samples: int = option(
+        0,
+        "Draw this many tokens from beyond the alternatives (train --tail sampled).",
+        at_least=0,
+        at_most=4096,
+    )
 
-    def fitted(self, vocab_size: int) -> "PrecomputeSettings":
-        """top_k and tail_groups no larger than the vocabulary allows; no groups where there is no tail."""
-        top_k = min(self.top_k, vocab_size - 1)
-        groups = min(self.tail_groups, vocab_size) if top_k < vocab_size - 1 else 0
-        return replace(self, top_k=top_k, tail_groups=groups)
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` for a tail that cannot be kept so."""
+        if self.tail_groups == 1:
+            raise InvalidSettings("--tail-groups 1 is the whole tail, which is always kept: give 2 or more, or 0.")
+        if self.tail_samples and self.min_mass < 1:
+            raise InvalidSettings(
+                "--tail-samples with --min-mass: the draws are from beyond all --top-k. Leave one out."
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `InvalidSettings` for more alternatives or groups than there are tokens beside the label."""
+        most = vocab_size - 1
+        if self.top_k > most:
+            raise InvalidSettings(
+                f"capturing --top-k {self.top_k:,}: expected at most {most:,}, all but one of the model's "
+                f"{vocab_size:,} tokens. Nothing was captured. Use --top-k {most}, or less."
+            )
+        if self.tail_groups and self.top_k == most:
+            raise InvalidSettings(
+                f"capturing --tail-groups {self.tail_groups} with --top-k {self.top_k:,}: these are all alternatives, "
+                "and no tail is left to split. Nothing was captured. Leave --tail-groups out."
+            )
+        if self.tail_groups > vocab_size:
+            raise InvalidSettings(
+                f"capturing --tail-groups {self.tail_groups}: expected at most {vocab_size}, one a token of the model. "
+                f"Nothing was captured. Use --tail-groups {vocab_size}, or less."
+            )
+
+    def doubts(self) -> list[str]:
+        """A cache that is larger than what it says is worth."""
+        if self.top_k <= MANY_ALTERNATIVES:
+            return []
+        return [
+            f"--top-k {self.top_k:,} is more than {MANY_ALTERNATIVES:,}: the cache grows with it, and what lies beyond "
+            "is kept as the tail anyway."
+        ]
+
+
+@dataclass(frozen=True)
+class JobSpec(Settings):
+    """What a precompute job is, in plain values that any process can be told."""
+
+    model: str = required("Base model: a local folder or a hub id.", metavar="M")
+    data: str = required("JSONL or Parquet file, a folder or a URL of them, or a hub data set id.", metavar="D")
+    cache: str = required("Cache to fill: a folder, or a URL such as s3://b/c.", metavar="DIR")
+    #: What is kept of each position, and how the work is cut.
+    settings: CaptureSettings = field(default_factory=CaptureSettings)
+    #: How the base is held.
+    loading: LoadSettings = field(default_factory=LoadSettings)
+    window_rows: int = option(16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1)
+    streaming: bool = option(False, "Read a hub data set as it comes, and keep nothing of it on the disk.")
+    engine: Engine = option(
+        "transformers",
+        "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
+    )
+    calibration: str = option("", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE")
+    samples_from: str = option("", "Another cache of the same base: copy what it has already.", metavar="DIR")
+
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` for what the engine does not have."""
+        if (self.engine == "vllm") != bool(self.calibration):
+            raise InvalidSettings("--engine vllm and --calibration go together: run `logitcache calibrate` first.")
+        held = self.loading
+        if self.engine == "vllm" and (held.load_in or held.device_map or held.tensor_parallel):
+            raise InvalidSettings("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")

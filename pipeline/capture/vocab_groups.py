@@ -22,18 +22,19 @@ from logitcache.models.head import logits_width
 from logitcache.models.loading import Base
 from logitcache.storage.cache import stored_token_groups
 
-from .settings import PrecomputeSettings
+from .settings import CaptureSettings
 
 NUM_ITERATIONS = 30
 ROWS_AT_ONCE = 16_384
 
 
-def groups_for(base: Base, settings: PrecomputeSettings, path: str | Path) -> NDArray[np.uint8] | None:
+def groups_for(base: Base, settings: CaptureSettings, path: str | Path) -> NDArray[np.uint8] | None:
     """The tail group of each token, uint8 [V]: that of the cache at `path` if it was begun, or made from the base.
 
     None without tail groups, or without a tail.
     """
-    num_groups = settings.fitted(base.identity.vocab_size).tail_groups
+    settings.check_vocabulary(base.identity.vocab_size)
+    num_groups = settings.tail_groups
     if not num_groups:
         return None
     stored = stored_token_groups(path)

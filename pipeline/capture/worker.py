@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.samples import Sample, SampleSet, check_samples_left
-from logitcache.errors import InvalidData, NonFiniteLogits
+from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import Progress, Tell
 from logitcache.models.head import check_head, check_length
-from logitcache.models.loading import Base, Source, find_model, load_base, load_tokenizer, pick_device
+from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
+from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
 from logitcache.storage import CacheWriter, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
@@ -43,7 +44,8 @@ from logitcache.storage.manifest import MAX_SHARDS
 from .cache_spec import CacheSpec, cache_spec
 from .calibration import check_calibration
 from .plan import Counts, Plan, count, make_plan, without_captured
-from .settings import PrecomputeSettings
+from .settings import CaptureSettings, Engine
+from .settings import JobSpec as JobSpec
 from .shard_pipeline import Filler, failed_text
 from .teacher import Teacher, teacher_of
 from .vocab_groups import groups_for
@@ -51,42 +53,13 @@ from .windows import Data, Rows, Samples
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 
-WINDOW_ROWS = 16_384
-"""Rows that are held, sorted by length and cut into shards together."""
+IN_MEMORY = "samples in memory"
+"""The name of data that have none."""
+
+WINDOW_ROWS = JobSpec.window_rows
 
 WORKERS_A_WINDOW = 8
 """Workers that share a window: more would all have to tokenize it, fewer would leave small data sets to few."""
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """What a job is. window_rows: rows, or samples in memory, that are planned together.
-
-    model, data: names, which any process can be told; or a base that is loaded and samples that are in memory.
-    samples_from: another cache of the same identity, whose samples are copied instead of computed; "" for none.
-    streaming: read a hub data set as it comes. engine: transformers or vllm; calibration: what `calibrate` wrote of the
-    latter. load_in, device_map, tensor_parallel: as of `load_base`; with the last, all ranks make one worker.
-    """
-
-    model: str | Base
-    data: str | Sequence[Sample]
-    cache: str
-    settings: PrecomputeSettings
-    dtype: str = "auto"
-    device: str = "auto"
-    window_rows: int = WINDOW_ROWS
-    streaming: bool = False
-    samples_from: str = ""
-    engine: str = TRANSFORMERS
-    calibration: str = ""
-    load_in: str | None = None
-    device_map: str | None = None
-    tensor_parallel: bool = False
-
-    def __post_init__(self) -> None:
-        how = (self.dtype, self.device, self.engine, self.load_in, self.device_map, self.tensor_parallel)
-        if isinstance(self.model, Base) and how != ("auto", "auto", TRANSFORMERS, None, None, False):
-            raise ValueError("dtype, device, engine, load_in, device_map, tensor_parallel: the base is loaded already")
 
 
 @dataclass(frozen=True)
@@ -116,6 +89,8 @@ class Loaded:
     cache_spec: CacheSpec
     teacher: Teacher
     base: Base | None
+    #: The data, where they are in memory; None: the job names them.
+    samples: Sequence[Sample] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,66 +112,60 @@ def precompute(
     model: str | Path | Base,
     data: str | Path | Sequence[Sample],
     cache: str | Path,
-    settings: PrecomputeSettings | None = None,
+    settings: CaptureSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
+    loading: LoadSettings | None = None,
     window_rows: int = WINDOW_ROWS,
     streaming: bool = False,
-    samples_from: str | Path | None = None,
-    engine: str = TRANSFORMERS,
-    calibration: str | Path | None = None,
-    load_in: str | None = None,
-    device_map: str | None = None,
-    tensor_parallel: bool = False,
+    samples_from: str | Path = "",
+    engine: Engine = "transformers",
+    calibration: str | Path = "",
     progress: Progress = lambda _: None,
     tell: Tell = lambda name, facts: None,
 ) -> JobReport:
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
-    model: folder or hub id, or a base that is loaded, for which dtype, device and all from `engine` on are settled.
-    data: file, folder, URL or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is
-    one. The others: as of `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks.
+    model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
+    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. The others: as of
+    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks.
 
     With a model that is divided over processes, all must call this; the leader's report counts and the others' is
-    empty. Raises what loading, the data, the teacher and `CacheWriter` raise, ValueError for settings that contradict
-    each other.
+    empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
+    contradict each other.
     """
+    base = model if isinstance(model, Base) else None
+    if base is not None and (loading is not None or engine != TRANSFORMERS):
+        raise InvalidSettings("loading, engine: the base is loaded already. Leave them out.")
+    samples = None if isinstance(data, (str, Path)) else data
     spec = JobSpec(
-        model if isinstance(model, Base) else str(model),
-        str(data) if isinstance(data, Path) else data,
+        str(model) if base is None else base.source.name,
+        str(data) if samples is None else IN_MEMORY,
         str(cache),
-        settings or PrecomputeSettings(),
-        dtype,
-        device,
-        window_rows,
-        streaming,
-        samples_from=str(samples_from or ""),
+        settings or CaptureSettings(),
+        loading or LoadSettings(),
+        window_rows=window_rows,
+        streaming=streaming,
         engine=engine,
-        calibration=str(calibration or ""),
-        load_in=load_in,
-        device_map=device_map,
-        tensor_parallel=tensor_parallel,
+        calibration=str(calibration),
+        samples_from=str(samples_from),
     )
-    with one_worker(load(spec, tokenizer)) as loaded:
-        return JobReport(Counts()) if loaded is None else work(spec, loaded, progress=progress, tell=tell)
+    with one_worker(load(spec, tokenizer, base)) as loaded:
+        if loaded is None:
+            return JobReport(Counts())
+        return work(spec, replace(loaded, samples=samples), progress=progress, tell=tell)
 
 
-def load(spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
-    """The base and all that goes with it. tokenizer: None is the one beside the model, if there is one.
+def load(spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None = None, base: Base | None = None) -> Loaded:
+    """The base and all that goes with it. tokenizer, base: None are the ones that the job names.
 
     Raises what loading raises, and `NotCalibrated`.
     """
-    source = spec.model.source if isinstance(spec.model, Base) else find_model(spec.model)
+    source = find_model(spec.model) if base is None else base.source
     tokenizer = tokenizer or load_tokenizer(source)
     if spec.engine == VLLM:
         return _load_vllm(spec, source, tokenizer)
-    if isinstance(spec.model, Base):
-        base = spec.model
-    else:
-        where = pick_device(spec.device)
-        base = load_base(source, spec.dtype, where, spec.load_in, spec.device_map, spec.tensor_parallel)
+    base = load_as(source, spec.loading) if base is None else base
     check_head(base.model)
     groups = agreed(groups_for(base, spec.settings, spec.cache))
     kept = cache_spec(source.name, base.identity, tokenizer, spec.settings, groups)
@@ -222,7 +191,7 @@ def one_worker(loaded: Loaded) -> Iterator[Loaded | None]:
 
 def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
     check_tail(spec.settings.tail_groups, spec.settings.tail_samples)
-    identity = vllm_identity(source, spec.dtype)
+    identity = vllm_identity(source, spec.loading.dtype)
     check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
     kept = cache_spec(source.name, identity, tokenizer, spec.settings, engine=VLLM)
     teacher = start_vllm(source, identity, kept.manifest.capture.top_k, spec.settings.max_length)
@@ -242,9 +211,9 @@ def plans(spec: JobSpec, loaded: Loaded, share: Share) -> Iterator[Planned]:
 def data_of(spec: JobSpec, loaded: Loaded) -> Data:
     """The data of a job, by their name or in memory."""
     max_length, vocab_size = spec.settings.max_length, loaded.cache_spec.manifest.model.vocab_size
-    if isinstance(spec.data, str):
+    if loaded.samples is None:
         return Rows(spec.data, spec.streaming, loaded.tokenizer, max_length, vocab_size)
-    return Samples(spec.data, max_length, vocab_size)
+    return Samples(loaded.samples, max_length, vocab_size)
 
 
 def work(
@@ -283,7 +252,7 @@ def work(
             raise
 
 
-def check_num_units(num_units: int, settings: PrecomputeSettings) -> None:
+def check_num_units(num_units: int, settings: CaptureSettings) -> None:
     """Raise `InvalidData` where a job comes to more shards than one cache can list, before it has cost anything."""
     if num_units > MAX_SHARDS:
         factor = -(-num_units // MAX_SHARDS)

@@ -5,16 +5,15 @@ tokenizer or data; 5 cache incomplete; 130 interrupted; 143 stopped by SIGTERM. 
 a verb runs.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from logitcache.errors import (
     InputNotFound,
+    InvalidSettings,
     NotComparable,
     NotTheBase,
     PipelineError,
@@ -42,6 +41,7 @@ from .export import export
 from .inspect import inspect
 from .merge import merge
 from .nullspace import nullspace
+from .options import Verbs
 from .precompute import precompute
 from .prune import prune
 from .pull import pull
@@ -66,23 +66,13 @@ STATUSES: dict[type[Exception], int] = {
     LinkRefused: 2,
     UnreadableSweep: 3,
     InputNotFound: 2,
+    InvalidSettings: 2,
     UnsuitableAdapter: 2,
 }
 """Exit status by class; every other refusal is 1."""
 
 
-class _Verbs(click.Group):
-    """Verbs that ask nothing: a file that ends too early is no end of what a person types, which click calls ctrl-c."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """As click does, but for such a file."""
-        try:
-            return super().invoke(ctx)
-        except EOFError as error:
-            raise OSError(errno.EIO, f"a file ends before its time ({error or 'no more said'})") from error
-
-
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="logitcache")
 def cli() -> None:
     """Fine-tune with LoRA against a cache of the base model's own predictions.

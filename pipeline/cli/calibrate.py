@@ -89,6 +89,7 @@ def calibrate(
 
     from logitcache.capture import calibration as job
     from logitcache.capture.engines.vllm import vllm_version
+    from logitcache.capture.settings import CaptureSettings
     from logitcache.capture.teacher import TransformersTeacher
     from logitcache.models.head import check_head, check_length
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
@@ -106,7 +107,7 @@ def calibrate(
         chosen = _chosen(str(data), tokenizer, max_length, base.identity.vocab_size, num_positions)
     check_head(base.model)
     check_length(base.model, max(len(sample.token_ids) for sample in chosen))
-    top_k = min(top_k, base.identity.vocab_size - 1)
+    CaptureSettings(top_k=top_k).check_vocabulary(base.identity.vocab_size)
     reference = job.Run("transformers", version("transformers"), base.identity)
     expected = job.records_of(TransformersTeacher(base.model, top_k), chosen, batch_tokens)
     del base

@@ -4,7 +4,6 @@ Owns the presentation of work in progress: bars with tokens/s and time left, on 
 """
 
 import logging
-import math
 import os
 import sys
 import warnings
@@ -16,17 +15,12 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from logitcache.models.settings import LoadSettings
+from logitcache.settings import line_settings, load_yaml
+
+from .options import options_of, settings_from
+
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class FiniteFloat(click.FloatRange):
-    """A number in a range, which nan and inf are not."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
 
 
 class CachePath(click.ParamType[str]):
@@ -84,51 +78,28 @@ def batch_options(function: F) -> F:
 
 def runtime_options(function: F) -> F:
     """--dtype and --device."""
-    dtype: Callable[[F], F] = click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="Number format of the weights; auto: that of the checkpoint.",
-    )
-    device: Callable[[F], F] = click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where to run; auto: CUDA where there is one.",
-    )
-    return dtype(device(function))
-
-
-def load_in_option(what: str) -> Callable[[F], F]:
-    """--load-in; what: its help."""
-    option: Callable[[F], F] = click.option("--load-in", type=click.Choice(["8bit", "4bit"]), default=None, help=what)
-    return option
+    return _loading("dtype", "device")(function)
 
 
 def device_map_option(function: F) -> F:
     """--device-map."""
-    option: Callable[[F], F] = click.option(
-        "--device-map",
-        type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
-        default=None,
-        help="Spread the layers of a model that is larger than a GPU over all there are (docs/how-to/distil.md).",
-    )
-    return option(function)
+    return _loading("device_map")(function)
+
+
+def _loading(*names: str) -> Callable[[F], F]:
+    return options_of([s for s in line_settings(LoadSettings) if s.key in names])
 
 
 def check_device_map(device_map: str | None, device: str) -> None:
     """Raise `click.UsageError` where one device and all of them are asked for."""
-    if device_map is not None and device != "auto":
-        raise click.UsageError(f"--device-map {device_map} chooses the devices itself. Leave --device {device} out.")
+    settings_from(LoadSettings, {"device_map": device_map, "device": device})
 
 
 def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{path} is not YAML ({' '.join(str(error).split())}).", ctx) from error
     if loaded is None:

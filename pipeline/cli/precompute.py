@@ -1,129 +1,42 @@
 """`logitcache precompute`: run the base once and store its predictions."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import (
-    CachePath,
-    FiniteFloat,
-    check_device_map,
-    config_option,
-    device_map_option,
-    human_bytes,
-    load_in_option,
-    model_option,
-    quiet_libraries,
-    runtime_options,
-)
+from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.models.settings import LoadSettings
+
+from .common import CachePath, config_option, human_bytes, quiet_libraries
+from .options import FiniteFloat, options_of, settings_from
 from .terminal import Console, terminated_softly
 
 if TYPE_CHECKING:
     from logitcache.capture.estimate import Estimate
-    from logitcache.capture.worker import JobReport, JobSpec, Share
+    from logitcache.capture.worker import JobReport, Share
 
 
 @click.command(short_help="Run the base once and store its log-probabilities.")
 @config_option
-@model_option
-@click.option(
-    "--data", required=True, metavar="D", help="JSONL or Parquet file, a folder or a URL of them, or a hub data set id."
+@options_of(CaptureSettings)
+@options_of(
+    JobSpec,
+    types={"cache": CachePath(), "samples_from": CachePath()},
+    engine={"type": click.Choice(["transformers", "vllm", "ray"])},
 )
-@click.option(
-    "--cache",
-    required=True,
-    type=CachePath(),
-    metavar="DIR",
-    help="Cache to fill: a folder, or a URL such as s3://b/c.",
-)
-@click.option(
-    "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
-)
-@click.option(
-    "--min-mass",
-    type=FiniteFloat(min=0, min_open=True, max=1),
-    default=1.0,
-    show_default=True,
-    help="Keep the fewest alternatives that hold this share of the non-target mass, --top-k at most.",
-)
-@click.option(
-    "--tail-groups",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="Groups of the vocabulary to split the mass beyond the alternatives over; 0: keep it as one.",
-)
-@click.option(
-    "--tail-samples",
-    type=click.IntRange(0, 4096),
-    default=0,
-    show_default=True,
-    help="Draw this many tokens from beyond the alternatives (train --tail sampled).",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["exact", "fine", "compact"]),
-    default="fine",
-    show_default=True,
-    help="Maximum error of a stored log-probability: 0 (float32), 1/64 or 1/32 nat.",
-)
-@click.option(
-    "--store",
-    type=click.Choice(["zarr", "arrow"]),
-    default="zarr",
-    show_default=True,
-    help="File layout of the shards.",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens a sample; longer ones are cut at the end, counted and reported.",
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    default=8192,
-    show_default=True,
-    help="Tokens in one forward of the base, padding included. Lower it if memory runs out.",
-)
-@click.option(
-    "--shard-positions",
-    type=click.IntRange(min=1),
-    default=32_768,
-    show_default=True,
-    help="Positions a shard: what an interruption can lose at most.",
-)
-@click.option(
-    "--window-rows",
-    type=click.IntRange(min=1),
-    default=16_384,
-    show_default=True,
-    help="Rows that are held, sorted by length and cut into shards together.",
-)
-@click.option("--streaming", is_flag=True, help="Read a hub data set as it comes, and keep nothing of it on the disk.")
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "vllm", "ray"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
-)
-@click.option("--calibration", metavar="FILE", help="What `logitcache calibrate` wrote; for --engine vllm.")
 @click.option("--num-workers", type=click.IntRange(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
 @click.option("--shard-index", type=click.IntRange(min=0), help="This worker of --num-shards, from 0.")
 @click.option("--num-shards", type=click.IntRange(min=1), help="Workers that share the job, each started by itself.")
-@click.option(
-    "--samples-from", type=CachePath(), metavar="DIR", help="Another cache of the same base: copy what it has already."
+@options_of(
+    LoadSettings,
+    load_in={
+        "help": "Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md)."
+    },
 )
-@load_in_option("Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md).")
-@device_map_option
 @click.option(
     "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
 )
-@runtime_options
 @click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
 @click.option("--plan", is_flag=True, help="Measure a sample, print what the job will take, write nothing and stop.")
 @click.option(
@@ -133,35 +46,15 @@ if TYPE_CHECKING:
 )
 @click.option("--cost-per-hour", type=FiniteFloat(min=0), help="Of a worker, in any currency, for --plan.")
 def precompute(
-    model: str,
-    data: str,
-    cache: str,
-    top_k: int,
-    min_mass: float,
-    tail_groups: int,
-    tail_samples: int,
-    precision: str,
-    store: str,
-    max_length: int,
-    batch_tokens: int,
-    shard_positions: int,
-    window_rows: int,
-    streaming: bool,
-    engine: str,
-    calibration: str | None,
     num_workers: int | None,
     shard_index: int | None,
     num_shards: int | None,
-    samples_from: str | None,
-    load_in: str | None,
-    device_map: str | None,
     tensor_parallel: bool,
-    dtype: str,
-    device: str,
     log_json: bool,
     plan: bool,
     tokens_per_second: float | None,
     cost_per_hour: float | None,
+    **values: Any,
 ) -> None:
     """Run the base once over a data set and store, for every supervised token, its top-k log-probabilities.
 
@@ -171,48 +64,23 @@ def precompute(
     Many workers: --shard-index and --num-shards in a job array; torchrun --nproc-per-node N -m logitcache
     precompute ...; or --engine ray (docs/how-to/scale.md).
     """
-    if tail_groups == 1:
-        raise click.UsageError("--tail-groups 1 is the whole tail, which is always kept: give 2 or more, or 0.")
-    if tail_samples and min_mass < 1:
-        raise click.UsageError("--tail-samples with --min-mass: the draws are from beyond all --top-k. Leave one out.")
-    if (engine == "vllm") != (calibration is not None):
-        raise click.UsageError("--engine vllm and --calibration go together: run `logitcache calibrate` first.")
+    engine = values["engine"]
     if num_workers is not None and engine != "ray":
         raise click.UsageError("--num-workers is for --engine ray; elsewhere: --shard-index and --num-shards.")
     if not plan and (tokens_per_second is not None or cost_per_hour is not None):
         raise click.UsageError("--tokens-per-second and --cost-per-hour are for --plan.")
-    if engine == "vllm" and (load_in or device_map or tensor_parallel):
-        raise click.UsageError("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")
-    if tensor_parallel and (device_map is not None or engine == "ray"):
-        raise click.UsageError("--tensor-parallel goes with torchrun alone, without --device-map and --engine ray.")
+    if tensor_parallel and engine == "ray":
+        raise click.UsageError("--tensor-parallel goes with torchrun alone, without --engine ray.")
     if tensor_parallel and (shard_index is not None or num_shards is not None):
         raise click.UsageError("--tensor-parallel makes one worker of all processes: leave --shard-index out.")
-    check_device_map(device_map, device)
+    spec = _spec(values, tensor_parallel)
     index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
     console = Console(log_json, speaks=index == 0 or shard_index is not None)
+    for doubt in spec.doubts():
+        console.note(doubt)
     quiet_libraries()
-    from logitcache.capture.settings import PrecomputeSettings
-    from logitcache.capture.worker import JobSpec, Share, load, one_worker, work
+    from logitcache.capture.worker import Share, load, one_worker, work
 
-    settings = PrecomputeSettings(
-        top_k, max_length, batch_tokens, shard_positions, store, precision, min_mass, tail_groups, tail_samples
-    )
-    spec = JobSpec(
-        model,
-        data,
-        cache,
-        settings,
-        dtype,
-        device,
-        window_rows,
-        streaming,
-        samples_from=samples_from or "",
-        engine="transformers" if engine == "ray" else engine,
-        calibration=calibration or "",
-        load_in=load_in,
-        device_map=device_map,
-        tensor_parallel=tensor_parallel,
-    )
     share = Share(index, num)
     if plan:
         from logitcache.capture.estimate import estimate
@@ -235,6 +103,14 @@ def precompute(
     _print_report(report, spec, share, console)
 
 
+def _spec(values: dict[str, Any], tensor_parallel: bool) -> JobSpec:
+    """The job that the flags ask for; Ray's workers run transformers."""
+    loading = settings_from(LoadSettings, values, tensor_parallel=tensor_parallel)
+    ray = values["engine"] == "ray"
+    job = {**values, "engine": "transformers"} if ray else values
+    return settings_from(JobSpec, job, settings=settings_from(CaptureSettings, values), loading=loading)
+
+
 def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tuple[int, int]:
     """Which of how many workers this is: as the flags say, or torchrun."""
     if (shard_index is None) != (num_shards is None):
@@ -253,7 +129,7 @@ def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tupl
     return int(rank), int(world)
 
 
-def _print_plan(spec: "JobSpec", found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
+def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
     how = "measured here" if found.measured else "as given"
     planned, hours = found.planned, found.worker_hours
     lines = [
@@ -290,7 +166,7 @@ def _hours(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
-def _print_report(report: "JobReport", spec: "JobSpec", share: "Share", console: Console) -> None:
+def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: Console) -> None:
     planned = report.planned
     console.note(
         f"{planned.num_rows:,} rows: {planned.num_samples:,} distinct samples, {planned.num_tokens:,} tokens, "

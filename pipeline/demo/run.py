@@ -20,9 +20,10 @@ from time import perf_counter
 
 import torch
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.errors import TrainingFailed
+from logitcache.models.settings import LoadSettings
 from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
 from logitcache.reports.results import Outcome, Sweep, read_sweep
@@ -122,8 +123,10 @@ def fill_cache(config: SweepConfig, settings: DemoSettings, say: Say) -> LogitCa
     """The cache that the demo's runs are trained with."""
     assert config.data is not None
     started = perf_counter()
-    job = PrecomputeSettings(top_k=settings.top_k, max_length=settings.max_length)
-    report = precompute(config.model, config.data, config.cache, job, dtype="float32", device="cpu")
+    job = CaptureSettings(top_k=settings.top_k, max_length=settings.max_length)
+    report = precompute(
+        config.model, config.data, config.cache, job, loading=LoadSettings(dtype="float32", device="cpu")
+    )
     cache = LogitCache.open(config.cache)
     ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
     done = ran if report.num_tokens else "nothing left to run"

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load_from_cache
 
-from logitcache.storage import CaptureSettings, LogitCache, Manifest
+from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.identity import config_fingerprint, weights_fingerprint
 
 UNKNOWN = "unknown: ask who made it"
@@ -161,7 +161,7 @@ def _table(cache: LogitCache, name: str) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in [*rows, ("made with", made)]), ""]
 
 
-def _tail(capture: CaptureSettings) -> str:
+def _tail(capture: CaptureIdentity) -> str:
     parts = ["one mass"]
     parts += ["taken as 1 minus the rest"] if capture.tail_from_remainder else []
     parts += [f"split into {capture.num_tail_groups} groups of the vocabulary"] if capture.num_tail_groups else []

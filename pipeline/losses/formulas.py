@@ -8,81 +8,16 @@ distribution, y the label, S the kept alternatives, T the tail (neither y nor in
 """
 
 import math
-import sys
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]
-Tail = Literal["bucket", "renormalize", "groups", "sampled"]
-Weighting = Literal["uniform", "non-target-mass"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """loss = mean cross-entropy + weight * mean regulariser; all that decides it. weight: loss per nat.
-
-    regularizer: what is compared. masked-kl: KL(p || q) over V without y (arXiv 2605.29498, eq. 1); masked-reverse-kl:
-    KL(q || p) there; masked-js: their Jensen-Shannon divergence; full-kl: KL(p || q) with y; none.
-    tail: what is compared beyond S. bucket: T as one outcome; groups: T's part in each group of the vocabulary;
-    renormalize: nothing, each side renormalised on S; sampled: draws from the base's own tail.
-    temperature: of both sides, the value times its square (Hinton et al. 2015); only where there is no tail.
-    weighting: non-target-mass multiplies each position by 1 - p(y).
-    min_base_rest: masked forms leave out positions with 1 - p(y) below it, value and count (1e-4 in the paper).
-    min_adapted_rest: masked forms are 0 where 1 - q(y) is below it (the paper clamps it at 1e-6; log space needs none).
-    kl_budget: nats a position; the weight is then adapted during training so that the mean regulariser meets it.
-    tokens_per_loss_chunk: positions whose logits are alive at a time; None: as many as fit a fixed size.
-    label_smoothing: share of the label's mass that is spread over all V tokens; with regularizer none only.
-    Raises ValueError for a combination that is not defined.
-    """
-
-    regularizer: Regularizer = "masked-kl"
-    tail: Tail = "bucket"
-    weight: float = 1.0
-    temperature: float = 1.0
-    weighting: Weighting = "uniform"
-    min_base_rest: float = 1e-4
-    min_adapted_rest: float = 0.0
-    kl_budget: float | None = None
-    tokens_per_loss_chunk: int | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("regularizer", Regularizer), ("tail", Tail), ("weighting", Weighting)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kinds))}, found {getattr(self, name)!r}")
-        for name in ("weight", "min_base_rest", "min_adapted_rest"):
-            most = 1 if name.startswith("min") else sys.float_info.max
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: expected 0 to {most:g}, found {getattr(self, name)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
-        if self.kl_budget is not None and not (0 < self.kl_budget < math.inf and self.regularizer != "none"):
-            raise ValueError("kl_budget: expected nats above 0, and a regularizer to hold to them")
-        if self.tokens_per_loss_chunk is not None and self.tokens_per_loss_chunk < 1:
-            raise ValueError(f"tokens_per_loss_chunk: expected 1 or more, found {self.tokens_per_loss_chunk}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected 0 to less than 1, found {self.label_smoothing}")
-        if self.label_smoothing and self.regularizer != "none":
-            raise ValueError(
-                f"label_smoothing {self.label_smoothing} with {self.regularizer}: two answers to what the tokens "
-                "beside the label should be. Use regularizer none"
-            )
-        if self.temperature != 1 and self.tail != "renormalize":
-            raise ValueError(
-                f"temperature {self.temperature} with tail {self.tail}: the mass of a tail at another temperature "
-                "does not follow from its mass at 1. Use tail renormalize"
-            )
-        if self.tail == "sampled" and self.regularizer in ("masked-reverse-kl", "masked-js"):
-            raise ValueError(f"{self.regularizer} with tail sampled: draws from the base estimate forward KL only")
-
-    @property
-    def masked(self) -> bool:
-        """Whether the label is no outcome."""
-        return self.regularizer.startswith("masked")
+from .objective import Objective as Objective
+from .objective import Regularizer as Regularizer
+from .objective import Tail as Tail
+from .objective import Weighting as Weighting
 
 
 @dataclass(frozen=True)

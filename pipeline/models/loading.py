@@ -23,6 +23,7 @@ from logitcache.storage.identity import config_fingerprint, digest_json, weights
 from .device_map import DeviceMap, keep_while, spreading
 from .head import logits_width
 from .quantization import LOAD_IN, held_in, make_trainable, quantization, stated_format
+from .settings import LoadSettings
 from .tensor_parallel import dividing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -146,6 +147,12 @@ def load_base(
 def checkpoint_format(source: Source) -> str:
     """`quantized.stated_format` of the checkpoint."""
     return stated_format(_config(source), source.folder, source.name)
+
+
+def load_as(source: Source, settings: LoadSettings) -> Base:
+    """`load_base` as the settings say. Raises what it raises, and `InputNotFound` where there is no such device."""
+    where = pick_device(settings.device)
+    return load_base(source, settings.dtype, where, settings.load_in, settings.device_map, settings.tensor_parallel)
 
 
 def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIdentity:

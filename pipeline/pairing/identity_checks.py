@@ -29,6 +29,7 @@ from logitcache.models.quantization import LOAD_IN, held_in
 from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
 
 from .inputs import model_inputs
+from .settings import PairingRules as PairingRules
 from .targets import PREFIX, Batch, cut_of, placed, targets_of, with_targets
 
 NUM_PROBED = 8
@@ -57,21 +58,6 @@ in the logarithm from 1e-4 to 1: KL 1e-4 where the tail is a hundredth of that, 
 
 
 @dataclass(frozen=True)
-class Pairing:
-    """How a cache belongs to the model that is trained.
-
-    teacher_is_base: it is of this very model, where training starts, and that is checked; False: of another one with
-    the same tokenizer. ignore_padding: where the two have logits of different widths, what lies beyond the narrower is
-    no token of either. other_precision: the base may have been held in another format than the model is (8bit, 4bit or
-    neither); then step 0 has a wider bound.
-    """
-
-    teacher_is_base: bool = True
-    ignore_padding: bool = False
-    other_precision: bool = False
-
-
-@dataclass(frozen=True)
 class StepZero:
     """What the probe found: the noise floor of the regulariser, and of log p(label), in nats."""
 
@@ -84,7 +70,7 @@ class StepZero:
 
 
 def check_identity(
-    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing | None = None
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: PairingRules | None = None
 ) -> None:
     """Raise `IdentityMismatch` unless the cache is of this model and, where both have one, this tokenizer.
 
@@ -122,10 +108,10 @@ def check_precision(model: nn.Module, cache: LogitCache, other_precision: bool =
     """Raise `IdentityMismatch` unless the model's weights are held as the cache's base held them, or may differ."""
     causal_lm = causal_lm_of(model)
     name = f"{type(causal_lm).__name__} {getattr(causal_lm, 'name_or_path', '')}".strip()
-    _check_precision(cache, held_in(causal_lm) or "", name, Pairing(other_precision=other_precision))
+    _check_precision(cache, held_in(causal_lm) or "", name, PairingRules(other_precision=other_precision))
 
 
-def _check_precision(cache: LogitCache, ours: str, name: str, pairing: Pairing | None) -> None:
+def _check_precision(cache: LogitCache, ours: str, name: str, pairing: PairingRules | None) -> None:
     theirs = cache.manifest.model.quantization
     if theirs == ours or (pairing is not None and pairing.other_precision):
         return
@@ -145,7 +131,9 @@ def _weights(quantization: str, other: str) -> str:
     return "unquantised weights" if other in LOAD_IN else "unquantised weights, or unpacked ones"
 
 
-def _check_teacher(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: Pairing) -> None:
+def _check_teacher(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, pairing: PairingRules
+) -> None:
     what = f"teaching {base.source.name} by {cache.path}, made from {cache.manifest.model_name}"
     theirs, ours = cache.manifest.tokenizer, tokenizer_identity(tokenizer)
     if theirs is None or ours is None or tokenizer is None:

@@ -10,15 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from logitcache.sweeps.config import OBJECTIVE
+
 from .results import Cost, Outcome, Run, Scalar
 
 SEED = "seed"
-OBJECTIVE = (
-    *("regularizer", "tail", "weight", "kl_budget", "top_k", "temperature", "label_smoothing"),
-    *("weighting", "min_base_rest", "min_adapted_rest"),
-)
-"""Settings in which a run may differ from the reference that its forgetting is compared with."""
-
 BUDGET_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 CURVE_SHARE = 0.25
 """The budget at which one setting stands for a method, in learning curves and at equal learning."""

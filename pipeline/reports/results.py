@@ -16,17 +16,15 @@ from typing import Literal
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import ADVICE, CheckedJson, text_of
 from logitcache.storage.files import replace_file
+from logitcache.sweeps.config import FIELDS
 
 SWEEP, RUNS, RESULT, FAILED, RUN, LOG = (
     *("sweep.json", "runs", "result.json", "failed.json", "run.json"),
     "train_log.jsonl",
 )
 FORMAT = 1
-AXES = (
-    *("regularizer", "tail", "weight", "kl_budget", "top_k", "temperature", "label_smoothing"),
-    *("adapter", "rank", "lr", "seed"),
-)
-"""Settings that every run has; None where one does not apply."""
+AXES = FIELDS
+"""Settings that every run has, in the order of the columns; None where one does not apply."""
 
 SAME_TEXT_NATS = 0.01
 """How far the untouched base's cross-entropy may differ between runs of a sweep: rounding on other machines."""

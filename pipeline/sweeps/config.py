@@ -7,27 +7,28 @@ refused here, before anything is trained. Must not load models or train.
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from logitcache.adapters.registry import AdapterSettings, check_settings
-from logitcache.errors import InputNotFound, InvalidData, UnsuitableAdapter
-from logitcache.losses.formulas import Objective
+from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
+from logitcache.settings import Setting, Settings, line_settings, load_yaml, option
 from logitcache.storage.identity import digest_json
-from logitcache.training.penalties import PENALTIES, PenaltySettings
-from logitcache.training.run import TrainSettings
+from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
-OBJECTIVE = (
-    *("tail", "weight", "temperature", "weighting", "min_base_rest", "min_adapted_rest", "kl_budget"),
-    "label_smoothing",
-)
-ADAPTER = ("rank", "alpha", "dropout", "target_modules", "nullspace", "variant")
-TRAINING = ("lr", "epochs", "max_steps", "batch_size", "grad_accum", "seed", "log_every", "top_k")
-FIELDS = ("regularizer", *OBJECTIVE, "adapter", *ADAPTER, *TRAINING)
+SETTINGS = run_settings("objective", "adapter", "training")
+FIELDS = tuple(SETTINGS)
 """What can be swept, by the names of train's flags."""
+
+OBJECTIVE = (*run_settings("objective"), "top_k")
+"""What a run's loss is: all else equal, two runs that differ here compare two objectives."""
+
+OF_A_REGULARIZER = tuple(
+    name for name in run_settings("objective") if name not in ("regularizer", "weight", "kl_budget", "label_smoothing")
+)
+"""What only a loss has that compares with the base's predictions."""
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4)
 """Of every method, plain cross-entropy too, where a sweep names none: one learning rate alone compares nothing."""
@@ -46,6 +47,28 @@ MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True)
+class ProbeSettings(Settings):
+    """What is kept of the base on the held-out text."""
+
+    probe_top_k: int | None = option(
+        None,
+        "Alternatives that are kept of the base on the held-out text.  [default: 256, or all of a smaller vocabulary]",
+        at_least=1,
+    )
+
+    def top_k(self, vocab_size: int) -> int:
+        """That many of a base with this vocabulary."""
+        return min(256, vocab_size - 1) if self.probe_top_k is None else self.probe_top_k
+
+
+SHARED = {
+    **{name: s for name, s in run_settings("pairing", "loading").items() if name not in ("dtype", "device")},
+    **{s.key: s for s in line_settings(ProbeSettings)},
+}
+"""What all runs of a sweep have in common, by the names of train's flags; dtype and device stand on the line."""
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One run: the name of its folder, the method it counts for, and every setting by the names of `FIELDS`."""
 
@@ -53,46 +76,34 @@ class RunSpec:
     method: str
     settings: dict[str, Any]
 
-    @property
-    def objective(self) -> Objective:
-        """What its loss is, besides a penalty."""
-        regularizer = self.settings["regularizer"]
-        positional = regularizer not in PENALTIES
-        chosen = {name: self.settings[name] for name in OBJECTIVE if positional or name != "weight"}
-        return Objective(regularizer=regularizer if positional else "none", **chosen)
-
-    @property
-    def penalty(self) -> PenaltySettings | None:
-        """What pulls its weights to the base's."""
-        regularizer = self.settings["regularizer"]
-        return PenaltySettings(regularizer, self.settings["weight"]) if regularizer in PENALTIES else None
-
-    @property
-    def adapter(self) -> AdapterSettings:
-        """Its adapter; alpha is twice the rank unless it is given."""
-        chosen = {name: self.settings[name] for name in ADAPTER}
-        alpha = 2.0 * chosen["rank"] if chosen["alpha"] is None else chosen["alpha"]
-        return AdapterSettings(self.settings["adapter"], **{**chosen, "alpha": alpha})
-
-    @property
-    def training(self) -> TrainSettings:
-        """How it is trained."""
-        return TrainSettings(**{name: self.settings[name] for name in TRAINING})
-
 
 @dataclass(frozen=True)
 class SweepConfig:
     """model: folder or hub id of the base; cache; data: rows to train on, by default the samples of the cache; new,
-    prior: held-out rows of the new data and of what the base knew; probe_top_k: alternatives that are kept of the base
-    on these; runs: in the order in which they are done."""
+    prior: held-out rows of the new data and of what the base knew; shared: what all runs have in common, by the names
+    of `SHARED`; runs: in the order in which they are done."""
 
     model: str
     cache: str
     new: str
     prior: str
     data: str | None = None
-    probe_top_k: int = 256
+    shared: dict[str, Any] = field(default_factory=dict)
     runs: tuple[RunSpec, ...] = field(default=())
+
+    @property
+    def common(self) -> RunSettings:
+        """How the model is held and how the cache belongs to it; the rest is a run's."""
+        return RunSettings.of({name: self.shared.get(name) for name in run_settings("pairing", "loading")})
+
+    @property
+    def probe(self) -> ProbeSettings:
+        """What is kept of the base on the held-out text."""
+        return ProbeSettings(self.shared.get("probe_top_k"))
+
+    def run_of(self, spec: RunSpec, has_groups: bool = False) -> RunSettings:
+        """A run as `training` takes it. has_groups: whether the cache has tail groups, for the tail auto."""
+        return RunSettings.of({**self.shared, **spec.settings}, has_groups)
 
     @property
     def methods(self) -> list[str]:
@@ -103,7 +114,7 @@ class SweepConfig:
 def read_config(path: Path) -> SweepConfig:
     """A sweep from a YAML file. Raises `InvalidData`, `InputNotFound`, with the key that is wrong."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputNotFound(f"reading {path}: {error.strerror or error}. Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,16 +125,14 @@ def read_config(path: Path) -> SweepConfig:
 def make_config(loaded: Any, origin: str) -> SweepConfig:
     """A sweep from what its file says. origin: for messages."""
     top = _mapping(loaded, origin, "a mapping of keys to values")
-    known = ("model", "cache", "new", "prior", "data", "probe_top_k", "grid", "methods")
+    known = ("model", "cache", "new", "prior", "data", *SHARED, "grid", "methods")
     _refuse_unknown(top, known, origin)
     for name in ("model", "cache", "new", "prior"):
         if not isinstance(top.get(name), str):
             raise InvalidData(f"reading {origin}: expected {name}, a path, found {top.get(name)!r}.")
     if top.get("data") is not None and not isinstance(top["data"], str):
         raise InvalidData(f"reading {origin}: expected data, a path, found {top['data']!r}.")
-    probe_top_k = top.get("probe_top_k", 256)
-    if type(probe_top_k) is not int or probe_top_k < 1:
-        raise InvalidData(f"reading {origin}: expected probe_top_k, a whole number from 1, found {probe_top_k!r}.")
+    shared = {name: _checked(s, top[name], origin) for name, s in SHARED.items() if name in top}
     grid = _axes(_mapping(top.get("grid", {}), f"{origin}, grid", "fields and their values"), f"{origin}, grid")
     named = top.get("methods", METHODS)
     methods = _mapping(METHODS if named is None else named, f"{origin}, methods", "names of methods and their fields")
@@ -133,67 +142,53 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
     for method, fields in methods.items():
         where = f"{origin}, method {method!r}"
         own = _axes(_mapping(fields or {}, where, "fields and their values"), where)
-        runs += _runs(str(method), {**{"lr": list(LEARNING_RATES)}, **grid, **own}, where)
+        if "weight" in own and own.get("regularizer") == ["none"]:
+            raise InvalidData(f"reading {where}: weight with regularizer none: there is no regulariser to weigh.")
+        runs += _runs(str(method), {**{"lr": list(LEARNING_RATES)}, **grid, **own}, shared, where)
     _check_distinct(runs, origin)
     paths = {name: top[name] for name in ("model", "cache", "new", "prior")}
-    return SweepConfig(**paths, data=top.get("data"), probe_top_k=probe_top_k, runs=tuple(runs))
+    return SweepConfig(**paths, data=top.get("data"), shared=shared, runs=tuple(runs))
 
 
-def _runs(method: str, axes: Mapping[str, list[Any]], where: str) -> list[RunSpec]:
+def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], where: str) -> list[RunSpec]:
     count = 1
     for values in axes.values():
         count *= len(values)
     if count > MAX_RUNS:
         raise InvalidData(f"reading {where}: {count:,} runs are more than {MAX_RUNS:,}. Leave out some values.")
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
     runs: list[RunSpec] = []
     for chosen in itertools.product(*axes.values()):
-        settings = {**_defaults(), **dict(zip(axes, chosen, strict=True))}
-        if settings["regularizer"] == "none":  # what it does not have is not a setting of it
-            settings |= {"weight": 0.0, "tail": "bucket", "top_k": None, "kl_budget": None}
-        _check(RunSpec("", method, settings), where)
+        settings = {**defaults, **dict(zip(axes, chosen, strict=True))}
+        regularizer = settings["regularizer"]
+        if regularizer in ("none", *PENALTIES):  # what it does not have is not a setting of it
+            settings |= {name: defaults[name] for name in (*OF_A_REGULARIZER, "top_k")}
+        if regularizer == "none":
+            settings |= {"weight": 0.0, "kl_budget": None}
+        settings = _complete(settings, shared, where)
         if all(earlier.settings != settings for earlier in runs):  # a grid's weights are one run without a regulariser
             runs.append(RunSpec(_name(method, settings), method, settings))
     return runs
 
 
-def _defaults() -> dict[str, Any]:
-    found: dict[str, Any] = {**asdict(Objective()), **asdict(AdapterSettings()), **asdict(TrainSettings())}
-    found |= {"adapter": found["kind"], "alpha": None}
-    return {name: found[name] for name in FIELDS}
-
-
-def _check(run: RunSpec, where: str) -> None:
-    """Raise `InvalidData` for a run that training would not take."""
+def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings with what follows from them. Raises `InvalidData` for a run that training would not take."""
+    found = {name: _checked(SETTINGS[name], value, where) for name, value in settings.items()}
     try:
-        _check_types(run.settings)
-        objective, training = run.objective, run.training
-        check_settings(run.adapter)
-        if run.penalty is not None and objective.kl_budget is not None:
-            raise ValueError("kl_budget: a penalty of the weights has no KL to hold to it")
-        if training.max_steps == 0 or training.epochs <= 0 or training.batch_size < 1 or training.grad_accum < 1:
-            raise ValueError("max_steps, epochs, batch_size, grad_accum: this would train nothing")
-        if training.top_k is not None and training.top_k < 1:
-            raise ValueError(f"top_k: expected 1 or more, found {training.top_k}")
-    except (ValueError, TypeError, UnsuitableAdapter) as error:
+        run = RunSettings.of({**shared, **found})
+    except InvalidSettings as error:
         raise InvalidData(f"reading {where}: {str(error).rstrip('.')}.") from error
+    made = run.adapter.plain()
+    return {**found, "alpha": made["alpha"], "variant": made["variant"]}
 
 
-def _check_types(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a text where a number belongs, and the like; YAML reads 1e-3 as a text."""
-    for name, default in _defaults().items():
-        value = settings[name]
-        if value is None and name in ("kl_budget", "top_k", "alpha"):
-            continue
-        if name in ("kl_budget", "alpha") or isinstance(default, float):
-            right = type(value) in (int, float)
-        elif name == "top_k" or isinstance(default, int):
-            right = type(value) is int
-        else:
-            right = isinstance(value, str)
-        if not right:
-            hint = " (YAML wants a point in it: 1.0e-3)" if isinstance(value, str) and re.match(r"\d+e", value) else ""
-            wanted = "a text" if isinstance(default, str) else "a number"
-            raise ValueError(f"{name}: expected {wanted}, found {value!r}{hint}")
+def _checked(setting: Setting, value: Any, where: str) -> Any:
+    """A value as its field has it; YAML reads 1e-3 as a text."""
+    try:
+        return setting.checked(value)
+    except InvalidSettings as error:
+        hint = " (YAML wants a point in it: 1.0e-3)" if isinstance(value, str) and re.match(r"\d+e", value) else ""
+        raise InvalidData(f"reading {where}: {setting.wrong(value)}{hint}.") from error
 
 
 def _axes(fields: Mapping[str, Any], where: str) -> dict[str, list[Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.rows import read_rows
@@ -31,6 +31,7 @@ from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_fil
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
+from logitcache.models.settings import LoadSettings
 from logitcache.pairing.identity_checks import check_identity, check_samples, check_tail
 from logitcache.pairing.targets import samples_of
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
@@ -85,9 +86,11 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
     _check_folder(out)
     source = find_model(config.model)
     tokenizer = load_tokenizer(source)
-    base = load_base(source, dtype, torch.device("cpu"))
+    common = config.common
+    held = common.loading
+    base = load_base(source, dtype, device if _stays(held) else torch.device("cpu"), held.load_in, held.device_map)
     cache = LogitCache.open(config.cache)
-    check_identity(cache, base, tokenizer)
+    check_identity(cache, base, tokenizer, common.pairing)
     max_length = cache.manifest.capture.max_length
 
     def read(path: str) -> list[Sample]:
@@ -96,18 +99,20 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
     samples = samples_of(cache) if config.data is None else read(config.data)
     check_samples(cache, samples)
     for spec in config.runs:
-        check_tail(cache, spec.objective, spec.training.top_k)
+        run = config.run_of(spec, _has_groups(cache))
+        check_tail(cache, run.objective, run.training.top_k)
     texts = {"new": read(config.new), "prior": read(config.prior)}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):
         stored = _stored(out)
         _check_same(stored, described, out)
         write_json(out / SWEEP, {**described, **_runs_of(config, out, stored), "cost": stored.get("cost")})
-        on_device = _copy_of(base, device)
+        on_device = base if _stays(held) else _copy_of(base, device)
+        top_k = config.probe.top_k(base.identity.vocab_size)
         probes: dict[str, tuple[LogitCache, Sequence[Sample]]] = {}
         for name, text in texts.items():
-            job = PrecomputeSettings(config.probe_top_k, max_length, precision="exact").fitted(base.identity.vocab_size)
             path = out / PROBE / name
+            job = CaptureSettings(top_k, max_length, precision="exact")
             report = precompute(on_device, text, path, job, tokenizer=tokenizer)
             if report.num_samples:
                 say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
@@ -158,20 +163,22 @@ def state_of(folder: Path) -> str:
 def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done:
     if state_of(folder) == "failed":
         clear(folder)
+    run = prepared.config.run_of(spec, _has_groups(prepared.cache))
     told: list[str] = []
     report = train(
-        _copy_of(prepared.base, prepared.device),
+        _fresh(prepared),
         prepared.samples,
         prepared.cache,
         folder,
-        spec.adapter,
-        spec.objective,
-        spec.training,
+        run.adapter,
+        run.objective,
+        run.training,
         resume=True,
-        penalty=spec.penalty,
+        penalty=run.penalty,
+        pairing=run.pairing,
         tell=told.append,
     )
-    adapted = load_adapter(_copy_of(prepared.base, prepared.device).model, str(folder))
+    adapted = load_adapter(_fresh(prepared).model, str(folder), run.loading.device_map)
     found = {name: compare_cached(adapted, cache, samples) for name, (cache, samples) in prepared.probes.items()}
     result = {
         "name": spec.name,
@@ -215,6 +222,23 @@ def _last_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+def _stays(held: LoadSettings) -> bool:
+    """Whether a base is where it was loaded: packed weights and spread layers can be neither copied nor moved."""
+    return held.load_in is not None or held.device_map is not None
+
+
+def _has_groups(cache: LogitCache) -> bool:
+    return cache.manifest.capture.num_tail_groups > 0
+
+
+def _fresh(prepared: Prepared) -> Base:
+    """The base for a run, which may rewrite it: a copy, or loaded again where it cannot be copied."""
+    held, base = prepared.config.common.loading, prepared.base
+    if not _stays(held):
+        return _copy_of(base, prepared.device)
+    return load_base(base.source, base.identity.dtype, prepared.device, held.load_in, held.device_map)
+
+
 def _copy_of(base: Base, device: torch.device) -> Base:
     """The untouched base again, on the device: a run may rewrite it."""
     return Base(base.source, copy.deepcopy(base.model).to(device), base.identity)
@@ -233,7 +257,8 @@ def _description(
         "data": data_fingerprint(samples),
         **{name: getattr(config, name) for name in texts},
         "texts": {name: data_fingerprint(text) for name, text in texts.items()},
-        "probe_top_k": config.probe_top_k,
+        "pairing": config.common.pairing.plain(),
+        "probe_top_k": config.probe.top_k(base.identity.vocab_size),
         "num_train_tokens": sum(len(s.token_ids) for s in samples),
         "num_train_positions": sum(len(s.positions) for s in samples),
     }
@@ -249,7 +274,7 @@ def _runs_of(config: SweepConfig, out: Path, stored: dict[str, Any]) -> dict[str
 
 def _check_same(stored: dict[str, Any], described: dict[str, Any], out: Path) -> None:
     """Raise `IdentityMismatch` where the sweep that is there was of something else; paths may differ."""
-    parts = ("format", "identity", "contents", "data", "texts", "probe_top_k")
+    parts = ("format", "identity", "contents", "data", "texts", "pairing", "probe_top_k")
     differs = [name for name in parts if stored and stored.get(name) != json.loads(json.dumps(described[name]))]
     if differs:
         raise IdentityMismatch(
@@ -302,11 +327,12 @@ def measure_cost(prepared: Prepared) -> None:
     not the copy of its logits that most trainers keep. The run is the first finished one that read the cache.
     """
     path = prepared.out / SWEEP
-    finished = [r for r in prepared.config.runs if state_of(prepared.out / RUNS / r.name) == "finished"]
-    regularized = [r for r in finished if r.objective.regularizer != "none"]
-    if not regularized:
+    config = prepared.config
+    finished = [r for r in config.runs if state_of(prepared.out / RUNS / r.name) == "finished"]
+    regularized = [r for r in finished if config.run_of(r).objective.regularizer != "none"]
+    if not regularized or config.common.pairing.teacher_is_not_base:  # the teacher that was not run is not here
         return
-    spec, settings = regularized[0], regularized[0].training
+    spec, settings = regularized[0], config.run_of(regularized[0]).training
     results = [json.loads((prepared.out / RUNS / r.name / RESULT).read_text(encoding="utf-8")) for r in finished]
     (result,) = (r for r in results if r["name"] == spec.name)
     base = _copy_of(prepared.base, prepared.device).model

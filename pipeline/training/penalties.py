@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,31 +34,8 @@ from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import linear_loss
 from logitcache.models.head import OutputHead, evaluation_mode, hidden_states
 
-PenaltyKind = Literal["l2-sp", "ewc"]
-PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
-
-
-@dataclass(frozen=True)
-class PenaltySettings:
-    """loss = mean cross-entropy (+ a regulariser) + weight * penalty. num_fisher_samples: of the new data, for ewc.
-
-    l2-sp: 1/2 * sum over adapted layers of ||DeltaW||_F^2 (Li et al. 2018, arXiv 1802.01483).
-    ewc: 1/2 * sum F_ij DeltaW_ij^2 (Kirkpatrick et al. 2017, arXiv 1612.00796), F as `fisher_diagonal` says.
-    Raises ValueError for what is out of range.
-    """
-
-    kind: PenaltyKind = "l2-sp"
-    weight: float = 1.0
-    num_fisher_samples: int = 64
-
-    def __post_init__(self) -> None:
-        if self.kind not in PENALTIES:
-            raise ValueError(f"kind: expected one of {', '.join(PENALTIES)}, found {self.kind!r}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight: expected a number of 0 or more, found {self.weight}")
-        if self.num_fisher_samples < 1:
-            raise ValueError(f"num_fisher_samples: expected 1 or more, found {self.num_fisher_samples}")
-
+from .settings import PENALTIES as PENALTIES
+from .settings import PenaltySettings as PenaltySettings
 
 Factors = tuple[Tensor, Tensor]
 

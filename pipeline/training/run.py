@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.null_space import NullSpace, check_null_space
-from logitcache.adapters.registry import KINDS, NO_ADAPTER, check_settings, keeps_start, rewrites_base
+from logitcache.adapters.registry import KINDS, NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound, TrainingFailed
@@ -37,7 +37,7 @@ from logitcache.models.loading import Base
 from logitcache.models.quantization import held_in, quantization_of
 from logitcache.models.tensor_parallel import decided, leads
 from logitcache.pairing.identity_checks import (
-    Pairing,
+    PairingRules,
     StepZero,
     check_precision,
     check_samples,
@@ -54,28 +54,14 @@ from logitcache.training import run_folder
 
 from .full_weights import computes_in_bfloat16, save_whole, unfreeze
 from .own_loss import probe_own_loss
-from .penalties import Penalty, PenaltySettings, fisher_diagonal
+from .penalties import Penalty, fisher_diagonal
 from .run_folder import CHECKPOINTS, LOG
+from .settings import PenaltySettings
+from .settings import TrainSettings as TrainSettings
 from .trainer import CachedKLTrainer
 
 TENSORBOARD = "tensorboard"
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """epochs over the samples, or max_steps optimizer steps if positive; batch_size samples a device and micro-batch;
-    grad_accum micro-batches a step; lr: peak learning rate of AdamW (cosine, 3 % warm-up, no weight decay); top_k:
-    alternatives read of those in the cache (None: all)."""
-
-    lr: float = 2e-4
-    epochs: float = 1.0
-    batch_size: int = 8
-    grad_accum: int = 1
-    seed: int = 0
-    max_steps: int = -1
-    log_every: int = 10
-    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ class _Job:
     objective: Objective
     settings: TrainSettings
     penalty: PenaltySettings | None
-    pairing: Pairing
+    pairing: PairingRules
 
     @property
     def regularized(self) -> LogitCache | None:
@@ -126,7 +112,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     penalty: PenaltySettings | None = None,
-    pairing: Pairing | None = None,
+    pairing: PairingRules | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
@@ -141,10 +127,9 @@ def train(
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
     `UnsuitableAdapter`.
     """
-    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or Pairing())
+    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or PairingRules())
     _check_combination(job)
     _check_placement(base, adapter, penalty)
-    check_settings(adapter)
     description = _describe(job)
     arguments = trainer_arguments(
         out, settings, head_device(base.model), job.mixed

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,17 +23,15 @@ from logitcache.adapters.null_space import NullSpaceSettings, compute_null_space
 from logitcache.adapters.registry import (
     KINDS,
     NAME,
-    REFUSED,
-    VARIANTS,
     keeps_start,
     lora_layers,
     rewrites_base,
 )
+from logitcache.adapters.settings import REFUSED, VARIANTS, AdapterKind
 from logitcache.adapters.start import minor_components
-from logitcache.cli.train import ADAPTERS
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
-from logitcache.errors import TrainingFailed, UnsuitableAdapter
+from logitcache.errors import InvalidSettings, TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective
 from logitcache.pairing.identity_checks import probe_step_zero
@@ -64,8 +62,8 @@ def null_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(kind: str, variant: str, null_space: Path, **changes: Any) -> AdapterSettings:
-    folder = str(null_space) if kind == "lora-null" else ""
-    return replace(AdapterSettings(kind, RANK, 2.0 * RANK, nullspace=folder, variant=variant), **changes)
+    own = {"nullspace": str(null_space), "variant": variant} if kind == "lora-null" else {}
+    return AdapterSettings(kind, **{"rank": RANK, **own, **changes})  # type: ignore[arg-type]
 
 
 def untrained(settings: AdapterSettings, **changes: Any) -> Any:
@@ -93,7 +91,7 @@ def logits(model: Any, samples: list[Sample] | None = None) -> Tensor:
 
 
 def test_the_command_line_offers_the_table() -> None:
-    assert set(ADAPTERS) == KINDS.keys() | REFUSED.keys()
+    assert set(get_args(AdapterKind)) == KINDS.keys() | REFUSED.keys() | {"none"}
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES, ids=IDS)
@@ -415,8 +413,8 @@ def test_adalora_prunes_to_its_budget(tmp_path: Path, cache: LogitCache) -> None
 
 def test_loftq_is_refused_and_why_is_true() -> None:
     """Four bits a weight, from a table of 16 values a block as NF4 has: W_q - W is of full rank, W_q + B A is not W."""
-    with pytest.raises(UnsuitableAdapter, match="full rank"):
-        attach(make_model(), AdapterSettings("loftq", RANK), "tiny")
+    with pytest.raises(InvalidSettings, match="full rank"):
+        AdapterSettings("loftq", RANK)
     weight = make_model().model.layers[0].mlp.up_proj.weight.detach().double()
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(dim=1, keepdim=True)
@@ -429,11 +427,9 @@ def test_loftq_is_refused_and_why_is_true() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kind": "nonsense"}, "expected one of lora, dora"),
-        ({"kind": "orthogonal", "rank": 3}, "expected an even rank, found 3. Use --rank 4"),
-        ({"kind": "lora-null"}, "it needs a null space"),
-        ({"kind": "pissa", "nullspace": "n"}, "only lora-null takes a null space"),
-        ({"variant": "v3"}, "expected variant v1, v2, base-intact"),
+        ({"rank": 17}, "k_proj has a weight of 16 x 32, which allows a rank of at most 16. Use a lower --rank"),
+        ({"kind": "dora", "rank": 17}, "which allows a rank of at most 16"),
+        ({"kind": "adalora", "rank": 40}, "which allows a rank of at most"),
         ({"kind": "pissa", "rank": 17}, "k_proj has a weight of 16 x 32, which allows a rank of at most 16"),
         ({"kind": "mica", "rank": 17}, "which allows a rank of at most 16"),
         ({"kind": "lora-ga", "rank": 9}, "which allows a rank of at most 8"),
@@ -443,6 +439,25 @@ def test_loftq_is_refused_and_why_is_true() -> None:
 def test_what_cannot_be_had_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsuitableAdapter, match=said):
         attach(make_model(), replace(AdapterSettings(rank=2), **changes), "tiny", SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "nonsense"}, "kind: expected one of lora, dora"),
+        ({"kind": "loftq"}, "full rank"),
+        ({"kind": "orthogonal", "rank": 3}, "expected an even rank, found 3. Use --rank 4"),
+        ({"kind": "lora-null"}, "it starts from a null space"),
+        ({"kind": "pissa", "nullspace": "n"}, "are for --adapter lora-null, not for pissa"),
+        ({"variant": "v1"}, "are for --adapter lora-null, not for lora"),
+        ({"kind": "lora-null", "nullspace": "n", "variant": "v3"}, "variant: expected one of v1, v2, base-intact"),
+        ({"kind": "vera", "alpha": 8.0}, "whose scale is trained"),
+        ({"kind": "none", "rank": 4}, "trains every weight"),
+    ],
+)
+def test_settings_that_no_model_could_be_given_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidSettings, match=said):
+        replace(AdapterSettings(rank=2 if "rank" not in changes else 16), **changes)
 
 
 @pytest.mark.parametrize("kind", ["eva", "corda", "lora-ga"])
@@ -465,8 +480,10 @@ def test_a_weight_that_two_modules_share_is_not_rewritten() -> None:
         attach(tied, AdapterSettings("pissa", RANK, target_modules="q_proj,lm_head"), "tiny")
 
 
-def test_dimensions_that_do_not_matter_to_a_kind_are_not_asked_for() -> None:
-    attach(make_model(), AdapterSettings("lora", 40), "tiny")
+@pytest.mark.parametrize("kind", ["vera", "randlora"])
+def test_dimensions_that_do_not_matter_to_a_kind_are_not_asked_for(kind: str) -> None:
+    """Their rank is that of fixed random factors, of which a larger one says more."""
+    attach(make_model(), AdapterSettings(kind, 40), "tiny")  # type: ignore[arg-type]
 
 
 def gpt2() -> Any:
@@ -482,7 +499,7 @@ def gpt2() -> Any:
 @pytest.mark.parametrize("kind", sorted({*KINDS} - {"lora-null", "olora"}))
 def test_weights_that_are_kept_transposed(kind: str, tmp_path: Path) -> None:
     """GPT-2's Conv1D: starts at the base, and reloads."""
-    settings, base = AdapterSettings(kind, RANK, 8.0), logits(gpt2())
+    settings, base = AdapterSettings(kind, RANK), logits(gpt2())
     model = attach(gpt2(), settings, "tiny", SAMPLES).eval()
     assert (logits(model) - base).abs().max() < 1e-5 * base.abs().max()
     if keeps_start(settings):

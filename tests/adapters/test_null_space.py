@@ -25,7 +25,8 @@ from logitcache.adapters.null_space import (
     claim_folder,
     compute_null_space,
 )
-from logitcache.adapters.registry import NAME, VARIANTS, lora_layers
+from logitcache.adapters.registry import NAME, lora_layers
+from logitcache.adapters.settings import VARIANTS
 from logitcache.adapters.start import minor_components, projected_factors
 from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound, NotTheBase, TrainingFailed, UnsuitableAdapter, UnsupportedModel
@@ -218,7 +219,7 @@ def test_what_a_killed_process_left_unfinished_is_no_obstacle(tmp_path: Path) ->
 
 
 def test_the_same_text_gives_the_same_null_space(space: NullSpace, samples: list[Sample]) -> None:
-    again = compute_null_space(make_base(), samples, NullSpaceSettings(rank=RANK, memory_bytes=1))
+    again = compute_null_space(make_base(), samples, NullSpaceSettings(rank=RANK, memory_limit=1e-9))
     assert again.checksum == space.checksum
     other = compute_null_space(make_base(), samples[1:], NullSpaceSettings(rank=RANK))
     assert other.checksum != space.checksum and other.data != space.data

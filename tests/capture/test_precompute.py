@@ -11,7 +11,7 @@ from conftest import text_rows
 from support.cli_harness import cache_bytes, done
 
 from logitcache.capture.cache_spec import cache_spec
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, make_samples
@@ -19,9 +19,9 @@ from logitcache.errors import InvalidData
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
 from logitcache.storage import CorruptCache, IdentityMismatch, LogitCache
 
-SMALL = PrecomputeSettings(top_k=8, max_length=32, batch_tokens=64, shard_positions=40)
+SMALL = CaptureSettings(top_k=8, max_length=32, batch_tokens=64, shard_positions=40)
 
-CASES: dict[str, tuple[PrecomputeSettings, list[object]]] = {
+CASES: dict[str, tuple[CaptureSettings, list[object]]] = {
     "zarr": (SMALL, []),
     "arrow": (replace(SMALL, store="arrow", precision="exact"), ["--store", "arrow", "--precision", "exact"]),
     "groups": (replace(SMALL, tail_groups=4, min_mass=0.7), ["--tail-groups", 4, "--min-mass", 0.7]),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.cli_harness import Outcome, Rows, cache_bytes, commits, done, logitcache, precompute_line, refused
 
 from logitcache.capture.engines import ray as ray_engine
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import JobSpec
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.storage import LogitCache
@@ -326,11 +326,11 @@ def test_paths_of_this_machine_become_whole(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     (tmp_path / "d.jsonl").touch()
-    found = ray_engine.absolute(JobSpec("m", "d.jsonl", "c", PrecomputeSettings()))
+    found = ray_engine.absolute(JobSpec("m", "d.jsonl", "c", CaptureSettings()))
     assert (found.model, found.data, found.cache) == (
         str(tmp_path / "m"),
         str(tmp_path / "d.jsonl"),
         str(tmp_path / "c"),
     )
-    given = JobSpec("org/model", "org/data", "s3://bucket/cache", PrecomputeSettings())
+    given = JobSpec("org/model", "org/data", "s3://bucket/cache", CaptureSettings())
     assert ray_engine.absolute(given) == given

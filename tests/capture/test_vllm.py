@@ -32,7 +32,7 @@ from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
     CacheWriter,
-    CaptureSettings,
+    CaptureIdentity,
     CorruptCache,
     LogitCache,
     Manifest,
@@ -278,7 +278,7 @@ def test_cache_says_where_its_tail_is_from_and_trains(
     source = find_model(str(tiny_model))
     identity = vllm_identity(source, "float32")
     teacher = start_vllm(source, identity, 8, 100)
-    capture = CaptureSettings(
+    capture = CaptureIdentity(
         8, 100, precision=precision, max_error=1 / 64 if precision == "fine" else 0.0, tail_from_remainder=True
     )
     manifest = Manifest(store, identity, None, capture, "tiny", {"vllm": "0.33.0"}, features_of(capture))
@@ -303,7 +303,7 @@ def test_cache_says_where_its_tail_is_from_and_trains(
 
 @pytest.mark.parametrize("more", [{"num_tail_samples": 4}, {"num_tail_groups": 2, "tail_partition": "0" * 32}])
 def test_neither_groups_nor_draws_of_such_a_tail(more: dict[str, Any]) -> None:
-    capture = CaptureSettings(8, 100, tail_from_remainder=True, **more)
+    capture = CaptureIdentity(8, 100, tail_from_remainder=True, **more)
     manifest = Manifest("zarr", ModelIdentity("w", "c", 260, "float32", "vllm"), None, capture, "", {})
     data = to_bytes(replace(manifest, reader_features=features_of(capture)))
     with pytest.raises(CorruptCache, match="neither groups of such a tail nor draws"):
@@ -319,7 +319,7 @@ def test_tails_that_vllm_cannot_give_are_refused() -> None:
 
 def test_field_is_not_written_where_it_is_false() -> None:
     """So the bytes of other caches are what they were."""
-    manifest = Manifest("zarr", ModelIdentity("w", "c", 260, "float32", "sdpa"), None, CaptureSettings(8, 100), "", {})
+    manifest = Manifest("zarr", ModelIdentity("w", "c", 260, "float32", "sdpa"), None, CaptureIdentity(8, 100), "", {})
     assert b"tail_from_remainder" not in to_bytes(manifest)
     stated = replace(manifest, capture=replace(manifest.capture, tail_from_remainder=True))
     for odd in (stated, replace(manifest, reader_features=("tail-from-remainder",))):

@@ -428,8 +428,15 @@ def test_equal_rows_are_cached_once(tmp_path: Path, tiny_model: Path, write_rows
     assert "3 rows: 1 distinct samples" in outcome.err
 
 
-def test_top_k_is_clipped_to_the_vocabulary(tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
-    precompute(tiny_model, write_rows(ROWS["text"]), tmp_path / "c", "--top-k", 10_000)
+def test_top_k_is_bounded_by_the_vocabulary(tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
+    rows = write_rows(ROWS["text"])
+    for more, said in (
+        (["--top-k", 260], "--top-k 260: expected at most 259, all but one of the model's 260 tokens"),
+        (["--top-k", 259, "--tail-groups", 4], "no tail is left to split"),
+    ):
+        assert said in refused(2, *precompute_line(tiny_model, rows, tmp_path / "o", *more))
+        assert not (tmp_path / "o").exists()
+    precompute(tiny_model, rows, tmp_path / "c", "--top-k", 259)
     assert facts(tmp_path / "c")["capture"]["top_k"] == 259
     assert facts(tmp_path / "c")["contents"]["mean_kept_mass"] == pytest.approx(1.0, abs=1e-5)
 
@@ -786,7 +793,7 @@ def test_label_smoothing_is_trained_and_logged(tmp_path: Path, tiny_model: Path,
         (["--label-smoothing", 0.1], "--label-smoothing goes with --regularizer none, not with masked-kl"),
         (["--label-smoothing", 0.1, "--regularizer", "ewc"], "--label-smoothing goes with --regularizer none"),
         (["--label-smoothing", 1, "--regularizer", "none"], "'--label-smoothing'"),
-        (["--kl-budget", 0.1, "--regularizer", "l2-sp"], "--kl-budget is of a mean KL, which --regularizer l2-sp"),
+        (["--kl-budget", 0.1, "--regularizer", "l2-sp"], "--kl-budget needs a KL regularizer; l2-sp has none"),
     ],
 )
 def test_baselines_that_do_not_go_together_are_2(

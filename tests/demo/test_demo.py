@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from logitcache.adapters.registry import AdapterSettings
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
@@ -61,7 +61,7 @@ def test_demo_trains_and_measures_as_one_run_after_the_other_by_hand(tmp_path: P
         make_samples(read_rows(str(path)), tokenizer, settings.max_length, 4096).samples
         for path in write_data(tmp_path / "data", settings)
     )
-    precompute(base, new_train, tmp_path / "c", PrecomputeSettings(top_k=8, max_length=48))
+    precompute(base, new_train, tmp_path / "c", CaptureSettings(top_k=8, max_length=48))
     by_hand = TrainSettings(lr=2e-3, batch_size=2, max_steps=2, seed=3)
     cache = LogitCache.open(tmp_path / "c")
     train(load(), new_train, cache, tmp_path / "run", AdapterSettings(rank=16, alpha=32), Objective(), by_hand)

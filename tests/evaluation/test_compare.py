@@ -12,7 +12,7 @@ import torch
 from conftest import make_model
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
@@ -53,7 +53,7 @@ def make_cache(
 ) -> LogitCache:
     identity = ModelIdentity("weights", "config", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), model or make_model(), identity)
-    settings = PrecomputeSettings(top_k=top_k, max_length=64, precision=precision, **more)
+    settings = CaptureSettings(top_k=top_k, max_length=64, precision=precision, **more)
     precompute(base, samples, path, settings)
     return LogitCache.open(path)
 
@@ -174,7 +174,7 @@ def test_a_small_cache_is_the_bucket_and_a_lower_bound(tmp_path: Path, more: dic
 def make_grouped_cache(path: Path, samples: Sequence[Sample], top_k: int) -> LogitCache:
     identity = ModelIdentity("weights", "config", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), make_model(), identity)
-    settings = PrecomputeSettings(top_k=top_k, max_length=64, precision="exact", tail_groups=4)
+    settings = CaptureSettings(top_k=top_k, max_length=64, precision="exact", tail_groups=4)
     precompute(base, samples, path, settings)
     return LogitCache.open(path)
 

@@ -76,21 +76,22 @@ PACKAGES = {
     "errors": set(),
     "events": set(),
     "json_files": {"errors"},
+    "settings": {"errors"},
     "file_list": {"storage"},
-    "losses": {"errors"},
+    "losses": {"errors", "settings"},
     "data": {"errors", "storage"},
-    "models": {"errors", "storage"},
-    "pairing": {"data", "errors", "losses", "models", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "storage"},
-    "adapters": {"data", "errors", "events", "models", "storage"},
+    "models": {"errors", "settings", "storage"},
+    "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
+    "adapters": {"data", "errors", "events", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "file_list", "losses", "models", "pairing", "storage"),
     },
-    "training": {"adapters", "data", "errors", "file_list", "losses", "models", "pairing", "storage"},
+    "training": {"adapters", "data", "errors", "file_list", "losses", "models", "pairing", "settings", "storage"},
     "sweeps": {
-        *("adapters", "capture", "data", "errors", "evaluation", "losses", "models", "pairing", "storage", "training"),
+        *("capture", "data", "errors", "evaluation", "models", "pairing", "settings", "storage", "training"),
     },
-    "reports": {"errors", "evaluation", "json_files", "storage"},
+    "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "storage"},
     "demo": {"capture", "errors", "reports", "storage", "sweeps"},
 }
@@ -134,10 +135,10 @@ def test_package_imports_only_what_it_may(package: str) -> None:
         assert not foreign & {"click", "logitcache"}, path
 
 
-def test_losses_import_torch_and_nothing_else() -> None:
+def test_losses_import_torch_and_the_ground_floor() -> None:
     for path in (ROOT / "pipeline" / "losses").rglob("*.py"):
-        _, _, foreign = imports_of(path, "losses")
-        assert not foreign & (HEAVY - {"torch"}), path
+        _, rooms, foreign = imports_of(path, "losses")
+        assert rooms <= PACKAGES["losses"] and not foreign & (HEAVY - {"torch"}), path
 
 
 def test_every_module_has_a_room() -> None:
@@ -187,6 +188,13 @@ def test_losses_know_nothing_of_storage() -> None:
 def test_help_loads_no_framework() -> None:
     """`logitcache --help` answers at once."""
     assert not loaded_by("import logitcache.cli") & {"torch", "transformers", "peft", "datasets"}
+
+
+def test_settings_load_no_framework() -> None:
+    """The command line and a sweep read their fields from them."""
+    packages = ("losses.objective", "adapters.settings", "capture.settings", "training.settings", "sweeps.config")
+    for name in packages:
+        assert not loaded_by(f"import logitcache.{name}") & HEAVY, name
 
 
 def test_reports_load_no_framework() -> None:

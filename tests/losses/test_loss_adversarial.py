@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from training.test_run import V, make_base, make_cache, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
@@ -86,7 +86,7 @@ def logs_of(trainer: Any) -> list[dict[str, float]]:
 
 def capture_of(path: Path, model: Any, samples: Sequence[Sample], **settings: Any) -> LogitCache:
     base = replace(make_base(), model=model)
-    chosen = PrecomputeSettings(**{"top_k": 8, "max_length": 64, "precision": "exact", **settings})
+    chosen = CaptureSettings(**{"top_k": 8, "max_length": 64, "precision": "exact", **settings})
     precompute(base, samples, path, chosen)
     return LogitCache.open(path)
 

@@ -10,7 +10,7 @@ from conftest import make_model
 from support.cli_harness import done, precompute, refused, text_data, train_line
 from training.test_run import V, make_base, make_samples
 
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teacher import capture, slice_record
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
@@ -23,7 +23,7 @@ from logitcache.storage.records import NO_TOKEN
 
 
 def make_tails_cache(path: Path, samples: list[Sample], **settings: Any) -> LogitCache:
-    chosen = PrecomputeSettings(top_k=8, max_length=64, precision="exact", **settings)
+    chosen = CaptureSettings(top_k=8, max_length=64, precision="exact", **settings)
     fill(make_base(), samples, path, chosen)
     return LogitCache.open(path)
 

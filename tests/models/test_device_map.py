@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training.test_run import make_samples
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
@@ -72,7 +72,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> LogitCache:
     """Of the undivided model, with tail groups."""
     base, path = load(tiny), tmp_path_factory.mktemp("placement") / "c"
-    settings = PrecomputeSettings(top_k=16, max_length=64, precision="exact", tail_groups=4)
+    settings = CaptureSettings(top_k=16, max_length=64, precision="exact", tail_groups=4)
     fill(base, SAMPLES, path, settings)
     return LogitCache.open(path)
 

@@ -26,7 +26,7 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture import plan as precompute
 from logitcache.capture.calibration import read_calibration
 from logitcache.capture.engines.vllm import start_vllm, vllm_identity
-from logitcache.capture.plan import PrecomputeSettings, make_plan, manifest_for, manifest_of
+from logitcache.capture.plan import CaptureSettings, make_plan, manifest_for, manifest_of
 from logitcache.data.samples import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models.loading import Base, find_model, load_base
@@ -104,7 +104,7 @@ def assert_one_identity(folder: Path, quantization: str, dtype: str = "auto") ->
     loaded, told = load(folder, dtype).identity, vllm_identity(find_model(str(folder)), dtype)
     assert told == replace(loaded, attention="vllm")
     assert told.quantization == quantization
-    manifest_of("m", told, None, PrecomputeSettings(), engine="numcodecs")  # a name that the format takes
+    manifest_of("m", told, None, CaptureSettings(), engine="numcodecs")  # a name that the format takes
     return told
 
 
@@ -188,7 +188,7 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
     """In a loop, which knows the model and not its files: only the format tells the two apart."""
     source = find_model(str(packed["4bit"]))
     identity = vllm_identity(source, "auto")
-    manifest = manifest_of("m", identity, None, PrecomputeSettings(top_k=259, max_length=64), engine="numcodecs")
+    manifest = manifest_of("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine="numcodecs")
     teacher = start_vllm(source, identity, 259, 64)
     records = teacher(SAMPLES)
     with CacheWriter(tmp_path / "c", manifest) as writer:
@@ -205,7 +205,7 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
         with pytest.raises(IdentityMismatch, match="differs in weights"):
             check_identity(cache, load(packed[how]), None, Pairing(other_precision=True))
     with pytest.raises(IdentityMismatch, match=r"model\.quantization"):  # and no other engine goes on with it
-        CacheWriter(tmp_path / "c", manifest_of("m", replace(identity, quantization=""), None, PrecomputeSettings()))
+        CacheWriter(tmp_path / "c", manifest_of("m", replace(identity, quantization=""), None, CaptureSettings()))
 
 
 @pytest.mark.usefixtures("gptq", "vllm")
@@ -236,7 +236,7 @@ def test_weights_unpacked_while_they_are_loaded_are_another_format(
     folder = in_fp8(save(tmp_path / "m", quantization_config=how))
     base, told = load(folder, "float32"), vllm_identity(find_model(str(folder)), "float32")
     assert base.identity.quantization == "" and told == replace(base.identity, attention="vllm", quantization="fp8")
-    settings = PrecomputeSettings(top_k=8, max_length=64)
+    settings = CaptureSettings(top_k=8, max_length=64)
     for name, identity in (("fp8", told), ("unpacked", base.identity)):
         manifest = replace(manifest_for(base, None, settings), model=identity)
         manifest = replace(manifest, reader_features=manifest_of("m", identity, None, settings).reader_features)

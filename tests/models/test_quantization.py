@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArgum
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.adapters.registry import KINDS, rewrites_base
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
 from logitcache.data.batches import pad_samples
@@ -28,7 +28,12 @@ from logitcache.models import quantization as quantized
 from logitcache.models.head import OutputHead, check_head, hidden_states, logits_width
 from logitcache.models.loading import Base, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, quantization_of
-from logitcache.pairing.identity_checks import KL_TOLERANCE_QUANTIZED_NATS, Pairing, check_identity, probe_step_zero
+from logitcache.pairing.identity_checks import (
+    KL_TOLERANCE_QUANTIZED_NATS,
+    PairingRules,
+    check_identity,
+    probe_step_zero,
+)
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import CacheWriter, IdentityMismatch, LogitCache
 from logitcache.storage.manifest import features_of
@@ -72,7 +77,7 @@ def quantised_caches(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> di
 
 
 def cache_of(base: Base, path: Path) -> LogitCache:
-    settings = PrecomputeSettings(top_k=V - 1, max_length=64, precision="exact")
+    settings = CaptureSettings(top_k=V - 1, max_length=64, precision="exact")
     fill(base, SAMPLES, path, settings)
     return LogitCache.open(path)
 
@@ -277,14 +282,14 @@ def test_another_precision_is_refused_unless_it_is_asked_for(
     if ours == theirs == "4bit":  # 8 bits differ from themselves in another batch
         allowed = 0.0
     assert probe.kl_nats < probe.tolerance_nats and probe.tolerance_nats == pytest.approx(1e-5 + allowed)
-    check_identity(held, base, None, Pairing(other_precision=True))
+    check_identity(held, base, None, PairingRules(other_precision=True))
     with pytest.raises(IdentityMismatch, match="differs in weights"):
-        check_identity(held, load(other, ours), None, Pairing(other_precision=True))
+        check_identity(held, load(other, ours), None, PairingRules(other_precision=True))
     if ours == theirs:
         check_identity(held, base, None)
         return
     assert probe.kl_nats > 1e-4
-    for pairing in (None, Pairing()):
+    for pairing in (None, PairingRules()):
         with pytest.raises(IdentityMismatch) as caught:
             check_identity(held, base, None, pairing)
         told = str(caught.value)
@@ -314,7 +319,7 @@ def test_trainers_and_loops_refuse_another_precision_too(
         return CachedLoss(held, **more)(model, batch)
 
     def in_a_run(other_precision: bool = False) -> object:
-        base, pairing = load(tiny, ours), Pairing(other_precision=other_precision)
+        base, pairing = load(tiny, ours), PairingRules(other_precision=other_precision)
         name = f"o{other_precision}"
         settings, steps = AdapterSettings(rank=2, alpha=4.0), TrainSettings(max_steps=1)
         return train(base, SAMPLES, held, tmp_path / name, settings, Objective(), steps, pairing=pairing)
@@ -359,7 +364,7 @@ def test_an_adapter_stands_on_quantised_weights_or_is_refused(
     assert torch.equal(logits(attach(load(tiny, load_in).model, settings, "tiny", SAMPLES)), start)
     base, out = load(tiny, load_in), tmp_path / "o"
     steps = TrainSettings(lr=1e-2, max_steps=4, batch_size=4)
-    report = train(base, SAMPLES, cache, out, settings, Objective(), steps, pairing=Pairing(other_precision=True))
+    report = train(base, SAMPLES, cache, out, settings, Objective(), steps, pairing=PairingRules(other_precision=True))
     assert report.step_zero is not None and report.step_zero.kl_nats > 1e-4
     again = PeftModel.from_pretrained(load(tiny, load_in).model, str(out))
     assert torch.equal(logits(again), logits(base.model)) and not torch.equal(logits(again), start)

@@ -18,14 +18,14 @@ from torch import Tensor
 from training.test_run import make_samples
 
 from logitcache.capture.cache_spec import cache_spec
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, InvalidData, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source, tokenizer_identity
-from logitcache.pairing.identity_checks import Pairing, check_identity, check_tokens
+from logitcache.pairing.identity_checks import PairingRules, check_identity, check_tokens
 from logitcache.pairing.vocab_cut import Cut, cut_columns
 from logitcache.storage import IdentityMismatch, LogitCache, ModelIdentity
 from logitcache.training.custom_loop import CachedLoss
@@ -61,7 +61,7 @@ def base_of(model: Any, weights: str = "teacher") -> Base:
 
 
 def cache_of(path: Path, teacher: Any, kept: Kept, precision: str = "exact", tokenizer: Any = None) -> LogitCache:
-    settings = PrecomputeSettings(
+    settings = CaptureSettings(
         top_k=kept.top_k,
         max_length=64,
         precision=precision,
@@ -316,7 +316,7 @@ def test_other_widths_are_refused_unless_padding_is_ignored(check: bool, tmp_pat
 
 
 def test_draws_of_a_wider_teacher_are_refused(tmp_path: Path) -> None:
-    teacher, settings = base_of(teacher_of(WIDE)), PrecomputeSettings(top_k=8, max_length=64, tail_samples=4)
+    teacher, settings = base_of(teacher_of(WIDE)), CaptureSettings(top_k=8, max_length=64, tail_samples=4)
     precompute(teacher, SAMPLES, tmp_path / "c", settings)
     with pytest.raises(TrainingFailed, match="tail sampled on 260 of the 272 tokens"):
         CachedLoss(tmp_path / "c", Objective(tail="sampled"), vocab_size=V)(student_of(), pad_samples(SAMPLES))
@@ -339,7 +339,7 @@ def test_a_teacher_must_have_the_students_tokenizer(tmp_path: Path) -> None:
     other.add_tokens(["<more>"])
     assert tokenizer_identity(other) != tokenizer_identity(tokenizer)
     cache = identity_of(tmp_path / "c", teacher_of(), tokenizer)
-    teaching = Pairing(teacher_is_base=False)
+    teaching = PairingRules(teacher_is_not_base=True)
     check_identity(cache, student, tokenizer, teaching)
     with pytest.raises(IdentityMismatch, match=r"differs in weights: .*--teacher-is-not-base"):
         check_identity(cache, student, tokenizer)
@@ -359,15 +359,15 @@ def test_padding_is_refused_unless_it_is_to_be_ignored(widths: tuple[int, int], 
     student = base_of(student_of(widths[0]), "student")
     told = rf"found {widths[1]} in the cache and {widths[0]} in the model \(the tokenizer has 257\).*--ignore-padding"
     with pytest.raises(IdentityMismatch, match=told):
-        check_identity(cache, student, tokenizer, Pairing(teacher_is_base=False))
-    check_identity(cache, student, tokenizer, Pairing(teacher_is_base=False, ignore_padding=True))
+        check_identity(cache, student, tokenizer, PairingRules(teacher_is_not_base=True))
+    check_identity(cache, student, tokenizer, PairingRules(teacher_is_not_base=True, ignore_padding=True))
 
 
 def test_tokens_that_one_side_lacks_are_no_padding(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(4)])  # ids up to 260
     cache = identity_of(tmp_path / "c", teacher_of(WIDE), tokenizer)
-    ignoring = Pairing(teacher_is_base=False, ignore_padding=True)
+    ignoring = PairingRules(teacher_is_not_base=True, ignore_padding=True)
     with pytest.raises(IdentityMismatch, match="all 261 ids of the tokenizer, found 272 in the cache and 260"):
         check_identity(cache, base_of(student_of(), "student"), tokenizer, ignoring)
     check_identity(cache, base_of(student_of(261), "student"), tokenizer, ignoring)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from support.cli_harness import edit_json
-from support.sweep_folders import AXES, write_json, write_sweep
+from support.sweep_folders import write_json, write_sweep
 
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.reports.results import COLUMNS, read_sweep, setting_names, write_csv
+from logitcache.sweeps.config import FIELDS
 
 FAILED, RUNNING = "m1-lr0.0005-seed1", "m2-lr0.002-seed0"
 FIRST = "runs/m0-lr0.0005-seed0"
@@ -40,7 +41,7 @@ def test_everything_of_a_run_is_read(folder: Path) -> None:
         assert outcome.prior.perplexity_after == told["prior"]["after"]["perplexity"]
         assert outcome.prior.drift_percent == told["prior"]["drift_percent"]
         assert outcome.new.kl_nats == told["new"]["kl_nats"]
-        assert run.settings == told["settings"]
+        assert run.settings == {**dict.fromkeys(FIELDS), **told["settings"]}
         log = folder / "runs" / run.name / "train_log.jsonl"
         logged = [json.loads(line) for line in log.read_text().splitlines()]
         assert [(p.step, p.ce, p.kl) for p in run.curve] == [(e["step"], e["ce"], e["kl"]) for e in logged]
@@ -181,10 +182,10 @@ def test_csv_has_a_row_a_run_and_every_number_in_full(folder: Path, tmp_path: Pa
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == [
-        *("name", "method", "status", "error", "error_step", *AXES),
+        *("name", "method", "status", "error", "error_step", *FIELDS),
         *(name for name in COLUMNS if name not in ("name", "method", "status", "error", "error_step")),
     ]
-    assert setting_names(sweep) == list(AXES)
+    assert setting_names(sweep) == list(FIELDS)
     assert [row["name"] for row in rows] == [run.name for run in sweep.runs]
     for row, run in zip(rows, sweep.runs, strict=True):
         assert row["status"] == run.status

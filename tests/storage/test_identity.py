@@ -33,7 +33,7 @@ from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
     CacheWriter,
-    CaptureSettings,
+    CaptureIdentity,
     CorruptCache,
     IdentityMismatch,
     InvalidRecord,
@@ -104,7 +104,7 @@ IDENTITY_FIELDS = [
     *(f"model.{name}" for name in ModelIdentity.__dataclass_fields__),
     "tokenizer",
     *(f"tokenizer.{name}" for name in TokenizerIdentity.__dataclass_fields__),
-    *(f"capture.{name}" for name in CaptureSettings.__dataclass_fields__),
+    *(f"capture.{name}" for name in CaptureIdentity.__dataclass_fields__),
 ]
 
 

@@ -4,14 +4,15 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from conftest import text_rows
 
-from logitcache.cli import run
+from logitcache.cli import cli, run
 
 Rows = list[dict[str, Any]]
 Edit = Callable[[Path], object]
@@ -53,11 +54,26 @@ class Terminal(io.StringIO):
         return True
 
 
+def later_wins(arguments: Sequence[object]) -> list[str]:
+    """The arguments without a flag that a later one overrides: lines of tests have defaults, and verbs refuse two."""
+    words = [str(a) for a in arguments]
+    verb = cli.commands.get(words[0]) if words else None
+    options = [p for p in verb.params if isinstance(p, click.Option) and not p.is_flag] if verb is not None else []
+    names = {opt: str(option.name) for option in options for opt in option.opts}
+    kept: list[tuple[str | None, list[str]]] = []
+    rest = iter(words)
+    for word in rest:
+        value = next(rest, None) if word in names else None
+        kept.append((names.get(word), [word] if value is None else [word, value]))
+    last = {name: number for number, (name, _) in enumerate(kept) if name is not None}
+    return [w for number, (name, part) in enumerate(kept) if name is None or last[name] == number for w in part]
+
+
 def logitcache(*arguments: object, stderr: io.StringIO | None = None) -> Outcome:
-    """`logitcache ARGUMENTS...`, run here."""
+    """`logitcache ARGUMENTS...`, run here; of a flag that is given twice, the later one."""
     out, err = io.StringIO(), stderr or io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run([str(a) for a in arguments])
+        status = run(later_wins(arguments))
     return Outcome(status, out.getvalue(), err.getvalue())
 
 

@@ -26,7 +26,7 @@ from logitcache.storage import (
     CachedSample,
     CacheError,
     CacheWriter,
-    CaptureSettings,
+    CaptureIdentity,
     LogitCache,
     Manifest,
     ModelIdentity,
@@ -162,7 +162,7 @@ def lacks(message: str, path: Path) -> dict[str, str]:
 
 
 def manifest_for(store: str, precision: str = "exact", groups: bool = False, weights: str = "w" * 32) -> Manifest:
-    capture = CaptureSettings(
+    capture = CaptureIdentity(
         top_k=TOP_K,
         max_length=4096,
         precision=precision,

@@ -23,7 +23,7 @@ from logitcache.storage import (
     CachedSample,
     CacheError,
     CacheWriter,
-    CaptureSettings,
+    CaptureIdentity,
     LogitCache,
     Manifest,
     ModelIdentity,
@@ -63,7 +63,7 @@ def make_manifest(
         store=store,
         model=ModelIdentity("w" * 32, "c" * 32, vocab_size, "bfloat16", "sdpa"),
         tokenizer=TokenizerIdentity("t" * 32, "f" * 32),
-        capture=CaptureSettings(
+        capture=CaptureIdentity(
             top_k=top_k,
             max_length=4096,
             min_mass=min_mass,

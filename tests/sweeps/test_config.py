@@ -9,7 +9,7 @@ import yaml
 
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.sweeps.config import FIELDS, LEARNING_RATES, METHODS, make_config, read_config
-from logitcache.training.run import TrainSettings
+from logitcache.training.settings import TrainSettings
 
 PATHS = {"model": "m", "cache": "c", "new": "n.jsonl", "prior": "p.jsonl"}
 
@@ -30,12 +30,14 @@ def test_the_grid_is_the_product_of_its_axes_for_every_method() -> None:
     assert chosen == set(itertools.product((1e-3, 2e-3), (0, 1), (0.5, 1.0), (4, 8)))
     for run in found.runs:
         assert run.settings.keys() == set(FIELDS)
-        assert run.adapter.rank == 4 and run.adapter.alpha == 8.0 and run.penalty is None
-        assert run.training == TrainSettings(
+        made = found.run_of(run)
+        assert made.adapter.rank == 4 and made.adapter.alpha == run.settings["alpha"] == 8.0 and made.penalty is None
+        assert made.training == TrainSettings(
             lr=run.settings["lr"], seed=run.settings["seed"], max_steps=5, top_k=run.settings["top_k"]
         )
-    assert {r.objective.regularizer for r in plain} == {"none"}
-    assert {(r.objective.regularizer, r.objective.weight) for r in masked} == {("masked-kl", 0.5), ("masked-kl", 1.0)}
+    assert {found.run_of(r).objective.regularizer for r in plain} == {"none"}
+    objectives = [found.run_of(r).objective for r in masked]
+    assert {(o.regularizer, o.weight) for o in objectives} == {("masked-kl", 0.5), ("masked-kl", 1.0)}
     assert len({r.name for r in found.runs}) == len(found.runs)
 
 
@@ -61,7 +63,7 @@ def test_what_plain_training_does_not_have_is_no_axis_of_it() -> None:
 
 def test_penalties_take_the_weight_and_leave_the_loss_alone() -> None:
     found = config(grid={"lr": 1e-3}, methods={"L2-SP": {"regularizer": "l2-sp", "weight": 0.1}})
-    (run,) = found.runs
+    run = found.run_of(found.runs[0])
     assert run.penalty is not None and (run.penalty.kind, run.penalty.weight) == ("l2-sp", 0.1)
     assert run.objective.regularizer == "none"
 
@@ -82,19 +84,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no method": ({"methods": {}}, "at least one method"),
     "a value twice": ({"grid": {"seed": [0, 1, 0]}}, "seed has 0 twice"),
     "unknown regulariser": ({"methods": {"a": {"regularizer": "kl"}}}, "regularizer: expected one of"),
-    "unknown adapter": ({"grid": {"adapter": "lorra"}}, "preparing adapter lorra: expected one of"),
+    "unknown adapter": ({"grid": {"adapter": "lorra"}}, "adapter: expected one of"),
     "refused adapter": ({"grid": {"adapter": "loftq"}}, "LoftQ replaces the weights"),
     "odd rank": ({"grid": {"adapter": "orthogonal", "rank": 3}}, "even rank"),
     "no null space": ({"grid": {"adapter": "lora-null"}}, "null space"),
-    "a text for a number": ({"grid": {"lr": "1e-3"}}, "lr: expected a number, found '1e-3' (YAML wants a point"),
-    "half a seed": ({"grid": {"seed": 0.5}}, "seed: expected a number, found 0.5"),
-    "yes for a number": ({"grid": {"rank": True}}, "rank: expected a number, found True"),
-    "a number for a text": ({"grid": {"tail": 3}}, "tail: expected a text, found 3"),
-    "a negative weight": ({"grid": {"weight": -1.0}}, "weight: expected 0 to"),
+    "a text for a number": (
+        {"grid": {"lr": "1e-3"}},
+        "lr: expected a number of 0 or more, found '1e-3' (YAML wants",
+    ),
+    "half a seed": ({"grid": {"seed": 0.5}}, "seed: expected a whole number of 0 or more"),
+    "yes for a number": ({"grid": {"rank": True}}, "rank: expected a whole number of 1 or more, found True"),
+    "a number for a text": ({"grid": {"tail": 3}}, "tail: expected one of auto, bucket"),
+    "a negative weight": ({"grid": {"weight": -1.0}}, "weight: expected a number of 0 or more, found -1.0"),
     "temperature with a bucket": ({"grid": {"temperature": 2.0}}, "Use tail renormalize"),
     "nothing to train": ({"grid": {"max_steps": 0}}, "would train nothing"),
-    "no alternatives": ({"grid": {"top_k": 0}}, "top_k: expected 1 or more"),
-    "a budget for weights": ({"methods": {"a": {"regularizer": "ewc", "kl_budget": 0.1}}}, "kl_budget"),
+    "no alternatives": ({"grid": {"top_k": 0}}, "top_k: expected a whole number of 1 or more"),
+    "a budget for weights": ({"methods": {"a": {"regularizer": "ewc", "kl_budget": 0.1}}}, "--kl-budget needs a KL"),
     "a path that is none": ({"cache": 3}, "expected cache, a path"),
     "a probe of nothing": ({"probe_top_k": 0}, "probe_top_k"),
     "a list for the grid": ({"grid": [1]}, "grid: expected fields and their values"),

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,9 +22,9 @@ from logitcache.adapters.attach import AdapterSettings, attach, target_layers
 from logitcache.adapters.covariances import linear_layers, spread
 from logitcache.adapters.null_space import NullSpaceSettings, compute_null_space
 from logitcache.adapters.registry import NAME, lora_layers, rewrites_base
-from logitcache.cli.train import PENALTIES as OFFERED
+from logitcache.cli.train import train as train_verb
 from logitcache.errors import TrainingFailed, UnsuitableAdapter
-from logitcache.losses.formulas import Objective
+from logitcache.losses.formulas import Objective, Regularizer
 from logitcache.models.loading import Source
 from logitcache.storage import IdentityMismatch, LogitCache
 from logitcache.training.penalties import PENALTIES, Penalty, PenaltySettings, fisher_diagonal
@@ -120,7 +120,7 @@ def test_value_and_directional_derivative(kind: str, variant: str, which: str, n
 @pytest.mark.parametrize("kind", ["lora", "rslora", "gaussian", "pissa", "milora", "mica"])
 def test_every_entry_of_the_gradient(kind: str, which: str) -> None:
     """With G = (F or 1) DeltaW in float64: s G A^T by B and s B^T G by A; mica's B is frozen and has none."""
-    settings = AdapterSettings(kind, RANK, 2.0 * RANK)
+    settings = AdapterSettings(kind, RANK)
     model, penalty = prepared(settings, which)
     first = {
         name: layer.scaling[NAME]
@@ -322,7 +322,8 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
 
 
 def test_the_command_line_offers_the_penalties() -> None:
-    assert OFFERED == PENALTIES
+    (offered,) = (p.type.choices for p in train_verb.params if p.name == "regularizer")
+    assert set(offered) == {*get_args(Regularizer), *PENALTIES}
 
 
 # --- in the trainer --------------------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ def train_once(
     base.model.config.save_pretrained(out.parent / "tiny")
     base = replace(base, source=Source("tiny", out.parent / "tiny"))
     job = TrainSettings(**{"lr": 1e-2, "max_steps": 6, "batch_size": 4, "log_every": 1, **settings})
-    adapter = AdapterSettings(rank=RANK, alpha=2.0 * RANK) if adapter is None else adapter
+    adapter = AdapterSettings(rank=RANK) if adapter is None else adapter
     callbacks = [] if keep is None else [keep]
     return train(base, SAMPLES, None, out, adapter, Objective("none"), job, resume, callbacks, penalty)
 
@@ -459,7 +460,7 @@ def test_a_weight_of_0_trains_plain_cross_entropy(tmp_path: Path) -> None:
 @kinds_of_penalty
 @pytest.mark.parametrize("kind", ["lora", "pissa"])
 def test_a_great_weight_keeps_the_base(which: Any, kind: str, tmp_path: Path) -> None:
-    adapter, last = AdapterSettings(kind, RANK, 2.0 * RANK), {}
+    adapter, last = AdapterSettings(kind, RANK), {}
     for weight in (0.0, 1e4):
         out = tmp_path / str(weight)
         train_once(out, PenaltySettings(which, weight), adapter, max_steps=60, log_every=60)
@@ -472,7 +473,7 @@ def test_a_great_weight_keeps_the_base(which: Any, kind: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("which", "kind"), [("l2-sp", "pissa"), ("ewc", "pissa"), ("ewc", "lora"), ("l2-sp", "eva")])
 def test_a_resumed_run_is_bitwise_an_uninterrupted_one(which: Any, kind: str, tmp_path: Path) -> None:
-    adapter, penalty = AdapterSettings(kind, RANK, 2.0 * RANK), PenaltySettings(which, 0.5, 8)
+    adapter, penalty = AdapterSettings(kind, RANK), PenaltySettings(which, 0.5, 8)
     train_once(tmp_path / "whole", penalty, adapter)
     with pytest.raises(KeyboardInterrupt):
         train_once(tmp_path / "o", penalty, adapter, keep=Keep(4))

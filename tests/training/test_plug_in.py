@@ -44,7 +44,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.cli import run
 from logitcache.data.batches import pad_samples
@@ -714,7 +714,7 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
 def make_exact_cache(path: Path, model: Any, samples: Sequence[Sample]) -> LogitCache:
     """Every alternative in float32, so that nothing is left for the tail."""
     vocab_size = model.config.vocab_size
-    settings = PrecomputeSettings(top_k=vocab_size - 1, max_length=64, precision="exact")
+    settings = CaptureSettings(top_k=vocab_size - 1, max_length=64, precision="exact")
     base = Base(Source("tiny", path), model, ModelIdentity("weights", "config", vocab_size, "float32", "sdpa"))
     precompute(base, samples, path, settings)
     return LogitCache.open(path)

@@ -14,7 +14,7 @@ from conftest import make_model
 from torch.utils.data import DataLoader
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import PrecomputeSettings
+from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
@@ -49,7 +49,7 @@ def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
 
 
 def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
-    settings = PrecomputeSettings(top_k=top_k, max_length=64, precision="exact")
+    settings = CaptureSettings(top_k=top_k, max_length=64, precision="exact")
     precompute(make_base(), samples, path, settings)
     return LogitCache.open(path)
 

@@ -86,7 +86,7 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, tell: Tell) -> JobReport:
     spec = absolute(spec)
     before = _status(spec.cache)
     with _cluster(ray):
-        actors = divide(ray.cluster_resources(), spec.device, num_workers)
+        actors = divide(ray.cluster_resources(), spec.loading.device, num_workers)
         tell("ray", {"actors": actors.num, "shares": actors.num_shares, "nodes": len(ray.nodes())})
         outcomes = _collect(ray, spec, actors, tell)
     report = _sum([o.report for o in outcomes if o.report is not None], actors.num_shares)

@@ -1,0 +1,134 @@
+"""Options of the command line made of settings dataclasses, and the way back.
+
+Owns how a field becomes a flag: its type, range, choices, default and help are the field's. Also that no flag is given
+twice. Must not know any one setting.
+"""
+
+import contextlib
+import errno
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from logitcache.errors import InvalidSettings
+from logitcache.settings import Option, Setting, Settings, line_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Settings)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range, which nan and inf are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def options_of(
+    settings: type[Settings] | Iterable[Setting],
+    types: Mapping[str, click.ParamType[Any]] | None = None,
+    **changed: Mapping[str, Any],
+) -> Callable[[F], F]:
+    """An option for every setting that has a flag, in their order.
+
+    types: click's types of texts that are paths, by the names of the settings. changed: what one verb has otherwise
+    than the field, as arguments of `click.option`, likewise.
+    """
+    found = line_settings(settings) if isinstance(settings, type) else settings
+
+    def decorate(function: F) -> F:
+        for setting in reversed(list(found)):
+            said = {**_arguments(setting), **changed.get(setting.key, {})}
+            if types is not None and setting.key in types:
+                said["type"] = types[setting.key]
+            function = click.option(setting.flag, setting.key, **said)(function)
+        return function
+
+    return decorate
+
+
+def settings_from(owner: type[S], values: Mapping[str, Any], **parts: Any) -> S:
+    """Settings of what the command line was given; parts: those that are settings themselves.
+
+    Raises `click.UsageError` with what `InvalidSettings` says.
+    """
+    chosen = {s.name: values[s.key] for s in line_settings(owner) if values.get(s.key) is not None}
+    with as_usage():
+        return owner(**chosen, **parts)
+
+
+@contextlib.contextmanager
+def as_usage() -> Any:
+    """Settings that contradict one another are wrong usage."""
+    try:
+        yield
+    except InvalidSettings as error:
+        raise click.UsageError(str(error)) from error
+
+
+def was_given(ctx: click.Context, name: str) -> bool:
+    """Whether a parameter stands on the line or in the --config file, be it the default's value."""
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+
+
+class Verbs(click.Group):
+    """A group whose verbs take each flag once: click itself takes the last in silence."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, and `click.UsageError` for a flag that is given twice."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _check_given_once(command, click.Context(command, info_name=name, parent=ctx), rest)
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does, but a file that ends too early is no end of what a person types, which it calls ctrl-c."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise OSError(errno.EIO, f"a file ends before its time ({error or 'no more said'})") from error
+
+
+def _check_given_once(command: click.Command, ctx: click.Context, arguments: Sequence[str]) -> None:
+    try:
+        _, _, order = command.make_parser(ctx).parse_args(list(arguments))
+    except click.UsageError:
+        return  # the verb says it
+    for parameter in order:
+        once = isinstance(parameter, click.Option) and not parameter.multiple and not parameter.count
+        if once and order.count(parameter) > 1:
+            raise click.UsageError(f"{parameter.opts[0]} is given twice. Leave one of them out.", ctx)
+
+
+def _arguments(setting: Setting) -> dict[str, Any]:
+    said = setting.option or Option("")
+    default = None if setting.default in ("", MISSING) else setting.default
+    found: dict[str, Any] = {"help": said.help, "metavar": said.metavar, "default": default}
+    found |= {"required": True} if setting.default is MISSING else {}
+    if setting.kind is bool:
+        return {"help": said.help, "is_flag": True}
+    if setting.kind is int:
+        found["type"] = click.IntRange(_whole(said.at_least), _whole(said.at_most))
+    elif setting.kind is float:
+        found["type"] = FiniteFloat(
+            min=said.at_least if said.above is None else said.above,
+            max=said.at_most if said.below is None else said.below,
+            min_open=said.above is not None,
+            max_open=said.below is not None,
+        )
+    elif setting.choices:
+        found["type"] = click.Choice(setting.choices)
+    return {**found, "show_default": default is not None}
+
+
+def _whole(bound: float | None) -> int | None:
+    return None if bound is None else int(bound)

@@ -1,0 +1,41 @@
+"""How a cache belongs to the model that is trained: what of it is checked, without torch."""
+
+from dataclasses import dataclass
+
+from logitcache.errors import InvalidSettings
+from logitcache.settings import Settings, option
+
+
+@dataclass(frozen=True)
+class PairingRules(Settings):
+    """By default the cache is of the very model that is trained, which is where training starts; that is checked.
+
+    teacher_is_not_base: it is of another one with the same tokenizer. ignore_padding: where the two have logits of
+    different widths, what lies beyond the narrower is no token of either. other_precision: the base may have been held
+    in another format than the model is (8bit, 4bit or neither); then step 0 has a wider bound.
+    """
+
+    teacher_is_not_base: bool = option(
+        False, "The cache is of another model with the same tokenizer: its weights and step 0 are not checked."
+    )
+    ignore_padding: bool = option(
+        False, "Teacher and student pad their vocabularies to different widths: compare the tokens that both have."
+    )
+    other_precision: bool = option(
+        False,
+        "The cache is of the base with its weights in another format than --load-in: the bound of step 0 is wider.",
+    )
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether training starts at the distributions of the cache."""
+        return not self.teacher_is_not_base
+
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` for a rule that is of the other kind of teacher."""
+        if self.ignore_padding and not self.teacher_is_not_base:
+            raise InvalidSettings(
+                "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
+            )
+        if self.other_precision and self.teacher_is_not_base:
+            raise InvalidSettings("--other-precision is for the cache of the student's own base.")

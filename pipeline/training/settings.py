@@ -1,0 +1,153 @@
+"""A training run as settings: how long and how fast, what pulls the weights, and all parts of a run together.
+
+Owns the flat names by which the command line, `--config` and a sweep set a run (`run_settings`), and the rules between
+the parts. Must not import torch, transformers or peft.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from logitcache.adapters.settings import NO_ADAPTER, AdapterSettings
+from logitcache.errors import InvalidSettings
+from logitcache.losses.objective import Objective, Regularizer, Tail
+from logitcache.models.settings import LoadSettings
+from logitcache.pairing.settings import PairingRules
+from logitcache.settings import Setting, Settings, line_settings, option
+
+PenaltyKind = Literal["l2-sp", "ewc"]
+PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
+
+HIGH_LR = 1.0
+"""Above this no fine-tuning is known to learn anything."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """How long and how fast: AdamW, cosine, 3 % warm-up, no weight decay."""
+
+    lr: float = option(2e-4, "Peak learning rate (cosine, 3 % warm-up).", at_least=0)
+    epochs: float = option(1.0, "Passes over the samples.", above=0)
+    batch_size: int = option(8, "Samples a device and micro-batch.", at_least=1)
+    grad_accum: int = option(1, "Micro-batches an optimizer step.", at_least=1)
+    seed: int = option(0, "Seed of the adapter and of the order of samples.", at_least=0, at_most=2**32 - 1)
+    max_steps: int = option(-1, "Optimizer steps; -1: as --epochs says.", at_least=-1)
+    log_every: int = option(10, "Steps between log entries.", at_least=1)
+    top_k: int | None = option(
+        None,
+        "Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
+        at_least=1,
+    )
+
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` where nothing would be trained."""
+        if self.max_steps == 0:
+            raise InvalidSettings("--max-steps 0 would train nothing: give a positive number, or -1 for --epochs.")
+
+    def doubts(self) -> list[str]:
+        """A learning rate at which training is known to diverge."""
+        if self.lr <= HIGH_LR:
+            return []
+        return [f"--lr {self.lr:g} is above {HIGH_LR:g}: AdamW moves every weight by about that much a step."]
+
+
+@dataclass(frozen=True)
+class PenaltySettings(Settings):
+    """loss = mean cross-entropy (+ a regulariser) + weight * penalty.
+
+    l2-sp: 1/2 * sum over adapted layers of ||DeltaW||_F^2 (Li et al. 2018, arXiv 1802.01483).
+    ewc: 1/2 * sum F_ij DeltaW_ij^2 (Kirkpatrick et al. 2017, arXiv 1612.00796), F as `fisher_diagonal` says.
+    """
+
+    kind: PenaltyKind = option("l2-sp", "What is added up of the change of the weights.", on_line=False)
+    weight: float = option(1.0, "Loss per unit of the penalty.", at_least=0, on_line=False)
+    num_fisher_samples: int = option(
+        64, "Samples of the new data from which ewc's Fisher information is made.", at_least=1, on_line=False
+    )
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """Every setting of a training run. The command line and a sweep make it of flat names: `of`."""
+
+    #: What the loss is.
+    objective: Objective = field(default_factory=Objective)
+    #: What pulls the weights to the base's, in addition.
+    penalty: PenaltySettings | None = None
+    #: What is trained.
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    #: How long and how fast.
+    training: TrainSettings = field(default_factory=TrainSettings)
+    #: How the cache belongs to the model.
+    pairing: PairingRules = field(default_factory=PairingRules)
+    #: How the model is held.
+    loading: LoadSettings = field(default_factory=LoadSettings)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], has_groups: bool = False) -> "RunSettings":
+        """From flat names, those of `run_settings`; what is absent, or None and may not be, has its default.
+
+        regularizer may be a penalty, whose weight is then `weight`; tail may be auto, which is groups where the cache
+        has them (has_groups).
+        """
+        chosen = {name: value for name, value in values.items() if value is not None}
+        regularizer, penalty = chosen.get("regularizer"), None
+        if chosen.get("tail") == "auto":
+            chosen["tail"] = "groups" if has_groups else "bucket"
+        if regularizer in PENALTIES:
+            if chosen.get("label_smoothing"):
+                raise InvalidSettings(f"--label-smoothing goes with --regularizer none, not with {regularizer}.")
+            if "kl_budget" in chosen:
+                raise InvalidSettings(f"--kl-budget needs a KL regularizer; {regularizer} has none. Leave it out.")
+            penalty = PenaltySettings(regularizer, chosen.pop("weight", 1.0))
+            chosen["regularizer"] = "none"
+        made = {
+            name: owner(**{s.name: chosen[s.key] for s in line_settings(owner) if s.key in chosen})
+            for name, owner in PARTS.items()
+        }
+        return cls(penalty=penalty, **made)
+
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` for parts that do not go together."""
+        whole, packed = self.adapter.kind == NO_ADAPTER, self.loading.load_in
+        if whole and packed is not None:
+            raise InvalidSettings(
+                f"--load-in {packed} with --adapter none: quantised weights cannot be trained. Give an adapter."
+            )
+        if self.penalty is not None and (whole or packed is not None):
+            raise InvalidSettings(
+                f"--regularizer {self.penalty.kind} is on what an adapter changes of weights that can be read: not "
+                "with --adapter none or --load-in."
+            )
+        if self.pairing.teacher_is_not_base and self.objective.regularizer == "none":
+            named = "none" if self.penalty is None else self.penalty.kind
+            raise InvalidSettings(
+                f"--teacher-is-not-base with --regularizer {named}: nothing is learnt from the teacher."
+            )
+
+
+PARTS: dict[str, Any] = {
+    "pairing": PairingRules,
+    "objective": Objective,
+    "adapter": AdapterSettings,
+    "training": TrainSettings,
+    "loading": LoadSettings,
+}
+"""The parts of a run that have flags, in the order of `train --help`."""
+
+REGULARIZERS = (*get_args(Regularizer)[:-1], *PENALTIES, "none")
+"""Of the loss, or of the weights."""
+
+TAILS = ("auto", *get_args(Tail))
+
+
+def run_settings(*parts: str) -> dict[str, Setting]:
+    """The settings of a run by their flat names: of these parts, or all. A regulariser may be a penalty, a tail auto.
+
+    Raises KeyError for a part that is none.
+    """
+    found = {s.key: s for part in parts or PARTS for s in line_settings(PARTS[part])}
+    for name, choices in (("regularizer", REGULARIZERS), ("tail", TAILS)):
+        if name in found:
+            found[name] = replace(found[name], choices=choices)
+    return found

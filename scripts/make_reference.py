@@ -1,0 +1,87 @@
+"""docs/reference.md: every setting and every flag, from the fields and options themselves.
+
+python scripts/make_reference.py          writes the page; tests/house/test_reference.py holds it current
+"""
+
+from dataclasses import MISSING
+from pathlib import Path
+
+import click
+
+from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
+from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.cli import cli
+from logitcache.losses.objective import Objective
+from logitcache.models.settings import LoadSettings
+from logitcache.pairing.settings import PairingRules
+from logitcache.settings import Setting, Settings, settings_of
+from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings
+from logitcache.training.settings import PenaltySettings, RunSettings, TrainSettings
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
+CLASSES: tuple[type[Settings], ...] = (
+    *(Objective, PenaltySettings, AdapterSettings, TrainSettings, PairingRules, LoadSettings, RunSettings),
+    *(CaptureSettings, JobSpec, NullSpaceSettings, ProbeSettings),
+)
+
+HEAD = """# Reference
+
+Made by `python scripts/make_reference.py` from the settings and the verbs themselves; edit those.
+
+A setting is a field of a frozen dataclass. Its default, bounds and choices hold for Python, for flags, for keys of
+`--config` and for a sweep alike: what one refuses, all refuse (`InvalidSettings`, exit status 2).
+"""
+
+
+def settings_table(owner: type[Settings]) -> str:
+    """A class: what it is, and a row a field."""
+    rows = "".join(f"{_row(setting)}\n" for setting in settings_of(owner))
+    purpose = (owner.__doc__ or "").strip().split("\n\n")[0]
+    return (
+        f"### {owner.__module__}.{owner.__name__}\n\n{' '.join(purpose.split())}\n\n"
+        f"| field | flag | expected | default | meaning |\n|---|---|---|---|---|\n{rows}"
+    )
+
+
+def _row(setting: Setting) -> str:
+    on_line = setting.option is not None and setting.option.on_line
+    default = "must be given" if setting.default is MISSING else f"`{setting.default!r}`"
+    meaning = setting.option.help if setting.option is not None else "settings of their own, above or below"
+    if setting.option is None:
+        default = "theirs" if setting.default is MISSING else default
+    cells = [f"`{setting.name}`", f"`{setting.flag}`" if on_line else "", setting.expected, default, meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def verb_table(name: str, command: click.Command) -> str:
+    """A verb: what it does, and a row a flag."""
+    ctx = click.Context(command, info_name=name, max_content_width=100_000, terminal_width=100_000)
+    records = (option.get_help_record(ctx) for option in command.params)
+    rows = "".join("| " + " | ".join(_cell(part) for part in record) + " |\n" for record in records if record)
+    table = f"\n| flag | meaning |\n|---|---|\n{rows}" if rows else ""
+    return f"### logitcache {name}\n\n{command.get_short_help_str(200)}\n{table}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def reference() -> str:
+    """The whole page."""
+    swept = ", ".join(f"`{name}`" for name in FIELDS)
+    shared = ", ".join(f"`{name}`" for name in SHARED)
+    return "\n".join(
+        [
+            HEAD,
+            "## Settings\n",
+            *map(settings_table, CLASSES),
+            "## Fields of a sweep\n",
+            f"In `grid` and `methods`: {swept}.\n\nFor all runs, beside `model`: {shared}.\n",
+            "## Verbs\n",
+            *(verb_table(name, command) for name, command in cli.commands.items()),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference(), encoding="utf-8")
