@@ -58,6 +58,8 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
         return
     left = sum(state not in ("finished", *(() if retry_failed else ("failed",))) for state in states)
     note(f"{len(asked.runs):,} runs, {left:,} of them to do.")
+    for doubt in dict.fromkeys(doubt for run in asked.runs for doubt in asked.run_of(run).doubts()):
+        note(doubt)
     prepared = prepare(asked, out, dtype, pick_device(device), note)
     if jobs == 1:
         doing = run_all(prepared, retry_failed)

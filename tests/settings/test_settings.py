@@ -320,3 +320,26 @@ def test_one_experiment_in_two_spellings_is_one_run() -> None:
     methods = {"a": {"lr": 1, "rank": 8}, "b": {"lr": 1.0, "rank": 8, "alpha": 16}}
     with pytest.raises(InvalidData, match="'a' and 'b' have a run in common"):
         make_config({**PATHS, "methods": methods}, "s.yaml")
+
+
+# --- flags that are given with their default's value -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--regularizer", "none", "--weight", "1.0"], "--weight with --regularizer none"),
+        (["--regularizer", "none", "--config", "c.yaml"], "--weight with --regularizer none"),
+        (["--regularizer", "none", "--adapter", "none", "--rank", "16"], "--rank has no place in --adapter none"),
+        (["--regularizer", "none", "--alpha", "0"], "0.0 is not in the range x>0"),
+        (["--regularizer", "none", "--alpha", "-1"], "-1.0 is not in the range x>0"),
+        (["--regularizer", "none", "--adapter", "vera", "--alpha", "8"], "--alpha has no place in --adapter vera"),
+    ],
+)
+def test_what_has_no_place_is_wrong_usage(
+    more: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("weight: 1.0\n", encoding="utf-8")
+    assert run(["train", "--model", "m", "--data", "d.jsonl", "--out", "o", *more]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

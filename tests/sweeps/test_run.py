@@ -297,3 +297,45 @@ def test_bad_inputs_are_one_sentence(
     gone = write_config(tmp_path, {**inputs, "new": str(tmp_path / "gone.jsonl")})
     assert "gone.jsonl" in refused(2, "sweep", "--config", gone, "--out", tmp_path / "out")
     assert refused(2, "sweep", "--config", tmp_path / "no.yaml", "--out", tmp_path / "out")
+
+
+# --- what all runs share ---------------------------------------------------------------------------------------------
+
+ONE = {"grid": {**GRID, "lr": 1e-3}, "methods": {"masked": {"tail": "auto"}}}
+
+
+def run_json(out: Path) -> dict[str, Any]:
+    (path,) = out.glob("runs/*/run.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes on a processor
+def test_a_sweep_of_a_quantised_base(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """The run, the base it is measured against and the pairing are those that were asked for."""
+    pytest.importorskip("bitsandbytes")
+    config = write_config(tmp_path, inputs, **ONE, load_in="8bit")
+    assert "unquantised weights, the model has 8bit" in refused(4, "sweep", "--config", config, "--out", tmp_path / "a")
+    config = write_config(tmp_path, inputs, **ONE, load_in="8bit", other_precision=True)
+    done("sweep", "--config", config, "--out", tmp_path / "b")
+    pairing = {"teacher_is_not_base": False, "ignore_padding": False, "other_precision": True, "load_in": "8bit"}
+    assert run_json(tmp_path / "b")["pairing"] == pairing
+    assert run_json(tmp_path / "b")["model"]["quantization"] == "8bit"
+    probe = json.loads((tmp_path / "b" / "probe" / "prior" / "manifest.json").read_text(encoding="utf-8"))
+    assert "8bit" in json.dumps(probe)
+
+
+def test_a_sweep_that_learns_from_another_model(inputs: dict[str, Any], other_model: Path, tmp_path: Path) -> None:
+    """The cache is the teacher's; what is learnt and forgotten is measured against the student's own base."""
+    precompute(other_model, Path(inputs["new"]), tmp_path / "lessons")
+    taught = {**inputs, "cache": str(tmp_path / "lessons")}
+    config = write_config(tmp_path, taught, **ONE)
+    assert "teacher-is-not-base" in refused(4, "sweep", "--config", config, "--out", tmp_path / "a")
+    config = write_config(tmp_path, taught, **ONE, teacher_is_not_base=True, device_map="auto")
+    done("sweep", "--config", config, "--out", tmp_path / "b")
+    found = run_json(tmp_path / "b")
+    assert found["pairing"]["teacher_is_not_base"] and found["result"]["step_zero"] is None
+    assert found["objective"]["tail"] == "bucket"
+    assert json.loads((tmp_path / "b" / "sweep.json").read_text(encoding="utf-8"))["cost"] is None
+    config = write_config(tmp_path, {**inputs, "probe_top_k": 260}, **ONE)
+    assert "--top-k 260: expected at most 259" in refused(2, "sweep", "--config", config, "--out", tmp_path / "c")
