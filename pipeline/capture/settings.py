@@ -85,6 +85,22 @@ class CaptureSettings(Settings):
 
 
 @dataclass(frozen=True)
+class VllmSettings(Settings):
+    """How vLLM runs the base; from Python only."""
+
+    gpu_memory: float = option(
+        0.8,
+        "Share of the GPU's memory that vLLM may take; the rest is for the logits of prompts, which it does not reckon "
+        "with.",
+        above=0,
+        at_most=1,
+        on_line=False,
+    )
+    batch_tokens: int = option(8192, "Tokens of one of its forwards.", at_least=1, on_line=False)
+    num_gpus: int = option(1, "GPUs that hold one copy of the model.", at_least=1, on_line=False)
+
+
+@dataclass(frozen=True)
 class JobSpec(Settings):
     """What a precompute job is, in plain values that any process can be told."""
 

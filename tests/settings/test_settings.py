@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
-from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.capture.settings import CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli, run
 from logitcache.cli.options import options_of, settings_from
 from logitcache.errors import InvalidData, InvalidSettings, PipelineError
@@ -28,7 +28,7 @@ from logitcache.training.settings import PenaltySettings, RunSettings, TrainSett
 
 CLASSES: tuple[type[Settings], ...] = (
     *(TrainSettings, PenaltySettings, AdapterSettings, Objective, PairingRules, LoadSettings, CaptureSettings),
-    *(NullSpaceSettings, ProbeSettings, JobSpec, RunSettings),
+    *(NullSpaceSettings, ProbeSettings, VllmSettings, JobSpec, RunSettings),
 )
 GIVEN: dict[type[Settings], dict[str, Any]] = {JobSpec: {"model": "m", "data": "d", "cache": "c"}}
 """What has no default."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.capture.settings import CaptureSettings, VllmSettings
 from logitcache.data.samples import Sample
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, is_out_of_memory
 from logitcache.models.loading import Source, checkpoint_identity, first_line
@@ -25,16 +26,6 @@ ATTENTION = "vllm"
 
 REMAINDER_ERROR = 2e-6
 """Of the mass that 1 - sum leaves: the error of a float32 normaliser, which every probability shares (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class VllmSettings:
-    """gpu_memory: share of the GPU's memory that vLLM may take; the rest is for the logits of prompts, which it does
-    not reckon with. batch_tokens: tokens of one of its forwards. num_gpus: that hold one copy of the model."""
-
-    gpu_memory: float = 0.8
-    batch_tokens: int = 8192
-    num_gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,11 +88,12 @@ def start_vllm(
 ) -> VllmTeacher:
     """vLLM with this model, which takes samples of at most max_length tokens.
 
-    K = min(top_k, V - 1), and K + 1 entries a position are asked for, since the label may be among them. Raises
-    `InputNotFound` where vLLM is not installed, `EngineFailed` where it does not start.
+    K = top_k; K + 1 entries a position are asked for, since the label may be among them. Raises
+    `InvalidSettings` for a K above V - 1, `InputNotFound` where vLLM is not installed, `EngineFailed` where it does not
+    start.
     """
+    CaptureSettings(top_k=top_k, max_length=max_length).check_vocabulary(identity.vocab_size)
     vllm, chosen = _vllm(), settings or VllmSettings()
-    kept = min(top_k, identity.vocab_size - 1)
     try:
         llm = vllm.LLM(
             model=str(source.folder),
@@ -109,7 +101,7 @@ def start_vllm(
             trust_remote_code=False,
             dtype=identity.dtype,
             max_model_len=max_length + 1,
-            max_logprobs=kept + 1,
+            max_logprobs=top_k + 1,
             logprobs_mode="raw_logprobs",
             enable_prefix_caching=False,  # a position that is not computed has no log-probabilities
             gpu_memory_utilization=chosen.gpu_memory,
@@ -118,14 +110,14 @@ def start_vllm(
             seed=0,
         )
         flat = {"flat_logprobs": True} if hasattr(vllm.SamplingParams, "flat_logprobs") else {}
-        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=kept + 1, detokenize=False, **flat)
+        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k + 1, detokenize=False, **flat)
     except Exception as error:  # vLLM raises many kinds
         raise EngineFailed(
             f"starting vLLM on {source.name!r}: {first_line(error)}. Nothing was run. Put that right (a --max-length "
             "one below the model's longest, a supported model, a GPU), or use --engine transformers."
         ) from error
     _check_held(llm, source, identity)
-    return VllmTeacher(llm, params, kept, identity.vocab_size)
+    return VllmTeacher(llm, params, top_k, identity.vocab_size)
 
 
 def _check_held(llm: Any, source: Source, identity: ModelIdentity) -> None:
