@@ -158,7 +158,7 @@ def test_transposed_weights(kind: str, which: str) -> None:
         config = GPT2Config(vocab_size=260, n_positions=64, n_embd=16, n_layer=2, n_head=2)
         return GPT2LMHeadModel(config).eval()
 
-    settings = AdapterSettings(kind, 2, 4.0, target_modules="c_attn,c_proj")
+    settings = AdapterSettings(kind, 2, target_modules="c_attn,c_proj")
     model, penalty = prepared(settings, which, make)
     move(model)
     changed = weights_of(copy.deepcopy(model).double().merge_and_unload())

@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
     samples, cache = cached
     results = []
     for batch, accumulate in ((16, 1), (4, 4), (1, 16)):
-        objective = Objective(*form, weight=2.0)
+        objective = Objective(*form, weight=1.0 if form[0] == "none" else 2.0)
         trainer = make_trainer(
             tmp_path,
             samples,
@@ -412,7 +412,8 @@ def test_trained_adapter_loads_and_regularization_holds_it_near_the_base(tmp_pat
     drift = {}
     for regularizer in ("none", "masked-kl"):
         out = tmp_path / regularizer
-        run(make_base(), samples, cache, out, max_steps=30, lr=3e-3, objective=Objective(regularizer, weight=3.0))  # type: ignore[arg-type]
+        objective = Objective("none") if regularizer == "none" else Objective(weight=3.0)
+        run(make_base(), samples, cache, out, max_steps=30, lr=3e-3, objective=objective)
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(make_model(), str(out))
