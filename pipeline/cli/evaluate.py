@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from logitcache.data.samples import Sample
     from logitcache.evaluation.compare import Comparison
     from logitcache.models.loading import Base
+    from logitcache.pairing.view import CacheView
     from logitcache.storage import LogitCache
 
 
@@ -42,6 +43,7 @@ class _Side:
     name: str
     rows: "Iterator[tuple[str, Row]] | None"
     cache: "LogitCache | None"
+    view: "CacheView | None" = None
 
 
 @click.command(short_help="Learning on new text and forgetting on prior text, in one table.")
@@ -110,12 +112,11 @@ def evaluate(
     quiet_libraries()
     from logitcache.adapters.reloadable import check_reloadable
     from logitcache.data.rows import read_rows
-    from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift
+    from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
     from logitcache.evaluation.metrics import drift_prevented, finite_or_none
     from logitcache.evaluation.table import evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
-    from logitcache.pairing.identity_checks import check_identity
     from logitcache.storage import LogitCache
 
     if names:
@@ -132,9 +133,9 @@ def evaluate(
     if adapter is not None:
         check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
+    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer)) for s in sides]
     for side in sides:
         if side.cache is not None:
-            check_identity(side.cache, base, tokenizer)
             _tell_dtype(side, base)
     samples = {side.name: _samples_of(side, base, tokenizer, max_length) for side in sides}
     plain = None if against is None else plain_drift(against, samples["prior"], base.identity)
@@ -227,8 +228,8 @@ def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", 
     from logitcache.evaluation.compare import compare, compare_cached
 
     with token_bar(f"evaluate {side.name}", sum(len(s.token_ids) for s in samples)) as progress:
-        if side.cache is not None:
-            return compare_cached(adapted, side.cache, samples, batch_tokens, progress)
+        if side.view is not None:
+            return compare_cached(adapted, side.view, samples, batch_tokens, progress)
         return compare(base.model, adapted, samples, batch_tokens, progress)
 
 

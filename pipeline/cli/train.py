@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from logitcache.data.samples import Sample
     from logitcache.models.loading import Base
-    from logitcache.pairing.identity_checks import StepZero
+    from logitcache.pairing.step_zero import StepZero
     from logitcache.storage import LogitCache
     from logitcache.training.run import TrainReport
 
@@ -73,7 +73,6 @@ def train(
         settings = RunSettings.of(values)
     quiet_libraries()
     from logitcache.models.loading import find_model, load_as, load_tokenizer
-    from logitcache.pairing.identity_checks import check_identity
     from logitcache.storage import LogitCache
     from logitcache.training.run import train as run
 
@@ -89,8 +88,6 @@ def train(
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    if opened is not None:
-        check_identity(opened, base, tokenizer, settings.pairing)
     samples = _samples(opened, data, max_length, base, tokenizer)
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
@@ -112,6 +109,7 @@ def train(
         [TrainBar("train")],
         settings.penalty,
         settings.pairing,
+        tokenizer,
         tell,
         note if speaks else lambda _: None,
     )

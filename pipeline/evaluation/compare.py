@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.adapters.reloadable import check_reloadable
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
@@ -38,9 +38,10 @@ from logitcache.models.head import (
     rows_at_once,
 )
 from logitcache.models.loading import Base, find_model, first_line, load_base
-from logitcache.pairing.identity_checks import PLAIN_LOSS_BYTES, check_samples, check_width
 from logitcache.pairing.inputs import model_inputs
+from logitcache.pairing.step_zero import PLAIN_LOSS_BYTES
 from logitcache.pairing.targets import PREFIX, placed, targets_of, with_targets
+from logitcache.pairing.view import AnyCache, CacheView
 from logitcache.storage import LogitCache, ModelIdentity, sample_id
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
@@ -51,6 +52,11 @@ Values = dict[str, Tensor]
 """Columns of `metrics.DocumentSums` for every position of a batch, [N]."""
 
 _FULL_KL = Objective("full-kl")
+
+
+def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
+    """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`."""
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
 
 
 def check_adapter(folder: str, base: Base) -> None:
@@ -155,7 +161,7 @@ def compare(
 
 def compare_cached(
     adapted: nn.Module,
-    cache: LogitCache,
+    cache: AnyCache,
     samples: Sequence[Sample],
     batch_tokens: int = 8192,
     progress: Progress = lambda _: None,
@@ -167,15 +173,16 @@ def compare_cached(
     to `compare` at K = V - 1. The base's first token is the label or the first alternative, whichever is recorded as
     more probable; equal values go to the smaller id, as in argmax; where both are within the rounding of each other the
     position counts as `undecided`.
-    The caller checks that cache and model belong together (`gate.check_identity`); here only the width is.
+    cache: a view of it (`CacheView.paired` with the base's folder makes every check), or one that is held against the
+    model in memory here.
     Raises what `compare` raises, `NotTheBase`, `SampleNotCached` and `PositionNotCaptured` before anything is run.
     """
-    check_width(adapted, cache)
+    view = CacheView.of(cache, adapted, _FULL_KL, None, None)
     samples = [s for s in samples if len(s.positions)]
-    check_samples(cache, samples)
+    view.require(samples)
 
     def values(batch: Sequence[Sample]) -> Values:
-        return _cached_values(adapted, cache, batch)
+        return _cached_values(adapted, view.cache, batch)
 
     found, samples = _document_sums([adapted], samples, batch_tokens, values, progress)
     return comparison_of(found, "cache", samples_fingerprint(samples))

@@ -23,8 +23,8 @@ from logitcache.models.head import causal_lm_of, evaluation_mode, hidden_states,
 from logitcache.models.quantization import held_in
 from logitcache.storage import LogitCache
 
-from .identity_checks import computed_in
 from .inputs import model_inputs
+from .step_zero import computed_in
 from .targets import PREFIX, Batch
 
 PROBED_TOKENS = 16

@@ -33,9 +33,5 @@ class PairingRules(Settings):
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for a rule that is of the other kind of teacher."""
-        if self.ignore_padding and not self.teacher_is_not_base:
-            raise InvalidSettings(
-                "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
-            )
         if self.other_precision and self.teacher_is_not_base:
             raise InvalidSettings("--other-precision is for the cache of the student's own base.")

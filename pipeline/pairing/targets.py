@@ -63,6 +63,21 @@ class CachedCollator:
     def __call__(self, features: Sequence[Any]) -> Batch:
         return with_targets(self.collator(features), self.cache, self.top_k, self.cut)
 
+    def looked_up(self, batch: Batch) -> Batch:
+        """A batch that has been collated, with its targets, on its device; as it is where they are there already."""
+        if f"{PREFIX}rows" in batch:
+            return batch
+        device = batch["input_ids"].device
+        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        found = with_targets(on_cpu, self.cache, self.top_k, self.cut)
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
+
+
+def collated(batch: Any) -> Batch:
+    """The collator of a batch that is one already."""
+    found: Batch = batch
+    return found
+
 
 def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: Cut | None = None) -> Batch:
     """A collated batch on the CPU with the base_* columns of `CachedCollator`."""

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
@@ -32,8 +32,8 @@ from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
 from logitcache.models.settings import LoadSettings
-from logitcache.pairing.identity_checks import check_identity, check_samples, check_tail
 from logitcache.pairing.targets import samples_of
+from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.training.run import data_fingerprint, train
 from logitcache.training.run_folder import RUN, clear, write_json
@@ -55,6 +55,7 @@ class Prepared:
     config: SweepConfig
     out: Path
     base: Base
+    tokenizer: PreTrainedTokenizerBase | None
     device: torch.device
     cache: LogitCache
     samples: Sequence[Sample]
@@ -90,17 +91,15 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
     held = common.loading
     base = load_base(source, dtype, device if _stays(held) else torch.device("cpu"), held.load_in, held.device_map)
     cache = LogitCache.open(config.cache)
-    check_identity(cache, base, tokenizer, common.pairing)
     max_length = cache.manifest.capture.max_length
 
     def read(path: str) -> list[Sample]:
         return make_samples(read_rows(path), tokenizer, max_length, base.identity.vocab_size).samples
 
     samples = samples_of(cache) if config.data is None else read(config.data)
-    check_samples(cache, samples)
-    for spec in config.runs:
-        run = config.run_of(spec, _has_groups(cache))
-        check_tail(cache, run.objective, run.training.top_k)
+    runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
+    for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
+        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
     texts = {"new": read(config.new), "prior": read(config.prior)}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):
@@ -117,7 +116,7 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
             if report.num_samples:
                 say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
             probes[name] = (LogitCache.open(path), list(distinct(text)))
-    return Prepared(config, out, base, device, cache, samples, probes)
+    return Prepared(config, out, base, tokenizer, device, cache, samples, probes)
 
 
 def run_all(prepared: Prepared, retry_failed: bool = False) -> Iterator[Done]:
@@ -176,6 +175,7 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         resume=True,
         penalty=run.penalty,
         pairing=run.pairing,
+        tokenizer=prepared.tokenizer,
         tell=told.append,
     )
     adapted = load_adapter(_fresh(prepared).model, str(folder), run.loading.device_map)

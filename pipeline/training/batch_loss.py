@@ -11,6 +11,7 @@ from logitcache.losses.fused import LinearLoss, linear_loss
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
 from logitcache.pairing.inputs import model_inputs
 from logitcache.pairing.targets import PREFIX, Batch, placed, targets_of
+from logitcache.pairing.view import CacheView
 
 
 def batch_loss(
@@ -18,28 +19,24 @@ def batch_loss(
     batch: Batch,
     objective: Objective,
     kl_weight: float | Tensor,
-    token_groups: Tensor | None,
-    vocab_size: int | None = None,
+    view: CacheView | None,
     top1: Tensor | None = None,
 ) -> LinearLoss:
     """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
 
     batch: as `targets.with_targets` makes it, on one device, where the sums will be too; the model may be on several.
-    kl_weight stands for `objective.weight`.
-    token_groups: [V], for tail `groups`. vocab_size: of the logits, the first tokens only. The head's trained
-    parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too, those of adapters that are not
-    active none. Raises `TrainingFailed` where another one would get none. top1: as `linear_loss` has it.
+    kl_weight stands for `objective.weight`. view: of the cache that the targets are from, None without one. The head's
+    trained parameters (LoRA on lm_head, modules_to_save, a whole model) get their gradients too, those of adapters that
+    are not active none. Raises `TrainingFailed` where another one would get none. top1: as `linear_loss` has it.
     """
     where = batch["input_ids"].device
     hidden = hidden_states(model, **model_inputs(model, batch))
     batch = placed(batch, hidden.device)
-    if token_groups is not None:
-        token_groups = token_groups.to(hidden.device)
     if isinstance(kl_weight, Tensor):
         kl_weight = kl_weight.to(hidden.device)
-    head = OutputHead(causal_lm_of(model), vocab_size)
+    head = OutputHead(causal_lm_of(model), None if view is None else view.vocab_size)
     selected = hidden.flatten(0, 1).index_select(0, batch[f"{PREFIX}rows"])
-    targets = targets_of(batch, token_groups)
+    targets = targets_of(batch, None if view is None else view.token_groups(hidden.device))
     parameters, idle = head.parameters(), head.idle_parameters()
     labels = batch[f"{PREFIX}label_ids"]
     found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters, idle, top1)

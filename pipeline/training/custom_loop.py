@@ -4,7 +4,7 @@
     loss = anchored(model, batch).loss   # batch: input_ids, labels, attention_mask or position_ids
     loss.backward()
 
-Owns nothing but this arrangement: looking up is `targets`, the loss `step`, the check of the first batch `gate`.
+Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s.
 """
 
 from pathlib import Path
@@ -13,21 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.adapters.adalora import Orthogonality
+from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import unwrapped
-from logitcache.pairing.identity_checks import check_first_batch, check_precision, check_tail, check_width
+from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
-from logitcache.pairing.targets import (
-    PREFIX,
-    Batch,
-    CachedCollator,
-    Collator,
-    count_positions,
-    cut_of,
-    groups_of,
-    with_targets,
-)
+from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, collated, count_positions
+from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import LogitCache
 
 from .batch_loss import batch_loss
@@ -37,36 +30,54 @@ from .own_loss import check_own_loss, probe_own_loss
 class CachedLoss:
     """mean CE + weight * mean regulariser of a batch, each over its own positions.
 
-    cache: opened, or its path. check: on the first batch, hold the model (an untrained adapter) against the cache;
-    False where training goes on from a trained adapter, or where the teacher is another model. vocab_size: where model
-    and cache have logits of different widths by padding, the lesser of these; that many tokens are compared.
-    other_precision: model and cache may hold their weights in different formats, else `IdentityMismatch` if checked.
-    Raises `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed` where the model's own loss has a
-    term that is not made here, or a batch brings what nothing reads.
+    cache: a path, an opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own. model: held
+    against the cache now instead of at the first call; needed beforehand where the rules ignore padding. top_k: read
+    fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: on
+    the first batch, measure the model (an untrained adapter) against the cache; False where training goes on from a
+    trained adapter.
+    Raises what `CacheView.paired` raises, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed`
+    where the model's own loss has a term that is not made here, or a batch brings what nothing reads.
     """
 
     def __init__(
         self,
-        cache: LogitCache | str | Path,
+        cache: AnyCache,
         objective: Objective | None = None,
         *,
+        model: nn.Module | None = None,
+        top_k: int | None = None,
+        rules: PairingRules | None = None,
         check: bool = True,
-        vocab_size: int | None = None,
-        other_precision: bool = False,
     ) -> None:
-        self.cache = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-        self.objective = Objective() if objective is None else objective
+        self.objective = objective_of(cache, objective, top_k, rules)
         if self.objective.kl_budget is not None:
-            raise ValueError("kl_budget: a loop of one's own gives kl_weight every step, from budget.BudgetedWeight")
-        check_tail(self.cache, self.objective)
-        self._check, self._vocab_size, self._other_precision = check, vocab_size, other_precision
-        self._check_layout = LayoutCheck(self.cache)
-        self._cut = cut_of(self.cache, vocab_size)
-        self._groups = groups_of(self.cache, vocab_size) if self.objective.tail == "groups" else None
+            raise ValueError("kl_budget: a loop of one's own gives kl_weight every step (kl_controller.BudgetedWeight)")
+        self._view = cache if isinstance(cache, CacheView) else None
+        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        self.cache = opened.cache if isinstance(opened, CacheView) else opened
+        check_tail(self.cache, self.objective, top_k)
+        self._top_k, self._rules = top_k, PairingRules() if rules is None else rules
+        self._check, self._check_layout = check, LayoutCheck(self.cache)
+        if model is not None:
+            self.view(model)
 
-    def collator(self, collator: Collator) -> CachedCollator:
+    def view(self, model: nn.Module) -> CacheView:
+        """The cache as this model reads it, held against it; the first model decides how much padding is ignored."""
+        if self._view is None:
+            self._view = CacheView.paired(self.cache, model, self.objective, top_k=self._top_k, rules=self._rules)
+        self._view.check_width(model)
+        return self._view
+
+    def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
-        return CachedCollator(collator, self.cache, cut=self._cut)
+        if self._view is not None:
+            return self._view.collator(collator)
+        if self._rules.ignore_padding:
+            raise TrainingFailed(
+                f"looking up {self.cache.path} before a model is known: the rules ignore padding, and how much of the "
+                "vocabulary that is follows from the model. Give CachedLoss(..., model=model)."
+            )
+        return CachedCollator(collator, self.cache, self._top_k)
 
     def count(self, batch: Batch) -> Tensor:
         """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""
@@ -74,12 +85,7 @@ class CachedLoss:
 
     def looked_up(self, batch: Batch) -> Batch:
         """The batch with its targets: as it is where they are there, looked up where not."""
-        if f"{PREFIX}rows" in batch:
-            return batch
-        device = batch["input_ids"].device
-        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        found = with_targets(on_cpu, self.cache, cut=self._cut)
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
+        return self.collator().looked_up(batch)
 
     def __call__(
         self, model: nn.Module, batch: Batch, counts: Tensor | None = None, kl_weight: float | None = None
@@ -92,21 +98,17 @@ class CachedLoss:
         counts: int64 [2], positions of the whole step (`count`), of which this batch is a part; by default its own.
         kl_weight: in place of the objective's weight.
         """
-        batch = self.looked_up(batch)
-        check_width(model, self.cache, self.objective, self._vocab_size)
+        view, batch = self.view(model), self.looked_up(batch)
         check_own_loss(model)
         self._check_layout(model, batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
             probe_own_loss(model)
-            check_precision(model, self.cache, self._other_precision)
-            check_first_batch(model, batch, self.cache, self.objective, self._vocab_size)
+            view.check_first_batch(model, batch)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
         weight = self.objective.weight if kl_weight is None else kl_weight
-        if self._groups is not None:
-            self._groups = self._groups.to(batch["input_ids"].device)
-        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, self._groups, self._vocab_size)
+        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, view)
         loss, orthogonality = sums.loss / num_ce, Orthogonality.of(unwrapped(model))
         if orthogonality is not None:
             share = len(batch[f"{PREFIX}label_ids"]) / num_ce

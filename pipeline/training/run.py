@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
@@ -38,15 +45,10 @@ from logitcache.models.quantization import held_in, quantization_of
 from logitcache.models.tensor_parallel import decided, leads
 from logitcache.pairing.identity_checks import (
     PairingRules,
-    StepZero,
-    check_precision,
-    check_samples,
     check_tail,
-    check_tokens,
-    check_width,
-    common_width,
-    probe_step_zero,
 )
+from logitcache.pairing.step_zero import StepZero
+from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache, sample_id
 from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
@@ -89,6 +91,7 @@ class _Job:
     settings: TrainSettings
     penalty: PenaltySettings | None
     pairing: PairingRules
+    tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def regularized(self) -> LogitCache | None:
@@ -113,27 +116,27 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     penalty: PenaltySettings | None = None,
     pairing: PairingRules | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train an adapter of `base`, or all of it, on samples, regularised by a cache, into the folder `out`.
 
-    cache: required unless the regulariser is `none`; its identity has been checked with the same pairing
-    (`gate.check_identity`). penalty: on the change of the weights, in addition; ewc's Fisher information is of these
-    samples. resume: go on with what is whole in `out`, or begin where there is nothing; tell is told, in sentences,
-    what was left aside and why. on_step_zero is told what was measured before step 1. The base's model object becomes
-    the student's backbone: load it anew for another run. Raises `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
-    `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
-    `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
-    `UnsuitableAdapter`.
+    cache: required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as the
+    pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
+    information is of these samples. resume: go on with what is whole in `out`, or begin where there is nothing; tell
+    is told, in sentences, what was left aside and why. on_step_zero is told what was measured before step 1. The base's
+    model object becomes the student's backbone: load it anew for another run. Raises what `CacheView.paired` raises,
+    `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite),
+    `FolderInUse` (another run is writing there), `IdentityMismatch` (the run there is another), `CorruptCache`,
+    `InputNotFound` (no layer of the names to adapt), `UnsuitableAdapter`.
     """
-    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or PairingRules())
+    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or PairingRules(), tokenizer)
     _check_combination(job)
     _check_placement(base, adapter, penalty)
     description = _describe(job)
-    arguments = trainer_arguments(
-        out, settings, head_device(base.model), job.mixed
-    )  # starts the processes' group, if any
+    # starts the group of processes, if there are any
+    arguments = trainer_arguments(out, settings, head_device(base.model), job.mixed)
     with ExitStack() as stack:
 
         def claim() -> run_folder.Found:
@@ -162,7 +165,7 @@ def _train(
 ) -> TrainReport:
     """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
     base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
-    vocab_size = _check_data(job)
+    view = _checked_view(job)
     penalty = job.penalty
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
@@ -173,9 +176,9 @@ def _train(
     model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
     probe_own_loss(model)
     step_zero = None
-    if job.regularized is not None and job.pairing.teacher_is_base:
+    if view is not None and job.pairing.teacher_is_base:
         with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
-            step_zero = probe_step_zero(model, job.regularized, job.samples, job.objective, vocab_size)
+            step_zero = view.step_zero(model, job.samples)
         on_step_zero(step_zero)
     log = _JsonLog(out / LOG)
     own = [log, _tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
@@ -185,12 +188,10 @@ def _train(
         train_dataset=list(job.samples),
         data_collator=pad_samples,
         callbacks=[*own, *callbacks],
-        cache=job.regularized,
-        objective=job.objective,
-        top_k=job.settings.top_k,
+        cache=view,
+        objective=job.objective if view is None else None,
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
-        ignore_padding=job.pairing.ignore_padding,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
@@ -211,22 +212,16 @@ def _train(
     return report
 
 
-def _check_data(job: _Job) -> int | None:
-    """Raise before step 1 what would end or spoil the run later. Returns the tokens that both models have, if asked."""
-    model, samples, cache, pairing = job.base.model, job.samples, job.regularized, job.pairing
-    check_head(model)
-    check_length(model, max(len(s.token_ids) for s in samples))
-    if cache is None:
+def _checked_view(job: _Job) -> CacheView | None:
+    """Raise before step 1 what would end or spoil the run later. The cache as the run reads it; None if it does not."""
+    check_head(job.base.model)
+    check_length(job.base.model, max(len(s.token_ids) for s in job.samples))
+    if job.regularized is None:
         return None
-    vocab_size = None
-    if pairing.ignore_padding:
-        vocab_size = common_width(model, cache)
-        check_tokens(samples, vocab_size)
-    check_width(model, cache, job.objective, vocab_size)
-    if pairing.teacher_is_base:
-        check_precision(model, cache, pairing.other_precision)
-    check_samples(cache, samples)
-    return vocab_size
+    top_k, rules = job.settings.top_k, job.pairing
+    view = CacheView.paired(job.regularized, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
+    view.require(job.samples)
+    return view
 
 
 def _save(job: _Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:

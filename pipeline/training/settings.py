@@ -119,6 +119,10 @@ class RunSettings(Settings):
                 f"--regularizer {self.penalty.kind} is on what an adapter changes of weights that can be read: not "
                 "with --adapter none or --load-in."
             )
+        if self.pairing.ignore_padding and not self.pairing.teacher_is_not_base:
+            raise InvalidSettings(
+                "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
+            )
         if self.pairing.teacher_is_not_base and self.objective.regularizer == "none":
             named = "none" if self.penalty is None else self.penalty.kind
             raise InvalidSettings(

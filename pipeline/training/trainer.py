@@ -5,9 +5,9 @@ accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes g
 refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `step`.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,19 +20,11 @@ from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import OutputHead, causal_lm_of, check_head
-from logitcache.pairing.identity_checks import check_first_batch, check_precision, check_tail, check_width, common_width
+from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.layout import LayoutCheck
-from logitcache.pairing.targets import (
-    PREFIX,
-    Batch,
-    CachedCollator,
-    Collator,
-    count_positions,
-    cut_of,
-    documents_of,
-    groups_of,
-)
-from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
+from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of
+from logitcache.pairing.view import AnyCache, CacheView, objective_of
+from logitcache.storage import PositionNotCaptured, SampleNotCached
 
 from .batch_loss import batch_loss
 from .kl_controller import BudgetedWeight
@@ -46,6 +38,7 @@ CHECKED_ROWS = 100_000
 
 _ROWS_AT_ONCE = 64
 
+logger = logging.getLogger(__name__)
 
 _AnyTrainer: Any = Trainer if TYPE_CHECKING else object
 
@@ -58,10 +51,9 @@ class CachedKL(_AnyTrainer):
 
     Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
     top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
-    untrained model with the cache on the first batch (leave it on, unless that has been done, or the teacher is another
-    model). ignore_padding: where model and cache have logits of different widths, compare what both have.
-    other_precision: model and cache may hold their weights in different formats (a quantised model, the cache of the
-    base as it was), else `IdentityMismatch`, where checked.
+    untrained model with the cache on the first batch (leave it on, unless that has been done). rules: how the cache may
+    belong to another teacher, a padded vocabulary or another number format, else `IdentityMismatch`. cache: a path, an
+    opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own.
     replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
@@ -77,23 +69,22 @@ class CachedKL(_AnyTrainer):
     def __init__(
         self,
         *args: Any,
-        cache: LogitCache | str | Path | None,
+        cache: AnyCache | None,
         objective: Objective | None = None,
         top_k: int | None = None,
+        rules: PairingRules | None = None,
         check: bool = True,
         penalty: Penalty | None = None,
-        ignore_padding: bool = False,
-        other_precision: bool = False,
         replace_loss: bool = False,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
         if not replace_loss:
             check_replaced(type(self), CachedKL)
         super().__init__(*args, **kwargs)
-        self.objective = Objective() if objective is None else objective
-        if cache is None and self.objective.regularizer != "none":
-            raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
-        if penalty is not None and self.objective.label_smoothing:
+        self.kl_objective = chosen = objective_of(cache, objective, top_k, rules)
+        if cache is None and chosen.regularizer != "none":
+            raise TrainingFailed(f"training with {chosen.regularizer}: a cache is needed. Give cache=.")
+        if penalty is not None and chosen.label_smoothing:
             raise TrainingFailed(
                 "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
             )
@@ -104,38 +95,31 @@ class CachedKL(_AnyTrainer):
                 " processes: each process has a part of them and would pull on that alone. Leave out the penalty, or "
                 "tensor parallelism."
             )
-        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-        self.cache = None if self.objective.regularizer == "none" else opened
-        self.cached_top_k = top_k
         check_supported(self)
-        check_tail(self.cache, self.objective, top_k)
-        self._vocab_size: int | None = None
-        if self.cache is not None:
-            self._vocab_size = common_width(self.model, self.cache) if ignore_padding else None
-            check_width(self.model, self.cache, self.objective, self._vocab_size)
-            if check:
-                check_precision(self.model, self.cache, other_precision)
-        self._cut = None if self.cache is None else cut_of(self.cache, self._vocab_size)
+        self.cache_view: CacheView | None = None
+        if cache is not None and chosen.regularizer != "none":
+            self.cache_view = CacheView.of(cache, self.model, chosen, top_k, rules)
+            if self.is_world_process_zero() and self.cache_view.left_out:
+                where, what = self.cache_view.cache.path, "; ".join(self.cache_view.left_out)
+                logger.warning("CachedKL with %s: not compared: %s.", where, what)
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
             handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
         device = self.args.device
-        groups = groups_of(self.cache, self._vocab_size) if self.objective.tail == "groups" else None
-        self._token_groups = None if groups is None else groups.to(device)
         self._check, self._check_start = check, check
-        self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
+        self._check_layout = None if self.cache_view is None else LayoutCheck(self.cache_view.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
         self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
-        self.kl_weight = self.objective.weight
+        self.kl_weight = self.kl_objective.weight
         self._first_step = FirstStep(device)
         self.add_callback(_MeterReset(self))
         self.add_callback(_FirstStepCheck(self))
         if self._tokens is not None:
             self.add_callback(self._tokens)
-        if self.objective.kl_budget is not None:
+        if self.kl_objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
 
     def get_train_dataloader(self) -> Any:
@@ -145,14 +129,15 @@ class CachedKL(_AnyTrainer):
             probe_own_loss(self.model)
         collator, settings = self.data_collator, self.accelerator.dataloader_config
         dispatch = settings.dispatch_batches
-        self.data_collator = CachedCollator(collator, self.cache, self.cached_top_k, self._cut)
+        view = self.cache_view
+        self.data_collator = CachedCollator(collator, None) if view is None else view.collator(collator)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
             loader = super().get_train_dataloader()
         finally:
             self.data_collator, settings.dispatch_batches = collator, dispatch
-        if self._check and self.cache is not None:
-            self._check_data(loader.dataset)
+        if self._check and view is not None:
+            self._check_data(view, loader.dataset)
         return loader
 
     def get_batch_samples(
@@ -171,7 +156,7 @@ class CachedKL(_AnyTrainer):
         self._first_step.begin()
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
-            counts += count_positions(batch, self.objective).to(device)
+            counts += count_positions(batch, self.kl_objective).to(device)
         counts = over_processes(self, counts)
         self._step_counts = counts[1]
         return batches, counts
@@ -200,17 +185,17 @@ class CachedKL(_AnyTrainer):
         if self._check_layout is not None:
             with self.accelerator.autocast():
                 self._check_layout(model, inputs)
-        if self._check_start and self.cache is not None and len(inputs[f"{PREFIX}rows"]):
+        if self._check_start and self.cache_view is not None and len(inputs[f"{PREFIX}rows"]):
             self._check_start = False
             with self.accelerator.autocast():
-                check_first_batch(model, inputs, self.cache, self.objective, self._vocab_size)
+                self.cache_view.check_first_batch(model, inputs)
         if num_items_in_batch is None:
-            num_items_in_batch = count_positions(inputs, self.objective)
+            num_items_in_batch = count_positions(inputs, self.kl_objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
         with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
             weight = self.kl_weight * num_ce / num_kl
             top1 = None if self._tokens is None else torch.zeros((), dtype=torch.int64, device=self.args.device)
-            found = batch_loss(model, inputs, self.objective, weight, self._token_groups, self._vocab_size, top1)
+            found = batch_loss(model, inputs, self.kl_objective, weight, self.cache_view, top1)
         if self._tokens is not None and top1 is not None:
             self._tokens.add(inputs, top1)
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
@@ -225,7 +210,7 @@ class CachedKL(_AnyTrainer):
             others = others + term.weight * part
         loss = loss + others
         if self._first_step.pending:
-            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.objective), others)
+            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.kl_objective), others)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
     def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:
@@ -265,7 +250,7 @@ class CachedKL(_AnyTrainer):
             for name, _ in self._terms():
                 logs[name] = float(self._term_meters[name]) / self._metered_steps
                 terms += f", {name} {logs[name]}"
-            if self.objective.label_smoothing:
+            if self.kl_objective.label_smoothing:
                 advice = "Try a lower --lr, or no label smoothing: it is infinite where a logit is -inf."
             self.reset_meters()
             if not torch.isfinite(torch.tensor([ce, kl, *(logs[name] for name, _ in self._terms())])).all():
@@ -296,28 +281,27 @@ class CachedKL(_AnyTrainer):
         super()._load_callback_state()
         self.state.stateful_callbacks = {**own, **saved}
 
-    def _check_data(self, dataset: Any) -> None:
+    def _check_data(self, view: CacheView, dataset: Any) -> None:
         """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
-        if not hasattr(dataset, "__len__") or self.cache is None:
+        if not hasattr(dataset, "__len__"):
             return
         collate = self._get_collator_with_removed_columns(self.data_collator)
         rows = iter(range(min(len(dataset), CHECKED_ROWS)))
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            if self._miss(dataset, chunk, collate) is None:
+            if self._miss(view, dataset, chunk, collate) is None:
                 continue
             for index in chunk:  # one by one, for the first in the order of the data
-                error = self._miss(dataset, [index], collate)
+                error = self._miss(view, dataset, [index], collate)
                 if error is not None:
                     raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
 
     def _miss(
-        self, dataset: Any, indices: list[int], collate: Collator
+        self, view: CacheView, dataset: Any, indices: list[int], collate: Collator
     ) -> SampleNotCached | PositionNotCaptured | None:
         """What the cache says of the documents of these rows; None where it has them all."""
-        assert self.cache is not None
         documents = list(documents_of(collate([dataset[i] for i in indices])))
         try:
-            self.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
+            view.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
         except (SampleNotCached, PositionNotCaptured) as error:
             return error
         return None
@@ -369,7 +353,7 @@ class BudgetCallback(TrainerCallback, ExportableState):
     """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
 
     def __init__(self, trainer: CachedKL) -> None:
-        objective = trainer.objective
+        objective = trainer.kl_objective
         assert objective.kl_budget is not None
         self._trainer = trainer
         self._weight = BudgetedWeight(objective.kl_budget, objective.weight)

@@ -34,7 +34,7 @@ from logitcache.data.samples import Sample
 from logitcache.errors import InvalidSettings, TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective
-from logitcache.pairing.identity_checks import probe_step_zero
+from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.batch_loss import batch_loss

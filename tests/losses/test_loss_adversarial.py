@@ -24,7 +24,7 @@ from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_values
 from logitcache.losses.fused import linear_loss
 from logitcache.models.head import check_head
-from logitcache.pairing.identity_checks import probe_step_zero
+from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss

@@ -27,7 +27,7 @@ from logitcache.models import device_map as placement
 from logitcache.models.device_map import devices_of, head_device, input_device, is_spread, offloaded_parts
 from logitcache.models.head import check_head, hidden_states
 from logitcache.models.loading import Base, find_model, load_base
-from logitcache.pairing.identity_checks import probe_step_zero
+from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.batch_loss import batch_loss

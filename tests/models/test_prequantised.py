@@ -31,7 +31,7 @@ from logitcache.data.samples import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models.loading import Base, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, format_of, held_in
-from logitcache.pairing.identity_checks import Pairing, check_identity
+from logitcache.pairing.identity_checks import PairingRules, check_identity
 from logitcache.pairing.targets import samples_of
 from logitcache.storage import CachedSample, CacheWriter, IdentityMismatch, LogitCache, ModelIdentity
 from logitcache.training.custom_loop import CachedLoss
@@ -203,7 +203,7 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
         with pytest.raises(IdentityMismatch, match="made from 4bit weights, the model has unquantised weights"):
             CachedLoss(cache)(model, pad_samples(SAMPLES[:2]))
         with pytest.raises(IdentityMismatch, match="differs in weights"):
-            check_identity(cache, load(packed[how]), None, Pairing(other_precision=True))
+            check_identity(cache, load(packed[how]), None, PairingRules(other_precision=True))
     with pytest.raises(IdentityMismatch, match=r"model\.quantization"):  # and no other engine goes on with it
         CacheWriter(tmp_path / "c", manifest_of("m", replace(identity, quantization=""), None, CaptureSettings()))
 
@@ -242,7 +242,7 @@ def test_weights_unpacked_while_they_are_loaded_are_another_format(
         manifest = replace(manifest, reader_features=manifest_of("m", identity, None, settings).reader_features)
         precompute.precompute(base, manifest, make_plan(SAMPLES, settings), tmp_path / name)
     check_identity(LogitCache.open(tmp_path / "unpacked"), base, None)
-    check_identity(LogitCache.open(tmp_path / "fp8"), base, None, Pairing(other_precision=True))
+    check_identity(LogitCache.open(tmp_path / "fp8"), base, None, PairingRules(other_precision=True))
     with pytest.raises(IdentityMismatch, match="from fp8 weights, the model has unquantised weights, or unpacked ones"):
         check_identity(LogitCache.open(tmp_path / "fp8"), base, None)
 

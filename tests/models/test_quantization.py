@@ -28,12 +28,8 @@ from logitcache.models import quantization as quantized
 from logitcache.models.head import OutputHead, check_head, hidden_states, logits_width
 from logitcache.models.loading import Base, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, quantization_of
-from logitcache.pairing.identity_checks import (
-    KL_TOLERANCE_QUANTIZED_NATS,
-    PairingRules,
-    check_identity,
-    probe_step_zero,
-)
+from logitcache.pairing.identity_checks import PairingRules, check_identity
+from logitcache.pairing.step_zero import KL_TOLERANCE_QUANTIZED_NATS, probe_step_zero
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import CacheWriter, IdentityMismatch, LogitCache
 from logitcache.storage.manifest import features_of
@@ -312,20 +308,20 @@ def test_trainers_and_loops_refuse_another_precision_too(
     batch = pad_samples(SAMPLES[:4])
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
 
-    def in_a_trainer(**more: Any) -> object:
-        return CachedKLTrainer(model=model, args=arguments, train_dataset=SAMPLES, cache=held, **more)
+    def in_a_trainer(rules: PairingRules | None = None) -> object:
+        return CachedKLTrainer(model=model, args=arguments, train_dataset=SAMPLES, cache=held, rules=rules)
 
-    def in_a_loop(**more: Any) -> object:
-        return CachedLoss(held, **more)(model, batch)
+    def in_a_loop(rules: PairingRules | None = None) -> object:
+        return CachedLoss(held, rules=rules)(model, batch)
 
-    def in_a_run(other_precision: bool = False) -> object:
-        base, pairing = load(tiny, ours), PairingRules(other_precision=other_precision)
-        name = f"o{other_precision}"
+    def in_a_run(rules: PairingRules | None = None) -> object:
+        base, pairing = load(tiny, ours), rules
+        name = f"o{rules is not None}"
         settings, steps = AdapterSettings(rank=2, alpha=4.0), TrainSettings(max_steps=1)
         return train(base, SAMPLES, held, tmp_path / name, settings, Objective(), steps, pairing=pairing)
 
     for start in (in_a_trainer, in_a_loop, in_a_run):
-        start(other_precision=True)
+        start(PairingRules(other_precision=True))
         if ours == theirs:
             start()
             continue

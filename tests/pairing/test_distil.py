@@ -37,6 +37,8 @@ V, WIDE = 260, 272
 WEIGHT = 1.7
 SAMPLES = make_samples(6)
 
+IGNORING = PairingRules(ignore_padding=True)
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -128,7 +130,7 @@ def compare_with_oracle(
 ) -> None:
     """The loss within 1e-5, and the gradient of every parameter within 1e-4 of its largest entry."""
     cache = cache_of(path, teacher, kept)
-    anchored = CachedLoss(cache, objective, check=False, vocab_size=vocab_size)
+    anchored = CachedLoss(cache, objective, check=False, rules=PairingRules(ignore_padding=vocab_size is not None))
     found = anchored(student, pad_samples(SAMPLES))
     found.loss.backward()
     exact, frozen = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
@@ -275,9 +277,9 @@ def test_one_width_is_the_same_to_the_last_bit_with_padding_ignored(tmp_path: Pa
     results = []
     for vocab_size in (None, V):
         student = student_of()
-        CachedLoss(cache, Objective(weight=WEIGHT), check=False, vocab_size=vocab_size)(
-            student, pad_samples(SAMPLES)
-        ).loss.backward()
+        CachedLoss(
+            cache, Objective(weight=WEIGHT), check=False, rules=PairingRules(ignore_padding=vocab_size is not None)
+        )(student, pad_samples(SAMPLES)).loss.backward()
         results.append(gradients(student))
     assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
 
@@ -286,7 +288,7 @@ def test_the_trainer_ignores_padding_as_the_loop_does(tmp_path: Path) -> None:
     for teacher, student in ((WIDE, V), (V, WIDE)):
         cache = cache_of(tmp_path / f"c{teacher}", teacher_of(teacher), Kept(16, GROUPS[:teacher]))
         objective = Objective("full-kl", "groups", weight=WEIGHT)
-        anchored = CachedLoss(cache, objective, check=False, vocab_size=V)(student_of(student), pad_samples(SAMPLES))
+        anchored = CachedLoss(cache, objective, check=False, rules=IGNORING)(student_of(student), pad_samples(SAMPLES))
         args = trainer_arguments(tmp_path / "o", TrainSettings(max_steps=1, batch_size=6), torch.device("cpu"))
         args.save_strategy = "no"
         trainer = CachedKLTrainer(
@@ -297,7 +299,7 @@ def test_the_trainer_ignores_padding_as_the_loop_does(tmp_path: Path) -> None:
             cache=cache,
             objective=objective,
             check=False,
-            ignore_padding=True,
+            rules=IGNORING,
         )
         trainer.train()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(float(anchored.loss.detach()), abs=1e-5)
@@ -311,15 +313,18 @@ def test_other_widths_are_refused_unless_padding_is_ignored(check: bool, tmp_pat
     cache = cache_of(tmp_path / "c", teacher_of(WIDE), Kept(16))
     with pytest.raises(NotTheBase, match="expected logits over 272 tokens, found 260"):
         CachedLoss(cache, check=check)(student_of(), pad_samples(SAMPLES))
+    anchored = CachedLoss(cache, check=False, rules=IGNORING, model=student_of(270))
     with pytest.raises(NotTheBase, match="expected logits over 270 tokens in both, found 272 in the cache and 260"):
-        CachedLoss(cache, check=check, vocab_size=270)(student_of(), pad_samples(SAMPLES))
+        anchored(student_of(), pad_samples(SAMPLES))
+    with pytest.raises(TrainingFailed, match="before a model is known"):
+        CachedLoss(cache, check=False, rules=IGNORING).collator(pad_samples)
 
 
 def test_draws_of_a_wider_teacher_are_refused(tmp_path: Path) -> None:
     teacher, settings = base_of(teacher_of(WIDE)), CaptureSettings(top_k=8, max_length=64, tail_samples=4)
     precompute(teacher, SAMPLES, tmp_path / "c", settings)
     with pytest.raises(TrainingFailed, match="tail sampled on 260 of the 272 tokens"):
-        CachedLoss(tmp_path / "c", Objective(tail="sampled"), vocab_size=V)(student_of(), pad_samples(SAMPLES))
+        CachedLoss(tmp_path / "c", Objective(tail="sampled"), rules=IGNORING)(student_of(), pad_samples(SAMPLES))
 
 
 def test_tokens_beyond_the_common_ones_are_refused() -> None:
@@ -379,10 +384,10 @@ def test_a_base_that_was_padded_is_still_the_base(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "c", base, Kept(V - 1))
     padded = make_model()
     padded.resize_token_embeddings(WIDE, mean_resizing=False)
-    found = CachedLoss(cache, vocab_size=V)(padded, pad_samples(SAMPLES))
+    found = CachedLoss(cache, rules=IGNORING)(padded, pad_samples(SAMPLES))
     assert abs(float(found.kl)) < 1e-6
     with pytest.raises(NotTheBase, match="checking step 0"):
-        CachedLoss(cache, vocab_size=V)(make_model(1, vocab_size=WIDE), pad_samples(SAMPLES))
+        CachedLoss(cache, rules=IGNORING)(make_model(1, vocab_size=WIDE), pad_samples(SAMPLES))
 
 
 def losses_of(history: Sequence[dict[str, float]]) -> list[float]:

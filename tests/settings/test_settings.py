@@ -61,7 +61,10 @@ REFUSED: dict[str, tuple[Callable[[], Settings], str]] = {
     "None": (lambda: Objective(weight=None), "weight: expected a number of 0 or more, found None"),
     "weight of none": (lambda: Objective("none", weight=2.0), "--weight 2 with --regularizer none"),
     "budget of none": (lambda: Objective("none", kl_budget=0.1), "--kl-budget needs a KL regularizer"),
-    "padding": (lambda: PairingRules(ignore_padding=True), "--ignore-padding is for --teacher-is-not-base"),
+    "padding": (
+        lambda: RunSettings(pairing=PairingRules(ignore_padding=True)),
+        "--ignore-padding is for --teacher-is-not-base",
+    ),
     "two places": (lambda: LoadSettings(device_map="auto", device="cpu"), "chooses the devices itself"),
     "calibration": (lambda: JobSpec("m", "d", "c", engine="vllm"), "go together"),
     "packed": (lambda: RunSettings(adapter=AdapterSettings("none"), loading=LoadSettings(load_in="4bit")), "packed|qu"),

@@ -21,7 +21,7 @@ from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source
-from logitcache.pairing.identity_checks import probe_step_zero
+from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, samples_of, with_targets
 from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
 from logitcache.training.run import TrainSettings, train

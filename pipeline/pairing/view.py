@@ -1,0 +1,141 @@
+"""`CacheView`: a cache as one model and one objective read it; whoever holds one knows that they fit.
+
+Owns the order of all checks of a pairing, so that the command line, the plug-ins and the integrations make the same
+ones, and what follows from a pairing: how many tokens and alternatives are compared, and the tail groups. The checks
+themselves are in `identity_checks` and `step_zero`. Must not train.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.data.samples import Sample
+from logitcache.losses.formulas import Objective
+from logitcache.models.loading import Base
+from logitcache.storage import LogitCache
+
+from .identity_checks import (
+    PairingRules,
+    check_identity,
+    check_precision,
+    check_samples,
+    check_tail,
+    check_tokens,
+    check_width,
+    common_width,
+)
+from .step_zero import StepZero, check_first_batch, probe_step_zero
+from .targets import Batch, CachedCollator, Collator, collated, cut_of, groups_of
+from .vocab_cut import Cut
+
+NO_FOLDER = "the fingerprints of weights, configuration and tokenizer (a model in memory has no folder)"
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """A cache that fits a model and an objective. Make one with `CacheView.paired`."""
+
+    cache: LogitCache
+    objective: Objective
+    rules: PairingRules
+    top_k: int | None
+    """Alternatives read a position; None: all that the cache has."""
+    vocab_size: int | None
+    """The first tokens of both vocabularies, which are compared; None: all, and both have the same."""
+    left_out: tuple[str, ...]
+    """Checks that could not be made, and why, a phrase each."""
+    _cut: Cut | None = field(repr=False)
+    _groups: dict[torch.device, Tensor] = field(repr=False)
+
+    @classmethod
+    def paired(
+        cls,
+        cache: LogitCache | str | Path,
+        model: nn.Module | Base,
+        objective: Objective,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        top_k: int | None = None,
+        rules: PairingRules | None = None,
+    ) -> "CacheView":
+        """The cache, held against a model and an objective.
+
+        model: a `Base`, whose folder says which weights, configuration and tokenizer it has; or a module as a trainer
+        has it, of which none of these is known. Raises `IdentityMismatch`, `NotTheBase` (another number of logits),
+        `TrainingFailed` (the objective asks for what the cache does not hold), and what opening a cache raises.
+        """
+        rules = PairingRules() if rules is None else rules
+        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        check_tail(opened, objective, top_k)
+        module: nn.Module = model.model if isinstance(model, Base) else model
+        left_out: tuple[str, ...] = ()
+        if isinstance(model, Base):
+            check_identity(opened, model, tokenizer, rules)
+        else:
+            left_out = (NO_FOLDER,)
+        if rules.teacher_is_base:
+            check_precision(module, opened, rules.other_precision)
+        vocab_size = common_width(module, opened) if rules.ignore_padding else None
+        check_width(module, opened, objective, vocab_size)
+        groups = groups_of(opened, vocab_size) if objective.tail == "groups" else None
+        places = {} if groups is None else {groups.device: groups}
+        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut_of(opened, vocab_size), places)
+
+    @classmethod
+    def of(
+        cls, cache: "AnyCache", model: nn.Module, objective: Objective, top_k: int | None, rules: PairingRules | None
+    ) -> "CacheView":
+        """The view itself, if it is one, held against the model's width; else `paired`."""
+        if not isinstance(cache, CacheView):
+            return cls.paired(cache, model, objective, top_k=top_k, rules=rules)
+        cache.check_width(model)
+        return cache
+
+    def token_groups(self, device: torch.device) -> Tensor | None:
+        """The tail group of each token, uint8 [V], copied to a device once; None where the objective reads none."""
+        if self._groups and device not in self._groups:
+            self._groups[device] = next(iter(self._groups.values())).to(device)
+        return self._groups.get(device)
+
+    def collator(self, collator: Collator = collated) -> CachedCollator:
+        """A collator whose batches bring their targets; `looked_up` of it is for batches that are made already."""
+        return CachedCollator(collator, self.cache, self.top_k, self._cut)
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Raise `SampleNotCached`, `PositionNotCaptured` or `InvalidData` unless every sample can be looked up."""
+        if self.vocab_size is not None:
+            check_tokens(samples, self.vocab_size)
+        check_samples(self.cache, samples)
+
+    def check_width(self, model: nn.Module) -> None:
+        """Raise `NotTheBase` for another model than was paired, with another number of logits."""
+        check_width(model, self.cache, self.objective, self.vocab_size)
+
+    def step_zero(self, model: nn.Module, samples: Sequence[Sample]) -> StepZero:
+        """KL(base || model) on a few samples. Raises `NotTheBase` where it is more than noise."""
+        return probe_step_zero(model, self.cache, samples, self.objective, self.vocab_size)
+
+    def check_first_batch(self, model: nn.Module, batch: Batch) -> None:
+        """The same on a batch with targets; not where the teacher is another model, which it need not equal."""
+        if self.rules.teacher_is_base:
+            check_first_batch(model, batch, self.cache, self.objective, self.vocab_size)
+
+
+AnyCache: TypeAlias = CacheView | LogitCache | str | Path
+"""What plug-ins take for a cache: a view, an opened cache, or a path."""
+
+
+def objective_of(
+    cache: AnyCache | None, objective: Objective | None, top_k: int | None, rules: PairingRules | None
+) -> Objective:
+    """The objective of a view, or the one given, or the default. Raises ValueError where a view comes with others."""
+    if not isinstance(cache, CacheView):
+        return Objective() if objective is None else objective
+    if (objective, top_k, rules) != (None, None, None):
+        raise ValueError("a CacheView has an objective, a top_k and rules of its own: give it without them")
+    return cache.objective
