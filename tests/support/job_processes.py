@@ -94,10 +94,13 @@ class Workers:
         os.dup2(nowhere, 1)
         os.dup2(stderr, 2)
         share = ["--shard-index", str(index), "--num-shards", str(num)]
-        as_json = [] if more else ["--log-json"]
+        as_json, line = [] if more else ["--log-json"], list(self.line)
+        if more:  # in place of what the line says of it: no flag may stand twice
+            at = line.index(more[0])
+            line[at : at + 2] = []
         status = 1
         try:
-            program([*self.line, "--cache", str(self.folder / name), *share, *as_json, *(more or [])])
+            program([*line, "--cache", str(self.folder / name), *share, *as_json, *(more or [])])
         except SystemExit as stop:
             status = int(stop.code or 0)
         finally:
