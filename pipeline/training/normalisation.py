@@ -71,10 +71,12 @@ class FirstStep:
 
     def __init__(self, device: torch.device) -> None:
         self.pending = True
+        self._number = 1
         self._sums = torch.zeros(6, device=device)
 
-    def begin(self) -> None:
-        """What comes is of another step, or of another try of the same."""
+    def begin(self, number: int) -> None:
+        """What comes is of another step, or of another try of the same. number: from 1."""
+        self._number = number
         self._sums.zero_()
 
     def add_returned(self, loss: Tensor) -> None:
@@ -105,7 +107,7 @@ class FirstStep:
         if not math.isfinite(expected) or all(abs(value - expected) <= tolerance for value in (returned, in_log)):
             return  # `trainer` stops a run whose loss is not finite
         raise TrainingFailed(
-            f"training, step {trainer.state.global_step + 1}: expected a loss of {expected:.6g} (CE {ce:.6g} + "
+            f"training, step {self._number}: expected a loss of {expected:.6g} (CE {ce:.6g} + "
             f"{kl_weight:g} * KL {kl:.6g}{f' + {others:.6g}' if others else ''}), found {returned:.6g} in what "
             f"{type(trainer).__name__}.training_step returned and {in_log:.6g} in the log. Every gradient is off by "
             "as much. Nothing was saved. Put CachedKL before transformers' Trainer or TRL's SFTTrainer itself: "

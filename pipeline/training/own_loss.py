@@ -7,6 +7,8 @@ are not. AdaLoRA's term is served, by `adalora`.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,8 +64,9 @@ def probe_own_loss(model: nn.Module) -> None:
     if "labels" not in taken and not any(p.kind == p.VAR_KEYWORD for p in taken.values()):
         return
     ids, mask = few_tokens(causal_lm)
-    with evaluation_mode(inner):
+    with evaluation_mode(inner), _returning_names(causal_lm.config):
         output: Any = inner(input_ids=ids, attention_mask=mask, labels=ids)
+    torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if loss is None or logits is None or logits.shape[:2] != ids.shape:
         return
@@ -78,3 +81,13 @@ def probe_own_loss(model: nn.Module) -> None:
             f"{ce + served:.6g} on a few tokens, found {float(loss):.6g}. It has a term that is not computed here and "
             "would be left out. Switch it off in the model's or the adapter's configuration."
         )
+
+
+@contextmanager
+def _returning_names(config: Any) -> Iterator[None]:
+    """Where a configuration says return_dict=False, several of transformers' models fail in their own forward."""
+    found, config.return_dict = getattr(config, "return_dict", True), True
+    try:
+        yield
+    finally:
+        config.return_dict = found

@@ -174,11 +174,12 @@ def _train(
     set_seed(job.settings.seed)
     resumed = checkpoint is not None and keeps_start(job.adapter)
     model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
-    probe_own_loss(model)
     step_zero = None
-    if view is not None and job.pairing.teacher_is_base:
-        with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
+        probe_own_loss(model)
+        if view is not None and job.pairing.teacher_is_base:
             step_zero = view.step_zero(model, job.samples)
+    if step_zero is not None:
         on_step_zero(step_zero)
     log = _JsonLog(out / LOG)
     own = [log, _tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]

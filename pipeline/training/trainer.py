@@ -153,7 +153,7 @@ class CachedKL(_AnyTrainer):
         self._metered_steps += bool(batches)
         self._metered_weight += self.kl_weight if batches else 0.0
         self._step_meter.zero_()
-        self._first_step.begin()
+        self._first_step.begin(self.state.global_step + 1)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             counts += count_positions(batch, self.kl_objective).to(device)

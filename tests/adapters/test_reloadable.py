@@ -16,7 +16,8 @@ from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, Monte
 from support.cli_harness import done, precompute, refused, text_data, train_line
 
 from logitcache.adapters.start import calibrate_corda, calibrate_loraga
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import UnsuitableAdapter
 from logitcache.evaluation.compare import compare, load_adapter
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states

@@ -17,7 +17,8 @@ from support import sharded_head_rank
 from torch import nn
 from training.test_run import make_cache, make_samples
 
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.pairing.targets import with_targets

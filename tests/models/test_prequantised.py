@@ -27,7 +27,7 @@ from logitcache.capture import plan as precompute
 from logitcache.capture.calibration import read_calibration
 from logitcache.capture.engines.vllm import start_vllm, vllm_identity
 from logitcache.capture.plan import CaptureSettings, make_plan, manifest_for, manifest_of
-from logitcache.data.samples import pad_samples
+from logitcache.data.batches import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models.loading import Base, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, format_of, held_in

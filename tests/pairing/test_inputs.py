@@ -13,7 +13,8 @@ from training.test_run import V, make_samples
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, GPT2Model, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache

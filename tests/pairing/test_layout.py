@@ -19,7 +19,8 @@ from torch import nn
 from training.test_plug_in import arguments, lora, make_exact_cache, make_sft, on_the_left, packed_by_hand, rows_of, trl
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache

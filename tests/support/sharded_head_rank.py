@@ -11,7 +11,7 @@ from conftest import make_model
 from torch.distributed.fsdp import fully_shard
 from training.test_run import make_samples
 
-from logitcache.data.samples import pad_samples
+from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache

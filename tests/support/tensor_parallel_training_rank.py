@@ -21,7 +21,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from training.test_run import make_samples
 
-from logitcache.data.samples import pad_samples
+from logitcache.data.batches import pad_samples
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import LogitCache

@@ -22,7 +22,8 @@ from training.test_run import gradients_after_one_step, make_cache, make_samples
 from transformers import Trainer, TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache
@@ -227,6 +228,17 @@ def test_every_run_is_asked(cached: Cached, tmp_path: Path) -> None:
     trainer.scale = 0.5
     with pytest.raises(TrainingFailed, match="training, step 1: expected a loss of"):
         trainer.train()
+
+
+def test_a_loop_that_does_not_announce_its_steps_is_asked_after_the_first(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, cache = cached
+    trainer = trainer_over(Scaling, tmp_path, samples, cache, max_steps=2, per_device_train_batch_size=6)
+    monkeypatch.setattr(trainer.callback_handler, "on_pre_optimizer_step", lambda args, state, control: control)
+    with pytest.raises(TrainingFailed, match="training, step 1: expected a loss of"):
+        trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_try_after_one_without_memory_is_asked_anew(cached: Cached, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from training.test_run import V, gradients_after_one_step, make_base
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
-from logitcache.data.samples import Sample, pad_samples
+from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.training.custom_loop import CachedLoss
@@ -318,6 +319,20 @@ def test_the_probe_leaves_the_random_numbers_and_the_mode() -> None:
     state = torch.get_rng_state()
     probe_own_loss(model)
     assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+def test_a_configuration_of_tuples_is_probed_and_left() -> None:
+    from logitcache.pipeline.own_loss import probe_own_loss
+
+    for make in (make_model, with_a_z_loss):
+        model = make()
+        model.config.return_dict = False
+        if make is make_model:
+            probe_own_loss(model)
+        else:
+            with pytest.raises(TrainingFailed, match="its own forward"):
+                probe_own_loss(model)
+        assert model.config.return_dict is False
 
 
 def test_a_model_that_takes_no_labels_has_no_loss_to_compare(cached: Cached) -> None:
