@@ -35,6 +35,7 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.targets import samples_of
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
+from logitcache.storage.files import is_unfinished
 from logitcache.training.run import data_fingerprint, train
 from logitcache.training.run_folder import RUN, clear, write_json
 
@@ -285,8 +286,9 @@ def _check_same(stored: dict[str, Any], described: dict[str, Any], out: Path) ->
 
 def _check_folder(out: Path) -> None:
     """Raise `TrainingFailed` where `out` holds something else than a sweep, begun or done."""
-    ours = {SWEEP, f"{SWEEP}.new", f"{SWEEP}.lock", PROBE, RUNS}
-    stray = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.exists() else []
+    ours = {SWEEP, f"{SWEEP}.lock", PROBE, RUNS}
+    names = [path.name for path in out.iterdir()] if out.exists() else []
+    stray = sorted(name for name in names if name not in ours and not is_unfinished(name, SWEEP))
     if stray and not (out / SWEEP).is_file():
         raise TrainingFailed(
             f"writing to {out}: expected an empty folder or a sweep, found {stray[0]}. Choose another --out."

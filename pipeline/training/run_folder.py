@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from logitcache.errors import FolderInUse, TrainingFailed
 from logitcache.file_list import FILES, about_of, fault_of, names_below, seal
 from logitcache.storage import IdentityMismatch
-from logitcache.storage.files import replace_file, sync_path
+from logitcache.storage.files import is_unfinished, replace_file, sync_path
 
 RUN, LOG, LOCK, CHECKPOINTS = "run.json", "train_log.jsonl", "run.lock", "checkpoints"
 START = "start"
@@ -285,7 +285,11 @@ def _identity(part: Any) -> Any:
 
 def _is_leftover(path: Path) -> bool:
     """What a run leaves that ended before its run.json was written."""
-    return path.name in (f"{RUN}.new", LOCK) or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+    return (
+        is_unfinished(path.name, RUN)
+        or path.name == LOCK
+        or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+    )
 
 
 def _checkpoints(out: Path) -> list[Path]:

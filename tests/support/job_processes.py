@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from logitcache.cli import main as program
 from logitcache.cli import run
@@ -28,6 +29,7 @@ from logitcache.models.loading import find_model, load_base
 
 def main(line: list[str], folder: str, kills: int, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # transformers' bars of loading would leave a thread
     workers = Workers(line, Path(folder))
     assert run([*workers.line, "--cache", str(workers.folder / "none"), "--plan"]) == 0  # imports now, not in a child
     load_base(find_model(line[line.index("--model") + 1]), "auto", torch.device("cpu"))  # so do transformers' tables

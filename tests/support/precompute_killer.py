@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from logitcache.cli import run
 from logitcache.models.loading import find_model, load_base
@@ -31,6 +32,7 @@ SHARED_STEPS = ("fsync", "link", "rename", "replace", "unlink", "mkdir", "rmdir"
 def main(mode: str, line: list[str], folder: str, kills: int = 0, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)
     killer = Killer(line, Path(folder))
+    tqdm.monitor_interval = 0  # transformers' bars of loading would leave a thread
     importlib.import_module("logitcache.capture.worker")  # now, not in every child
     load_base(find_model(line[line.index("--model") + 1]), "auto", torch.device("cpu"))  # so do transformers' tables
     assert threading.active_count() == 1
