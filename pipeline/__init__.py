@@ -1,4 +1,106 @@
-"""What runs: samples, the base that fills the cache, the losses, the trainer, the evaluation and the command line.
+"""Fine-tune with LoRA against a cache of the base model's own predictions.
 
-Two flows, each a straight line: samples -> teacher -> cache, and samples -> cache -> loss -> adapter.
+    import logitcache
+
+    logitcache.precompute("base/", "train.jsonl", "cache/")                  # the base runs once
+    logitcache.train("base/", None, "cache/", "adapter/")                    # as often as you like
+    logitcache.evaluate("base/", "adapter/", {"new": "new.jsonl", "prior": "prior.jsonl"})
+
+Two flows, each a straight line, meet in the cache: rows -> samples -> base -> cache, and samples -> cache -> loss ->
+adapter. What is public stands in `__all__` and is imported from here; a name loads torch or transformers when it is
+used first, and only if it needs them. The command line is `logitcache --help`.
 """
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "AdapterSettings": "adapters.settings",
+    "CacheError": "storage",
+    "CacheView": "pairing.view",
+    "CacheWriter": "storage",
+    "CachedKL": "training.trainer",
+    "CachedKLTrainer": "training.trainer",
+    "CachedLoss": "training.custom_loop",
+    "CaptureSettings": "capture.settings",
+    "CorruptCache": "storage",
+    "FolderInUse": "errors",
+    "IdentityMismatch": "storage",
+    "IncompleteCache": "storage",
+    "InputNotFound": "errors",
+    "InvalidData": "errors",
+    "InvalidSettings": "errors",
+    "LoadSettings": "models.settings",
+    "LogitCache": "storage",
+    "NotTheBase": "errors",
+    "Objective": "losses.objective",
+    "PairingRules": "pairing.settings",
+    "PenaltySettings": "training.settings",
+    "PipelineError": "errors",
+    "PositionNotCaptured": "storage",
+    "SampleNotCached": "storage",
+    "TrainSettings": "training.settings",
+    "TrainingFailed": "errors",
+    "UnsuitableAdapter": "errors",
+    "UnsupportedModel": "errors",
+    "evaluate": "evaluation.compare",
+    "precompute": "capture.worker",
+    "sample_id": "storage",
+    "sweep": "sweeps.run",
+    "train": "training.run",
+}
+"""Where each public name lives."""
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from .adapters.settings import AdapterSettings as AdapterSettings
+    from .capture.settings import CaptureSettings as CaptureSettings
+    from .capture.worker import precompute as precompute
+    from .errors import FolderInUse as FolderInUse
+    from .errors import InputNotFound as InputNotFound
+    from .errors import InvalidData as InvalidData
+    from .errors import InvalidSettings as InvalidSettings
+    from .errors import NotTheBase as NotTheBase
+    from .errors import PipelineError as PipelineError
+    from .errors import TrainingFailed as TrainingFailed
+    from .errors import UnsuitableAdapter as UnsuitableAdapter
+    from .errors import UnsupportedModel as UnsupportedModel
+    from .evaluation.compare import evaluate as evaluate
+    from .losses.objective import Objective as Objective
+    from .models.settings import LoadSettings as LoadSettings
+    from .pairing.settings import PairingRules as PairingRules
+    from .pairing.view import CacheView as CacheView
+    from .storage import CacheError as CacheError
+    from .storage import CacheWriter as CacheWriter
+    from .storage import CorruptCache as CorruptCache
+    from .storage import IdentityMismatch as IdentityMismatch
+    from .storage import IncompleteCache as IncompleteCache
+    from .storage import LogitCache as LogitCache
+    from .storage import PositionNotCaptured as PositionNotCaptured
+    from .storage import SampleNotCached as SampleNotCached
+    from .storage import sample_id as sample_id
+    from .sweeps.run import sweep as sweep
+    from .training.custom_loop import CachedLoss as CachedLoss
+    from .training.run import train as train
+    from .training.settings import PenaltySettings as PenaltySettings
+    from .training.settings import TrainSettings as TrainSettings
+    from .training.trainer import CachedKL as CachedKL
+    from .training.trainer import CachedKLTrainer as CachedKLTrainer
+
+    __version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("logitcache")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

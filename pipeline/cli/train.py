@@ -12,9 +12,6 @@ from .common import CachePath, config_option, note, quiet_libraries
 from .options import as_usage, options_of, was_given
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from logitcache.data.samples import Sample
     from logitcache.models.loading import Base
     from logitcache.pairing.step_zero import StepZero
     from logitcache.storage import LogitCache
@@ -74,6 +71,7 @@ def train(
     quiet_libraries()
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.storage import LogitCache
+    from logitcache.training.run import check_before_loading, samples_for
     from logitcache.training.run import train as run
 
     from .progress import TrainBar
@@ -85,10 +83,11 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     for doubt in settings.doubts() if speaks else []:
         note(doubt)
+    rows = check_before_loading(opened, data, out, settings.objective, settings.training.top_k)
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    samples = _samples(opened, data, max_length, base, tokenizer)
+    samples = samples_for(rows, opened, base, tokenizer, max_length, note if speaks else lambda _: None)
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
@@ -132,35 +131,6 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) ->
         if was_given(ctx, name):
             flag = name.replace("_", "-")
             raise click.UsageError(f"--{flag} has no place in --adapter none, which trains every weight. Leave it out.")
-
-
-def _samples(
-    cache: "LogitCache | None",
-    data: str | None,
-    max_length: int | None,
-    base: "Base",
-    tokenizer: "PreTrainedTokenizerBase | None",
-) -> "list[Sample]":
-    """Those of --data, cut as the cache was, or those of the cache."""
-    from logitcache.data.rows import read_rows
-    from logitcache.data.samples import make_samples
-    from logitcache.pairing.targets import samples_of
-    from logitcache.storage import IdentityMismatch
-
-    if data is None:
-        assert cache is not None
-        return samples_of(cache)
-    captured = None if cache is None else cache.manifest.capture.max_length
-    if cache is not None and max_length not in (None, captured):
-        raise IdentityMismatch(
-            f"pairing {cache.path} with --max-length {max_length}: the cache was made with {captured}. "
-            "The same rows would be other samples. Leave --max-length out, or precompute a cache with it."
-        )
-    length = captured or max_length or 1024
-    found = make_samples(read_rows(data), tokenizer, length, base.identity.vocab_size)
-    if found.num_truncated:
-        note(f"{found.num_truncated:,} rows were cut to {length} tokens.")
-    return found.samples
 
 
 def _said_of(found: "StepZero", cache: "LogitCache", base: "Base") -> str:

@@ -9,7 +9,7 @@ Shapes: N positions of a batch, V vocabulary, D documents.
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.adapters.reloadable import check_reloadable
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
-from logitcache.data.samples import Sample, distinct
+from logitcache.data.rows import read_rows
+from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
 from logitcache.file_list import FILES, fault_of
@@ -37,7 +38,8 @@ from logitcache.models.head import (
     logits_width,
     rows_at_once,
 )
-from logitcache.models.loading import Base, find_model, first_line, load_base
+from logitcache.models.loading import Base, find_model, first_line, load_as, load_base, load_tokenizer
+from logitcache.models.settings import LoadSettings
 from logitcache.pairing.inputs import model_inputs
 from logitcache.pairing.step_zero import PLAIN_LOSS_BYTES
 from logitcache.pairing.targets import PREFIX, placed, targets_of, with_targets
@@ -136,6 +138,36 @@ def _is_whole(folder: str) -> bool:
     """Whether a folder holds a model and no adapter."""
     path = Path(folder)
     return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+
+
+def evaluate(
+    model: str | Path,
+    adapter: str | Path | None,
+    texts: Mapping[str, str | Path | Sequence[Sample]],
+    *,
+    loading: LoadSettings | None = None,
+    max_length: int = 1024,
+    batch_tokens: int = 8192,
+) -> dict[str, Comparison]:
+    """How base and adapted model predict texts: learning on new ones, forgetting on what the base knew.
+
+    model: folder or hub id. adapter: a folder, or None for the base alone. texts: of each name a file, folder, URL or
+    hub id of rows, or samples in memory. Both models are in memory; with probe caches one is (`compare_cached`).
+    Raises what loading and reading raise, and as `compare`.
+    """
+    source, held = find_model(str(model)), loading or LoadSettings()
+    base, tokenizer = load_as(source, held), load_tokenizer(source)
+    width, adapted = base.identity.vocab_size, None
+    samples = {
+        name: make_samples(read_rows(str(text)), tokenizer, max_length, width).samples
+        if isinstance(text, (str, Path))
+        else text
+        for name, text in texts.items()
+    }
+    if adapter is not None:
+        check_adapter(str(adapter), base)
+        adapted = load_adapter(load_as(source, held).model, str(adapter), held.device_map)
+    return {name: compare(base.model, adapted, found, batch_tokens) for name, found in samples.items()}
 
 
 def compare(

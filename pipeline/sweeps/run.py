@@ -30,7 +30,7 @@ from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
-from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
+from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.targets import samples_of
 from logitcache.pairing.view import CacheView
@@ -39,7 +39,7 @@ from logitcache.storage.files import is_unfinished
 from logitcache.training.run import data_fingerprint, train
 from logitcache.training.run_folder import RUN, clear, write_json
 
-from .config import RunSpec, SweepConfig
+from .config import RunSpec, SweepConfig, read_config
 
 SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json", "runs", "probe"
 VERSION = 1
@@ -118,6 +118,26 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
                 say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
             probes[name] = (LogitCache.open(path), list(distinct(text)))
     return Prepared(config, out, base, tokenizer, device, cache, samples, probes)
+
+
+def sweep(
+    config: str | Path | SweepConfig,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    retry_failed: bool = False,
+    say: Say = lambda _: None,
+) -> list[Done]:
+    """Do every run of a sweep that is not done, one after the other, in the folder `out`; `logitcache report` reads it.
+
+    config: a YAML file, or what `make_config` made. Returns the runs done here. Raises as `prepare` and `run_one`.
+    """
+    asked = config if isinstance(config, SweepConfig) else read_config(Path(config))
+    prepared = prepare(asked, Path(out), dtype, pick_device(device), say)
+    done = list(run_all(prepared, retry_failed))
+    measure_cost(prepared)
+    return done
 
 
 def run_all(prepared: Prepared, retry_failed: bool = False) -> Iterator[Done]:

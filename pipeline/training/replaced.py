@@ -15,6 +15,8 @@ from transformers.trainer_callback import ExportableState
 from logitcache.errors import TrainingFailed
 from logitcache.pairing.targets import PREFIX, Batch
 
+from .normalisation import num_replicas
+
 KNOWN = (("transformers", "Trainer"), ("trl", "SFTTrainer"))
 """Package and class: cross-entropy, with what `check_supported` refuses and `TokenMetrics` makes again."""
 
@@ -93,7 +95,7 @@ class TokenMetrics(TrainerCallback, ExportableState):
         counts = self._trainer.accelerator.reduce(torch.stack(self._pending), reduction="sum").tolist()
         self._pending.clear()
         self._accuracies += [right / positions if positions else 0.0 for right, positions, _ in counts]
-        seen = sum(tokens // self._trainer.get_tp_size() for _, _, tokens in counts)  # a group has the same batch
+        seen = sum(tokens // num_replicas(self._trainer) for _, _, tokens in counts)  # a group has the same batch
         self._trainer._total_train_tokens = self._total + seen
 
     def logged(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,21 +35,24 @@ from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attac
 from logitcache.adapters.null_space import NullSpace, check_null_space
 from logitcache.adapters.registry import KINDS, NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.data.batches import pad_samples
-from logitcache.data.samples import Sample
+from logitcache.data.rows import Row, read_rows
+from logitcache.data.samples import Sample, make_samples
 from logitcache.errors import InputNotFound, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts
 from logitcache.models.head import check_head, check_length
-from logitcache.models.loading import Base
+from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
 from logitcache.models.quantization import held_in, quantization_of
+from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import decided, leads
 from logitcache.pairing.identity_checks import (
     PairingRules,
     check_tail,
 )
 from logitcache.pairing.step_zero import StepZero
+from logitcache.pairing.targets import samples_of
 from logitcache.pairing.view import CacheView
-from logitcache.storage import LogitCache, sample_id
+from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
 from logitcache.training import run_folder
@@ -63,6 +66,12 @@ from .settings import TrainSettings as TrainSettings
 from .trainer import CachedKLTrainer
 
 TENSORBOARD = "tensorboard"
+DEFAULT_MAX_LENGTH = 1024
+"""Tokens a sample of data that no cache goes with."""
+
+Rows = Iterator[tuple[str, Row]]
+"""Where each comes from, and the row."""
+
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
 
 
@@ -105,13 +114,13 @@ class _Job:
 
 
 def train(
-    base: Base,
-    samples: Sequence[Sample],
-    cache: LogitCache | None,
-    out: Path,
-    adapter: AdapterSettings,
-    objective: Objective,
-    settings: TrainSettings,
+    model: str | Path | Base,
+    data: str | Path | Sequence[Sample] | None,
+    cache: str | Path | LogitCache | None,
+    out: str | Path,
+    adapter: AdapterSettings | None = None,
+    objective: Objective | None = None,
+    settings: TrainSettings | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     penalty: PenaltySettings | None = None,
@@ -120,18 +129,30 @@ def train(
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
-    """Train an adapter of `base`, or all of it, on samples, regularised by a cache, into the folder `out`.
+    """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
-    cache: required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as the
+    model: folder or hub id, or a base that is loaded, which becomes the student's backbone: load it anew for another
+    run. data: file, folder, URL or hub id; samples in memory; None: the samples of the cache. cache: a path or an
+    opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as the
     pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
-    information is of these samples. resume: go on with what is whole in `out`, or begin where there is nothing; tell
-    is told, in sentences, what was left aside and why. on_step_zero is told what was measured before step 1. The base's
-    model object becomes the student's backbone: load it anew for another run. Raises what `CacheView.paired` raises,
-    `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`, `TrainingFailed` (output folder in use, loss not finite),
-    `FolderInUse` (another run is writing there), `IdentityMismatch` (the run there is another), `CorruptCache`,
-    `InputNotFound` (no layer of the names to adapt), `UnsuitableAdapter`.
+    information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
+    what is whole in `out`, or begin where there is nothing; tell is told, in sentences, what was cut or left aside and
+    why. on_step_zero is told what was measured before step 1.
+    Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
+    `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
+    `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
+    `UnsuitableAdapter`.
     """
-    job = _Job(base, samples, cache, out, adapter, objective, settings, penalty, pairing or PairingRules(), tokenizer)
+    out, adapter, objective = Path(out), adapter or AdapterSettings(), objective or Objective()
+    settings, pairing = settings or TrainSettings(), pairing or PairingRules()
+    opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+    rows = check_before_loading(opened, data, out, objective, settings.top_k)
+    base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
+    if tokenizer is None and not isinstance(model, Base):
+        tokenizer = load_tokenizer(base.source)
+    in_memory = None if isinstance(data, (str, Path)) else data
+    samples = samples_for(rows, opened, base, tokenizer, tell=tell) if in_memory is None else in_memory
+    job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
     _check_combination(job)
     _check_placement(base, adapter, penalty)
     description = _describe(job)
@@ -153,6 +174,48 @@ def train(
         if leads():
             run_folder.settle(out)
         return _report_of(found.result)
+
+
+def check_before_loading(
+    cache: LogitCache | None, data: object, out: Path, objective: Objective, top_k: int | None
+) -> Rows | None:
+    """Raise what can be told of a run before weights are read (see `train`). Its rows, lazily, if data are a name."""
+    if cache is None and objective.regularizer != "none":
+        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    if cache is None and data is None:
+        raise TrainingFailed("training without a cache: expected data to train on, found none. Give --data.")
+    check_tail(cache, objective, top_k)
+    run_folder.check_ours(out)
+    return read_rows(str(data)) if isinstance(data, (str, Path)) else None
+
+
+def samples_for(
+    rows: Rows | None,
+    cache: LogitCache | None,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Sequence[Sample]:
+    """The samples of rows, cut as the cache was, or those of the cache.
+
+    max_length: tokens a sample, for rows; with a cache it can only be the cache's own, else `IdentityMismatch`. tell is
+    told how many rows were cut. Raises what reading data raises.
+    """
+    if rows is None:
+        assert cache is not None
+        return samples_of(cache)
+    captured = None if cache is None else cache.manifest.capture.max_length
+    if cache is not None and max_length not in (None, captured):
+        raise IdentityMismatch(
+            f"pairing {cache.path} with --max-length {max_length}: the cache was made with {captured}. "
+            "The same rows would be other samples. Leave --max-length out, or precompute a cache with it."
+        )
+    length = captured or max_length or DEFAULT_MAX_LENGTH
+    found = make_samples(rows, tokenizer, length, base.identity.vocab_size)
+    if found.num_truncated:
+        tell(f"{found.num_truncated:,} rows were cut to {length} tokens.")
+    return found.samples
 
 
 def _train(
@@ -251,15 +314,12 @@ def _student(
 
 def _check_combination(job: _Job) -> None:
     """Raise `TrainingFailed` for settings that would train something else than they say."""
-    objective, penalty, model = job.objective, job.penalty, job.base.model
-    if job.cache is None and objective.regularizer != "none":
-        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    penalty, model = job.penalty, job.base.model
     if model.dtype == torch.float16:
         raise TrainingFailed(
             f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
             "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
-    check_tail(job.cache, objective, job.settings.top_k)
     if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
         raise TrainingFailed(
             f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "

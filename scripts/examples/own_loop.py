@@ -21,8 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from logitcache.losses.formulas import Objective
-from logitcache.training.custom_loop import CachedLoss
+from logitcache import CachedLoss, Objective
 
 
 def tokenized(path: str, tokenizer: Any) -> list[dict[str, list[int]]]:

@@ -19,8 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from logitcache.losses.formulas import Objective
-from logitcache.training.trainer import CachedKL
+from logitcache import CachedKL, Objective
 
 
 class CachedTrainer(CachedKL, Trainer):  # 1: the mixin before the trainer's own class

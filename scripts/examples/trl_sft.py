@@ -15,8 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from logitcache.losses.formulas import Objective
-from logitcache.training.trainer import CachedKL
+from logitcache import CachedKL, Objective
 
 
 class CachedSFTTrainer(CachedKL, SFTTrainer):  # 1: the mixin before the trainer's own class

@@ -56,6 +56,9 @@ class Segmented(GPT2Model):
         encoder_attention_mask: Any = None,
         use_cache: bool = True,
         return_dict: bool = True,
+        past_key_values: Any = None,  # cache, before transformers 5.24
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
     ) -> Any:
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, use_cache=use_cache
