@@ -133,11 +133,11 @@ def train(
 
     model: folder or hub id, or a base that is loaded, which becomes the student's backbone: load it anew for another
     run. data: file, folder, URL or hub id; samples in memory; None: the samples of the cache. cache: a path or an
-    opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as the
-    pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
+    opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as
+    the pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
     information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
-    what is whole in `out`, or begin where there is nothing; tell is told, in sentences, what was cut or left aside and
-    why. on_step_zero is told what was measured before step 1.
+    what is whole in `out`, or begin where there is nothing; tell is told, in sentences, what was cut or left aside,
+    and why. on_step_zero is told what was measured before step 1.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -155,6 +155,7 @@ def train(
     job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
     _check_combination(job)
     _check_placement(base, adapter, penalty)
+    view = _paired(job)
     description = _describe(job)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, settings, head_device(base.model), job.mixed)
@@ -170,7 +171,7 @@ def train(
         for sentence in found.said if leads() else ():
             tell(sentence)
         if found.result is None:
-            return _train(job, description, arguments, found.checkpoint, callbacks, on_step_zero)
+            return _train(job, view, description, arguments, found.checkpoint, callbacks, on_step_zero)
         if leads():
             run_folder.settle(out)
         return _report_of(found.result)
@@ -220,6 +221,7 @@ def samples_for(
 
 def _train(
     job: _Job,
+    view: CacheView | None,
     description: dict[str, Any],
     arguments: TrainingArguments,
     checkpoint: Path | None,
@@ -228,8 +230,11 @@ def _train(
 ) -> TrainReport:
     """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
     base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
-    view = _checked_view(job)
     penalty = job.penalty
+    check_head(base.model)
+    check_length(base.model, max(len(s.token_ids) for s in job.samples))
+    if view is not None:
+        view.require(job.samples)
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
         names = list(target_layers(base.model, job.adapter))
@@ -276,16 +281,12 @@ def _train(
     return report
 
 
-def _checked_view(job: _Job) -> CacheView | None:
-    """Raise before step 1 what would end or spoil the run later. The cache as the run reads it; None if it does not."""
-    check_head(job.base.model)
-    check_length(job.base.model, max(len(s.token_ids) for s in job.samples))
+def _paired(job: _Job) -> CacheView | None:
+    """The cache as the run reads it, held against the base; None where the run reads none."""
     if job.regularized is None:
         return None
     top_k, rules = job.settings.top_k, job.pairing
-    view = CacheView.paired(job.regularized, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
-    view.require(job.samples)
-    return view
+    return CacheView.paired(job.regularized, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
 
 
 def _save(job: _Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:

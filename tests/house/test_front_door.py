@@ -68,8 +68,9 @@ def test_checkers_see_what_is_there_at_run_time() -> None:
 
 
 def test_docs_and_examples_import_from_the_front_door() -> None:
-    """README, docs and examples import from logitcache or its storage, and from nothing deeper; scripts nothing private."""
-    pages = [ROOT / "README.md", *(ROOT / "docs" / "how-to").glob("*.md"), *(ROOT / "scripts" / "examples").glob("*.py")]
+    """README, docs and examples import from logitcache or its storage, nothing deeper; scripts nothing private."""
+    examples = (ROOT / "scripts" / "examples").glob("*.py")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / "how-to").glob("*.md"), *examples]
     for page in pages:
         deeper = re.findall(r"^\s*(?:from|import) (logitcache\.\S+)", page.read_text(encoding="utf-8"), re.M)
         assert set(deeper) <= {"logitcache.storage"}, page
