@@ -49,7 +49,7 @@ def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
 
 
 def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
-    settings = CaptureSettings(top_k=top_k, max_length=64, precision="exact")
+    settings = CaptureSettings(top_k=top_k, max_length=256, precision="exact")
     precompute(make_base(), samples, path, settings)
     return LogitCache.open(path)
 
