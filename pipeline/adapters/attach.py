@@ -1,10 +1,10 @@
 """Adapters on a model: attached, kept for a resumed run, and saved for the original base.
 
 Owns what PEFT leaves open: a kind that rewrites the base's weights is saved as a change of the original ones. What
-kinds there are is in `kinds`. Trade-off: a rewriting kind costs a copy of the adapted weights in main memory while it
-is attached, so that what is taken out of a weight is, to its last bit, what the adapter holds, now and when a run is
-resumed. Must not know the trainer.
-Shapes: W [out, in] base weight, A [r, in], B [out, r]; s = alpha / r (rslora: alpha / sqrt(r)).
+kinds there are is in `registry`. Trade-off: a rewriting kind costs a copy of the adapted weights in main memory while
+it is attached, so that what is taken out of a weight is, to its last bit, what the adapter holds, now and when a run is
+resumed. Must not know the trainer. Shapes: W [out, in] base weight, A [r, in], B [out, r]; s = alpha / r (rslora: alpha
+/ sqrt(r)).
 """
 
 import copy

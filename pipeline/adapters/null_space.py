@@ -2,8 +2,8 @@
 
 The eigenvectors with the smallest eigenvalues of C = sum of x x^T over calibration text (`covariances`) are the null
 space that LoRA-Null (arXiv 2503.02659) writes into. Owns the folder it is kept in and what is worth telling about it;
-what an adapter makes of it is in `kinds`, and peft is unknown here. Trade-off: sequences are not scaled by max|x|, as
-in the paper's code: that is against overflow of float16, of which there is none in float64, and would weigh texts.
+what an adapter makes of it is in `registry`, and peft is unknown here. Trade-off: sequences are not scaled by max|x|,
+as in the paper's code: that is against overflow of float16, of which there is none in float64, and would weigh texts.
 Shapes: N positions, D width of a layer's input, r rank.
 """
 

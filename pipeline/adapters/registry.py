@@ -54,7 +54,7 @@ class Kind:
     `disable_adapter()` is no longer the base. before, after: done to the model around PEFT's own initialisation.
     rank_sides: r times this is at most the smaller side of every layer; 0 where r is no rank of the change, and a
     larger one says more (randlora, vera). decomposes: its first values are made from each weight, or its inputs.
-    quantized: rows of `quantized.LOAD_IN`, weights that it may stand on.
+    quantized: rows of `quantization.LOAD_IN`, weights that it may stand on.
     """
 
     config: Callable[[AdapterSettings, Layers], PeftConfig]

@@ -1,9 +1,9 @@
 """First values of A and B that PEFT does not have, or has not without samples.
 
 Owns MiLoRA's and LoRA-Null's decompositions (float64, whatever the weight), and the samples, batches and limits under
-which PEFT computes those of EVA, CorDA and LoRA-GA. Must not choose among kinds: `kinds` does. Trade-off: the samples
-are the training samples themselves, spread over the data; what was drawn is reproducible and needs no second data set.
-Shapes: W [out, in] base weight, U [r, in] orthonormal rows, A [r, in], B [out, r]; s: the adapter's scale.
+which PEFT computes those of EVA, CorDA and LoRA-GA. Must not choose among kinds: `registry` does. Trade-off: the
+samples are the training samples themselves, spread over the data; what was drawn is reproducible and needs no second
+data set. Shapes: W [out, in] base weight, U [r, in] orthonormal rows, A [r, in], B [out, r]; s: the adapter's scale.
 """
 
 import warnings

@@ -18,6 +18,7 @@ from .rows import Row
 def from_messages(
     messages: Any, tokenizer: PreTrainedTokenizerBase, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids [n] of a chat, and which of them are an assistant's [n]. Raises `InvalidData`, naming the origin."""
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)):
         raise InvalidData(f"reading {origin}: expected a list of {{role, content}} in 'messages'.")
     if tokenizer.chat_template is None:
@@ -76,6 +77,7 @@ def _starts_with(whole: NDArray[np.int64], part: NDArray[np.int64]) -> bool:
 
 
 def common_prefix(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """How many tokens both begin with."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n

@@ -24,6 +24,7 @@ from .rows import IGNORED, Row
 def tokenize_row(
     row: Row, tokenizer: PreTrainedTokenizerBase | None, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids [n] of a row, and which of them are supervised [n]. Raises `InvalidData`, naming the origin."""
     if row.get("input_ids") is not None:
         return _from_ids(row, origin)
     if tokenizer is None:
@@ -121,6 +122,7 @@ def _integers(values: Any, name: str, origin: str) -> NDArray[np.int64]:
 
 
 def check_row_tokens(token_ids: NDArray[np.int64], supervised: NDArray[np.bool_], vocab_size: int, origin: str) -> None:
+    """Raise `InvalidData` for a token outside the vocabulary, and where no token is a label."""
     if token_ids.min(initial=0) < 0 or token_ids.max(initial=0) >= vocab_size:
         bad = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
         raise InvalidData(

@@ -1,8 +1,8 @@
 """The loss of hidden states without [N, V] memory: slice by slice through the head, gradient in the same pass.
 
-Owns memory and the closed-form gradient; the formulas are those of `losses`, which the tests hold this against. Tensors
-only. Trade-off: the gradient is made in the forward, so that a slice of logits is computed once and never kept; it
-cannot be differentiated twice. What the head does is autograd's own: any head is right, trained, adapted or scaled.
+Owns memory and the closed-form gradient; the formulas are those of `formulas`, which the tests hold this against.
+Tensors only. Trade-off: the gradient is made in the forward, so that a slice of logits is computed once and never kept;
+it cannot be differentiated twice. What the head does is autograd's own: any head is right, trained, adapted or scaled.
 
 With g_j the gradient at the logit of outcome j, the gradient at a token c of the tail is g_T e_c / sum_T e, with
 e_c = exp(z_c - max_T z): one exp, one sum and one row-wise product over the slice, for cross-entropy and regulariser
@@ -73,8 +73,8 @@ def linear_loss(
     kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
     to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
     costs a synchronisation a slice, and no pass over its logits. Equals the sums of
-    `losses.cross_entropy` (smoothed as the objective says) and `losses.regularizer_values` (where
-    `losses.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
+    `formulas.cross_entropy` (smoothed as the objective says) and `formulas.regularizer_values` (where
+    `formulas.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
     another of these, or with a trained tensor that is none of them.
     """
     parameters = [p for p in head_parameters if p.requires_grad]

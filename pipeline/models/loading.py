@@ -97,13 +97,12 @@ def load_base(
 ) -> Base:
     """The causal language model in `source`, in evaluation mode, with every weight read from its files.
 
-    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantized.LOAD_IN`, in which
-    to hold the linear layers; the identity says so. device_map: over which devices to spread the layers, in place of
-    `device`; tensor_parallel: divide every layer over torchrun's processes (`ranks`), which must then do the same
-    together; at most one of the two. attention: eager or sdpa, else what
-    transformers chooses. Raises `UnsupportedModel` where a weight is missing from the files (it would be
-    random), the folder is not a causal language model or cannot be divided so, `InputNotFound` where the package that
-    quantises is not installed.
+    dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantization.LOAD_IN`, in
+    which to hold the linear layers; the identity says so. device_map: over which devices to spread the layers, in place
+    of `device`; tensor_parallel: divide every layer over torchrun's processes (`tensor_parallel`), which must then do
+    the same together; at most one of the two. attention: eager or sdpa, else what transformers chooses. Raises
+    `UnsupportedModel` where a weight is missing from the files (it would be random), the folder is not a causal
+    language model or cannot be divided so, `InputNotFound` where the package that quantises is not installed.
     """
     stated = checkpoint_format(source)
     _check_load_in(source, stated, load_in, tensor_parallel)
@@ -145,7 +144,7 @@ def load_base(
 
 
 def checkpoint_format(source: Source) -> str:
-    """`quantized.stated_format` of the checkpoint."""
+    """`quantization.stated_format` of the checkpoint."""
     return stated_format(_config(source), source.folder, source.name)
 
 

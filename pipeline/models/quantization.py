@@ -2,8 +2,8 @@
 
 Owns what transformers and bitsandbytes are told, telling such a model from others, and the names of formats, whichever
 engine runs the model. A cache says how its base was held; how far a model that is held otherwise is from it is what
-step 0 measures (`gate`). Which adapters may stand on such weights is in `kinds`. Why bitsandbytes: torchao's 4-bit
-formats need a GPU (docs/log.md).
+step 0 measures (`pairing.step_zero`). Which adapters may stand on such weights is in `adapters.registry`. Why
+bitsandbytes: torchao's 4-bit formats need a GPU (docs/log.md).
 """
 
 from collections.abc import Mapping

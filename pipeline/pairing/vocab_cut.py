@@ -1,9 +1,9 @@
 """Logits of two widths over one vocabulary: what a cache says of the first V tokens, where its base had more.
 
 Models pad their output embedding, each to a width of its own; no tokenizer knows the tokens there. Owns what becomes of
-them: kept ones are absent, what is left renormalises in `losses.base_outcomes`. What nobody can see is their share of a
-tail that also holds known tokens; it stays there. Numpy only.
-Shapes: N positions, K alternatives, G groups, V common tokens.
+them: kept ones are absent, what is left renormalises in `formulas.base_outcomes`. What nobody can see is their share of
+a tail that also holds known tokens; it stays there. Numpy only. Shapes: N positions, K alternatives, G groups, V common
+tokens.
 """
 
 from collections.abc import Mapping

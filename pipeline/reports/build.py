@@ -1,7 +1,7 @@
 """The report on a sweep: which words, tables and pictures stand on the page, and the files it is written to.
 
 Owns the wording: it says of every number over how many runs and seeds it is taken, and what speaks for a method in the
-same form as what speaks against it. The rows are `sweep_tables`', the drawing is `pictures`'; must not print.
+same form as what speaks against it. The rows are `tables`', the drawing is `plots`'; must not print.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """What a sweep left in its folder: every run with its outcome, its curve or its error, and all of them as results.csv.
 
 Owns reading the folder and refusing what is damaged or contradicts itself: a report of wrong numbers is worse than
-none. Takes no means (that is `frontier`), makes no pictures, and must not import torch.
+none. Takes no means (that is `pareto`), makes no pictures, and must not import torch.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """What a sweep came to as rows of text and as sentences: the same for the terminal, the pages and any method.
 
-Owns how numbers are said: digits, dashes for what is absent, names of settings. Compares by `frontier`; knows nothing
+Owns how numbers are said: digits, dashes for what is absent, names of settings. Compares by `pareto`; knows nothing
 of pages, pictures and files.
 """
 

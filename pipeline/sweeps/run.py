@@ -4,7 +4,7 @@ Owns the sweep's folder: sweep.json, probe/new and probe/prior (what the base sa
 runs/NAME/ (what `training` writes, and result.json or failed.json). What has one of these is done. A run is claimed by
 a lock on its folder while it is trained, so that any number of processes may work on one sweep, and the claim of a
 killed one is gone with it. The base is loaded once a process and stays untouched: every run gets a copy.
-Must not print; what a run is comes from `grid`, tables and pictures are the report's.
+Must not print; what a run is comes from `config`, tables and pictures are the report's.
 """
 
 import copy

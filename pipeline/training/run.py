@@ -2,7 +2,7 @@
 
 Owns the order of these steps, and what is written: the adapter (as PEFT writes it) or the whole model, run.json,
 train_log.jsonl, tensorboard/, checkpoints/. When the folder is whole, and who may write to it, is in `run_folder`, the
-mathematics in `trainer`, the checks in `gate`. Must not print.
+mathematics in `trainer`, the checks in `pairing`. Must not print.
 """
 
 import json

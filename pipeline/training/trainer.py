@@ -2,7 +2,7 @@
 
 Owns normalisation: the cross-entropy and the regulariser are each a mean over their own positions of the whole
 accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. Also owns what is
-refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `step`.
+refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `batch_loss`.
 """
 
 import logging

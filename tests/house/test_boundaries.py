@@ -93,7 +93,7 @@ PACKAGES = {
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "storage"},
-    "demo": {"capture", "errors", "reports", "storage", "sweeps"},
+    "demo": {"capture", "errors", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 
