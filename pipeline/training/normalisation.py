@@ -73,6 +73,7 @@ class FirstStep:
         self.pending = True
         self._number = 1
         self._sums = torch.zeros(6, device=device)
+        self._made = torch.zeros((), device=device)
 
     def begin(self, number: int) -> None:
         """What comes is of another step, or of another try of the same. number: from 1."""
@@ -83,9 +84,27 @@ class FirstStep:
         """Of a micro-batch, as `backward` had it."""
         self._sums[0] += loss.detach().to(self._sums)
 
-    def add_terms(self, ce: Tensor, kl: Tensor, counts: Tensor, others: Tensor) -> None:
+    @contextmanager
+    def watching(self, trainer: Any) -> Iterator[None]:
+        """Inside, what a class above the mixin adds to `compute_loss` counts as a term of its own."""
+        outermost = trainer.compute_loss
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            found = outermost(*args, **kwargs)
+            loss = found[0] if isinstance(found, tuple) else found
+            self._sums[1] += (loss.detach() - self._made).to(self._sums)
+            return found
+
+        vars(trainer)["compute_loss"] = compute_loss
+        try:
+            yield
+        finally:
+            vars(trainer).pop("compute_loss", None)
+
+    def add_terms(self, ce: Tensor, kl: Tensor, counts: Tensor, others: Tensor, loss: Tensor) -> None:
         """Of a micro-batch: sums of CE and regulariser, the positions of each, and what else this process's share of
-        the loss has, weighted (a penalty, the same on every process)."""
+        the loss has, weighted (a penalty, the same on every process); and that share, all of it."""
+        self._made = loss.detach()
         self._sums[1:] += torch.stack([part.detach().to(self._sums) for part in (others, ce, kl, *counts)])
 
     def check(self, trainer: Any, logged: Tensor, kl_weight: float) -> None:

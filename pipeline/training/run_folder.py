@@ -203,6 +203,9 @@ def settle(out: Path) -> None:
     if _run_json(out) != finished:
         write_json(out / RUN, finished)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # what cannot be removed now does not undo a run
+    for path in out.iterdir():  # of a writer that was killed
+        if any(is_unfinished(path.name, name) for name in (RUN, LOG, FILES)):
+            path.unlink(missing_ok=True)
 
 
 def clear(out: Path) -> None:

@@ -7,6 +7,7 @@ refused, since it would be silently wrong. The formulas are in `losses`, the way
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ class CachedKL(_AnyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's own, but what `compute_loss` returns is not divided by the number of micro-batches."""
-        with already_normalised(self):
+        watched = self._first_step.watching(self) if self._first_step.pending else nullcontext()
+        with already_normalised(self), watched:
             loss: Tensor = super().training_step(*args, **kwargs)
         if self._first_step.pending:
             self._first_step.add_returned(loss)
@@ -210,7 +212,7 @@ class CachedKL(_AnyTrainer):
             others = others + term.weight * part
         loss = loss + others
         if self._first_step.pending:
-            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.kl_objective), others)
+            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.kl_objective), others, loss)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
     def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:

@@ -8,18 +8,18 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
+from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, logits, settings_of
 from support.cli_harness import precompute, refused, text_data
 from support.cli_harness import train_line as cli_train_line
+from support.tiny_model import make_model
+from support.tiny_runs import V, make_base, make_cache, run
 from torch import Tensor
-from training.test_run import V, make_base, make_cache, make_samples, run
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from logitcache.adapters.adalora import orthogonality_gradient
 from logitcache.adapters.attach import AdapterSettings, attach, save, save_start
-from logitcache.adapters.null_space import NullSpaceSettings, compute_null_space
 from logitcache.adapters.registry import (
     KINDS,
     NAME,
@@ -30,7 +30,6 @@ from logitcache.adapters.registry import (
 from logitcache.adapters.settings import REFUSED, VARIANTS, AdapterKind
 from logitcache.adapters.start import minor_components
 from logitcache.data.batches import pad_samples
-from logitcache.data.samples import Sample
 from logitcache.errors import InvalidSettings, TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective
@@ -39,31 +38,14 @@ from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.batch_loss import batch_loss
 
-RANK = 4
-CASES = [(kind, "v1") for kind in KINDS] + [("lora-null", variant) for variant in VARIANTS[1:]]
-IDS = [kind if variant == "v1" else f"{kind}-{variant}" for kind, variant in CASES]
 REWRITING = {"pissa", "olora", "milora", "corda", "lora-ga", "lora-null", "lora-null-v2"}
 """As facts of the methods: W becomes W - s B A. Not read from the table, which is tested by it."""
-
-SAMPLES = make_samples(64)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     """Every alternative, in float32."""
     return make_cache(tmp_path_factory.mktemp("adapter-cache") / "c", SAMPLES, top_k=V - 1)
-
-
-@pytest.fixture(scope="module")
-def null_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter-null") / "n"
-    compute_null_space(make_base(), SAMPLES, NullSpaceSettings(rank=RANK)).save(folder)
-    return folder
-
-
-def settings_of(kind: str, variant: str, null_space: Path, **changes: Any) -> AdapterSettings:
-    own = {"nullspace": str(null_space), "variant": variant} if kind == "lora-null" else {}
-    return AdapterSettings(kind, **{"rank": RANK, **own, **changes})  # type: ignore[arg-type]
 
 
 def untrained(settings: AdapterSettings, **changes: Any) -> Any:
@@ -78,13 +60,6 @@ def moved(settings: AdapterSettings) -> Any:
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model
-
-
-@torch.no_grad()
-def logits(model: Any, samples: list[Sample] | None = None) -> Tensor:
-    """[N, V] of some samples one after the other."""
-    parts = [torch.from_numpy(s.token_ids.astype(np.int64))[None] for s in samples or SAMPLES[:6]]
-    return torch.cat([model(input_ids=ids).logits[0] for ids in parts])
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -168,32 +143,6 @@ def test_the_cached_regulariser_is_towards_the_true_base(
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
-
-
-class Keep(TrainerCallback):
-    """Keeps what the trained model computes, and stops it as by ctrl-c at the end of a step."""
-
-    def __init__(self, stop_at: int = 0) -> None:
-        self.stop_at, self.logits = stop_at, torch.zeros(0)
-        self.weights: dict[str, Tensor] = {}
-        self.factors: list[dict[str, Tensor]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.weights = {n: p.detach().clone() for n, p in kwargs["model"].named_parameters() if "base_layer" in n}
-        self._keep_factors(kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.stop_at:
-            raise KeyboardInterrupt
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.logits = logits(kwargs["model"].eval())
-        self._keep_factors(kwargs["model"])
-
-    def _keep_factors(self, model: Any) -> None:
-        """Before the first step and after the last one."""
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        self.factors.append({name: factor.detach().clone() for name, factor in state.items()})
 
 
 def train_once(
@@ -372,7 +321,7 @@ def test_the_orthogonality_term_is_the_one_that_peft_adds_to_a_models_loss() -> 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_term_is_added_once_a_step(accumulate: int, tmp_path: Path, cache: LogitCache) -> None:
     """Whatever the number of micro-batches: gradients of two trainings that differ in the term's weight alone."""
-    from training.test_run import gradients_after_one_step
+    from support.tiny_runs import gradients_after_one_step
 
     from logitcache.adapters.adalora import AdaLoraCallback
     from logitcache.training.run import TrainSettings, trainer_arguments

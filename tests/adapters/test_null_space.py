@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from support.cli_harness import done, edit_json, flip_byte, logitcache, precompute, refused, text_data, train_line
+from support.tiny_model import make_model
+from support.tiny_runs import make_base, make_samples
 from torch import Tensor
-from training.test_run import make_base, make_samples
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.adapters.covariances import energy_ratio, input_covariances, input_groups, linear_layers, num_passes

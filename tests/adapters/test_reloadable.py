@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from support.cli_harness import done, precompute, refused, text_data, train_line
+from support.tiny_model import make_model
 
 from logitcache.adapters.start import calibrate_corda, calibrate_loraga
 from logitcache.data.batches import pad_samples

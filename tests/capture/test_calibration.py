@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import text_rows
 from support.cli_harness import done, edit_json, logitcache, precompute, refused, snapshot
 from support.like_vllm import LikeLLM, like_vllm
+from support.tiny_model import text_rows
 
 from logitcache.capture.calibration import (
     BOUNDS,

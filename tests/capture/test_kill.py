@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import text_rows
 from support.cli_harness import precompute, snapshot
+from support.tiny_model import text_rows
 
 KILLER = Path(__file__).resolve().parents[1] / "support" / "precompute_killer.py"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import text_rows
 from support.cli_harness import cache_bytes, done
+from support.tiny_model import text_rows
 
 from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.settings import CaptureSettings

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer, text_rows
 from safetensors.torch import load_file, save_file
 from support.cli_harness import Outcome, Rows, cache_bytes, commits, done, logitcache, precompute_line, refused
+from support.tiny_model import make_tokenizer, text_rows
 
 from logitcache.capture.engines import ray as ray_engine
 from logitcache.capture.settings import CaptureSettings

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from support.cli_harness import done, facts, train_line
 from support.format_reader import open_cache
 from support.like_vllm import LikeFlatLogprobs, LikeLLM, LikeLogprob, LikeRequestOutput, like_vllm, output_of
+from support.tiny_model import make_model
 
 from logitcache.capture.engines.vllm import (
     REMAINDER_ERROR,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cli_harness import copy_of, done, facts, precompute, precompute_line, text_data, unchanged
@@ -42,6 +41,7 @@ from support.storage_samples import (
     unit_of,
     write_cache,
 )
+from support.tiny_model import make_tokenizer
 
 from logitcache.storage import (
     CachedSample,

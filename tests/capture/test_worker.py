@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, text_rows
 from support.cli_harness import (
     ROWS,
     cache_bytes,
@@ -32,6 +31,7 @@ from support.cli_harness import (
     unchanged,
 )
 from support.storage_samples import by_tokens
+from support.tiny_model import make_tokenizer, text_rows
 
 import logitcache.capture.teacher as teacher
 from logitcache.data.samples import Sample

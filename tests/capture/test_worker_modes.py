@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import text_rows
 from support.cli_harness import done, facts, precompute, refused
+from support.tiny_model import text_rows
 
 from logitcache.storage import CachedSample, LogitCache, sample_id
 

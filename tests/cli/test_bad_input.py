@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer, text_rows
 from safetensors.torch import load_file, save_file
 from support.cli_harness import (
     ROWS,
@@ -32,6 +31,7 @@ from support.cli_harness import (
     train_line,
     unchanged,
 )
+from support.tiny_model import make_model, make_tokenizer, text_rows
 
 import logitcache.capture.teacher as teacher_module
 from logitcache.cli import run

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer, text_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.cli_harness import (
@@ -33,6 +32,7 @@ from support.cli_harness import (
     snapshot,
     unchanged,
 )
+from support.tiny_model import make_tokenizer, text_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 

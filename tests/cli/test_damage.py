@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import text_rows
 from support.cli_harness import (
     Edit,
     cache_bytes,
@@ -28,6 +27,7 @@ from support.cli_harness import (
     unchanged,
     unit_of,
 )
+from support.tiny_model import text_rows
 
 from logitcache.storage.cache import read_manifest
 from logitcache.storage.files import open_files

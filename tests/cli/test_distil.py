@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 from support.cli_harness import (
     Outcome,
@@ -18,6 +17,7 @@ from support.cli_harness import (
     text_data,
     unchanged,
 )
+from support.tiny_model import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from logitcache.cli.progress import TrainBar

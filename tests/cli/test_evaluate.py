@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
 from support.cli_harness import done, precompute, refused, text_data, train_line
+from support.tiny_model import make_model
 
 import logitcache.models.loading as models
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from support.tiny_model import make_model
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings

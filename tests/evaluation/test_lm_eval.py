@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from support.cli_harness import done, refused, text_data
+from support.tiny_model import make_model, make_tokenizer
 
 import logitcache.evaluation.lm_eval as tasks
 from logitcache.adapters.attach import AdapterSettings, attach

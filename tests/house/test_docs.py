@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer, text_rows
+from support.tiny_model import make_model, make_tokenizer, text_rows
 
 from logitcache.cli import run
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from losses.test_numerics_linear import ExactHead
 from support import oracles
+from support.exact_head import ExactHead
 from support.numerics_cases import EPSILON, float32, make_case
 from support.oracles import FloatArray, IntArray
 from torch import Tensor, nn

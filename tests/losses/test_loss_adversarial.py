@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from training.test_run import V, make_base, make_cache, make_samples
+from support.tiny_model import make_model
+from support.tiny_runs import V, make_base, make_cache, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from logitcache.capture.settings import CaptureSettings

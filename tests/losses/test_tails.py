@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from support.cli_harness import done, precompute, refused, text_data, train_line
-from training.test_run import V, make_base, make_samples
+from support.tiny_model import make_model
+from support.tiny_runs import V, make_base, make_samples
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.teacher import capture, slice_record

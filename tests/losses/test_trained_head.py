@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import sharded_head_rank
+from support.tiny_model import make_model
+from support.tiny_runs import make_cache, make_samples
 from torch import nn
-from training.test_run import make_cache, make_samples
 
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import make_model, make_tokenizer
 from support.cli_harness import done, precompute, refused, text_data
+from support.tiny_model import make_model, make_tokenizer
+from support.tiny_runs import make_samples
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training.test_run import make_samples
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings

@@ -5,47 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from support.families import FAMILIES, V, make_family
+from support.tiny_model import make_model
 
 from logitcache.capture.teacher import capture
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, UnsupportedModel
 from logitcache.models.head import OutputHead, check_head, hidden_states
 from logitcache.storage.records import check_positions, check_rows
-
-V = 211
-SIZES: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen3": {"head_dim": 8, "num_key_value_heads": 2},
-    "Gemma2": {"head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 2.0},
-    "Granite": {"logits_scaling": 3.0},
-    "Cohere": {"logit_scale": 0.25},
-    "Phi": {},
-    "GPTNeoX": {},
-}
-
-
-def make_family(name: str) -> Any:
-    """A tiny random model of a family, its weights large enough for scales and soft-caps to matter."""
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3.0)
-    return model
 
 
 def make_batch(vocab_size: int = V, lengths: tuple[int, ...] = (12, 7, 20)) -> list[Sample]:

@@ -12,21 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, text_rows
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cli_harness import cache_bytes, done, facts, precompute_line, refused, text_data, train_line
 from support.like_vllm import LikeLLM, like_vllm
-from training.test_run import make_samples
+from support.tiny_model import make_model, make_tokenizer, text_rows
+from support.tiny_runs import make_samples
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture import plan as precompute
+from logitcache.capture import cache_spec as cache_spec_module
+from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.calibration import read_calibration
 from logitcache.capture.engines.vllm import start_vllm, vllm_identity
-from logitcache.capture.plan import CaptureSettings, make_plan, manifest_for, manifest_of
+from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models.loading import Base, find_model, load_base
@@ -64,7 +66,7 @@ def gptq(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", like_vllm())
-    monkeypatch.setattr(precompute, "version", lambda name: "0.33.0" if name == "vllm" else version(name))
+    monkeypatch.setattr(cache_spec_module, "version", lambda name: "0.33.0" if name == "vllm" else version(name))
 
 
 def save(folder: Path, **config: Any) -> Path:
@@ -104,7 +106,7 @@ def assert_one_identity(folder: Path, quantization: str, dtype: str = "auto") ->
     loaded, told = load(folder, dtype).identity, vllm_identity(find_model(str(folder)), dtype)
     assert told == replace(loaded, attention="vllm")
     assert told.quantization == quantization
-    manifest_of("m", told, None, CaptureSettings(), engine="numcodecs")  # a name that the format takes
+    cache_spec("m", told, None, CaptureSettings(top_k=64), engine="numcodecs")  # a name that the format takes
     return told
 
 
@@ -188,7 +190,7 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
     """In a loop, which knows the model and not its files: only the format tells the two apart."""
     source = find_model(str(packed["4bit"]))
     identity = vllm_identity(source, "auto")
-    manifest = manifest_of("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine="numcodecs")
+    manifest = cache_spec("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine="numcodecs").manifest
     teacher = start_vllm(source, identity, 259, 64)
     records = teacher(SAMPLES)
     with CacheWriter(tmp_path / "c", manifest) as writer:
@@ -205,7 +207,9 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
         with pytest.raises(IdentityMismatch, match="differs in weights"):
             check_identity(cache, load(packed[how]), None, PairingRules(other_precision=True))
     with pytest.raises(IdentityMismatch, match=r"model\.quantization"):  # and no other engine goes on with it
-        CacheWriter(tmp_path / "c", manifest_of("m", replace(identity, quantization=""), None, CaptureSettings()))
+        CacheWriter(
+            tmp_path / "c", cache_spec("m", replace(identity, quantization=""), None, CaptureSettings()).manifest
+        )
 
 
 @pytest.mark.usefixtures("gptq", "vllm")
@@ -238,9 +242,7 @@ def test_weights_unpacked_while_they_are_loaded_are_another_format(
     assert base.identity.quantization == "" and told == replace(base.identity, attention="vllm", quantization="fp8")
     settings = CaptureSettings(top_k=8, max_length=64)
     for name, identity in (("fp8", told), ("unpacked", base.identity)):
-        manifest = replace(manifest_for(base, None, settings), model=identity)
-        manifest = replace(manifest, reader_features=manifest_of("m", identity, None, settings).reader_features)
-        precompute.precompute(base, manifest, make_plan(SAMPLES, settings), tmp_path / name)
+        precompute(replace(base, identity=identity), SAMPLES, tmp_path / name, settings)
     check_identity(LogitCache.open(tmp_path / "unpacked"), base, None)
     check_identity(LogitCache.open(tmp_path / "fp8"), base, None, PairingRules(other_precision=True))
     with pytest.raises(IdentityMismatch, match="from fp8 weights, the model has unquantised weights, or unpacked ones"):

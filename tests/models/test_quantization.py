@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from peft import PeftModel
 from support.cli_harness import done, precompute, refused, text_data
+from support.tiny_model import make_model, make_tokenizer
+from support.tiny_runs import make_samples
 from torch import nn
-from training.test_run import make_samples
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 from logitcache.adapters.attach import AdapterSettings, attach

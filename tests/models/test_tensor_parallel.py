@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from support.tensor_parallel_rank import COLUMNS
-from training.test_run import make_samples
+from support.tiny_model import make_model
+from support.tiny_runs import make_samples
 
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups

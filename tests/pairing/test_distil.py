@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from support.tiny_model import make_model, make_tokenizer
+from support.tiny_runs import make_samples
 from torch import Tensor
-from training.test_run import make_samples
 
 from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.settings import CaptureSettings

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
 from peft import get_peft_model
-from training.test_plug_in import Cached, arguments, cached, lora, make_exact_cache
-from training.test_run import V, make_samples
+from support.plug_ins import Cached, arguments, cached, lora, make_exact_cache
+from support.tiny_model import make_model
+from support.tiny_runs import V, make_samples
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, GPT2Model, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

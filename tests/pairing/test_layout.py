@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from support.plug_ins import arguments, lora, make_exact_cache, make_sft, on_the_left, packed_by_hand, rows_of, trl
+from support.tiny_model import make_model
 from torch import nn
-from training.test_plug_in import arguments, lora, make_exact_cache, make_sft, on_the_left, packed_by_hand, rows_of, trl
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from logitcache.data.batches import pad_samples

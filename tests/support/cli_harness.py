@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from conftest import text_rows
+from support.tiny_model import text_rows
 
 from logitcache.cli import cli, run
 

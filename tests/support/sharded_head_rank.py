@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from conftest import make_model
+from support.tiny_model import make_model
+from support.tiny_runs import make_samples
 from torch.distributed.fsdp import fully_shard
-from training.test_run import make_samples
 
 from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed

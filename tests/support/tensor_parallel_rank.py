@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from training.test_run import make_samples
+from support.tiny_runs import make_samples
 
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from training.test_run import make_samples
+from support.tiny_runs import make_samples
 
 from logitcache.data.batches import pad_samples
 from logitcache.losses.formulas import Objective

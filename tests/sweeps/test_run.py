@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import text_rows
 from peft import PeftModel
 from support.cli_harness import done, flip_byte, logitcache, precompute, refused, snapshot
+from support.tiny_model import text_rows
 from transformers import AutoModelForCausalLM
 
 from logitcache.data.rows import read_rows

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
-from training.test_run import make_base, make_cache, make_samples, run
+from support.tiny_model import make_model, make_tokenizer
+from support.tiny_runs import make_base, make_cache, make_samples, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitcache.adapters.attach import AdapterSettings, attach
@@ -60,7 +60,7 @@ def test_resuming_after_the_last_step_adds_none(
     monkeypatch.undo()
     with (out / "train_log.jsonl").open("a") as f:
         f.write('{"step": 1, "lo')  # and while it wrote a line
-    monkeypatch.setattr("training.test_run.train", lambda *args: _train_on(*args))
+    monkeypatch.setattr("support.tiny_runs.train", lambda *args: _train_on(*args))
     second = run(make_base(), samples, cache, out, lr=1e-2, batch_size=4, **length)
     assert (second.num_steps, second.num_tokens, second.final) == (first.num_steps, first.num_tokens, first.final)
     assert [(out / name).read_bytes() for name in names] == ends
@@ -79,7 +79,7 @@ def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(training, "_describe", lambda job: {**describe(job), "processes": 2})
         run(make_base(), samples, cache, out)
-    monkeypatch.setattr("training.test_run.train", lambda *args: _train_on(*args))
+    monkeypatch.setattr("support.tiny_runs.train", lambda *args: _train_on(*args))
     with pytest.raises(IdentityMismatch, match="processes"):
         run(make_base(), samples, cache, out)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
 from support.tensor_parallel_training_rank import found_in
-from training.test_run import gradients_after_one_step, make_cache, make_samples
+from support.tiny_model import make_model
+from support.tiny_runs import gradients_after_one_step, make_cache, make_samples
 from transformers import Trainer, TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings, attach

@@ -11,11 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import make_model
-from models.test_head import FAMILIES, make_family
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from training.test_plug_in import Cached, arguments, cached, lora, make_sft, mixture
-from training.test_run import V, gradients_after_one_step, make_base
+from support.families import FAMILIES, make_family
+from support.plug_ins import Cached, arguments, cached, lora, make_sft, mixture
+from support.tiny_model import make_model
+from support.tiny_runs import V, gradients_after_one_step, make_base
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
@@ -322,7 +322,7 @@ def test_the_probe_leaves_the_random_numbers_and_the_mode() -> None:
 
 
 def test_a_configuration_of_tuples_is_probed_and_left() -> None:
-    from logitcache.pipeline.own_loss import probe_own_loss
+    from logitcache.training.own_loss import probe_own_loss
 
     for make in (make_model, with_a_z_loss):
         model = make()

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from adapters.test_adapters import CASES, IDS, RANK, SAMPLES, Keep, settings_of
-from conftest import make_model
 from peft import LoraConfig, get_peft_model
+from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, settings_of
+from support.tiny_model import make_model
+from support.tiny_runs import gradients_after_one_step, make_base, make_cache, make_samples, make_trainer
 from torch import Tensor
-from training.test_run import gradients_after_one_step, make_base, make_cache, make_samples, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from logitcache.adapters.attach import AdapterSettings, attach, target_layers

@@ -16,47 +16,52 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, text_rows
 from datasets import Dataset
-from models.test_head import V as FAMILY_V
-from models.test_head import make_family
 from peft import (
     IA3Config,
-    LoraConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file
+from support.families import V as FAMILY_V
+from support.families import make_family
+from support.plug_ins import (
+    Cached,
+    arguments,
+    logs_of,
+    lora,
+    make_exact_cache,
+    make_sft,
+    mixture,
+    on_the_left,
+    packed_by_hand,
+    rows_of,
+    trl,
+)
+from support.tiny_model import make_model, make_tokenizer, text_rows
+from support.tiny_runs import V, gradients_after_one_step, make_cache, make_samples, make_trainer
 from torch.utils.data import DataLoader
-from training.test_run import V, gradients_after_one_step, make_cache, make_samples, make_trainer
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.worker import precompute
 from logitcache.cli import run
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.data.samples import make_samples as samples_of_rows
 from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed, UnsupportedModel
 from logitcache.losses.formulas import Objective
-from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import with_targets
-from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
+from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 from logitcache.training.custom_loop import CachedLoss
-from logitcache.training.trainer import CachedKL, CachedKLTrainer
+from logitcache.training.trainer import CachedKLTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "how-to" / "plug-in.md"
@@ -66,31 +71,6 @@ WEIGHT = 2.0
 
 # TRL's SFTConfig sets gradient_checkpointing, whose name transformers 5.23 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-
-Cached = tuple[list[Sample], LogitCache]
-
-
-class CachedSFTTrainer(CachedKL, SFTTrainer):
-    """As a user would write it."""
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Cached:
-    samples = make_samples()
-    return samples, make_cache(tmp_path_factory.mktemp("plug-in") / "c", samples)
-
-
-def rows_of(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Rows of `input_ids` and `labels`."""
-    ids = [s.token_ids.astype(np.int64) for s in samples]
-    return [
-        {"input_ids": i.tolist(), "labels": np.where(s.supervised, i, -100).tolist()}
-        for i, s in zip(ids, samples, strict=True)
-    ]
-
-
-def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
 
 
 def moved_adapter(**config: Any) -> PeftModel:
@@ -103,70 +83,7 @@ def moved_adapter(**config: Any) -> PeftModel:
     return model
 
 
-def make_sft(out: Path, data: Any, cache: Any, model: Any = None, **changes: Any) -> CachedSFTTrainer:
-    """A trainer of one step over all rows; `changes` are of SFTConfig, or of the trainer where that knows the name."""
-    names = ("objective", "check", "peft_config", "processing_class", "compute_loss_func", "eval_dataset", "callbacks")
-    of_trainer = {name: changes.pop(name) for name in names if name in changes}
-    if not isinstance(model, PeftModel):
-        of_trainer = {"peft_config": lora(), **of_trainer}
-    settings: dict[str, Any] = {
-        "output_dir": str(out),
-        "per_device_train_batch_size": 16,
-        "max_steps": 1,
-        "max_length": 64,
-        "learning_rate": 1e-2,
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    return CachedSFTTrainer(
-        cache=cache,
-        model=make_model() if model is None else model,
-        args=SFTConfig(**{**settings, **changes}),
-        train_dataset=Dataset.from_list(rows_of(data)) if isinstance(data, list) else data,
-        **{"processing_class": make_tokenizer(), **of_trainer},
-    )
-
-
-def logs_of(trainer: Any) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "ce" in entry]
-
-
 # Layouts
-
-
-def on_the_left(rows: Sequence[Any], *, counted: bool = False) -> dict[str, Any]:
-    tokenizer = make_tokenizer()
-    tokenizer.padding_side = "left"
-    batch = dict(DataCollatorForSeq2Seq(tokenizer)([{**r, "attention_mask": [1] * len(r["input_ids"])} for r in rows]))
-    if counted:
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
-    return batch
-
-
-def packed_by_hand(rows: Sequence[Any]) -> dict[str, Any]:
-    """Several rows of several documents, with padding after them, as no mask but the position_ids say."""
-    halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    width = 3 + max(sum(len(r["input_ids"]) for r in half) for half in halves)
-    batch = {name: torch.zeros(2, width, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
-    batch["labels"] -= 100
-    for i, half in enumerate(halves):
-        at = 0
-        for row in half:
-            n = len(row["input_ids"])
-            for name in ("input_ids", "labels"):
-                batch[name][i, at : at + n] = torch.tensor(row[name])
-            batch["position_ids"][i, at : at + n] = torch.arange(n)
-            at += n
-    return batch
-
-
-def trl(rows: Sequence[Any], **options: Any) -> dict[str, Any]:
-    batch: dict[str, Any] = DataCollatorForLanguageModeling(pad_token_id=0, **options)(list(rows))
-    return batch
 
 
 def bfd(rows: Sequence[Any], **options: Any) -> dict[str, Any]:
@@ -463,13 +380,6 @@ def test_sft_in_bfloat16_as_trl_sets_it(dtype: torch.dtype, cached: Cached, tmp_
 # What is refused
 
 
-def mixture() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=V, **sizes, **heads, num_experts=4, num_experts_per_tok=2))
-
-
 VIRTUAL_TOKENS = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "wrapped": (
@@ -582,12 +492,6 @@ def test_a_loop_is_told_that_its_model_is_not_the_base(what: str, cached: Cached
 # transformers' Trainer
 
 
-def arguments(out: Path, **changes: Any) -> TrainingArguments:
-    settings = {"per_device_train_batch_size": 16, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}
-    settings |= {"report_to": [], "disable_tqdm": True, "logging_steps": 1}
-    return TrainingArguments(str(out), **{**settings, **changes})
-
-
 class Stream(torch.utils.data.IterableDataset[Any]):
     """Samples without a length."""
 
@@ -626,7 +530,7 @@ def test_trainer_sees_every_position(
         objective=Objective(weight=WEIGHT),
         check=how != "compiled",
     )
-    monkeypatch.setattr("logitcache.training.trainer.check_first_batch", lambda *_: None)  # the adapter has moved
+    monkeypatch.setattr("logitcache.pairing.view.check_first_batch", lambda *_: None)  # the adapter has moved
     found = {name.replace("_orig_mod.", ""): g for name, g in gradients_after_one_step(trainer).items()}
     assert found.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -709,15 +613,6 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     found = {n.replace("_orig_mod.", ""): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def make_exact_cache(path: Path, model: Any, samples: Sequence[Sample]) -> LogitCache:
-    """Every alternative in float32, so that nothing is left for the tail."""
-    vocab_size = model.config.vocab_size
-    settings = CaptureSettings(top_k=vocab_size - 1, max_length=64, precision="exact")
-    base = Base(Source("tiny", path), model, ModelIdentity("weights", "config", vocab_size, "float32", "sdpa"))
-    precompute(base, samples, path, settings)
-    return LogitCache.open(path)
 
 
 def trained_whole(base: Any) -> Any:

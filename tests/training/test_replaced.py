@@ -11,13 +11,13 @@ import numpy as np
 import peft.helpers
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
 from support.numerics_cases import make_case
+from support.plug_ins import Cached, CachedSFTTrainer, arguments, cached, logs_of, lora, rows_of
+from support.tiny_model import make_model, make_tokenizer
+from support.tiny_runs import make_samples
 from torch import Tensor
-from training.test_plug_in import Cached, CachedSFTTrainer, arguments, cached, logs_of, lora, rows_of
-from training.test_run import make_samples
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -166,7 +166,7 @@ def sft_trainer(kind: Any, samples: Any, out: Path, model: Any = None, **more: A
 def test_a_trainer_without_a_loss_of_its_own_is_known(kind: Any, cached: Cached, tmp_path: Path) -> None:
     if kind is CachedSeq2Seq:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("test_plug_in.TrainingArguments", Seq2SeqTrainingArguments)
+            patch.setattr("support.plug_ins.TrainingArguments", Seq2SeqTrainingArguments)
             trainer = one_step(kind, cached, tmp_path)
     else:
         trainer = one_step(kind, cached, tmp_path)
@@ -184,7 +184,7 @@ def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
 ) -> None:
     original = SFTTrainer.compute_loss
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args, **kwargs: 3 * original(*args, **kwargs))
-    with pytest.raises(TrainingFailed, match=r"SFTTrainer\.compute_loss of test_replaced_loss"):
+    with pytest.raises(TrainingFailed, match=r"SFTTrainer\.compute_loss of \S*test_replaced"):
         one_step(CachedSFTTrainer, cached, tmp_path)
 
 

@@ -3,98 +3,26 @@
 import json
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from support.tiny_model import make_model
+from support.tiny_runs import V, gradients_after_one_step, make_base, make_cache, make_samples, make_trainer, run
 from torch.utils.data import DataLoader
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
-from logitcache.models.loading import Base, Source
 from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, samples_of, with_targets
-from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
-from logitcache.training.run import TrainSettings, train
+from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
+from logitcache.training.run import TrainSettings
 from logitcache.training.trainer import CachedKLTrainer
-
-V = 260
-
-
-def make_base() -> Base:
-    """The tiny base as `load_base` would give it."""
-    identity = ModelIdentity("weights", "config", V, "float32", "sdpa")
-    return Base(Source("tiny", Path("tiny")), make_model(), identity)
-
-
-def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
-    """Samples of very different numbers of supervised positions, so that wrong normalisation shows."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for i in range(count):
-        n = int(rng.integers(4, 40))
-        supervised = rng.random(n) < (0.2 if i % 3 else 1.0)
-        supervised[-1] = True
-        samples.append(Sample(rng.integers(0, 256, n).astype(np.uint32), supervised, f"row {i}"))
-    return samples
-
-
-def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
-    settings = CaptureSettings(top_k=top_k, max_length=256, precision="exact")
-    precompute(make_base(), samples, path, settings)
-    return LogitCache.open(path)
-
-
-def make_trainer(
-    out: Path, samples: Sequence[Sample], cache: LogitCache | None, objective: Objective, **changes: Any
-) -> CachedKLTrainer:
-    """A trainer whose adapter does not start as identity, so that the KL has a gradient at once."""
-    from logitcache.training.run import trainer_arguments
-
-    torch.manual_seed(0)
-    model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    args = trainer_arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
-    args.save_strategy = "no"
-    for name, value in changes.items():
-        setattr(args, name, value)
-    return CachedKLTrainer(
-        model=model,
-        args=args,
-        train_dataset=list(samples),
-        data_collator=pad_samples,
-        cache=cache,
-        objective=objective,
-        check=False,  # it is not the base any more
-    )
-
-
-def gradients_after_one_step(trainer: CachedKLTrainer) -> dict[str, torch.Tensor]:
-    """Gradients of the first optimizer step, before clipping, in the data's own order."""
-    found: dict[str, torch.Tensor] = {}
-
-    class Grab(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            for name, parameter in trainer.model.named_parameters():
-                if parameter.grad is not None:
-                    found[name.replace("module.", "")] = parameter.grad.detach().clone()
-
-    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-    trainer.optimizer = Grab(trainable, lr=0.0)
-    trainer.args.max_grad_norm = 0.0
-    trainer.train()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -328,14 +256,6 @@ def test_training_runs_the_body_once_a_micro_batch(
     monkeypatch.setattr(LlamaForCausalLM, "forward", refuse)
     trainer.train()
     assert calls == [True]
-
-
-def run(base: Base, samples: Sequence[Sample], cache: LogitCache | None, out: Path, **settings: Any) -> Any:
-    objective = settings.pop("objective", Objective())
-    adapter = settings.pop("adapter", AdapterSettings(rank=4, alpha=8))
-    base.model.config.save_pretrained(out.parent / "tiny")  # PEFT looks at it when it saves
-    base = replace(base, source=Source("tiny", out.parent / "tiny"))
-    return train(base, samples, cache, out, adapter, objective, TrainSettings(**settings))
 
 
 def test_step_zero_is_at_the_noise_floor(tmp_path: Path, cached: tuple[list[Sample], LogitCache]) -> None:
