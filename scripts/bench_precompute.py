@@ -50,6 +50,7 @@ from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows
 from logitcache.models.settings import LoadSettings
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
+from logitcache.storage.layout import CONTENTS
 
 DEFAULT_OUT = BENCHMARKS / "precompute.csv"
 BARE, CAPTURE, PRECOMPUTE, TWO = METHODS = ["bare", "capture", "precompute", "two processes"]
@@ -205,7 +206,7 @@ def look_at(cache: Path, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "bytes": sum(file.stat().st_size for file in stored),
         "files": len(stored),
-        "contents": digest((cache / "contents.json").read_bytes()),
+        "contents": digest((cache / CONTENTS).read_bytes()),
     }
 
 

@@ -27,11 +27,11 @@ from bench_size_peers import Top, axolotl, distillkit
 from synthetic_teacher import VOCABULARY_SIZE, Rows, rows, samples
 
 from logitcache.storage import CachedSample, CacheWriter, CaptureIdentity, LogitCache, Manifest, ModelIdentity
-from logitcache.storage.cache import CONTENTS, MANIFEST
 from logitcache.storage.encoding import PRECISIONS, SampleTable, encode, sample_table
 from logitcache.storage.files import open_files
 from logitcache.storage.identity import digest
 from logitcache.storage.index import index_file
+from logitcache.storage.layout import CONTENTS, MANIFEST
 from logitcache.storage.manifest import TAIL_GROUPS, Contents, ShardEntry, to_bytes
 from logitcache.storage.records import concatenate, keep_mass
 from logitcache.storage.writer import pack_shard

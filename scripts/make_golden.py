@@ -30,6 +30,7 @@ from logitcache.storage import (
     ModelIdentity,
     TokenizerIdentity,
 )
+from logitcache.storage.layout import LOCK
 
 VOCAB, TOP_K, NUM_GROUPS, NUM_DRAWS = 40, 5, 2, 6
 ABSENT = 2**32 - 1
@@ -206,7 +207,7 @@ def main() -> None:
             for shard in shards:
                 writer.commit(shard)
             writer.finalize()
-        (folder / name / "writer.lock").unlink(missing_ok=True)
+        (folder / name / LOCK).unlink(missing_ok=True)
     expected = {
         "vocab_size": VOCAB,
         "top_k": TOP_K,

@@ -30,6 +30,7 @@ from synthetic_teacher import rows, samples
 
 from logitcache.storage import CachedSample, CacheWriter, files
 from logitcache.storage.index import DTYPE
+from logitcache.storage.layout import commit_path, index_name
 from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, ShardEntry, StoredFile, to_bytes
 
 DEFAULT_OUT = BENCHMARKS / "scaling.csv"
@@ -82,7 +83,7 @@ def entry_bytes() -> float:
     """Of contents.json, by shard."""
 
     def size(num: int) -> int:
-        entry, index = ShardEntry("0" * 32, "0" * 32), StoredFile("index-" + "0" * 32 + ".npy", 2**32, "0" * 32)
+        entry, index = ShardEntry("0" * 32, "0" * 32), StoredFile(index_name("0" * 32), 2**32, "0" * 32)
         return len(to_bytes(Contents("0" * 32, 2**27, index, (entry,) * num)))
 
     return (size(1001) - size(1)) / 1000
@@ -100,7 +101,7 @@ def shard(store: str, positions: int, made: list[CachedSample]) -> dict[str, flo
     with CacheWriter(root, settings) as second, counted() as resuming:
         second.captured()
     fs = fsspec.filesystem("memory")
-    record = fs.cat_file(f"{root}/shards/{commit.unit}.json")
+    record = fs.cat_file(f"{root}/{commit_path(commit.unit)}")
     if commit.num_positions != positions:
         raise ValueError(f"expected a shard of {positions} positions, found {commit.num_positions}")
     table = sum(f.size for f in commit.files if f.name.split("/")[0] in TABLE_FILES)

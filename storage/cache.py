@@ -20,9 +20,10 @@ from .errors import CorruptCache, IncompleteCache, NotACache, PositionNotCapture
 from .files import Files, how_missing, open_files
 from .identity import digest, sample_id
 from .index import SampleIndex, npy_header
+from .layout import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, commit_path, commit_units, shard_path
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
 from .records import BaseLogprobs, CachedSample, narrow, unite
-from .shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard, StoredSample, checked_record
+from .shard import OpenShard, StoredSample, checked_record
 
 MAX_OPEN_SHARDS = 4096
 """Shards whose commit records are kept in memory, some 30 kB each."""
@@ -218,7 +219,7 @@ class LogitCache:
             found = self._index.counts(number)
             if found != (commit.num_samples, commit.num_positions, commit.num_tokens):
                 raise corrupt(f"{self.path}/{self._contents.index.name}", "its counts are not those of the shards")
-            shard = OpenShard(self._files, self.manifest, commit, f"{SHARDS}/{commit.folder}")
+            shard = OpenShard(self._files, self.manifest, commit, shard_path(commit.folder))
             while len(self._open) >= MAX_OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
             self._open[number] = shard
@@ -343,7 +344,7 @@ class LogitCache:
 def read_manifest(files: Files) -> Manifest:
     """The manifest of the cache in this folder. Raises `NotACache` where there is none."""
     if not files.exists(MANIFEST):
-        found = "no manifest.json in it" if files.names("") else "no such folder, or an empty one"
+        found = f"no {MANIFEST} in it" if files.names("") else "no such folder, or an empty one"
         raise NotACache(
             f"opening {files.root}: expected a logit cache, found {found}. Make one with `logitcache precompute`."
         )
@@ -353,7 +354,7 @@ def read_manifest(files: Files) -> Manifest:
 def read_contents(files: Files) -> Contents:
     """The contents of a finished cache. Raises `IncompleteCache` where precompute did not finish."""
     if not files.exists(CONTENTS):
-        committed = sum(name.endswith(".json") for name in files.names(SHARDS))
+        committed = len(commit_units(files.names(SHARDS)))
         raise IncompleteCache(
             f"opening {files.root}: what writes it was interrupted after {committed} committed shards, or is at work. "
             "Nothing is lost: run the same command again (`logitcache precompute`, merge or convert); it goes on there."
@@ -392,7 +393,7 @@ def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
 def read_commit(files: Files, contents: Contents, number: int) -> ShardCommit:
     """The commit record of a shard that the contents list."""
     entry = contents.shards[number]
-    name = f"{SHARDS}/{entry.unit}.json"
+    name = commit_path(entry.unit)
     data, where = read_bytes(files, name), f"{files.root}/{name}"
     if digest(data) != entry.checksum:
         raise corrupt(where, f"expected checksum {entry.checksum}, found {digest(data)}")

@@ -17,11 +17,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import fsspec
 
 from .errors import CacheError, NotACache
-from .local_files import LOCK, NOT_PLAIN, UNFINISHED, LocalFiles, is_unfinished, replace_file, sync_path
+from .layout import is_unfinished
+from .local_files import NOT_PLAIN, LocalFiles, replace_file, sync_path
 
 __all__ = [
-    "LOCK",
-    "UNFINISHED",
     "Files",
     "LocalFiles",
     "ObjectFiles",

@@ -6,7 +6,6 @@ Trade-off: it is read whole at open and sorted then, which takes a quarter of a 
 """
 
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +16,8 @@ from .backend import corrupt
 from .encoding import SamplePlace, SampleTable
 from .files import Files, how_missing
 from .identity import digest
+from .layout import index_name
 from .manifest import Contents, StoredFile
-
-INDEX_NAME = re.compile(r"index-[0-9a-f]{32}\.npy")
-"""Of every index that was ever written; other names are somebody else's."""
 
 DTYPE = np.dtype(
     [("sample_id", "<u8", (2,)), ("shard", "<u4"), ("num_tokens", "<u4"), ("num_positions", "<u4"), ("num_cut", "<u4")]
@@ -39,7 +36,7 @@ def index_file(tables: Sequence[SampleTable]) -> tuple[StoredFile, bytes]:
         part["num_cut"] = table.num_tokens_cut
         start += len(table)
     data = npy_header(DTYPE, len(rows)) + rows.tobytes()
-    return StoredFile(f"index-{digest(data)}.npy", len(data), digest(data)), data
+    return StoredFile(index_name(digest(data)), len(data), digest(data)), data
 
 
 class SampleIndex:

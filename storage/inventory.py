@@ -13,8 +13,8 @@ from .cache import read_commit, read_contents, read_manifest
 from .files import open_files
 from .identity import digest
 from .index import npy_header
+from .layout import CONTENTS, MANIFEST, TOKEN_GROUPS, commit_path, shard_path
 from .manifest import Contents, Manifest, read_bytes, to_bytes
-from .shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ def take_inventory(path: str | Path) -> Inventory:
         sizes[TOKEN_GROUPS] = len(npy_header(np.dtype("u1"), vocab_size)) + vocab_size
     for number, entry in enumerate(contents.shards):
         commit = read_commit(files, contents, number)
-        sizes |= {f"{SHARDS}/{commit.folder}/{file.name}": file.size for file in commit.files}
-        sizes[f"{SHARDS}/{entry.unit}.json"] = len(read_bytes(files, f"{SHARDS}/{entry.unit}.json"))
+        sizes |= {shard_path(commit.folder, file.name): file.size for file in commit.files}
+        sizes[commit_path(entry.unit)] = len(read_bytes(files, commit_path(entry.unit)))
     return Inventory(manifest, contents, sizes)

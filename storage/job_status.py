@@ -5,7 +5,6 @@ They decide nothing but who finishes: lost or stale ones cost a repetition of th
 rate come from the commit records and the times of their files.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ from pathlib import Path
 from .cache import read_manifest
 from .errors import CorruptCache
 from .files import Files, open_files
+from .layout import CONTENTS, SHARDS, commit_path, commit_unit, worker_name, worker_of
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_json, to_bytes
-from .shard import CONTENTS, SHARDS
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
-_NAME = re.compile(r"worker-(\d+)-of-(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -78,26 +76,26 @@ class Status:
 
 def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
     """Say how worker `index` of `num` is."""
-    files.replace(f"worker-{index}-of-{num}.json", to_bytes(record))
+    files.replace(worker_name(index, num), to_bytes(record))
 
 
 def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
     """What every worker said last, by (index, number of workers)."""
     found = {}
     for name in files.names(""):
-        match = _NAME.fullmatch(name)
-        if match:
+        worker = worker_of(name)
+        if worker:
             try:
                 data = files.read(name)
             except FileNotFoundError:  # the last worker removes them
                 continue
-            found[int(match[1]), int(match[2])] = from_bytes(WorkerRecord, data, f"{files.root}/{name}")
+            found[worker] = from_bytes(WorkerRecord, data, f"{files.root}/{name}")
     return dict(sorted(found.items()))
 
 
 def record_names(files: Files) -> list[str]:
     """The files of all workers that said something."""
-    return [name for name in files.names("") if _NAME.fullmatch(name)]
+    return [name for name in files.names("") if worker_of(name)]
 
 
 def remove_records(files: Files) -> None:
@@ -110,9 +108,9 @@ def status(path: str | Path) -> Status:
     """How far the job is that fills the cache at `path`. Raises `NotACache`, `CorruptCache`, `UnsupportedFormat`."""
     files = open_files(path)
     manifest = read_manifest(files)
-    times = {name: when for name, when in files.times(SHARDS).items() if name.endswith(".json")}
-    commits = {name: read_json(ShardCommit, files, f"{SHARDS}/{name}") for name in sorted(times)}
-    known = sorted((when, commits[name].num_tokens) for name, when in times.items() if when is not None)
+    times = {unit: when for name, when in files.times(SHARDS).items() if (unit := commit_unit(name)) is not None}
+    commits = {unit: read_json(ShardCommit, files, commit_path(unit)) for unit in sorted(times)}
+    known = sorted((when, commits[unit].num_tokens) for unit, when in times.items() if when is not None)
     listed = set(_listed(files))
     return Status(
         manifest=manifest,

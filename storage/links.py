@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LinkRefused
+from .layout import MANIFEST, SHARDS
 
-LINKABLE = "shards"
+LINKABLE = SHARDS
 """The one folder below the root that may be a link: people move it to a larger disk."""
-
-_HEAD = "manifest.json"
-"""What every cache has at its root."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -105,9 +103,9 @@ def _follow(root: Path, at: int) -> int:
 
 def _is_of_another_cache(found: int, root: int) -> bool:
     """Whether an open folder is the root of a cache, or lies in the root of one that is not this."""
-    if _holds(found, _HEAD):
+    if _holds(found, MANIFEST):
         return True
-    return _holds(found, f"../{_HEAD}") and not os.path.samestat(os.stat("..", dir_fd=found), os.fstat(root))
+    return _holds(found, f"../{MANIFEST}") and not os.path.samestat(os.stat("..", dir_fd=found), os.fstat(root))
 
 
 def _holds(folder: int, name: str) -> bool:

@@ -9,10 +9,8 @@ once. Must not know what the files mean.
 import errno
 import fcntl
 import os
-import re
 import shutil
 import stat
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError
+from .layout import LOCK, is_temporary, temporary_name
 from .links import LINKABLE, is_link, opened, refused
-
-LOCK, UNFINISHED = "writer.lock", ".new"
 
 MAX_PLAIN_FOLDERS = 65_536
 """Folders that are remembered to be no links."""
 
 NOT_PLAIN = "expected a plain file, found a folder, a pipe or a device"
 """Why a name that is there is not read."""
-
-_UNFINISHED_NAME = re.compile(r"\.[0-9a-f]{32}\.new$")
 
 
 class LocalFiles:
@@ -118,7 +113,7 @@ class LocalFiles:
         above, base = _parted(folder)
         self._make(above)
         with opened(self._path, above) as at:
-            staging = _temporary(base)
+            staging = temporary_name(base)
             try:
                 _write_tree(at, staging, files)
                 try:
@@ -170,7 +165,7 @@ class LocalFiles:
         """Remove what killed writers left: nothing of it was ever named by a commit. What is a link nobody left."""
         for folder in ("", LINKABLE):
             with suppress(FileNotFoundError), opened(self._path, folder) as at:
-                for name in filter(_UNFINISHED_NAME.search, _names(at)):
+                for name in filter(is_temporary, _names(at)):
                     with suppress(FileNotFoundError):
                         mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
                         if not stat.S_ISLNK(mode):
@@ -241,7 +236,7 @@ class LocalFiles:
         try:
             self._check_written(at, folder, files)
         except OSError:
-            broken = _temporary(base)
+            broken = temporary_name(base)
             with suppress(FileNotFoundError):  # who had written it lost the unit to a third, and has removed it
                 os.rename(base, broken, src_dir_fd=at, dst_dir_fd=at)
             os.rename(staging, base, src_dir_fd=at, dst_dir_fd=at)
@@ -265,11 +260,6 @@ def _names(at: int) -> list[str]:
     """What is in an open folder."""
     with os.scandir(at) as entries:
         return [entry.name for entry in entries]
-
-
-def _temporary(base: str) -> str:
-    """The name of a file or folder until it is whole."""
-    return f"{base}.{uuid.uuid4().hex}{UNFINISHED}"
 
 
 @contextmanager
@@ -327,7 +317,7 @@ def _write_tree(at: int, folder: str, files: Mapping[str, bytes]) -> None:
 @contextmanager
 def _written(at: int, base: str, data: bytes) -> Iterator[str]:
     """The temporary name of a file with these bytes, which is gone at the end."""
-    temporary = _temporary(base)
+    temporary = temporary_name(base)
     try:
         _write_synced(at, temporary, data)
         yield temporary
@@ -375,11 +365,6 @@ def replace_file(path: Path, data: bytes) -> None:
         os.fsync(at)
     finally:
         os.close(at)
-
-
-def is_unfinished(name: str, of: str) -> bool:
-    """Whether this is the name of what became of `of` where its writer was killed: nobody else's file."""
-    return name.startswith(f"{of}.") and _UNFINISHED_NAME.fullmatch(name.removeprefix(of)) is not None
 
 
 def sync_path(path: Path) -> None:

@@ -15,6 +15,7 @@ from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
 from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, digest, digest_json
+from .layout import MANIFEST, shard_folder
 
 FORMAT_VERSION = 1
 TAIL_GROUPS = "tail-groups"
@@ -116,7 +117,7 @@ class ShardCommit:
     @property
     def folder(self) -> str:
         """The folder of its files, named by what they contain: two writers of one unit cannot disturb one another."""
-        return f"{self.unit}-{digest_json(_plain(self.files))[:16]}"
+        return shard_folder(self.unit, digest_json(_plain(self.files)))
 
     @property
     def num_bytes(self) -> int:
@@ -223,7 +224,7 @@ def _canonical(value: object) -> bytes:
 def _corrupt(where: str, what: str) -> CorruptCache:
     return CorruptCache(
         f"reading {where}: {what}. Nothing in it can be trusted. Run `logitcache repair` and the same precompute "
-        "again; where manifest.json itself is damaged, restore it from a copy, or precompute into a new folder."
+        f"again; where {MANIFEST} itself is damaged, restore it from a copy, or precompute into a new folder."
     )
 
 

@@ -21,9 +21,10 @@ from .errors import IdentityMismatch, UnsupportedFormat
 from .files import Files, LocalFiles, open_files
 from .identity import digest
 from .job_status import remove_records
+from .layout import commit_path, shard_path
 from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_bytes
 from .repack import Part, Pick, Source, pack
-from .shard import SHARDS, OpenShard
+from .shard import OpenShard
 from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, without_tokens, write_contents
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
     write_contents(files, dict(sorted(shards.items())))
     for unit in plan.removed:
         if unit not in shards:
-            files.remove(f"{SHARDS}/{unit}.json")
+            files.remove(commit_path(unit))
     tidy(files)
     sizes = [sum(c.num_bytes for c in held.values()) for held in (plan.commits, commits)]
     return _report(plan, sizes[0] - sizes[1])
@@ -150,7 +151,7 @@ def _plan(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> _Plan:
     contents, plan = read_contents(files), _Plan()
     commits = [read_commit(files, contents, number) for number in range(len(contents.shards))]
     unlisted = set(committed_units(files)) - {commit.unit for commit in commits}  # of writers that were interrupted
-    commits += [read_json(ShardCommit, files, f"{SHARDS}/{unit}.json") for unit in sorted(unlisted)]
+    commits += [read_json(ShardCommit, files, commit_path(unit)) for unit in sorted(unlisted)]
     for commit in commits:
         plan.commits[commit.unit] = commit
         _plan_shard(plan, commit, Source(_open(files, manifest, commit)), wanted)
@@ -209,7 +210,7 @@ def _picks(files: Files, manifest: Manifest, plan: _Plan) -> Iterator[tuple[Sour
 
 
 def _open(files: Files, manifest: Manifest, commit: ShardCommit) -> OpenShard:
-    return OpenShard(files, manifest, commit, f"{SHARDS}/{commit.folder}")
+    return OpenShard(files, manifest, commit, shard_path(commit.folder))
 
 
 def _commit(files: Files, manifest: Manifest, part: Part) -> ShardCommit:

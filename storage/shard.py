@@ -18,7 +18,6 @@ from .manifest import Manifest, ShardCommit
 from .records import BaseLogprobs, check_rows
 from .zarr_backend import ZarrBackend
 
-MANIFEST, CONTENTS, TOKEN_GROUPS, SHARDS = "manifest.json", "contents.json", "token_groups.npy", "shards"
 BACKENDS: dict[str, Backend] = {"zarr": ZarrBackend(), "arrow": ArrowBackend()}
 
 

@@ -5,7 +5,6 @@ Must not make numbers finer than they are, nor hide how exact they are: a conver
 
 import errno
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 from .cache import LogitCache
 from .encoding import PRECISIONS, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
-from .files import UNFINISHED, open_files
+from .files import open_files
 from .identity import sample_id
+from .layout import CONTENTS, MANIFEST, SHARDS, commit_units, temporary_name
 from .manifest import STORES, Manifest
 from .records import CachedSample, concatenate
 from .repack import Pick, Source, pack
-from .shard import CONTENTS, MANIFEST, SHARDS
 from .writer import CacheWriter
 
 SAMPLES_A_ROW_GROUP = 64
@@ -84,7 +83,7 @@ def _check_own(target: str | Path, sources: Sequence[LogitCache]) -> None:
     files = open_files(target)
     if not files.exists(MANIFEST):
         return
-    units = {name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")}
+    units = set(commit_units(files.names(SHARDS)))
     theirs = units - {shard.commit.unit for cache in sources for shard in cache.shards()}
     if theirs:
         raise IncompleteCache(
@@ -225,7 +224,7 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     schema = pa.schema([*_PARQUET_SCHEMA, *_PARQUET_DRAWS]) if capture.num_tail_samples else _PARQUET_SCHEMA
     if path.exists():
         raise FileExistsError(errno.EEXIST, "the file exists", str(path))
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             while group := list(islice(samples, group_size)):

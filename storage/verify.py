@@ -14,10 +14,11 @@ from .encoding import SampleTable
 from .errors import CorruptCache, LinkRefused
 from .files import Files, LocalFiles, open_files
 from .identity import sample_id
-from .index import INDEX_NAME, SampleIndex, index_file
+from .index import SampleIndex, index_file
 from .job_status import record_names
+from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_index, shard_path
 from .manifest import Contents, Manifest, ShardCommit, read_json
-from .shard import CONTENTS, SHARDS, TOKEN_GROUPS, OpenShard
+from .shard import OpenShard
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def repair(path: str | Path) -> RepairReport:
 def _repair(files: Files, manifest: Manifest) -> RepairReport:
     dropped = []
     tables: dict[str, SampleTable | None] = {}
-    for unit in [name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json")]:
+    for unit in commit_units(files.names(SHARDS)):
         try:
-            commit = read_json(ShardCommit, files, f"{SHARDS}/{unit}.json")
+            commit = read_json(ShardCommit, files, commit_path(unit))
             problems, table = _verify_shard(files, manifest, commit)
             if commit.unit == unit and not problems:
                 tables[unit] = table
@@ -139,9 +140,9 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     if not dropped and not lost_partition and _has_good_contents(files, tables):
         return RepairReport((), False)
     gone = record_names(files)  # first: who had finished has something to do again
-    gone += [name for name in files.names("") if name == CONTENTS or INDEX_NAME.fullmatch(name)]
+    gone += [name for name in files.names("") if name == CONTENTS or is_index(name)]
     gone += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
-    gone += [f"{SHARDS}/{unit}.json" for unit in dropped]
+    gone += [commit_path(unit) for unit in dropped]
     for name in gone:
         files.exists(name)  # before anything is removed: it raises where that is a link
     for name in gone:
@@ -187,7 +188,7 @@ def _verify_index(files: Files, contents: Contents, tables: list[SampleTable | N
 
 def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:
     try:
-        shard = OpenShard(files, manifest, commit, f"{SHARDS}/{commit.folder}")
+        shard = OpenShard(files, manifest, commit, shard_path(commit.folder))
     except CorruptCache as error:
         return [Problem(commit.unit, None, error.fact)], None
     problems = []

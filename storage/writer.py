@@ -5,7 +5,6 @@ by shards/<unit>.json, created only if absent: of several writers of one unit th
 index and contents.json; before it, readers see no cache, and after it, exactly what it lists. Any number may write.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,9 +19,22 @@ from .cache import read_manifest, read_token_groups
 from .captured_index import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
-from .files import LOCK, UNFINISHED, Files, LocalFiles, open_files
+from .files import Files, LocalFiles, open_files
 from .identity import digest, sample_id
-from .index import INDEX_NAME, index_file, npy_header
+from .index import index_file, npy_header
+from .layout import (
+    CONTENTS,
+    LOCK,
+    MANIFEST,
+    SHARDS,
+    TOKEN_GROUPS,
+    UNFINISHED,
+    commit_path,
+    commit_units,
+    is_index,
+    is_shard_folder,
+    shard_path,
+)
 from .manifest import (
     WRITER_FEATURES,
     Contents,
@@ -36,9 +48,7 @@ from .manifest import (
     to_bytes,
 )
 from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
-from .shard import BACKENDS, CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, OpenShard
-
-_FOLDER = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
+from .shard import BACKENDS, OpenShard
 
 TABLES_AT_ONCE = 16
 """Sample tables that are read from an object store at once."""
@@ -120,7 +130,7 @@ class CacheWriter:
         """Whether some writer has committed a shard of exactly these samples and positions, in this order."""
         ids, positions = zip(*samples, strict=True)
         unit = unit_of(b"".join(ids), [len(p) for p in positions], np.concatenate(positions))
-        return self._files.exists(f"{SHARDS}/{unit}.json")
+        return self._files.exists(commit_path(unit))
 
     def commit(self, samples: Sequence[CachedSample]) -> ShardCommit:
         """Write one shard and commit it. A shard that is already committed is left as it is.
@@ -140,7 +150,7 @@ class CacheWriter:
     def commit_columns(self, table: SampleTable, columns: Columns, kept_mass: float) -> ShardCommit:
         """`commit` of rows that are encoded at this cache's precision and checked: those of another cache."""
         unit = unit_id(table)
-        if self._files.exists(f"{SHARDS}/{unit}.json"):
+        if self._files.exists(commit_path(unit)):
             return self._read_commit(unit)
         commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass)
         won = self._publish(commit, files)
@@ -152,7 +162,7 @@ class CacheWriter:
 
     def adopt(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
         """Commit a shard of another cache of the same identity and store, byte for byte."""
-        if self._files.exists(f"{SHARDS}/{commit.unit}.json"):
+        if self._files.exists(commit_path(commit.unit)):
             return self._read_commit(commit.unit)
         return self._publish(commit, files)
 
@@ -185,10 +195,10 @@ class CacheWriter:
                 yield from zip(part, pool.map(self._read_table, part), strict=True)
 
     def _read_table(self, unit: str) -> tuple[str, SampleTable]:
-        data = read_bytes(self._files, f"{SHARDS}/{unit}.json")
-        commit = from_bytes(ShardCommit, data, f"{self.path}/{SHARDS}/{unit}.json")
-        shard = OpenShard(self._files, self.manifest, commit, f"{SHARDS}/{commit.folder}")
-        sizes = self._files.sizes(f"{SHARDS}/{commit.folder}")
+        data = read_bytes(self._files, commit_path(unit))
+        commit = from_bytes(ShardCommit, data, f"{self.path}/{commit_path(unit)}")
+        shard = OpenShard(self._files, self.manifest, commit, shard_path(commit.folder))
+        sizes = self._files.sizes(shard_path(commit.folder))
         for file in commit.files:
             if sizes.get(file.name) != file.size:
                 found = f"found {sizes[file.name]}" if file.name in sizes else "the file is missing"
@@ -222,16 +232,16 @@ class CacheWriter:
         return publish_shard(self._files, commit, files)
 
     def _read_commit(self, unit: str) -> ShardCommit:
-        return read_json(ShardCommit, self._files, f"{SHARDS}/{unit}.json")
+        return read_json(ShardCommit, self._files, commit_path(unit))
 
 
 def publish_shard(files: Files, commit: ShardCommit, data: Mapping[str, bytes]) -> ShardCommit:
     """Make the files of a shard durable and commit it; return the commit that is there then, this or an earlier one."""
-    folder = f"{SHARDS}/{commit.folder}"
+    folder = shard_path(commit.folder)
     files.publish(folder, data)
-    if files.create(f"{SHARDS}/{commit.unit}.json", to_bytes(commit)):
+    if files.create(commit_path(commit.unit), to_bytes(commit)):
         return commit
-    winner = read_json(ShardCommit, files, f"{SHARDS}/{commit.unit}.json")
+    winner = read_json(ShardCommit, files, commit_path(commit.unit))
     if winner.folder != commit.folder:
         files.remove(folder)
     return winner
@@ -239,7 +249,7 @@ def publish_shard(files: Files, commit: ShardCommit, data: Mapping[str, bytes]) 
 
 def committed_units(files: Files) -> list[str]:
     """The units of all committed shards, in their order, whether the contents list them or not."""
-    return sorted(name.removesuffix(".json") for name in files.names(SHARDS) if name.endswith(".json"))
+    return commit_units(files.names(SHARDS))
 
 
 def write_contents(files: Files, shards: Mapping[str, tuple[str, SampleTable]]) -> Contents:
@@ -261,14 +271,13 @@ def tidy(files: Files) -> None:
     if files.exists(CONTENTS):
         index = read_json(Contents, files, CONTENTS).index.name
         for name in files.names(""):
-            if INDEX_NAME.fullmatch(name) and name != index:
+            if is_index(name) and name != index:
                 files.remove(name)
     names = files.names(SHARDS)
-    units = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-    committed = {read_json(ShardCommit, files, f"{SHARDS}/{unit}.json").folder for unit in units}
+    committed = {read_json(ShardCommit, files, commit_path(unit)).folder for unit in commit_units(names)}
     for name in names:
-        if _FOLDER.fullmatch(name) and name not in committed:
-            files.remove(f"{SHARDS}/{name}")
+        if is_shard_folder(name) and name not in committed:
+            files.remove(shard_path(name))
 
 
 def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:

@@ -6,7 +6,6 @@ shards first, then contents.json with everything that replaces. Must not print; 
 """
 
 import errno
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,10 +30,17 @@ from logitcache.storage import (
     verify,
 )
 from logitcache.storage.files import LocalFiles, open_files
-from logitcache.storage.index import INDEX_NAME
 from logitcache.storage.inventory import Inventory, take_inventory
+from logitcache.storage.layout import (
+    CONTENTS,
+    INDEX_PATTERN,
+    MANIFEST,
+    TOKEN_GROUPS,
+    is_index,
+    shard_path,
+    unit_of_path,
+)
 from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, Manifest, read_json
-from logitcache.storage.shard import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS
 
 from .dataset_card import CARD, Licence, is_hub_id, licences_in, make_card, model_licence, public_name
 from .pulling import Download, claim, release
@@ -42,7 +48,7 @@ from .pulling import Download, claim, release
 MAX_FILES_A_COMMIT = 2000
 """Of those that only add; the Hub allows 25,000 and asks for fewer."""
 
-_WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, "index-*.npy", f"{SHARDS}/*"]
+_WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, INDEX_PATTERN, shard_path("*")]
 
 
 @dataclass(frozen=True)
@@ -322,7 +328,7 @@ def _commit(api: HfApi, repo_id: str, revision: str | None, head: str, parcel: P
     heads = {name: data for name, data in parcel.files.items() if isinstance(data, bytes)}
     added = [name for name in parcel.files if name not in heads]
     parts = [added[at : at + MAX_FILES_A_COMMIT] for at in range(0, len(added), MAX_FILES_A_COMMIT)]
-    old_indices = [name for name in there if INDEX_NAME.fullmatch(name) and name not in parcel.files]
+    old_indices = [name for name in there if is_index(name) and name not in parcel.files]
     last: list[Any] = [CommitOperationAdd(CARD, parcel.card.encode())]
     last += [CommitOperationAdd(name, data) for name, data in heads.items()]
     last += [CommitOperationDelete(name) for name in old_indices]
@@ -389,6 +395,5 @@ def _checked(download: Download) -> VerifyReport:
 
 def _part_of(name: str) -> str | None:
     """Of a file of a cache, the unit of the shard that it belongs to; "" for those that belong to none."""
-    if name.startswith(f"{SHARDS}/"):
-        return re.split(r"[-./]", name.removeprefix(f"{SHARDS}/"), maxsplit=1)[0]
-    return "" if name.endswith(".npy") else None
+    unit = unit_of_path(name)
+    return "" if unit is None and name.endswith(".npy") else unit
