@@ -31,6 +31,8 @@ NOT_PLAIN = "expected a plain file, found a folder, a pipe or a device"
 class LocalFiles:
     """A folder of a local or network file system. All raise `LinkRefused` where a link is met that is not followed."""
 
+    is_local: bool = True
+
     def __init__(self, root: Path) -> None:
         self.root = str(root)
         self._path = root.absolute()  # whoever changes the working directory later
@@ -139,9 +141,7 @@ class LocalFiles:
             return
 
     def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
-        self._make("")
-        with opened(self._path, "") as at:
-            handle = self._open_lock(at)  # the lock dies with its process
+        handle = self._open_lock()
         try:
             if _is_alone(handle):
                 self._tidy()
@@ -151,6 +151,17 @@ class LocalFiles:
             os.close(handle)
             raise
         return lambda: self._leave(handle, tidy)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        handle = self._open_lock()
+        try:
+            if not _is_alone(handle):
+                raise OSError(errno.EBUSY, "another process is writing to this cache", self.root)
+            self._tidy()
+            yield
+        finally:
+            os.close(handle)
 
     def _leave(self, handle: int, tidy: Callable[[], None]) -> None:
         try:
@@ -171,12 +182,15 @@ class LocalFiles:
                         if not stat.S_ISLNK(mode):
                             _remove(at, name, mode)
 
-    def _open_lock(self, at: int) -> int:
-        try:
-            return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=at)
-        except OSError:
-            self._check_plain(at, LOCK)
-            raise
+    def _open_lock(self) -> int:
+        """A descriptor of the writers' lock, which dies with its process."""
+        self._make("")
+        with opened(self._path, "") as at:
+            try:
+                return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=at)
+            except OSError:
+                self._check_plain(at, LOCK)
+                raise
 
     def _make(self, folder: str) -> None:
         """The root and a folder below it, each named durably in the one above."""

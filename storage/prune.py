@@ -6,11 +6,9 @@ contents open finds files missing, which is an error, never other numbers. Kille
 comes to the same cache. Rows are copied as they are stored.
 """
 
-import errno
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from .cache import read_commit, read_contents, read_manifest
 from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
-from .files import Files, LocalFiles, open_files
+from .files import Files, open_files
 from .identity import digest
 from .job_status import remove_records
 from .layout import commit_path, shard_path
@@ -26,8 +24,6 @@ from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_byte
 from .repack import Part, Pick, Source, pack
 from .shard import OpenShard
 from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, without_tokens, write_contents
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,30 +96,8 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
         )
     if dry_run:
         return _estimate(_plan(files, manifest, wanted))
-    return _alone(files, lambda: _prune(files, manifest, wanted))
-
-
-def _alone(files: Files, call: Callable[[], T]) -> T:
-    """What a call gives that is made while nobody else writes; other writers, of this process too, wait for its end.
-
-    So it must not open a writer itself. Raises `OSError` (EBUSY) where another writes already, and what the call
-    raises. On an object store, which has no locks, the caller answers for nobody else writing.
-    """
-    if not isinstance(files, LocalFiles):
-        return call()
-    pending: list[Callable[[], T]] = [call]
-    done: list[T] = []
-
-    def once() -> None:
-        while pending:
-            done.append(pending.pop()())
-
-    leave = files.join(once)
-    pending.clear()  # who was refused is alone at the latest when it leaves
-    leave()
-    if not done:
-        raise OSError(errno.EBUSY, "another process is writing to this cache", files.root)
-    return done[0]
+    with files.exclusive():
+        return _prune(files, manifest, wanted)
 
 
 def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> PruneReport:

@@ -4,7 +4,6 @@ Owns the full check; `LogitCache` checks the same things for what it reads. What
 is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
-import errno
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from .cache import read_commit, read_contents, read_manifest, read_token_groups
 from .encoding import SampleTable
 from .errors import CorruptCache, LinkRefused
-from .files import Files, LocalFiles, open_files
+from .files import Files, open_files
 from .identity import sample_id
 from .index import SampleIndex, index_file
 from .job_status import record_names
@@ -113,14 +112,8 @@ def repair(path: str | Path) -> RepairReport:
     """
     files = open_files(path)
     manifest = read_manifest(files)
-    alone: list[bool] = []
-    leave = files.join(lambda: alone.append(True))
-    try:
-        if isinstance(files, LocalFiles) and not alone:
-            raise OSError(errno.EBUSY, "another process is writing to this cache", files.root)
+    with files.exclusive():
         return _repair(files, manifest)
-    finally:
-        leave()
 
 
 def _repair(files: Files, manifest: Manifest) -> RepairReport:

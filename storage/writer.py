@@ -19,7 +19,7 @@ from .cache import read_manifest, read_token_groups
 from .captured_index import Captured
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
-from .files import Files, LocalFiles, open_files
+from .files import Files, open_files
 from .identity import digest, sample_id
 from .index import index_file, npy_header
 from .layout import (
@@ -186,7 +186,7 @@ class CacheWriter:
     def _read_tables(self, units: Sequence[str]) -> Iterator[tuple[str, tuple[str, SampleTable]]]:
         """The checksums of commit records, and the sample tables of their shards; of an object store many at once,
         since each of them is several requests one after the other."""
-        if isinstance(self._files, LocalFiles):
+        if self._files.is_local:
             yield from ((unit, self._read_table(unit)) for unit in units)
             return
         with ThreadPoolExecutor(TABLES_AT_ONCE) as pool:

@@ -29,7 +29,7 @@ from logitcache.storage import (
     VerifyReport,
     verify,
 )
-from logitcache.storage.files import LocalFiles, open_files
+from logitcache.storage.files import open_files
 from logitcache.storage.inventory import Inventory, take_inventory
 from logitcache.storage.layout import (
     CONTENTS,
@@ -218,7 +218,7 @@ def _api(endpoint: str | None) -> HfApi:
 def _folder(path: str) -> Path:
     """The Hub's client reads and writes files of a disk."""
     files = open_files(path)
-    if not isinstance(files, LocalFiles):
+    if not files.is_local:
         raise InputNotFound(
             f"using {path}: expected a local folder, found the URL of a store. The Hub's client cannot read it. "
             "Copy the cache with `logitcache merge FOLDER URL`, and use the folder."

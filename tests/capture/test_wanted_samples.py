@@ -52,11 +52,12 @@ from logitcache.storage import (
     LogitCache,
     NotACache,
     PruneReport,
+    local_files,
     prune,
     sample_id,
     verify,
 )
-from logitcache.storage.files import LocalFiles, open_files
+from logitcache.storage.files import open_files
 
 pytest_plugins = ["support.storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -412,16 +413,17 @@ def test_a_cache_that_another_writes_to_is_refused(path: Path, store: str, monke
         prune(path, ids(THREE[0]))
     assert lasting(path) == before
     other = CacheWriter(path, make_manifest(store))
-    join = LocalFiles.join
+    is_alone = local_files._is_alone
 
-    def joined(self: LocalFiles, tidy: Callable[[], None]) -> Callable[[], None]:
-        leave = join(self, tidy)
+    def asked(handle: int) -> bool:
+        was_alone = is_alone(handle)
+        monkeypatch.undo()
         other.close()
-        return leave
+        return was_alone
 
-    monkeypatch.setattr(LocalFiles, "join", joined)
+    monkeypatch.setattr(local_files, "_is_alone", asked)
     with pytest.raises(OSError, match="another process is writing"):
-        prune(path, ids(THREE[0]))  # alone when it leaves: too late
+        prune(path, ids(THREE[0]))  # alone once it was refused: too late
     assert lasting(path) == before
 
 

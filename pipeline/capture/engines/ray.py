@@ -33,7 +33,7 @@ from logitcache.events import Tell
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, NotACache
 from logitcache.storage.cache import read_manifest, stored_token_groups
-from logitcache.storage.files import LocalFiles, open_files
+from logitcache.storage.files import open_files
 from logitcache.storage.job_status import Status, remove_records, status
 
 SHARES_AN_ACTOR = 4
@@ -246,7 +246,7 @@ def absolute(spec: JobSpec) -> JobSpec:
         spec,
         model=_whole(spec.model),
         data=_whole(spec.data),
-        cache=str(Path(files.root).absolute()) if isinstance(files, LocalFiles) else spec.cache,
+        cache=str(Path(files.root).absolute()) if files.is_local else spec.cache,
         samples_from=_whole(spec.samples_from),
         calibration=_whole(spec.calibration),
     )
