@@ -13,6 +13,7 @@ from support.tiny_model import make_model, make_tokenizer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("support.backend_suite")
 
 
 @pytest.fixture(scope="session")
