@@ -154,6 +154,7 @@ class LocalFiles:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
+        """The writers' lock, held alone."""
         handle = self._open_lock()
         try:
             if not _is_alone(handle):

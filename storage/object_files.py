@@ -166,6 +166,7 @@ class ObjectFiles:
         return lambda: None  # there are no locks: nobody knows to be alone, so nobody tidies
 
     def exclusive(self) -> AbstractContextManager[None]:
+        """Nothing, as there are no locks."""
         return nullcontext()
 
 
