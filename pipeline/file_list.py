@@ -5,15 +5,14 @@ everything in it is on the disk. Trade-off: crc32c, as of the blocks of a cache,
 forgery; checking reads every byte. Must not import torch, or know what the files mean.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from logitcache.storage.files import replace_file, sync_path
-from logitcache.storage.identity import digest_json
+from logitcache.json_files import read_checked, write_checked
+from logitcache.storage.files import sync_path
 
 FILES, FORMAT = "files.json", 1
 _PIECE_BYTES = 2**23
@@ -29,9 +28,8 @@ def seal(folder: Path, about: dict[str, Any], names: Iterable[str] | None = None
         sync_path(folder / name)
     for path in {(folder / name).parent for name in listed} | {folder, folder.parent}:
         sync_path(path)
-    body = {"format": FORMAT, "files": {name: list(_measure(folder / name)) for name in listed}, "about": about}
-    text = json.dumps({"checksum": digest_json(body), "body": body}, indent=2) + "\n"
-    replace_file(folder / FILES, text.encode())
+    files = {name: list(_measure(folder / name)) for name in listed}
+    write_checked(folder / FILES, {"format": FORMAT, "files": files, "about": about})
 
 
 def about_of(folder: Path) -> dict[str, Any] | None:
@@ -67,12 +65,10 @@ def names_below(folder: Path) -> list[str]:
 
 def _body(folder: Path) -> dict[str, Any] | None:
     try:
-        envelope = json.loads((folder / FILES).read_text(encoding="utf-8"))
-        body: dict[str, Any] = envelope["body"]
-        whole = envelope["checksum"] == digest_json(body) and body["format"] == FORMAT
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        body = read_checked(folder / FILES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return body if whole else None
+    return body if body.keys() == {"format", "files", "about"} and body["format"] == FORMAT else None
 
 
 def _measure(path: Path) -> tuple[int, int]:

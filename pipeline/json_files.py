@@ -1,26 +1,63 @@
-"""JSON files of a sweep whose values are checked when they are taken: a damaged one is a sentence, never a number.
+"""JSON files of runs, sweeps and calibrations: written whole with a checksum, and taken value by value.
 
-Owns the refusals: every one names the file, the place in it, what was expected and what was found. Knows nothing of
-what the values mean.
+Owns the one write and the one read of them (`storage.checked_json` owns the bytes), lines of a log included, and the
+refusals: every one names the file, the place in it, what was expected and what was found. A damaged file is a sentence,
+never a number. Knows nothing of what the values mean.
 """
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from logitcache.errors import UnreadableSweep
+from logitcache.storage.checked_json import MAX_JSON_BYTES, sealed, unsealed
+from logitcache.storage.files import replace_file
 
 ADVICE = "No report was written. Restore the file, or remove the run's folder and run the sweep again."
 
 
-def text_of(path: Path, advice: str = ADVICE) -> str:
-    """What a UTF-8 file holds. advice: what to do where it holds something else."""
+def write_checked(path: Path, fields: dict[str, Any]) -> None:
+    """Write an object with its checksum, whole or not at all, and on the disk before this returns."""
+    replace_file(path, sealed(fields))
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """What `write_checked` was given. Raises `OSError`, or `ValueError`: what is wrong, the middle of a sentence."""
+    with path.open("rb") as file:
+        return unsealed(file.read(MAX_JSON_BYTES + 1))
+
+
+def line_of(entry: dict[str, Any]) -> bytes:
+    """A line of a log, with its checksum."""
+    return sealed(entry, indent=None)
+
+
+def read_lines(path: Path, unfinished: bool) -> Iterator[dict[str, Any]]:
+    """The entries of a log, one by one. Raises as `read_checked` where it comes to a line that is none.
+
+    unfinished: the last line may be one that was being written, and is left out: it has no line break, and is not a
+    whole object with something behind it.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest and not (unfinished and _is_cut_off(rest)):
+        lines.append(rest)
+    for number, line in enumerate(lines, 1):
+        try:
+            yield unsealed(line)
+        except ValueError as error:
+            shown = line[:40].decode(errors="replace")
+            raise ValueError(f"expected JSON in line {number} with its checksum, found {shown!r}") from error
+
+
+def _is_cut_off(line: bytes) -> bool:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UnreadableSweep(f"reading {path}: expected text, found other bytes. {advice}") from error
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -36,14 +73,9 @@ class CheckedJson:
     def of(cls, path: Path, advice: str = ADVICE) -> "CheckedJson":
         """The object that a file holds. advice: closes every refusal. Raises `UnreadableSweep`."""
         try:
-            found = json.loads(text_of(path, advice))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UnreadableSweep(
-                f"reading {path}: expected a JSON object, found a damaged or half-written file. {advice}"
-            )
-        return cls(path, found, advice=advice)
+            return cls(path, read_checked(path), advice=advice)
+        except ValueError as error:
+            raise UnreadableSweep(f"reading {path}: {error}. {advice}") from error
 
     def wrong(self, key: str, expected: str, found: str | None = None) -> UnreadableSweep:
         """The refusal of a value."""
@@ -51,6 +83,13 @@ class CheckedJson:
         return UnreadableSweep(
             f"reading {self.path}: expected {expected} at {self.where}{key}, found {said}. {self.advice}"
         )
+
+    def only(self, names: Iterable[str]) -> "CheckedJson":
+        """This object, of which no other fields are known."""
+        unknown = sorted(self.values.keys() - set(names))
+        if unknown:
+            raise self.wrong(unknown[0], "no such field")
+        return self
 
     def number(self, key: str) -> float:
         """A finite number."""

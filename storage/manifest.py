@@ -5,16 +5,17 @@ shards of a finished cache and names its index. docs/format.md is the specificat
 read here is checked before anything is allocated or opened. Must not know where shards keep their columns.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
+from .checked_json import MAX_JSON_BYTES as MAX_JSON_BYTES
+from .checked_json import body_of, envelope
 from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
-from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, digest, digest_json
+from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, digest_json
 from .layout import MANIFEST, shard_folder
 
 FORMAT_VERSION = 1
@@ -25,7 +26,6 @@ QUANTIZED_BASE = "quantized-base"
 READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER, QUANTIZED_BASE})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
-MAX_JSON_BYTES = 16 * 2**20
 MAX_SHARDS = 180_000
 """Of a cache: contents.json has 90 bytes for each."""
 MAX_VOCAB_SIZE = 2**24 - 1
@@ -145,7 +145,7 @@ class Contents:
 
 def to_bytes(value: object) -> bytes:
     """Canonical JSON of a value inside {"checksum", "body"}; the checksum is `digest` of the canonical body."""
-    data = _envelope(_plain(value))
+    data = envelope(_plain(value))
     if len(data) > MAX_JSON_BYTES:
         raise InvalidRecord(
             f"writing {type(value).__name__}: expected at most {MAX_JSON_BYTES} bytes, found {len(data)}. Readers "
@@ -157,17 +157,9 @@ def to_bytes(value: object) -> bytes:
 def from_bytes(cls: type[T], data: bytes, where: str) -> T:
     """The value that `to_bytes` wrote. Raises `CorruptCache`, or `UnsupportedFormat` for a newer manifest."""
     try:
-        envelope = json.loads(data)
-        body, checksum = envelope["body"], envelope["checksum"]
-        found = digest(_canonical(body))
-        intact = data == _envelope(body)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _corrupt(where, f"expected the JSON this program writes, found {error!r}") from error
-    if not intact:
-        what = (
-            f"checksum {checksum}, found {found}" if checksum != found else "canonical JSON, found the same otherwise"
-        )
-        raise _corrupt(where, f"expected {what}")
+        body = body_of(data)
+    except ValueError as error:
+        raise _corrupt(where, str(error)) from error
     try:
         if cls is Manifest:
             _check_version(body, where)
@@ -195,11 +187,6 @@ def read_bytes(files: Files, name: str) -> bytes:
     return data
 
 
-def _envelope(body: Any) -> bytes:
-    canonical = _canonical(body)
-    return b'{"body":' + canonical + b',"checksum":"' + digest(canonical).encode() + b'"}\n'
-
-
 def _plain(value: Any) -> Any:
     """Dataclasses as dicts, all the way down; `dataclasses.asdict` copies every number of every block."""
     if is_dataclass(value):
@@ -215,10 +202,6 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: object) -> object:
     return "none" if value == "" else value
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _corrupt(where: str, what: str) -> CorruptCache:

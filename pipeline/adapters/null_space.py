@@ -7,7 +7,6 @@ as in the paper's code: that is against overflow of float16, of which there is n
 Shapes: N positions, D width of a layer's input, r rank.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,8 +20,10 @@ from torch import Tensor
 from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound, NotTheBase, TrainingFailed, UnsuitableAdapter
 from logitcache.events import Progress
+from logitcache.json_files import read_checked, write_checked
 from logitcache.models.loading import Base
 from logitcache.storage import CorruptCache, sample_id
+from logitcache.storage.checked_json import checksum_of
 from logitcache.storage.files import is_unfinished, replace_file
 from logitcache.storage.identity import digest, digest_json
 
@@ -102,7 +103,7 @@ class NullSpace:
     @property
     def checksum(self) -> str:
         """What identifies it: the checksum of its manifest."""
-        return digest_json(self._body(self._tensors()))
+        return checksum_of(self._body(self._tensors()))
 
     def findings(self) -> list[str]:
         """What is worth knowing before an adapter is made of it, a sentence each; empty where all is well."""
@@ -138,8 +139,7 @@ class NullSpace:
         tensors = self._tensors()
         body = self._body(tensors)
         replace_file(folder / TENSORS, tensors)
-        text = json.dumps({"checksum": digest_json(body), "body": body}, indent=2) + "\n"
-        replace_file(folder / MANIFEST, text.encode())
+        write_checked(folder / MANIFEST, body)
 
     @classmethod
     def open(cls, folder: Path) -> "NullSpace":
@@ -150,10 +150,7 @@ class NullSpace:
                 "Make one with `logitcache nullspace`."
             )
         try:
-            envelope = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            body = envelope["body"]
-            if envelope["checksum"] != digest_json(body):
-                raise ValueError(f"{MANIFEST} is not what its checksum says")
+            body = read_checked(folder / MANIFEST)
             if body["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {body['format_version']}, this program reads {FORMAT_VERSION}")
             data = (folder / TENSORS).read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import UnsuitableAdapter, UnsupportedModel
+from logitcache.json_files import read_checked
 
 from .registry import KINDS, AdapterSettings, rewrites_base
 
@@ -80,7 +81,10 @@ def _check_checkpoint(path: Path) -> None:
     run = place.parent / RUN
     if place.name != CHECKPOINTS or not run.is_file():
         return
-    described = _json(run, str(path)).get("adapter")
+    try:
+        described = read_checked(run).get("adapter")
+    except (OSError, ValueError) as error:
+        raise _damaged(str(path), f"{run}: {error}") from error
     if not isinstance(described, dict) or described.get("kind") not in KINDS:
         raise _damaged(str(path), f"{run} does not say of which kind it is")
     settings = AdapterSettings(described["kind"], variant=described.get("variant", AdapterSettings.variant))

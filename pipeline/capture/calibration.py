@@ -4,7 +4,6 @@ Owns the bounds, and the calibration file that `precompute` asks of an engine. M
 are in nats. Shapes: P positions, K alternatives.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample, distinct
 from logitcache.errors import NotCalibrated, UnreadableSweep
-from logitcache.json_files import CheckedJson
+from logitcache.json_files import CheckedJson, write_checked
 from logitcache.models.loading import Base
 from logitcache.pairing.identity_checks import check_identity
 from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
-from logitcache.storage.files import replace_file
 from logitcache.storage.records import NO_TOKEN
 
 from .teacher import Teacher
@@ -213,16 +211,16 @@ def check_bounds(calibration: Calibration) -> None:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write a calibration as JSON, as a whole or not at all."""
-    replace_file(path, (json.dumps(asdict(calibration), indent=2) + "\n").encode())
+    write_checked(path, asdict(calibration))
 
 
 def read_calibration(path: Path) -> Calibration:
     """The calibration in a file. Raises `NotCalibrated` where it is missing, damaged or of something else."""
     try:
-        body = CheckedJson.of(path, ADVICE)
-        parts = {name: body.part(name) for name in ("engine", "reference")}
+        body = CheckedJson.of(path, ADVICE).only(_names(Calibration))
+        parts = {name: body.part(name).only(_names(Run)) for name in ("engine", "reference")}
         runs = {n: Run(p.text("engine"), p.text("version"), _identity(p.part("model"))) for n, p in parts.items()}
-        found = body.part("found")
+        found = body.part("found").only(_names(Differences))
         counts = {n: found.whole(n) for n in ("num_samples", "num_positions")}
         others = {f.name: found.number(f.name) for f in fields(Differences) if f.name not in counts}
         differences = Differences(**counts, **others)  # type: ignore[arg-type]
@@ -278,7 +276,12 @@ def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Samp
         yield batch
 
 
+def _names(of: type[Calibration | Run | Differences | ModelIdentity]) -> list[str]:
+    return [f.name for f in fields(of)]
+
+
 def _identity(part: CheckedJson) -> ModelIdentity:
+    part.only(_names(ModelIdentity))
     texts = {name: part.text(name) for name in ("weights", "config", "dtype", "attention")}
     return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=part.text_or_empty("quantization"), **texts)
 

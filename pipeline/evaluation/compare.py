@@ -26,6 +26,7 @@ from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
 from logitcache.file_list import FILES, fault_of
+from logitcache.json_files import read_checked
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
 from logitcache.models.head import (
@@ -80,7 +81,7 @@ def check_adapter(folder: str, base: Base) -> None:
     if not run.is_file():  # an adapter made elsewhere
         return
     try:
-        trained_on = json.loads(run.read_text(encoding="utf-8"))["model"]
+        trained_on = read_checked(run)["model"]
         name, weights, config = (str(trained_on[key]) for key in ("name", "weights", "config"))
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from logitcache.errors import InputNotFound, UnreadableSweep
-from logitcache.json_files import ADVICE, CheckedJson, text_of
+from logitcache.json_files import ADVICE, CheckedJson, read_lines
 from logitcache.storage.files import replace_file
 from logitcache.sweeps.config import FIELDS
 
@@ -144,7 +144,7 @@ def read_sweep(folder: Path) -> Sweep:
     if head.values.get("format") != FORMAT:
         raise head.wrong("format", f"{FORMAT}")
     methods = tuple(head.texts("methods"))
-    plans = [_plan(part, methods) for part in head.parts("runs")]
+    plans = [_plan(part.only(("name", "method", "settings")), methods) for part in head.parts("runs")]
     names = [name for name, _, _ in plans]
     seen: dict[str, str] = {}
     for name, method, settings in plans:
@@ -273,20 +273,12 @@ def _curve(path: Path, whole: bool) -> tuple[CurvePoint, ...]:
     """Points by step. Unless the run is finished (`whole`), its last line may be one that was being written."""
     if not path.exists():
         return ()
-    lines = text_of(path).splitlines()
     points: dict[int, CurvePoint] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            if not isinstance(values, dict):
-                raise ValueError("not an object")
-            entry = CheckedJson(path, values, f"line {number}, ")
-        except ValueError as error:
-            if not whole and number == len(lines):
-                break
-            raise UnreadableSweep(
-                f"reading {path}: expected JSON in line {number}, found {line[:40]!r}. {ADVICE}"
-            ) from error
+    try:
+        entries = [CheckedJson(path, v, f"line {i}, ") for i, v in enumerate(read_lines(path, not whole), 1)]
+    except ValueError as error:
+        raise UnreadableSweep(f"reading {path}: {error}. {ADVICE}") from error
+    for entry in entries:
         point = CurvePoint(entry.whole("step"), entry.number("ce"), entry.number_or_none("kl"))
         points[point.step] = point
     return tuple(points[step] for step in sorted(points))

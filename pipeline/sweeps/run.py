@@ -8,7 +8,6 @@ Must not print; what a run is comes from `config`, tables and pictures are the r
 """
 
 import copy
-import fcntl
 import gc
 import json
 import traceback
@@ -20,6 +19,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.capture.settings import CaptureSettings
@@ -29,6 +29,7 @@ from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
+from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.settings import LoadSettings
@@ -37,7 +38,7 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
 from logitcache.training.run import data_fingerprint, train
-from logitcache.training.run_folder import RUN, clear, write_json
+from logitcache.training.run_folder import LOG, RUN, clear
 
 from .config import RunSpec, SweepConfig, read_config
 
@@ -106,7 +107,7 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
     with _locked(out / f"{SWEEP}.lock"):
         stored = _stored(out)
         _check_same(stored, described, out)
-        write_json(out / SWEEP, {**described, **_runs_of(config, out, stored), "cost": stored.get("cost")})
+        write_checked(out / SWEEP, {**described, **_runs_of(config, out, stored), "cost": stored.get("cost")})
         on_device = base if _stays(held) else _copy_of(base, device)
         top_k = config.probe.top_k(base.identity.vocab_size)
         probes: dict[str, tuple[LogitCache, Sequence[Sample]]] = {}
@@ -211,7 +212,7 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         "peak_memory_bytes": report.peak_memory_bytes,
         **{name: comparison.as_dict() for name, comparison in found.items()},
     }
-    write_json(folder / RESULT, result)
+    write_checked(folder / RESULT, result)
     changes = {n: c.after.ce_nats - c.before.ce_nats for n, c in found.items() if c.after is not None}
     return Done(spec, -changes["new"], changes["prior"], report.seconds, told=tuple(told))
 
@@ -222,7 +223,7 @@ def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
     failure = {"name": spec.name, "method": spec.method, "settings": spec.settings, "error": said}
     if not isinstance(error, (PipelineError, CacheError)):
         failure["traceback"] = "".join(traceback.format_exception(error))
-    write_json(folder / FAILED, {**failure, "step": _last_step(folder)})
+    write_checked(folder / FAILED, {**failure, "step": _last_step(folder)})
     return Done(spec, None, None, None, said)
 
 
@@ -232,15 +233,11 @@ def _only_this_run(error: Exception) -> bool:
 
 
 def _last_step(folder: Path) -> int | None:
-    log = folder / "train_log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    steps = []
-    for line in lines:
-        try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            break  # cut off where it was being written
-    return max(steps, default=None)
+    """The last step that was logged; None where there is none, or the log is damaged."""
+    try:
+        return max((int(entry["step"]) for entry in read_lines(folder / LOG, unfinished=True)), default=None)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _stays(held: LoadSettings) -> bool:
@@ -316,30 +313,29 @@ def _check_folder(out: Path) -> None:
 
 
 def _stored(out: Path) -> dict[str, Any]:
-    """sweep.json of a sweep that was begun; empty where there is none."""
+    """sweep.json of a sweep that was begun; empty where there is none. Raises `UnreadableSweep`."""
     path = out / SWEEP
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or "runs" not in found:
-        raise TrainingFailed(f"reading {path}: it is not what `logitcache sweep` writes. Choose another --out.")
-    return found
+    found = CheckedJson.of(path, "It is not what `logitcache sweep` wrote. Restore the file, or choose another --out.")
+    found.parts("runs")
+    return found.values
 
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Whether this process alone holds the lock file within; the system lets go of it however the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    lock = FileLock(path, blocking=wait, fallback_to_soft=False)  # a soft one would outlive a killed process
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def measure_cost(prepared: Prepared) -> None:
@@ -355,7 +351,7 @@ def measure_cost(prepared: Prepared) -> None:
     if not regularized or config.common.pairing.teacher_is_not_base:  # the teacher that was not run is not here
         return
     spec, settings = regularized[0], config.run_of(regularized[0]).training
-    results = [json.loads((prepared.out / RUNS / r.name / RESULT).read_text(encoding="utf-8")) for r in finished]
+    results = [CheckedJson.of(prepared.out / RUNS / r.name / RESULT).values for r in finished]
     (result,) = (r for r in results if r["name"] == spec.name)
     base = _copy_of(prepared.base, prepared.device).model
     size, tokens, seconds = settings.batch_size, 0, []
@@ -374,7 +370,7 @@ def measure_cost(prepared: Prepared) -> None:
         "steps": sum(r["num_steps"] for r in results),
     }
     with _locked(prepared.out / f"{SWEEP}.lock"):
-        write_json(path, {**_stored(prepared.out), "cost": cost})
+        write_checked(path, {**_stored(prepared.out), "cost": cost})
 
 
 @torch.inference_mode()

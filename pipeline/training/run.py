@@ -5,7 +5,6 @@ train_log.jsonl, tensorboard/, checkpoints/. When the folder is whole, and who m
 mathematics in `trainer`, the checks in `pairing`. Must not print.
 """
 
-import json
 import os
 import platform
 import resource
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -38,6 +38,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.data.rows import Row, read_rows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.errors import InputNotFound, TrainingFailed
+from logitcache.json_files import line_of, read_lines
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts
 from logitcache.models.head import check_head, check_length
@@ -357,9 +358,8 @@ class _JsonLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        entries = [entry for line in lines if (entry := _entry(line)) and entry["step"] <= state.global_step]
-        replace_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
+        entries = _logged(self.path, state.global_step) if state.global_step and self.path.exists() else []
+        replace_file(self.path, b"".join(line_of(entry) for entry in entries))
         if entries:
             self.last = {name: value for name, value in entries[-1].items() if name not in ("step", "epoch")}
 
@@ -372,8 +372,8 @@ class _JsonLog(TrainerCallback):
         names = ("loss", "ce", "kl", "kl_weight", "penalty", "orthogonality", "grad_norm", "learning_rate")
         self.last = {name: logs[name] for name in names if name in logs}
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
+        with self.path.open("ab") as f:
+            f.write(line_of(entry))
 
 
 class _Checkpoints(TrainerCallback):
@@ -388,13 +388,15 @@ class _Checkpoints(TrainerCallback):
             run_folder.seal_checkpoint(self._out, state.global_step, self._description, args.world_size)
 
 
-def _entry(line: str) -> dict[str, Any] | None:
-    """A line of the log; None for the last one of a run that was killed while it wrote it."""
+def _logged(path: Path, step: int) -> list[dict[str, Any]]:
+    """The entries of a log up to a step; what a killed run was writing comes after it."""
     try:
-        entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return entry
+        return list(takewhile(lambda entry: entry["step"] <= step, read_lines(path, unfinished=True)))
+    except ValueError as error:
+        raise TrainingFailed(
+            f"going on with {path}: {error}. The log of the resumed run would lack what was there. Restore the file "
+            "from a copy, or remove that line."
+        ) from error
 
 
 def trainer_arguments(

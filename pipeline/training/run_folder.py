@@ -23,8 +23,9 @@ from filelock import FileLock, Timeout
 
 from logitcache.errors import FolderInUse, TrainingFailed
 from logitcache.file_list import FILES, about_of, fault_of, names_below, seal
+from logitcache.json_files import read_checked, write_checked
 from logitcache.storage import IdentityMismatch
-from logitcache.storage.files import is_unfinished, replace_file, sync_path
+from logitcache.storage.files import is_unfinished, sync_path
 
 RUN, LOG, LOCK, CHECKPOINTS = "run.json", "train_log.jsonl", "run.lock", "checkpoints"
 START = "start"
@@ -126,7 +127,7 @@ def look(out: Path, description: Json, resume: bool) -> Found:
 def begin(out: Path, description: Json, checkpoint: Path | None) -> None:
     """Say that the run is under way, and remove what it will write again: all that is newer than the checkpoint."""
     (out / FILES).unlink(missing_ok=True)
-    write_json(out / RUN, {**description, "status": "started"})
+    write_checked(out / RUN, {**description, "status": "started"})
     shutil.rmtree(out / _STAGED, ignore_errors=True)
     for path in _checkpoints(out):
         if checkpoint is None or _step(path) > _step(checkpoint):
@@ -201,7 +202,7 @@ def settle(out: Path) -> None:
     about = about_of(out) or {}
     finished = {**about["run"], "status": "finished", "result": about["result"]}
     if _run_json(out) != finished:
-        write_json(out / RUN, finished)
+        write_checked(out / RUN, finished)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # what cannot be removed now does not undo a run
     for path in out.iterdir():  # of a writer that was killed
         if any(is_unfinished(path.name, name) for name in (RUN, LOG, FILES)):
@@ -221,11 +222,6 @@ def clear(out: Path) -> None:
 def check_shared(out: Path) -> None:
     """Raise `TrainingFailed` where this process does not see the folder that the first one made."""
     _wait_for([out / LOCK])
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Whole or not at all, and on the disk before this returns."""
-    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _to_go_on(out: Path, description: Json, said: Sequence[str]) -> Found:
@@ -255,10 +251,10 @@ def _recorded(out: Path) -> Json | None:
 def _run_json(out: Path) -> Json | None:
     """What run.json says; None where it is missing or damaged."""
     try:
-        run = json.loads((out / RUN).read_text(encoding="utf-8"))
+        run = read_checked(out / RUN)
     except (FileNotFoundError, ValueError):
         return None
-    return run if isinstance(run, dict) and run.get("status") in ("started", "finished") else None
+    return run if run.get("status") in ("started", "finished") else None
 
 
 def _agree(run: Json | None, recorded: Json | None) -> bool:

@@ -228,7 +228,7 @@ def test_the_same_text_gives_the_same_null_space(space: NullSpace, samples: list
 DAMAGE = {
     "tensors flipped": lambda f: flip_byte(f / TENSORS),
     "tensors gone": lambda f: (f / TENSORS).unlink(),
-    "manifest changed": lambda f: edit_json(f / MANIFEST, lambda m: m["body"].update(rank=3)),
+    "manifest changed": lambda f: edit_json(f / MANIFEST, lambda m: m.update(rank=3)),
     "manifest cut short": lambda f: (f / MANIFEST).write_text("{"),
     "manifest of nothing": lambda f: (f / MANIFEST).write_text("[]"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.cli_harness import done, edit_json, logitcache, precompute, refused, snapshot
+from support.cli_harness import done, edit_sealed, logitcache, precompute, refused, snapshot
 from support.like_vllm import LikeLLM, like_vllm
 from support.tiny_model import text_rows
 
@@ -304,6 +304,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field is missing": (lambda c: c["found"].pop("mean_kl_nats"), "expected a finite number at found.mean_kl_nats"),
     "infinite": (lambda c: c["found"].update(mean_kl_nats=float("inf")), "expected a finite number"),
     "no engine": (lambda c: c.update(engine=None), "expected an object at engine"),
+    "an unknown field": (lambda c: c["engine"]["model"].update(seed=1), "no such field at engine.model.seed, found 1"),
     "another type": (lambda c: c["engine"]["model"].update(vocab_size="x"), "engine.model.vocab_size"),
 }
 
@@ -314,10 +315,17 @@ def test_damaged_calibration_is_refused(written: Path, tmp_path: Path, name: str
     run = read_calibration(written).engine
     path = tmp_path / "c.json"
     path.write_bytes(written.read_bytes())
-    edit_json(path, lambda body: change(body) and None)
+    edit_sealed(path, lambda body: change(body) and None)
     with pytest.raises(NotCalibrated) as caught:
         check_calibration(path, run.engine, run.version, run.model)
     assert said in str(caught.value)
+
+
+def test_a_value_that_changed_since_is_refused(written: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_bytes(written.read_bytes().replace(b'"mean_label_nats": ', b'"mean_label_nats": -'))
+    with pytest.raises(NotCalibrated, match="expected the checksum"):
+        read_calibration(path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe"])

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM
 from logitcache.cli import cli
 from logitcache.cli.progress import TrainBar
 from logitcache.storage import LogitCache
+from logitcache.storage.checked_json import unsealed
 
 WriteRows = Callable[..., Path]
 
@@ -622,12 +623,11 @@ def test_a_config_that_is_no_text_or_not_there_is_2(tmp_path: Path) -> None:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [unsealed(line) for line in (out / "train_log.jsonl").read_bytes().splitlines()]
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    return run
+    return unsealed((out / "run.json").read_bytes())
 
 
 def test_train_writes_what_it_promises(trained: Path, tiny_model: Path) -> None:

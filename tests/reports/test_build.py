@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from matplotlib import image
-from support.cli_harness import done, edit_json, refused, snapshot
+from support.cli_harness import done, edit_sealed, refused, snapshot
 from support.sweep_folders import FULL_KL, MASKED, MASKED_KL, PLAIN, Method, write_sweep
 
 from logitcache.reports.build import write_sweep_report
@@ -191,7 +191,7 @@ def test_equal_learning_is_told_of_every_method_alike(folder: Path) -> None:
 def test_settings_table_has_dashes_for_what_was_not_measured(tmp_path: Path) -> None:
     write_sweep(tmp_path, (PLAIN, MASKED_KL), seeds=(0,))
     for path in tmp_path.glob("runs/*/result.json"):
-        edit_json(path, lambda v: [v["prior"].pop(k) for k in ("drift_percent", "agreement", "base_ce_nats")])
+        edit_sealed(path, lambda v: [v["prior"].pop(k) for k in ("drift_percent", "agreement", "base_ce_nats")])
     head, *rows = setting_rows(view_of(read_sweep(tmp_path)))
     for row in rows:
         cells = dict(zip(head, row, strict=True))
@@ -266,7 +266,7 @@ def test_a_line_follows_one_field(tmp_path: Path) -> None:
     light, heavy = (Method("kl", {**MASKED, "weight": w}, 0.5, 0.01) for w in (0.3, 3.0))
     write_sweep(tmp_path, (light, heavy), lrs=(2e-3, 5e-4, 1e-3), seeds=(0,))
     head = tmp_path / "sweep.json"
-    edit_json(head, lambda v: v.update(methods=["kl"]))
+    edit_sealed(head, lambda v: v.update(methods=["kl"]))
     lines = [
         [(s.values["weight"], s.values["lr"]) for s in c] for c in chains_of(view_of(read_sweep(tmp_path)).settings)
     ]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cli_harness import edit_json
-from support.sweep_folders import write_json, write_sweep
+from support.cli_harness import edit_sealed
+from support.sweep_folders import write_sweep
 
 from logitcache.errors import InputNotFound, UnreadableSweep
+from logitcache.json_files import line_of
 from logitcache.reports.results import COLUMNS, read_sweep, setting_names, write_csv
 from logitcache.sweeps.config import FIELDS
 
@@ -66,7 +67,7 @@ def test_what_was_not_measured_is_none(folder: Path) -> None:
         for name in ("base_ce_nats", "agreement", "drift_percent", "intervals"):
             told["prior"].pop(name)
 
-    edit_json(folder / FIRST / "result.json", strip)
+    edit_sealed(folder / FIRST / "result.json", strip)
     outcome = read_sweep(folder).runs[0].outcome
     assert outcome is not None
     assert (outcome.prior.base_ce_nats, outcome.prior.agreement, outcome.prior.drift_percent) == (None, None, None)
@@ -88,7 +89,7 @@ def set_value(path: str, *keys: str, to: object) -> Damage:
                 value = value[key]
             value[keys[-1]] = to
 
-        edit_json(folder / path, change)
+        edit_sealed(folder / path, change)
 
     return damage
 
@@ -97,17 +98,22 @@ def text(path: str, content: str) -> Damage:
     return lambda folder: (folder / path).write_text(content) and None
 
 
+def lines(path: str, *entries: dict[str, Any], end: str = "") -> Damage:
+    content = b"".join(line_of(entry) for entry in entries) + end.encode()
+    return lambda folder: (folder / path).write_bytes(content) and None
+
+
 def twice(key: str) -> Damage:
     """The second run of sweep.json takes the name or the settings of the first."""
-    return lambda folder: edit_json(folder / "sweep.json", lambda v: v["runs"][1].update({key: v["runs"][0][key]}))
+    return lambda folder: edit_sealed(folder / "sweep.json", lambda v: v["runs"][1].update({key: v["runs"][0][key]}))
 
 
 def method_of_run(to: str) -> Damage:
-    return lambda folder: edit_json(folder / "sweep.json", lambda v: v["runs"][0].update(method=to))
+    return lambda folder: edit_sealed(folder / "sweep.json", lambda v: v["runs"][0].update(method=to))
 
 
 def name_of_run(to: str) -> Damage:
-    return lambda folder: edit_json(folder / "sweep.json", lambda v: v["runs"][0].update(name=to))
+    return lambda folder: edit_sealed(folder / "sweep.json", lambda v: v["runs"][0].update(name=to))
 
 
 RESULT, LOG = f"{FIRST}/result.json", f"{FIRST}/train_log.jsonl"
@@ -149,9 +155,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "the untouched base to be the same",
     ),
     "damage within a log": (text(LOG, '{"step": 1\n{"step": 2, "ce": 1}\n'), "expected JSON in line 1"),
-    "a finished log cut short": (text(LOG, '{"step": 1, "ce": 1}\n{"st'), "expected JSON in line 2"),
+    "a finished log cut short": (lines(LOG, {"step": 1, "ce": 1}, end='{"st'), "expected JSON in line 2"),
     "a log line that is a number": (text(LOG, "3\n"), "expected JSON in line 1"),
-    "a log line without a value": (text(LOG, '{"step": 1}\n'), "a finite number at line 1, ce"),
+    "a log line without a value": (lines(LOG, {"step": 1}), "a finite number at line 1, ce"),
     "failed.json without an error": (set_value(f"runs/{FAILED}/failed.json", "error", to=""), "expected text at error"),
     "bytes that are no text": (
         lambda folder: (folder / RESULT).write_bytes(b"\xff\xfe{}") and None,
@@ -202,7 +208,7 @@ def test_csv_has_a_row_a_run_and_every_number_in_full(folder: Path, tmp_path: Pa
 def test_csv_keeps_any_text(folder: Path, tmp_path: Path) -> None:
     said = 'a "b", <c>;\nand a second line'
     failed = folder / "runs" / FAILED / "failed.json"
-    write_json(failed, {**json.loads(failed.read_text()), "error": said})
+    edit_sealed(failed, lambda v: v.update(error=said))
     write_csv(read_sweep(folder), tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as f:
         assert [row["error"] for row in csv.DictReader(f) if row["error"]] == [" ".join(said.split())]

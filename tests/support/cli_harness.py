@@ -13,6 +13,7 @@ import click
 from support.tiny_model import text_rows
 
 from logitcache.cli import cli, run
+from logitcache.storage.checked_json import sealed
 
 Rows = list[dict[str, Any]]
 Edit = Callable[[Path], object]
@@ -192,3 +193,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit_sealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a JSON file that carries a checksum, and gives it the right one: a value that was written so."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    del value["checksum"]
+    change(value)
+    path.write_bytes(sealed(value))

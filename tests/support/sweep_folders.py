@@ -1,12 +1,14 @@
 """Fabricated sweep folders, as `logitcache sweep` leaves them: no model, only the files."""
 
-import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from logitcache.json_files import line_of
+from logitcache.storage.checked_json import sealed
 
 BASE = {"new": 4.7, "prior": 4.1}
 AXES = {
@@ -93,7 +95,7 @@ def write_run(folder: Path, plan: dict[str, Any], status: str, learning: float, 
     lines = [curve_line(step, learning, plan["settings"]) for step in (1, 10, 20, 30, 40, 50)]
     if status != "finished":
         lines = lines[:3]
-    (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "train_log.jsonl").write_bytes(b"".join(line_of(line) for line in lines))
     if status == "failed":
         write_json(folder / "failed.json", {**plan, "error": "training, step 21: the loss is not finite.", "step": 21})
     if status == "finished":
@@ -134,6 +136,6 @@ def metrics(ce: float) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON with its folder."""
+    """JSON with its checksum, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(sealed(value))

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
 from logitcache.evaluation.compare import compare, load_adapter
+from logitcache.json_files import line_of
 from logitcache.models.loading import find_model, load_base, load_tokenizer
 from logitcache.sweeps.config import read_config
-from logitcache.sweeps.run import state_of
+from logitcache.sweeps.run import _last_step, state_of
 from logitcache.training import run_folder
 
 Write = Callable[..., Path]
@@ -142,6 +143,23 @@ def test_a_grid_may_grow(swept: Path, inputs: dict[str, Any], tmp_path: Path) ->
     assert {r["name"] for r in listed["runs"]} == results(out).keys()
 
 
+def test_a_damaged_sweep_is_not_gone_on_with(swept: Path, inputs: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "out")
+    head = tmp_path / "out" / "sweep.json"
+    head.write_bytes(head.read_bytes().replace(b'"num_train_tokens": ', b'"num_train_tokens": 1'))
+    said = refused(3, "sweep", "--config", write_config(tmp_path, inputs), "--out", tmp_path / "out")
+    assert f"reading {head}: expected the checksum" in said and "choose another --out" in said
+
+
+def test_the_last_step_of_a_damaged_log_is_not_known(tmp_path: Path) -> None:
+    assert _last_step(tmp_path) is None
+    log, lines = tmp_path / "train_log.jsonl", [line_of({"step": step}) for step in (1, 2)]
+    log.write_bytes(b"".join(lines) + lines[0][:9])
+    assert _last_step(tmp_path) == 2
+    log.write_bytes(b"".join(lines).replace(b'"step": 2', b'"step": 7'))
+    assert _last_step(tmp_path) is None
+
+
 def test_a_failed_run_is_recorded_and_the_others_go_on(inputs: dict[str, Any], tmp_path: Path) -> None:
     grid = {**GRID, "lr": 1e-3, "rank": [2, 64]}  # of layers of 32 x 32
     methods = {"pissa": {"adapter": "pissa"}, "mad": {"lr": 1e35, "rank": 2}}
@@ -195,7 +213,7 @@ def test_a_full_disk_stops_the_sweep_with_one_sentence(
     import logitcache.sweeps.run as module
 
     config, out = write_config(tmp_path, inputs), tmp_path / "out"
-    write, count = module.write_json, 0
+    write, count = module.write_checked, 0
 
     def full(path: Path, value: dict[str, Any]) -> None:
         nonlocal count
@@ -204,7 +222,7 @@ def test_a_full_disk_stops_the_sweep_with_one_sentence(
             raise OSError(28, "No space left on device", str(path))
         write(path, value)
 
-    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(module, "write_checked", full)
     outcome = logitcache("sweep", "--config", config, "--out", out)
     assert outcome.status == 1 and "No space left on device" in outcome.err.splitlines()[-1]
     assert len(results(out)) == 1 and not list(out.glob("runs/*/failed.json"))

@@ -16,6 +16,7 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.data.samples import make_samples as samples_of_rows
 from logitcache.errors import InvalidData, TrainingFailed, UnsupportedModel
 from logitcache.evaluation.compare import load_adapter
+from logitcache.json_files import line_of
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import check_length
 from logitcache.models.loading import find_model, load_base
@@ -70,6 +71,17 @@ def _train_on(*args: Any) -> Any:
     from logitcache.training.run import train
 
     return train(*args, resume=True)
+
+
+def test_a_damaged_log_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Only what comes after the checkpoint may be anything: it is written again."""
+    log = tmp_path / "train_log.jsonl"
+    lines = [line_of({"step": step, "ce": 1.0}) for step in (1, 2, 3)]
+    log.write_bytes(b"".join(lines).replace(b'"step": 1', b'"step": 5'))
+    with pytest.raises(TrainingFailed, match=r"going on with .*train_log\.jsonl: expected JSON in line 1"):
+        training._logged(log, 2)
+    log.write_bytes(b"".join([*lines, b"\0\0\0\n"]))
+    assert [entry["step"] for entry in training._logged(log, 2)] == [1, 2]
 
 
 def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""JSON that carries its own checksum, so that a flipped bit is a refusal and never another value.
+
+Owns the two forms: `envelope`, whose every byte is fixed (the files of a cache), and `sealed`, an object that people
+read too (what runs, sweeps and calibrations leave), whose last field is the checksum of the canonical JSON of the
+others: spaces and line breaks are free, names and values are not. Trade-off: the checksum finds what disks and kills
+do, not a forgery. Must not know what the values mean, or which file they are in.
+"""
+
+import json
+from typing import Any
+
+from .errors import InvalidRecord
+from .identity import digest
+
+MAX_JSON_BYTES = 16 * 2**20
+MAX_DEPTH = 64
+"""Objects and lists within one another: ten times what anything here has."""
+
+CHECKSUM = "checksum"
+_DAMAGED = "expected a JSON object, found a damaged or half-written file"
+
+
+def envelope(body: Any) -> bytes:
+    """Canonical JSON of {"body", "checksum"}; the checksum is `digest` of the canonical body."""
+    canonical = _canonical(body)
+    return b'{"body":' + canonical + b',"checksum":"' + digest(canonical).encode() + b'"}\n'
+
+
+def body_of(data: bytes) -> Any:
+    """What `envelope` was made of. Raises `ValueError`, the middle of a sentence, for any other byte."""
+    try:
+        found = json.loads(data)
+        body, checksum = found["body"], found["checksum"]
+        right = digest(_canonical(body))
+        intact = data == envelope(body)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"expected the JSON this program writes, found {error!r}") from error
+    if not intact:
+        what = (
+            f"checksum {checksum}, found {right}" if checksum != right else "canonical JSON, found the same otherwise"
+        )
+        raise ValueError(f"expected {what}")
+    return body
+
+
+def checksum_of(fields: dict[str, Any]) -> str:
+    """The checksum that `sealed` puts to these fields."""
+    return digest(_canonical(_plain(fields), allow_nan=True))
+
+
+def sealed(fields: dict[str, Any], indent: int | None = 2) -> bytes:
+    """An object with its checksum as the last field, and a line break. indent: None for one line.
+
+    NaN and infinity are kept as Python writes them: who takes a number decides. Raises `InvalidRecord` for more than
+    readers take.
+    """
+    data = json.dumps({**fields, CHECKSUM: checksum_of(fields)}, indent=indent).encode() + b"\n"
+    if CHECKSUM in fields or len(data) > MAX_JSON_BYTES:
+        raise InvalidRecord(
+            f"writing JSON: expected at most {MAX_JSON_BYTES:,} bytes and no field named {CHECKSUM}, found "
+            f"{len(data):,} bytes of {', '.join(fields)[:200]}. Readers would refuse it. Write less into one file."
+        )
+    return data
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The fields that `sealed` was given. Raises `ValueError`, the middle of a sentence, for anything else."""
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"expected at most {MAX_JSON_BYTES:,} bytes, found more")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("expected text, found other bytes") from error
+    try:
+        found = json.loads(text, object_pairs_hook=_each_once)
+        shallow = isinstance(found, dict) and _depth_is_sane(found)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_DAMAGED) from error
+    if not shallow:
+        raise ValueError(_DAMAGED)
+    stated = found.pop(CHECKSUM, None)
+    right = checksum_of(found)
+    if stated != right:
+        raise ValueError(f"expected the {CHECKSUM} {right} as a field, found {stated!r:.60}")
+    fields: dict[str, Any] = found
+    return fields
+
+
+def _canonical(value: object, allow_nan: bool = False) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=allow_nan).encode()
+
+
+def _plain(fields: dict[str, Any]) -> Any:
+    """As they are read back: tuples are lists, and every name is text."""
+    return json.loads(json.dumps(fields))
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+def _depth_is_sane(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [v for values in inner for v in values]
+        if not level:
+            return True
+    return False
