@@ -8,5 +8,8 @@ from collections.abc import Callable
 Progress = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
 
-Tell = Callable[[str, dict[str, object]], None]
+OnEvent = Callable[[str, dict[str, object]], None]
 """Called with the name of an event and what is known of it."""
+
+OnMessage = Callable[[str], None]
+"""Called with a sentence for people."""

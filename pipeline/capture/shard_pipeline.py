@@ -15,7 +15,7 @@ import torch
 
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, is_out_of_memory
-from logitcache.events import Progress, Tell
+from logitcache.events import OnEvent, Progress
 from logitcache.storage import BaseLogprobs, CacheWriter, sample_id
 from logitcache.storage.manifest import ShardCommit
 
@@ -43,7 +43,7 @@ def failed_text(failures: Sequence[str]) -> str:
     return failures[0] + others
 
 
-class Filler:
+class ShardPipeline:
     """Fills the cache of a writer. Use as a context manager; what was added is in `filled` once it is left.
 
     cache_spec: of the cache that is written. Raises what the teacher and `CacheWriter.commit` raise, the latter one
@@ -56,16 +56,16 @@ class Filler:
         teacher: Teacher,
         cache_spec: CacheSpec,
         progress: Progress = lambda _: None,
-        tell: Tell = lambda name, facts: None,
+        on_event: OnEvent = lambda name, facts: None,
     ) -> None:
         self.filled = Filled()
         self._writer, self._teacher, self._cache_spec = writer, teacher, cache_spec
-        self._progress, self._tell = progress, tell
+        self._progress, self._on_event = progress, on_event
         self._most_tokens: int | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
         self._writing: Future[ShardCommit] | None = None
 
-    def __enter__(self) -> "Filler":
+    def __enter__(self) -> "ShardPipeline":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -92,7 +92,7 @@ class Filler:
                 self._progress(sum(len(s.token_ids) for s in batch))
         except NonFiniteLogits as error:
             self.filled.failures += (str(error),)
-            self._tell("unit-failed", {"why": str(error)})
+            self._on_event("unit-failed", {"why": str(error)})
             return
         self.settle()
         self._writing = self._pool.submit(self._write, captured)
@@ -108,7 +108,7 @@ class Filler:
         self.filled.num_tokens += commit.num_tokens
         self.filled.num_units += 1
         size = sum(file.size for file in commit.files)
-        self._tell(
+        self._on_event(
             "unit-done",
             {"unit": commit.unit, "positions": commit.num_positions, "tokens": commit.num_tokens, "bytes": size},
         )
@@ -133,7 +133,7 @@ class Filler:
                     raise
                 self._most_tokens = size // 2
                 pending[:0] = [part]
-                self._tell("batch-halved", {"tokens": size, "to": self._most_tokens})
+                self._on_event("batch-halved", {"tokens": size, "to": self._most_tokens})
             else:
                 continue
             gc.collect()  # what the failed forward held, now that its error is gone

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.samples import Sample, SampleSet, check_samples_left
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import Progress, Tell
+from logitcache.events import OnEvent, Progress
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
@@ -46,7 +46,7 @@ from .calibration import check_calibration
 from .plan import Counts, Plan, count, make_plan, without_captured
 from .settings import CaptureSettings, Engine
 from .settings import JobSpec as JobSpec
-from .shard_pipeline import Filler, failed_text
+from .shard_pipeline import ShardPipeline, failed_text
 from .teacher import Teacher, teacher_of
 from .vocab_groups import groups_for
 from .windows import Data, Rows, Samples
@@ -122,7 +122,7 @@ def precompute(
     engine: Engine = "transformers",
     calibration: str | Path = "",
     progress: Progress = lambda _: None,
-    tell: Tell = lambda name, facts: None,
+    on_event: OnEvent = lambda name, facts: None,
 ) -> JobReport:
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
@@ -153,7 +153,7 @@ def precompute(
     with one_worker(load(spec, tokenizer, base)) as loaded:
         if loaded is None:
             return JobReport(Counts())
-        return work(spec, replace(loaded, samples=samples), progress=progress, tell=tell)
+        return work(spec, replace(loaded, samples=samples), progress=progress, on_event=on_event)
 
 
 def load(spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None = None, base: Base | None = None) -> Loaded:
@@ -221,7 +221,7 @@ def work(
     loaded: Loaded,
     share: Share | None = None,
     progress: Progress = lambda _: None,
-    tell: Tell = lambda name, facts: None,
+    on_event: OnEvent = lambda name, facts: None,
 ) -> JobReport:
     """Do a share of the job, and finalise the cache if all of the others are done.
 
@@ -242,7 +242,7 @@ def work(
     if other is not None:
         check_same_capture(loaded.cache_spec.manifest, other)
     with loaded.cache_spec.writer(spec.cache) as writer:
-        worker = _Worker(spec, loaded, share, writer, progress, tell, other, num_windows)
+        worker = _Worker(spec, loaded, share, writer, progress, on_event, other, num_windows)
         worker.begin()
         try:
             return worker.run(windows if first is None else chain([first], windows))
@@ -289,17 +289,17 @@ class _Worker:
         share: Share,
         writer: CacheWriter,
         progress: Progress,
-        tell: Tell,
+        on_event: OnEvent,
         other: LogitCache | None,
         num_windows: int | None,
     ) -> None:
         self._planned, self._num_found, self._num_copied = Counts(), 0, 0
         self._spec, self._loaded, self._share = spec, loaded, share
-        self._writer, self._progress, self._tell = writer, progress, tell
+        self._writer, self._progress, self._on_event = writer, progress, on_event
         self._other, self._job = other, ""
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
-        self._filler = Filler(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
+        self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
 
     def begin(self) -> None:
         """Read what is there, and say that it works on the rest."""
@@ -310,11 +310,11 @@ class _Worker:
     def run(self, windows: Iterable[Planned]) -> JobReport:
         """All windows, then the end."""
         captured = self._writer.captured()
-        with self._filler as filler:
+        with self._pipeline as pipeline:
             for number, found, plan in windows:
-                self._fill(filler, number, found, plan, captured)
+                self._fill(pipeline, number, found, plan, captured)
                 self._windows_done += 1
-        filled = filler.filled
+        filled = pipeline.filled
         if filled.failures:
             raise NonFiniteLogits(failed_text(filled.failures))
         self.record(FINISHED)
@@ -331,11 +331,11 @@ class _Worker:
     @property
     def failed_as(self) -> str:
         """What it is if it goes no further."""
-        return FAILED if self._filler.filled.failures else STOPPED
+        return FAILED if self._pipeline.filled.failures else STOPPED
 
     def record(self, state: str) -> None:
         """Say how this worker is."""
-        filled = self._filler.filled
+        filled = self._pipeline.filled
         record = WorkerRecord(
             state=state,
             job=self._job,
@@ -352,22 +352,22 @@ class _Worker:
         )
         write_record(self._writer.files, self._share.index, self._share.num, record)
 
-    def _fill(self, filler: Filler, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
-        filler.settle()  # a sample that was in the window before is captured by now
+    def _fill(self, pipeline: ShardPipeline, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
+        pipeline.settle()  # a sample that was in the window before is captured by now
         mine = Plan(tuple(s for unit, s in enumerate(plan.shards) if self._share.has_unit(window, unit)))
         _check_length(self._loaded, mine)
         missing = without_captured(mine, captured)
         self._planned += count(found, mine)
         self._num_found += mine.num_samples - missing.num_samples
-        self._tell("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
+        self._on_event("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
         if self._other is not None:
             missing = self._copied(self._other, missing, captured)
         self._progress(mine.num_tokens - missing.num_tokens)
         for shard in missing.shards:
-            if self._share.num > 1 and filler.is_done(shard):  # repeated: another did it after this one had begun
+            if self._share.num > 1 and pipeline.is_done(shard):  # repeated: another did it after this one had begun
                 self._progress(sum(len(s.token_ids) for batch in shard for s in batch))
             else:
-                filler.shard(shard)
+                pipeline.shard(shard)
 
     def _copied(self, other: LogitCache, missing: Plan, captured: Captured) -> Plan:
         """The plan less what the other cache has, which is in this one now."""
@@ -377,7 +377,7 @@ class _Worker:
         return without_captured(missing, captured)
 
     def _told(self, name: str, facts: dict[str, object]) -> None:
-        self._tell(name, facts)
+        self._on_event(name, facts)
         if name.startswith("unit"):
             self.record(RUNNING)
 

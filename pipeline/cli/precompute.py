@@ -93,13 +93,13 @@ def precompute(
         from logitcache.capture.engines.ray import run_on_ray
 
         with terminated_softly():
-            report = run_on_ray(spec, num_workers, console.tell)
+            report = run_on_ray(spec, num_workers, console.on_event)
     else:
         with terminated_softly(), one_worker(load(spec)) as loaded:
             if loaded is None:  # another process leads
                 return
             with console.bar("precompute") as progress:
-                report = work(spec, loaded, share, progress, console.tell)
+                report = work(spec, loaded, share, progress, console.on_event)
     _print_report(report, spec, share, console)
 
 
@@ -179,7 +179,7 @@ def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: C
             f"({planned.num_tokens_cut:,} tokens lost); {planned.num_without_labels:,} of them kept no supervised "
             "token and are left out."
         )
-    console.tell("finished", {"samples": report.num_samples, "positions": report.num_positions})
+    console.on_event("finished", {"samples": report.num_samples, "positions": report.num_positions})
     if not console.speaks:
         return
     already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""

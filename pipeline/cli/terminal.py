@@ -43,7 +43,7 @@ class Console:
         if self.speaks and not self._as_json:
             note(text)
 
-    def tell(self, name: str, facts: dict[str, object]) -> None:
+    def on_event(self, name: str, facts: dict[str, object]) -> None:
         """An event: a line of JSON, or for a person what they should know."""
         if self._as_json:
             line = {"time": round(time.time(), 3), "event": name, **facts}

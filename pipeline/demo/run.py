@@ -8,11 +8,10 @@ Owns the demo's settings, which were fixed before its first run (docs/log.md), a
     sweep/                   what `logitcache sweep` writes of any sweep, and `logitcache report` reads
     report.md, frontier.png  the table, in words, and the picture
 
-Trains and evaluates nothing itself, and must not print: it reports through `say`.
+Trains and evaluates nothing itself, and must not print: it reports through `on_message`.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.errors import TrainingFailed
+from logitcache.events import OnMessage
 from logitcache.models.settings import LoadSettings
 from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
@@ -34,7 +34,6 @@ from logitcache.sweeps.run import prepare, run_one
 
 from .text import Document, code_documents, prose_documents, split
 
-Say = Callable[[str], None]
 MARKER = "demo.json"
 
 
@@ -66,18 +65,18 @@ class DemoSettings:
     )
 
 
-def run_demo(out: Path, settings: DemoSettings, say: Say) -> Sweep:
+def run_demo(out: Path, settings: DemoSettings, on_message: OnMessage) -> Sweep:
     """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns what the sweep came to.
 
     Raises `TrainingFailed` where the folder holds something else, or a run fails or is done by another process now,
     `FileNotFoundError` where this Python carries no sources to take text from.
     """
     _claim_folder(out, settings)
-    say("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
+    on_message("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
     write_data(out / "data", settings)
     with as_file(files("logitcache.demo").joinpath("base")) as base:
         config = sweep_config(base, out, settings)
-        cache = fill_cache(config, settings, say)
+        cache = fill_cache(config, settings, on_message)
         prepared = prepare(config, out / "sweep", "float32", torch.device("cpu"))
         for number, run in enumerate(config.runs, 1):
             run_one(prepared, run, retry_failed=True)
@@ -85,7 +84,7 @@ def run_demo(out: Path, settings: DemoSettings, say: Say) -> Sweep:
             if found.outcome is None:
                 why = found.error or "another process is at it"
                 raise TrainingFailed(f"training {run.method} of the demo in {out}: {why}. The other runs are kept.")
-            say(
+            on_message(
                 f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: new "
                 f"{-found.outcome.learning:+.3f}, prior {found.outcome.forgetting:+.3f} nats a token, trained in "
                 f"{found.outcome.seconds:.0f} s"
@@ -119,7 +118,7 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
     return replace(config, runs=tuple(sorted(config.runs, key=lambda run: settings.seeds.index(run.settings["seed"]))))
 
 
-def fill_cache(config: SweepConfig, settings: DemoSettings, say: Say) -> LogitCache:
+def fill_cache(config: SweepConfig, settings: DemoSettings, on_message: OnMessage) -> LogitCache:
     """The cache that the demo's runs are trained with."""
     assert config.data is not None
     started = perf_counter()
@@ -130,7 +129,9 @@ def fill_cache(config: SweepConfig, settings: DemoSettings, say: Say) -> LogitCa
     cache = LogitCache.open(config.cache)
     ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
     done = ran if report.num_tokens else "nothing left to run"
-    say(f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB.")
+    on_message(
+        f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB."
+    )
     return cache
 
 

@@ -23,7 +23,7 @@ from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mas
 from logitcache.storage import BaseLogprobs, LogitCache
 from logitcache.storage.records import NO_TOKEN
 
-from .vocab_cut import Cut, cut_columns
+from .vocab_cut import VocabCut, cut_columns
 
 PREFIX = "base_"
 _IDS = ("alternative_ids", "draw_ids")
@@ -58,7 +58,7 @@ class CachedCollator:
     collator: Collator
     cache: LogitCache | None
     top_k: int | None = None
-    cut: Cut | None = None
+    cut: VocabCut | None = None
 
     def __call__(self, features: Sequence[Any]) -> Batch:
         return with_targets(self.collator(features), self.cache, self.top_k, self.cut)
@@ -79,7 +79,9 @@ def collated(batch: Any) -> Batch:
     return found
 
 
-def with_targets(batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: Cut | None = None) -> Batch:
+def with_targets(
+    batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: VocabCut | None = None
+) -> Batch:
     """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
     documents = list(documents_of(batch))
     width = batch["input_ids"].shape[1]
@@ -152,7 +154,7 @@ def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None 
     return targets
 
 
-def target_columns(records: Sequence[BaseLogprobs], cut: Cut | None = None) -> dict[str, NDArray[Any]]:
+def target_columns(records: Sequence[BaseLogprobs], cut: VocabCut | None = None) -> dict[str, NDArray[Any]]:
     """Records one after the other as compact columns; see `CachedCollator`. Raises `InvalidBatch` as `cut_columns`."""
     labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
     names = {"draw_ids": "tail_sample_ids", "draw_logprobs": "tail_sample_logprobs"}
@@ -217,12 +219,12 @@ def groups_of(cache: LogitCache | None, vocab_size: int | None = None) -> Tensor
     return None if groups is None else torch.from_numpy(groups[:vocab_size].copy())
 
 
-def cut_of(cache: LogitCache, vocab_size: int | None) -> Cut | None:
+def cut_of(cache: LogitCache, vocab_size: int | None) -> VocabCut | None:
     """What to take of a cache where the first vocab_size tokens are compared; None where that is all it has."""
     if vocab_size is None or cache.manifest.model.vocab_size <= vocab_size:
         return None
     groups = cache.token_groups()
-    return Cut(vocab_size, None if groups is None else groups[:vocab_size].copy())
+    return VocabCut(vocab_size, None if groups is None else groups[:vocab_size].copy())
 
 
 def _beginnings(places: NDArray[Any], row: int) -> list[int]:

@@ -31,7 +31,7 @@ from .identity_checks import (
 )
 from .step_zero import StepZero, check_first_batch, probe_step_zero
 from .targets import Batch, CachedCollator, Collator, collated, cut_of, groups_of
-from .vocab_cut import Cut
+from .vocab_cut import VocabCut
 
 NO_FOLDER = "the fingerprints of weights, configuration and tokenizer (a model in memory has no folder)"
 
@@ -49,7 +49,7 @@ class CacheView:
     """The first tokens of both vocabularies, which are compared; None: all, and both have the same."""
     left_out: tuple[str, ...]
     """Checks that could not be made, and why, a phrase each."""
-    _cut: Cut | None = field(repr=False)
+    _cut: VocabCut | None = field(repr=False)
     _groups: dict[torch.device, Tensor] = field(repr=False)
 
     @classmethod

@@ -17,14 +17,16 @@ from logitcache.errors import InvalidBatch
 
 
 @dataclass(frozen=True)
-class Cut:
+class VocabCut:
     """The first vocab_size tokens of a cache's wider vocabulary. token_groups: uint8 [V], where it has tail groups."""
 
     vocab_size: int
     token_groups: NDArray[np.uint8] | None = None
 
 
-def cut_columns(columns: Mapping[str, NDArray[Any]], label_ids: NDArray[np.int32], cut: Cut) -> dict[str, NDArray[Any]]:
+def cut_columns(
+    columns: Mapping[str, NDArray[Any]], label_ids: NDArray[np.int32], cut: VocabCut
+) -> dict[str, NDArray[Any]]:
     """The columns of records (see `targets.target_columns`) as a base without the tokens from V on would have them.
 
     An alternative beyond V becomes absent: the label's id, log p -inf. A tail, or a group of it, in which no token

@@ -11,7 +11,7 @@ import copy
 import gc
 import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
+from logitcache.events import OnMessage
 from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
@@ -46,8 +47,6 @@ SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json",
 VERSION = 1
 COST_BATCHES = 9
 """Of the training data, by which the cost of a live base is measured."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Done:
     told: tuple[str, ...] = ()
 
 
-def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, say: Say = lambda _: None) -> Prepared:
+def prepare(
+    config: SweepConfig, out: Path, dtype: str, device: torch.device, on_message: OnMessage = lambda _: None
+) -> Prepared:
     """Load what the runs share, capture the base on the held-out text, and claim the folder `out` for this sweep.
 
     A sweep that is there already is gone on with: other runs may be asked for, but of the same model, cache and text.
@@ -116,7 +117,7 @@ def prepare(config: SweepConfig, out: Path, dtype: str, device: torch.device, sa
             job = CaptureSettings(top_k, max_length, precision="exact")
             report = precompute(on_device, text, path, job, tokenizer=tokenizer)
             if report.num_samples:
-                say(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
+                on_message(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
             probes[name] = (LogitCache.open(path), list(distinct(text)))
     return Prepared(config, out, base, tokenizer, device, cache, samples, probes)
 
@@ -128,14 +129,14 @@ def sweep(
     dtype: str = "auto",
     device: str = "auto",
     retry_failed: bool = False,
-    say: Say = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> list[Done]:
     """Do every run of a sweep that is not done, one after the other, in the folder `out`; `logitcache report` reads it.
 
     config: a YAML file, or what `make_config` made. Returns the runs done here. Raises as `prepare` and `run_one`.
     """
     asked = config if isinstance(config, SweepConfig) else read_config(Path(config))
-    prepared = prepare(asked, Path(out), dtype, pick_device(device), say)
+    prepared = prepare(asked, Path(out), dtype, pick_device(device), on_message)
     done = list(run_all(prepared, retry_failed))
     measure_cost(prepared)
     return done
@@ -198,7 +199,7 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         penalty=run.penalty,
         pairing=run.pairing,
         tokenizer=prepared.tokenizer,
-        tell=told.append,
+        on_message=told.append,
     )
     adapted = load_adapter(_fresh(prepared).model, str(folder), run.loading.device_map)
     found = {name: compare_cached(adapted, cache, samples) for name, (cache, samples) in prepared.probes.items()}

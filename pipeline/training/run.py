@@ -38,6 +38,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.data.rows import Row, read_rows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.errors import InputNotFound, TrainingFailed
+from logitcache.events import OnMessage
 from logitcache.json_files import line_of, read_lines
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts
@@ -128,7 +129,7 @@ def train(
     pairing: PairingRules | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
-    tell: Callable[[str], None] = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -137,8 +138,8 @@ def train(
     opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as
     the pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
     information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
-    what is whole in `out`, or begin where there is nothing; tell is told, in sentences, what was cut or left aside,
-    and why. on_step_zero is told what was measured before step 1.
+    what is whole in `out`, or begin where there is nothing; on_message is told, in sentences, what was cut or left
+    aside, and why. on_step_zero is told what was measured before step 1.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -152,7 +153,7 @@ def train(
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
     in_memory = None if isinstance(data, (str, Path)) else data
-    samples = samples_for(rows, opened, base, tokenizer, tell=tell) if in_memory is None else in_memory
+    samples = samples_for(rows, opened, base, tokenizer, on_message=on_message) if in_memory is None else in_memory
     job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
     _check_combination(job)
     _check_placement(base, adapter, penalty)
@@ -170,7 +171,7 @@ def train(
         found = decided(claim)
         run_folder.check_shared(out)
         for sentence in found.said if leads() else ():
-            tell(sentence)
+            on_message(sentence)
         if found.result is None:
             return _train(job, view, description, arguments, found.checkpoint, callbacks, on_step_zero)
         if leads():
@@ -197,12 +198,12 @@ def samples_for(
     base: Base,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> Sequence[Sample]:
     """The samples of rows, cut as the cache was, or those of the cache.
 
-    max_length: tokens a sample, for rows; with a cache it can only be the cache's own, else `IdentityMismatch`. tell is
-    told how many rows were cut. Raises what reading data raises.
+    max_length: tokens a sample, for rows; with a cache it can only be the cache's own, else `IdentityMismatch`.
+    on_message is told how many rows were cut. Raises what reading data raises.
     """
     if rows is None:
         assert cache is not None
@@ -216,7 +217,7 @@ def samples_for(
     length = captured or max_length or DEFAULT_MAX_LENGTH
     found = make_samples(rows, tokenizer, length, base.identity.vocab_size)
     if found.num_truncated:
-        tell(f"{found.num_truncated:,} rows were cut to {length} tokens.")
+        on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
     return found.samples
 
 

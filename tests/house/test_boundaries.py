@@ -96,26 +96,27 @@ PACKAGES = {
         *("adapters", "data", "errors", "events", "file_list", "json_files", "losses", "models", "pairing", "storage"),
     },
     "training": {
+        *("adapters", "data", "errors", "events", "file_list", "json_files", "losses", "models", "pairing", "settings"),
+        "storage",
+    },
+    "sweeps": {
         *(
-            "adapters",
+            "capture",
             "data",
             "errors",
-            "file_list",
+            "evaluation",
+            "events",
             "json_files",
-            "losses",
             "models",
             "pairing",
             "settings",
             "storage",
         ),
-    },
-    "sweeps": {
-        *("capture", "data", "errors", "evaluation", "json_files", "models", "pairing", "settings", "storage"),
         "training",
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "storage"},
-    "demo": {"capture", "errors", "models", "reports", "storage", "sweeps"},
+    "demo": {"capture", "errors", "events", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 

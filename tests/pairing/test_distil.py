@@ -26,7 +26,7 @@ from logitcache.errors import InvalidBatch, InvalidData, NotTheBase, TrainingFai
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source, tokenizer_identity
 from logitcache.pairing.identity_checks import PairingRules, check_identity, check_tokens
-from logitcache.pairing.vocab_cut import Cut, cut_columns
+from logitcache.pairing.vocab_cut import VocabCut, cut_columns
 from logitcache.storage import IdentityMismatch, LogitCache, ModelIdentity
 from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.full_weights import unfreeze
@@ -255,21 +255,21 @@ def test_a_cut_makes_absent_what_is_beyond_it() -> None:
         "draw_logprobs": np.array([[quarter], [quarter]], dtype=np.float32),
     }
     labels = np.array([1, 1], dtype=np.int32)
-    found = cut_columns(columns, labels, Cut(4, np.array([0, 0, 1, 1], dtype=np.uint8)))
+    found = cut_columns(columns, labels, VocabCut(4, np.array([0, 0, 1, 1], dtype=np.uint8)))
     assert found["alternative_ids"].tolist() == [[1, 2, 1], [2, 3, 0]]
     assert found["alternative_logprobs"].tolist() == [[-np.inf, quarter, -np.inf], [quarter] * 3]
     assert found["tail_group_logprobs"][1].tolist() == [-np.inf, -np.inf]  # all below V are kept
     np.testing.assert_allclose(np.exp(found["tail_logprobs"]), [0.3, 0.0], rtol=1e-6)
     assert "draw_ids" not in found and columns["alternative_ids"][0, 0] == 5  # what was given is left alone
-    alone = cut_columns(columns, labels, Cut(4, np.array([0, 0, 0, 0], dtype=np.uint8)))
+    alone = cut_columns(columns, labels, VocabCut(4, np.array([0, 0, 0, 0], dtype=np.uint8)))
     assert alone["tail_group_logprobs"][0].tolist() == [columns["tail_group_logprobs"][0, 0], -np.inf]
     np.testing.assert_allclose(np.exp(alone["tail_logprobs"][0]), 0.2, rtol=1e-6)  # without the group of padding
     without = {name: column for name, column in columns.items() if "group" not in name}
     np.testing.assert_array_equal(
-        cut_columns(without, labels, Cut(4))["tail_logprobs"], [columns["tail_logprobs"][0], -np.inf]
+        cut_columns(without, labels, VocabCut(4))["tail_logprobs"], [columns["tail_logprobs"][0], -np.inf]
     )
     with pytest.raises(InvalidBatch, match="the label 4, which is padding"):
-        cut_columns(columns, np.array([1, 4], dtype=np.int32), Cut(4))
+        cut_columns(columns, np.array([1, 4], dtype=np.int32), VocabCut(4))
 
 
 def test_one_width_is_the_same_to_the_last_bit_with_padding_ignored(tmp_path: Path) -> None:

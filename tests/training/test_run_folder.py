@@ -50,7 +50,7 @@ def go(cache: LogitCache, out: Path, *callbacks: TrainerCallback, resume: bool =
     base = replace(make_base(), source=Source("tiny", out.parent / "tiny"))
     base.model.config.save_pretrained(out.parent / "tiny")  # PEFT looks at it when it saves
     adapter = changes.pop("adapter", AdapterSettings(rank=2, alpha=4, dropout=0.2))
-    asked = {"on_step_zero": changes.pop("on_step_zero", lambda _: None), "tell": told.append}
+    asked = {"on_step_zero": changes.pop("on_step_zero", lambda _: None), "on_message": told.append}
     settings = TrainSettings(**{"lr": 2e-2, "max_steps": STEPS, "batch_size": 4, "log_every": 1, **changes})
     train(base, make_samples(), cache, out, adapter, Objective(weight=0.5), settings, resume, callbacks, **asked)
     return told

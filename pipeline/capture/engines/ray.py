@@ -29,7 +29,7 @@ from logitcache.capture.shard_pipeline import failed_text
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
-from logitcache.events import Tell
+from logitcache.events import OnEvent
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, NotACache
 from logitcache.storage.cache import read_manifest, stored_token_groups
@@ -75,7 +75,7 @@ class Outcome:
     events: tuple[Event, ...]
 
 
-def run_on_ray(spec: JobSpec, num_workers: int | None, tell: Tell) -> JobReport:
+def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> JobReport:
     """Do a whole job on Ray's actors, and finalise the cache: on the cluster of RAY_ADDRESS, or on one of this machine.
 
     num_workers: actors; None: one a GPU of the cluster, or one a core but one. A share whose actor dies is begun again
@@ -87,8 +87,8 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, tell: Tell) -> JobReport:
     before = _status(spec.cache)
     with _cluster(ray):
         actors = divide(ray.cluster_resources(), spec.loading.device, num_workers)
-        tell("ray", {"actors": actors.num, "shares": actors.num_shares, "nodes": len(ray.nodes())})
-        outcomes = _collect(ray, spec, actors, tell)
+        on_event("ray", {"actors": actors.num, "shares": actors.num_shares, "nodes": len(ray.nodes())})
+        outcomes = _collect(ray, spec, actors, on_event)
     report = _sum([o.report for o in outcomes if o.report is not None], actors.num_shares)
     if any(o.error for o in outcomes):
         raise NonFiniteLogits(failed_text([str(f["why"]) for o in outcomes for n, f in o.events if n == "unit-failed"]))
@@ -133,14 +133,14 @@ class ShareActor:
             if isinstance(self._loaded, Exception):
                 raise self._loaded
             share = Share(index, self._num_shares)
-            report = work(self._spec, self._loaded, share, tell=lambda name, facts: events.append((name, facts)))
+            report = work(self._spec, self._loaded, share, on_event=lambda name, facts: events.append((name, facts)))
         except Exception as error:  # Ray would wrap it, and its text would be a traceback
             refusal = carried(error)
         outcome = pickle.dumps(Outcome(index, report, refusal, tuple(events)))
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-def _collect(ray: Any, spec: JobSpec, actors: Actors, tell: Tell) -> list[Outcome]:
+def _collect(ray: Any, spec: JobSpec, actors: Actors, on_event: OnEvent) -> list[Outcome]:
     """Every share's outcome. Raises the first refusal but `NonFiniteLogits`, which holds up no other share."""
     done = outcomes_of(ray, spec, actors)
     outcomes: list[Outcome] = []
@@ -148,11 +148,11 @@ def _collect(ray: Any, spec: JobSpec, actors: Actors, tell: Tell) -> list[Outcom
         for row in done.iter_rows():
             outcome: Outcome = pickle.loads(row["outcome"])
             for name, facts in outcome.events:
-                tell(name, facts)
+                on_event(name, facts)
             if outcome.error is not None and not isinstance(outcome.error, NonFiniteLogits):
                 raise outcome.error
             outcomes.append(outcome)
-            tell("share-done", {"share": outcome.share, "done": len(outcomes), "of": actors.num_shares})
+            on_event("share-done", {"share": outcome.share, "done": len(outcomes), "of": actors.num_shares})
     except ray.exceptions.RayError as error:
         raise EngineFailed(
             f"running Ray: a share could not be done ({first_line(error)}). What was committed is kept. Ray's own logs "
