@@ -41,12 +41,12 @@ POSITIONS_OF_ALL = np.arange(POSITIONS, dtype=np.int32)
 def blocks(num_samples: int, block: int, known: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Rows of random samples, `block` at a time; those in `known` among them, evenly spread."""
     places = np.linspace(0, num_samples - 1, len(known)).astype(np.int64)
-    for unit, start in enumerate(range(0, num_samples, block)):
+    for shard, start in enumerate(range(0, num_samples, block)):
         rows = np.zeros(min(block, num_samples - start), dtype=DTYPE)
-        rows["key"], rows["mark"] = rng.integers(2**64, size=(2, len(rows)), dtype=np.uint64)
+        rows["key"], rows["fingerprint"] = rng.integers(2**64, size=(2, len(rows)), dtype=np.uint64)
         first, last = np.searchsorted(places, [start, start + len(rows)])
         rows[places[first:last] - start] = known[first:last]
-        rows["unit"], rows["row"] = unit, np.arange(len(rows))
+        rows["shard"], rows["row"] = shard, np.arange(len(rows))
         yield rows
 
 
@@ -67,7 +67,7 @@ def child(job: dict[str, Any]) -> dict[str, float]:
     stored, new = (sample_ids(min(WINDOW, job["num_samples"]), rng) for _ in range(2))
     known = np.zeros(len(stored), dtype=DTYPE)
     known["key"] = np.frombuffer(b"".join(stored), dtype="<u8")[::2]
-    known["mark"] = [fingerprint64(key, POSITIONS_OF_ALL) for key in stored]
+    known["fingerprint"] = [fingerprint64(key, POSITIONS_OF_ALL) for key in stored]
     captured, seconds = Captured(never), 0.0
     with PeakMemory("cpu") as memory:
         for rows in blocks(job["num_samples"], job["block"], known, rng):

@@ -1,8 +1,8 @@
 """What a cache holds already, so that nothing is computed twice: 24 bytes a stored sample, searched by sample id.
 
 Owns the question which positions of a sample are missing. A sample whose positions are exactly those of one stored
-sample is recognised by a mark, without reading; only for others the table of a shard is read. Any number of samples may
-be added while others are asked for.
+sample is recognised by a fingerprint, without reading; only for others the table of a shard is read. Any number of
+samples may be added while others are asked for.
 """
 
 import threading
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .encoding import SampleTable
 from .identity import digest
 
-DTYPE = np.dtype([("key", "<u8"), ("mark", "<u8"), ("unit", "<u4"), ("row", "<u4")])
-"""key: the first half of the sample id. mark: of the whole id and the positions. unit, row: where it is stored."""
+DTYPE = np.dtype([("key", "<u8"), ("fingerprint", "<u8"), ("shard", "<u4"), ("row", "<u4")])
+"""key: first half of the sample id. fingerprint: of the whole id and the positions. shard, row: where it is stored."""
 
 SMALL = 4096
 """Rows below which parts are joined at once."""
@@ -40,13 +40,13 @@ class Captured:
         positions = np.ascontiguousarray(table.positions, dtype="<i4")
         ids = [row.tobytes() for row in table.sample_ids]
         ends = np.cumsum(table.num_positions, dtype=np.int64)
-        rows["mark"] = [
+        rows["fingerprint"] = [
             fingerprint64(key, positions[int(end) - int(n) : int(end)])
             for key, end, n in zip(ids, ends, table.num_positions, strict=True)
         ]
         rows["row"] = np.arange(len(table))
         with self._lock:
-            rows["unit"] = len(self._units)
+            rows["shard"] = len(self._units)
             self._units.append(unit)
             self.add_rows(rows)
 
@@ -78,11 +78,11 @@ class Captured:
     def _not_in(
         self, key: bytes, wanted: NDArray[np.int32], stored: NDArray[np.void], units: Sequence[str]
     ) -> NDArray[np.int32]:
-        if np.any(stored["mark"] == fingerprint64(key, wanted)):
+        if np.any(stored["fingerprint"] == fingerprint64(key, wanted)):
             return wanted[:0]
         left = wanted
         for row in stored:
-            table = self._table_of(units[int(row["unit"])])
+            table = self._table_of(units[int(row["shard"])])
             place = int(row["row"])
             if table.sample_ids[place].tobytes() == key:
                 end = int(table.num_positions[: place + 1].sum(dtype=np.int64))
@@ -101,6 +101,6 @@ class Captured:
 
 
 def fingerprint64(key: bytes, positions: NDArray[np.int32]) -> int:
-    """The mark of a sample id and its positions, by which equal ones are recognised without reading."""
+    """64 bits of the hash of a sample id and its positions, by which equal ones are recognised without reading."""
     packed = np.ascontiguousarray(positions, dtype="<i4").tobytes()
     return int(digest(key + packed)[:16], 16)

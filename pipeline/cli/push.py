@@ -46,31 +46,31 @@ def push(
     for flag, value in (("--model-license", model_license), ("--data-license", data_license)):
         if value is not None and not is_licence(value):
             raise click.UsageError(f"{flag} {value!r}: expected an identifier of the Hub, such as apache-2.0 or other.")
-    parcel = prepare(
+    upload = prepare(
         cache,
         repo_id,
         model=Licence((model_license,)) if model_license else None,
         data=Licence((data_license,)) if data_license else None,
         base_model=base_model,
     )
-    sent = None if dry_run else send(parcel, private=private, revision=revision)
-    parcel = parcel if sent is None else sent.parcel
-    sizes = parcel.sizes
-    for flag, whose, licence in (("model", "base", parcel.model), ("data", "data", parcel.data)):
+    report = None if dry_run else send(upload, private=private, revision=revision)
+    upload = upload if report is None else report.upload
+    sizes = upload.sizes
+    for flag, whose, licence in (("model", "base", upload.model), ("data", "data", upload.data)):
         if not licence.ids:
             note(f"The licence of the {whose} is not known, and the card says so. --{flag}-license says which it is.")
-    if sent is None:
-        click.echo(parcel.card)
+    if report is None:
+        click.echo(upload.card)
         for name, size in sizes.items():
             click.echo(f"{size:14,}  {name}")
         click.echo(
             f"Would push {len(sizes):,} files, {human_bytes(sum(sizes.values()))}, to {repo_id}. Nothing was sent."
         )
         return
-    if sent.is_public:
+    if report.is_public:
         note("The repository is public: anyone can read the cache, and its text by the token ids.")
-    new = sum(sizes[name] for name in sent.new_files)
+    new = sum(sizes[name] for name in report.new_files)
     click.echo(
-        f"Pushed {cache} to {sent.url}, commit {sent.commit}: {len(sizes):,} files, "
-        f"{human_bytes(sum(sizes.values()))}, of which {len(sent.new_files):,} were new ({human_bytes(new)})."
+        f"Pushed {cache} to {report.url}, commit {report.commit}: {len(sizes):,} files, "
+        f"{human_bytes(sum(sizes.values()))}, of which {len(report.new_files):,} were new ({human_bytes(new)})."
     )

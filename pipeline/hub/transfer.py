@@ -52,7 +52,7 @@ _WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, INDEX_PATTERN, shard_path("*"
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """A verified cache, ready to go. files: all but the card, by name, a path or the bytes themselves.
 
     name: of its base, as it may be said. model, data: licences, as far as they are known.
@@ -79,10 +79,10 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What the Hub has now: the parcel as it went, where, whether everybody can read it, the commit, the new names."""
+class UploadReport:
+    """What the Hub has now: the upload as it went, where, whether everybody can read it, the commit, the new names."""
 
-    parcel: Parcel
+    upload: Upload
     url: str
     is_public: bool
     commit: str
@@ -100,7 +100,7 @@ class Pulled:
 
 def prepare(
     path: str, repo_id: str, *, model: Licence | None = None, data: Licence | None = None, base_model: str | None = None
-) -> Parcel:
+) -> Upload:
     """Read every byte of a cache, check it, and write its card. Nothing is sent, and no network is used.
 
     model, data: licences; without them, those of a card that was pulled with the cache, and of the base the one beside
@@ -130,13 +130,15 @@ def prepare(
     name = public_name(inventory.manifest.model_name, base_model)
     files: dict[str, Path | bytes] = {entry: root / entry for entry in inventory.sizes}
     files |= inventory.heads(name)
-    parcel = Parcel(repo_id, cache, inventory, files, name, model or Licence(), data or Licence())
+    upload = Upload(repo_id, cache, inventory, files, name, model or Licence(), data or Licence())
     if model is None:
-        parcel = replace(parcel, model=model_licence(inventory.manifest))
-    return _with_licences(parcel, root / CARD)
+        upload = replace(upload, model=model_licence(inventory.manifest))
+    return _with_licences(upload, root / CARD)
 
 
-def send(parcel: Parcel, *, private: bool = False, revision: str | None = None, endpoint: str | None = None) -> Sent:
+def send(
+    upload: Upload, *, private: bool = False, revision: str | None = None, endpoint: str | None = None
+) -> UploadReport:
     """Make a data set repository hold this cache, and compare what it holds then. Files that it has are not sent again.
 
     A licence that is not known is that of the card that is there. private: of a repository that is made now; one that
@@ -144,7 +146,7 @@ def send(parcel: Parcel, *, private: bool = False, revision: str | None = None, 
     there, `HubFailed` where it holds shards that this one lacks, or where the Hub refuses, is out of reach, or does not
     keep what it was sent.
     """
-    api, repo_id = _api(endpoint), parcel.repo_id
+    api, repo_id = _api(endpoint), upload.repo_id
     with _asking(f"pushing to {repo_id}"):
         api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         info = _branch(api, repo_id, revision)
@@ -154,13 +156,13 @@ def send(parcel: Parcel, *, private: bool = False, revision: str | None = None, 
                 "Make it private in its settings on the Hub, or choose another name."
             )
         there = _sizes(api, repo_id, info.sha)
-        _check_same(parcel.inventory, _heads(api, repo_id, info.sha, there), repo_id)
+        _check_same(upload.inventory, _heads(api, repo_id, info.sha, there), repo_id)
         if CARD in there:
             with tempfile.TemporaryDirectory() as folder:
-                parcel = _with_licences(parcel, _fetched(api, repo_id, info.sha, CARD, folder))
-        commit = _commit(api, repo_id, revision, info.sha, parcel, there)
+                upload = _with_licences(upload, _fetched(api, repo_id, info.sha, CARD, folder))
+        commit = _commit(api, repo_id, revision, info.sha, upload, there)
         found = _sizes(api, repo_id, commit)
-    sizes = parcel.sizes
+    sizes = upload.sizes
     wrong = sorted(name for name, size in sizes.items() if found.get(name) != size)
     if wrong:
         raise HubFailed(
@@ -168,7 +170,7 @@ def send(parcel: Parcel, *, private: bool = False, revision: str | None = None, 
             f"another size ({wrong[0]}). Nobody can pull it like this. Look for a .gitignore there, and push again."
         )
     new = tuple(name for name in sizes if name not in there)
-    return Sent(parcel, f"{api.endpoint}/datasets/{repo_id}", not info.private, commit, new)
+    return UploadReport(upload, f"{api.endpoint}/datasets/{repo_id}", not info.private, commit, new)
 
 
 def pull(repo_id: str, path: str, *, revision: str | None = None, endpoint: str | None = None) -> Pulled:
@@ -292,13 +294,13 @@ def _fetched(api: HfApi, repo_id: str, commit: str, name: str, folder: str) -> P
     return Path(api.hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, local_dir=folder))
 
 
-def _with_licences(parcel: Parcel, card: Path) -> Parcel:
+def _with_licences(upload: Upload, card: Path) -> Upload:
     """What is not known, from an earlier card of the cache."""
-    if not card.is_file() or (parcel.model.ids and parcel.data.ids):
-        return parcel
+    if not card.is_file() or (upload.model.ids and upload.data.ids):
+        return upload
     model, data = licences_in(card.read_text(encoding="utf-8", errors="replace"))
     return replace(
-        parcel, model=parcel.model if parcel.model.ids else model, data=parcel.data if parcel.data.ids else data
+        upload, model=upload.model if upload.model.ids else model, data=upload.data if upload.data.ids else data
     )
 
 
@@ -320,19 +322,19 @@ def _check_same(mine: Inventory, there: tuple[Manifest, Contents] | None, repo_i
         )
 
 
-def _commit(api: HfApi, repo_id: str, revision: str | None, head: str, parcel: Parcel, there: dict[str, int]) -> str:
+def _commit(api: HfApi, repo_id: str, revision: str | None, head: str, upload: Upload, there: dict[str, int]) -> str:
     """Commit what only adds, part by part, then what replaces, in one commit. Returns the last one.
 
     Each names the commit before it, so that another push in between is refused by the Hub and not overwritten.
     """
-    heads = {name: data for name, data in parcel.files.items() if isinstance(data, bytes)}
-    added = [name for name in parcel.files if name not in heads]
+    heads = {name: data for name, data in upload.files.items() if isinstance(data, bytes)}
+    added = [name for name in upload.files if name not in heads]
     parts = [added[at : at + MAX_FILES_A_COMMIT] for at in range(0, len(added), MAX_FILES_A_COMMIT)]
-    old_indices = [name for name in there if is_index(name) and name not in parcel.files]
-    last: list[Any] = [CommitOperationAdd(CARD, parcel.card.encode())]
+    old_indices = [name for name in there if is_index(name) and name not in upload.files]
+    last: list[Any] = [CommitOperationAdd(CARD, upload.card.encode())]
     last += [CommitOperationAdd(name, data) for name, data in heads.items()]
     last += [CommitOperationDelete(name) for name in old_indices]
-    for operations in [*([CommitOperationAdd(n, parcel.files[n]) for n in part] for part in parts), last]:
+    for operations in [*([CommitOperationAdd(n, upload.files[n]) for n in part] for part in parts), last]:
         head = api.create_commit(
             repo_id,
             operations,
