@@ -100,6 +100,11 @@ class _Call:
     top1: Tensor | None = None
     _groups: tuple[Tensor, Tensor] | None = None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's, [n, V]."""
+        with torch.set_grad_enabled(self.with_gradient):
+            return self.head(hidden)
+
     def groups(self) -> tuple[Tensor, Tensor]:
         """The group of each token, int64 [V], and the same as one-hot rows, float32 [V, G]."""
         if self._groups is None:
@@ -181,30 +186,35 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
 
 
 def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
-    with torch.set_grad_enabled(call.with_gradient):
-        logits = call.head(hidden)
-    keeps_output = type(logits.grad_fn).__name__ not in ("MmBackward0", "AddmmBackward0") or _has_hooks(call.head)
-    work = logits.detach().float()
-    if work.data_ptr() == logits.data_ptr() and keeps_output:
-        work = work.clone()
-    found = _losses_and_gradient(work, call, label_ids, targets)
+    logits = call.logits(hidden)
+    overwrites = _are_unshared(logits, call.head)
+    buffer = logits.detach().float()
+    if buffer.data_ptr() == logits.data_ptr() and not overwrites:
+        buffer = buffer.clone()
+    found = _losses_and_gradient(buffer, call, label_ids, targets)
     if found is None:
-        with torch.set_grad_enabled(call.with_gradient):
-            logits = call.head(hidden)  # the first ones are overwritten
-        return _plain_slice(logits, call, label_ids, targets)
+        return _plain_slice(call.logits(hidden), call, label_ids, targets)  # the first logits are overwritten
     ce, kl = found
     if not call.with_gradient:
         return _Slice(logits, None, ce, kl)
-    if work.dtype != logits.dtype:
-        work = work.to(logits.dtype) if keeps_output else logits.detach().copy_(work)
-    return _Slice(logits, work, ce, kl)
+    if buffer.dtype == logits.dtype:
+        return _Slice(logits, buffer, ce, kl)
+    return _Slice(logits, logits.detach().copy_(buffer) if overwrites else buffer.to(logits.dtype), ce, kl)
 
 
-def _has_hooks(head: Head) -> bool:
-    """Whether somebody else may hold what the head returns."""
-    module = getattr(head, "module", head)
-    hooks = nn.modules.module._global_forward_hooks
-    return bool(hooks) or not isinstance(module, nn.Module) or any(m._forward_hooks for m in module.modules())
+def _are_unshared(logits: Tensor, head: Head) -> bool:
+    """Whether logits may be overwritten: nothing but a plain linear layer made them, whose backward does not read them.
+
+    That layer is the head itself, or what the head calls its `plain_layer`. Any other head falls back to a copy: one
+    that computes more than a product, is a subclass, is compiled, packed or patched, or has hooks. Autograd counts
+    writes: were logits that a backward reads overwritten, it would refuse, and not compute something else.
+    """
+    layer = head if isinstance(head, nn.Module) else getattr(head, "plain_layer", None)
+    if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter):
+        return False
+    is_patched = "forward" in vars(layer) or getattr(layer, "_compiled_call_impl", None) is not None
+    has_hooks = bool(layer._forward_hooks or nn.modules.module._global_forward_hooks)
+    return not is_patched and not has_hooks and not logits._is_view()
 
 
 def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
@@ -223,102 +233,112 @@ def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: Sparse
 
 @torch.no_grad()
 def _losses_and_gradient(
-    z: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None
+    buffer: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The sums of the slice; logits z, float32 [n, V], become d loss / d z. None where digits would be lost."""
+    """The sums of the slice. None where digits would be lost.
+
+    buffer: float32 [n, V], the only memory of that size: logits z, then e = exp(z - max z) of `_Tail`, then d loss/d z.
+    """
     labels, smoothing = label_ids.long()[:, None], call.objective.label_smoothing
     if smoothing:
-        z_mean = z.sub_(z.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
+        z_mean = buffer.sub_(buffer.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
     if targets is None:
-        kept_ids, z_kept = labels, z.gather(1, labels)
+        kept_ids, kept_logits = labels, buffer.gather(1, labels)
     else:
         ids = targets.alternative_ids.long()
         kept_ids = torch.cat([labels, ids], dim=1)
-        z_kept = torch.cat([z.gather(1, labels), torch.where(ids != labels, z.gather(1, ids), -torch.inf)], dim=1)
-    drawn = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
-    z_drawn = None if drawn is None else z.gather(1, drawn)
-    tail = _Tail(z.scatter_(1, kept_ids, -torch.inf))
+        alternatives = torch.where(ids != labels, buffer.gather(1, ids), -torch.inf)
+        kept_logits = torch.cat([buffer.gather(1, labels), alternatives], dim=1)
+    drawn_ids = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
+    drawn_logits = None if drawn_ids is None else buffer.gather(1, drawn_ids)
+    tail = _Tail(buffer.scatter_(1, kept_ids, -torch.inf))
     if call.top1 is not None:  # also where the slice goes the plain way after this
-        call.top1 += _num_largest(z_kept, kept_ids, tail).to(call.top1)
-    origin = torch.cat([tail.top, z_kept[:, 1:]], dim=1).amax(dim=1, keepdim=True)  # the logits' size costs no digits
-    origin = torch.where(origin == -torch.inf, 0.0, origin)
-    z_kept = z_kept - origin
-    z_drawn = None if z_drawn is None else z_drawn - origin
-    tail.top = tail.top - origin
+        call.top1 += _num_largest(kept_logits, kept_ids, tail).to(call.top1)
+    largest = torch.cat([tail.top, kept_logits[:, 1:]], dim=1).amax(dim=1, keepdim=True)
+    origin = torch.where(largest == -torch.inf, 0.0, largest)  # the logits' size costs no digits
+    z_kept = kept_logits - origin
+    z_drawn = None if drawn_logits is None else drawn_logits - origin
+    tail.measure_from(origin)
     every = torch.cat([z_kept, tail.log_sum], dim=1)
     log_all, log_rest = every.logsumexp(dim=1, keepdim=True), every[:, 1:].logsumexp(dim=1, keepdim=True)
     ce = (log_all - z_kept[:, :1]).sum()
-    kept = (z_kept - log_all).exp()
-    kept[:, :1] = -(log_rest - log_all).exp()  # q(y) - 1, not as a difference
+    kept_gradient = (z_kept - log_all).exp()
+    kept_gradient[:, :1] = -(log_rest - log_all).exp()  # q(y) - 1, not as a difference
     beyond = (tail.log_sum - log_all).exp()
     if targets is None:
         tail.scale(beyond)
         if smoothing:  # the gradient is q - (1 - e) 1_y - e / V
             ce = (1 - smoothing) * ce + smoothing * (log_all + origin - z_mean).sum()
-            z.sub_(smoothing / z.shape[1])
-            kept += smoothing - smoothing / z.shape[1]
-        z.scatter_(1, kept_ids, kept)
+            buffer.sub_(smoothing / buffer.shape[1])
+            kept_gradient += smoothing - smoothing / buffer.shape[1]
+        buffer.scatter_(1, kept_ids, kept_gradient)
         return ce, torch.zeros_like(ce)
     found = _Compared.of(z_kept, tail, z_drawn, (log_rest - log_all).squeeze(1), targets, call)
     if found is None:
         return None
     first = 1 if call.objective.masked else 0
     last = z_kept.shape[1] - first
-    kept[:, first:] += found.gradient[:, :last]
+    kept_gradient[:, first:] += found.gradient[:, :last]
     tail.scale(beyond, found.gradient[:, last:])
-    if found.drawn is not None and drawn is not None:
-        z.scatter_add_(1, drawn, found.drawn.expand(drawn.shape))
-    z.scatter_(1, kept_ids[:, 1:], kept[:, 1:])
-    z.scatter_(1, labels, kept[:, :1])  # after what absent alternatives wrote there
+    if found.drawn is not None and drawn_ids is not None:
+        buffer.scatter_add_(1, drawn_ids, found.drawn.expand(drawn_ids.shape))
+    buffer.scatter_(1, kept_ids[:, 1:], kept_gradient[:, 1:])
+    buffer.scatter_(1, labels, kept_gradient[:, :1])  # after what absent alternatives wrote there
     return ce, found.values.sum()
 
 
-def _num_largest(z_kept: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor:
+def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor:
     """How many labels, the first of the kept, have the largest logit; of equal ones the first id has it."""
-    label, label_id, others = z_kept[:, :1], kept_ids[:, :1], z_kept[:, 1:]
+    label, label_id, others = kept_logits[:, :1], kept_ids[:, :1], kept_logits[:, 1:]
     largest = ((label > others) | ((label == others) & (label_id < kept_ids[:, 1:]))).all(dim=1)
     largest &= (label >= tail.top).squeeze(1)
     (tied,) = (largest & (label == tail.top).squeeze(1)).nonzero(as_tuple=True)
     if len(tied):
-        first = (tail.e[tied] == 1).int().argmax(dim=1)
+        first = (tail.buffer[tied] == 1).int().argmax(dim=1)
         largest[tied] = label_id[tied, 0] < first
     return largest.sum()
 
 
 class _Tail:
-    """The tokens of a slice that are neither label nor kept: e = exp(z - max z) [n, V] in place of z."""
+    """The tokens of a slice that are neither label nor kept: e = exp(z - max z), [n, V], in the buffer of z."""
 
-    def __init__(self, z: Tensor) -> None:
-        self.top = z.amax(dim=1, keepdim=True)  # -inf where there is no tail
-        self.e = z.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
-        self.sum = self.e.sum(dim=1, keepdim=True)
+    def __init__(self, buffer: Tensor) -> None:
+        self.top = buffer.amax(dim=1, keepdim=True)  # the largest logit; -inf where there is no tail
+        self.buffer = buffer.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
+        self.sum = self.buffer.sum(dim=1, keepdim=True)
+        self.top_from_origin = self.top
         self.groups: Tensor | None = None
         self.group_sums: Tensor | None = None
+
+    def measure_from(self, origin: Tensor) -> None:
+        """Give logarithms of sums of exp(z - origin) from now on; origin: [n, 1]."""
+        self.top_from_origin = self.top - origin
 
     @property
     def log_sum(self) -> Tensor:
         """log sum of exp(z), [n, 1]; -inf where there is no tail."""
-        return self.top + self.sum.log()
+        return self.top_from_origin + self.sum.log()
 
     def split(self, groups: Tensor, one_hot: Tensor) -> Tensor:
         """log of the sum in each group, [n, G]."""
-        with torch.autocast(self.e.device.type, enabled=False):
-            self.group_sums = self.e @ one_hot
+        with torch.autocast(self.buffer.device.type, enabled=False):
+            self.group_sums = self.buffer @ one_hot
         self.groups = groups
-        return self.top + self.group_sums.log()
+        return self.top_from_origin + self.group_sums.log()
 
     def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
         """e becomes the gradient: `gradient` [n, 1] of T shared out by e, and `parts` of T [n, 1] or its groups."""
-        factor = _share(gradient, self.sum)
-        if parts is not None and self.group_sums is None and parts.shape[1]:
-            factor = factor + _share(parts, self.sum)
-        if parts is None or self.group_sums is None or self.groups is None:
-            self.e.mul_(factor)
+        of_tail = _share(gradient, self.sum)
+        if parts is None or (self.group_sums is None and not parts.shape[1]):
+            self.buffer.mul_(of_tail)
             return
-        factor = factor + _share(parts, self.group_sums)
-        for start in range(0, self.e.shape[1], _COLUMNS):
+        if self.group_sums is None or self.groups is None:
+            self.buffer.mul_(of_tail + _share(parts, self.sum))
+            return
+        of_groups = of_tail + _share(parts, self.group_sums)
+        for start in range(0, self.buffer.shape[1], _COLUMNS):
             columns = slice(start, start + _COLUMNS)
-            self.e[:, columns].mul_(factor.index_select(1, self.groups[columns]))
+            self.buffer[:, columns].mul_(of_groups.index_select(1, self.groups[columns]))
 
 
 @dataclass
@@ -346,9 +366,9 @@ class _Compared:
                     return None
         elif objective.tail != "renormalize":
             parts.append(tail.log_sum)
-        log_q = torch.cat(parts, dim=1) / objective.temperature
-        norm = log_q.logsumexp(dim=1, keepdim=True)
-        log_q = log_q - torch.where(norm == -torch.inf, 0.0, norm)
+        heated = torch.cat(parts, dim=1) / objective.temperature
+        norm = heated.logsumexp(dim=1, keepdim=True)
+        log_q = heated - torch.where(norm == -torch.inf, 0.0, norm)
         if objective.tail == "sampled":
             assert z_drawn is not None
             values = sampled_kl(log_p, log_q, z_drawn - norm, targets)

@@ -28,8 +28,9 @@ def leaves_of(result: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            found.append(node.variable)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and not node.next_functions:  # where the gradient of a leaf is summed
+            found.append(variable)
         nodes += [before for before, _ in node.next_functions]
     return found
 

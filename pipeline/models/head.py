@@ -53,6 +53,12 @@ class OutputHead:
         return module
 
     @property
+    def plain_layer(self) -> nn.Module | None:
+        """The output embedding where the logits are what it returns, with nothing done to them after it; else None."""
+        is_plain = self.multiplier == 1.0 and self.divisor == 1.0 and self.soft_cap is None
+        return self.module if is_plain else None
+
+    @property
     def vocab_size(self) -> int:
         """V."""
         return logits_width(self._causal_lm) if self._vocab_size is None else self._vocab_size

@@ -315,6 +315,32 @@ def test_logits_that_a_hook_keeps_stay_logits(cached: Cached) -> None:
         torch.testing.assert_close(logits.detach(), (hidden @ weight.T).detach())
 
 
+class Keeping(torch.nn.Linear):
+    """A linear layer that keeps what it returned, without a hook."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen = hidden, super().forward(hidden)
+        return self.seen[1]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_logits_that_the_head_itself_keeps_stay_logits(patched: bool) -> None:
+    """Only of a plain nn.Linear is it known that nobody holds its result; any other head is copied from."""
+    torch.manual_seed(0)
+    head: Any = torch.nn.Linear(4, 9) if patched else Keeping(4, 9)
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        head.seen = hidden, torch.nn.functional.linear(hidden, head.weight, head.bias)
+        return head.seen[1]
+
+    if patched:
+        head.forward = keep
+    hidden, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([1, 8, 0])
+    linear_loss(hidden, head, labels, None, Objective("none"), 0.0, list(head.parameters())).loss.backward()
+    inputs, logits = head.seen
+    torch.testing.assert_close(logits, torch.nn.functional.linear(inputs, head.weight, head.bias), rtol=0, atol=0)
+
+
 def test_bodies_that_return_tuples(cached: Cached) -> None:
     samples, cache = cached
     model = make_model()
