@@ -26,7 +26,7 @@ from logitcache.events import OnMessage
 from logitcache.models.settings import LoadSettings
 from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
-from logitcache.reports.results import Outcome, Sweep, read_sweep
+from logitcache.reports.results import RunOutcome, Sweep, read_sweep
 from logitcache.storage import LogitCache
 from logitcache.storage.files import replace_file
 from logitcache.sweeps.config import SweepConfig, make_config
@@ -252,8 +252,8 @@ def _spread(documents: list[Document], count: int) -> list[Document]:
     return [documents[i * len(documents) // count] for i in range(count)]
 
 
-def _by_method(sweep: Sweep) -> dict[str, list[Outcome]]:
-    grouped: dict[str, list[Outcome]] = {}
+def _by_method(sweep: Sweep) -> dict[str, list[RunOutcome]]:
+    grouped: dict[str, list[RunOutcome]] = {}
     for run in sweep.runs:
         assert run.outcome is not None
         grouped.setdefault(run.method, []).append(run.outcome)

@@ -189,9 +189,12 @@ def intervals_of(statistics: Mapping[str, FloatArray]) -> dict[str, tuple[float,
     return found
 
 
-def drift_prevented(drift_percent: float, plain_drift_percent: float) -> float | None:
-    """1 - drift / drift of plain cross-entropy; None where that did not drift upwards: nothing was to be prevented."""
-    return None if plain_drift_percent <= 0 else 1 - drift_percent / plain_drift_percent
+def drift_prevented(drift: float, plain_drift: float) -> float | None:
+    """1 - drift / drift of plain cross-entropy, in one unit: per cent of perplexity, or nats of forgetting.
+
+    None where the plain one did not drift upwards: nothing was to be prevented.
+    """
+    return None if plain_drift <= 0 else 1 - drift / plain_drift
 
 
 def _exp(value: float) -> float:

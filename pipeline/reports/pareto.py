@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from logitcache.evaluation.metrics import drift_prevented
 from logitcache.sweeps.config import OBJECTIVE
 
-from .results import Cost, Outcome, Run, Scalar
+from .results import Cost, Run, RunOutcome, Scalar
 
 SEED = "seed"
 BUDGET_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -40,12 +41,12 @@ class Setting:
     method: str
     values: dict[str, Scalar]
     runs: tuple[Run, ...]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RunOutcome, ...]
     learning: Estimate
     forgetting: Estimate
     num_planned: int
 
-    def mean(self, value: Callable[[Outcome], float | None]) -> float | None:
+    def mean(self, value: Callable[[RunOutcome], float | None]) -> float | None:
         """Mean over seeds of anything that a run came to; None where a seed lacks it."""
         found = [v for v in map(value, self.outcomes) if v is not None]
         return math.fsum(found) / len(found) if len(found) == len(self.outcomes) else None
@@ -192,16 +193,16 @@ def hypervolume(points: Sequence[tuple[float, float]], forgetting_limit: float) 
     return area
 
 
-def drift_prevented(setting: Setting, settings: Sequence[Setting]) -> float | None:
-    """1 - forgetting / forgetting of plain cross-entropy with the same adapter, rank, learning rate and data.
+def prevented_by(setting: Setting, settings: Sequence[Setting]) -> float | None:
+    """`drift_prevented` against plain cross-entropy with the same adapter, rank, learning rate and data.
 
     "The same": equal in everything but `OBJECTIVE`. None where there is no such setting or not one alone, where it
     does not forget, and for itself.
     """
     same = [s for s in settings if is_reference(s) and s is not setting and _frame(s) == _frame(setting)]
-    if is_reference(setting) or len(same) != 1 or same[0].forgetting.mean <= 0:
+    if is_reference(setting) or len(same) != 1:
         return None
-    return 1 - setting.forgetting.mean / same[0].forgetting.mean
+    return drift_prevented(setting.forgetting.mean, same[0].forgetting.mean)
 
 
 @dataclass(frozen=True)

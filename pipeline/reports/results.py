@@ -55,7 +55,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a finished run came to on new and on prior text, and what it cost."""
 
     new: HeldOut
@@ -93,7 +93,7 @@ class Run:
     method: str
     settings: dict[str, Scalar]
     status: Status
-    outcome: Outcome | None = None
+    outcome: RunOutcome | None = None
     error: str | None = None
     error_step: int | None = None
     curve: tuple[CurvePoint, ...] = ()
@@ -204,7 +204,7 @@ def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar])
     if (folder / RESULT).exists():
         result = CheckedJson.of(folder / RESULT)
         _check_is(result, name, method, settings)
-        outcome = Outcome(
+        outcome = RunOutcome(
             new=_held_out(result.part("new")),
             prior=_held_out(result.part("prior")),
             seconds=result.number("seconds"),
@@ -287,7 +287,7 @@ def _curve(path: Path, whole: bool) -> tuple[CurvePoint, ...]:
 Cell = Callable[[Run], Scalar]
 
 
-def _measured(value: Callable[[Outcome], float | None]) -> Cell:
+def _measured(value: Callable[[RunOutcome], float | None]) -> Cell:
     return lambda run: None if run.outcome is None else value(run.outcome)
 
 

@@ -16,16 +16,16 @@ from .pareto import (
     best_within,
     budgets_of,
     by_method,
-    drift_prevented,
     hypervolume,
     least_forgetting_at,
     pareto_front,
+    prevented_by,
     reference_forgetting,
     representative,
     settings_of,
     varying,
 )
-from .results import Outcome, Run, Scalar, Sweep
+from .results import Run, RunOutcome, Scalar, Sweep
 
 Rows = list[list[str]]
 STATUSES = ("finished", "failed", "in progress", "not evaluated", "not started")
@@ -157,7 +157,7 @@ def setting_rows(view: View) -> Rows:
         "seeds": lambda s: str(s.learning.num_seeds),
         "learning": lambda s: _both(s)[0],
         "forgetting": lambda s: _both(s)[1],
-        "prevented": lambda s: _percent(drift_prevented(s, view.settings)),
+        "prevented": lambda s: _percent(prevented_by(s, view.settings)),
         "prior perplexity": lambda s: _signed(s.mean(lambda o: o.prior.drift_percent), " %"),
         "KL on prior": lambda s: _or_dash(s.mean(lambda o: o.prior.kl_nats)),
         "KL on new": lambda s: _or_dash(s.mean(lambda o: o.new.kl_nats)),
@@ -169,7 +169,7 @@ def setting_rows(view: View) -> Rows:
 
 def run_rows(sweep: Sweep) -> Rows:
     """A row a run, whatever its status."""
-    columns: dict[str, Callable[[Outcome], str]] = {
+    columns: dict[str, Callable[[RunOutcome], str]] = {
         "learning": lambda o: nats(o.learning),
         "forgetting": lambda o: nats(o.forgetting),
         "new perplexity": lambda o: f"{o.new.perplexity_after:.4g}",

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.cli_harness import Outcome, Rows, cache_bytes, commits, done, logitcache, precompute_line, refused
+from support.cli_harness import CliResult, Rows, cache_bytes, commits, done, logitcache, precompute_line, refused
 from support.tiny_model import make_tokenizer, text_rows
 
 from logitcache.capture.engines import ray as ray_engine
@@ -179,7 +179,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_engine, "outcomes_of", outcomes)
 
 
-def both(*arguments: object, at: Path) -> tuple[Outcome, Outcome]:
+def both(*arguments: object, at: Path) -> tuple[CliResult, CliResult]:
     """The same job without Ray and with it, into caches of the same path, one after the other."""
     line = ["precompute", *arguments, "--cache", at]
     alone = logitcache(*line)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli_harness import (
-    Outcome,
+    CliResult,
     copy_of,
     done,
     logitcache,
@@ -73,7 +73,9 @@ class Weights(dict[str, Any]):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, lessons: Path) -> tuple[Path, Outcome, Weights]:
+def taught(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, lessons: Path
+) -> tuple[Path, CliResult, Weights]:
     """A student trained as a whole for ten steps, to be read only, what was said, and the weights in memory."""
     out, weights = tmp_path_factory.mktemp("taught") / "o", Weights()
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +92,7 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def test_a_whole_student_is_an_ordinary_model_folder(
-    taught: tuple[Path, Outcome, Weights], tiny_model: Path, data: Path
+    taught: tuple[Path, CliResult, Weights], tiny_model: Path, data: Path
 ) -> None:
     out, said, trained = taught
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -108,7 +110,7 @@ def test_a_whole_student_is_an_ordinary_model_folder(
     assert said.out.startswith("Trained 10 steps")
 
 
-def test_step_zero_is_off_and_says_so(taught: tuple[Path, Outcome, Weights], teacher: Path, tiny_model: Path) -> None:
+def test_step_zero_is_off_and_says_so(taught: tuple[Path, CliResult, Weights], teacher: Path, tiny_model: Path) -> None:
     out, said, _ = taught
     assert f"The teacher is {teacher}, not the base: step 0 is not checked." in said.err.splitlines()
     assert "Before step 1" not in said.err
@@ -120,7 +122,7 @@ def test_step_zero_is_off_and_says_so(taught: tuple[Path, Outcome, Weights], tea
 
 
 def test_evaluate_compares_a_whole_student_with_its_base(
-    taught: tuple[Path, Outcome, Weights], tiny_model: Path, other_model: Path, data: Path
+    taught: tuple[Path, CliResult, Weights], tiny_model: Path, other_model: Path, data: Path
 ) -> None:
     out, _, _ = taught
     line = ["evaluate", "--model", tiny_model, "--adapter", out, "--data", data, "--prior", data, "--json"]
@@ -133,7 +135,7 @@ def test_evaluate_compares_a_whole_student_with_its_base(
 
 
 def test_evaluate_refuses_a_whole_model_that_is_damaged_or_of_another_width(
-    tmp_path: Path, taught: tuple[Path, Outcome, Weights], tiny_model: Path, data: Path
+    tmp_path: Path, taught: tuple[Path, CliResult, Weights], tiny_model: Path, data: Path
 ) -> None:
     bad = copy_of(taught[0], tmp_path / "bad", lambda f: (f / "model.safetensors").unlink())
     line = ["evaluate", "--model", tiny_model, "--adapter", bad, "--data", data, "--prior", data]

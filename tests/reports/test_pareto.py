@@ -13,11 +13,11 @@ from support.sweep_folders import AXES, MASKED
 from logitcache.reports.pareto import (
     best_within,
     budgets_of,
-    drift_prevented,
     estimate,
     hypervolume,
     least_forgetting_at,
     pareto_front,
+    prevented_by,
     reference_forgetting,
     representative,
     settings_of,
@@ -25,7 +25,7 @@ from logitcache.reports.pareto import (
     t_quantile,
     varying,
 )
-from logitcache.reports.results import Cost, HeldOut, Outcome, Run
+from logitcache.reports.results import Cost, HeldOut, Run, RunOutcome
 
 GRID = st.integers(-8, 8).map(lambda n: n / 8)
 POINTS = st.lists(st.tuples(GRID, GRID), min_size=1, max_size=9)
@@ -38,7 +38,7 @@ def held_out(before: float, after: float) -> HeldOut:
 
 
 def run(learning: float, forgetting: float, method: str = "a", finished: bool = True, **settings: object) -> Run:
-    outcome = Outcome(held_out(0.0, -learning), held_out(0.0, forgetting), 10.0, 50, 1000, 1)
+    outcome = RunOutcome(held_out(0.0, -learning), held_out(0.0, forgetting), 10.0, 50, 1000, 1)
     name = f"{method} {sorted(settings.items())}"
     status = "finished" if finished else "failed"
     return Run(name, method, {**AXES, **settings}, status, outcome if finished else None)  # type: ignore[dict-item]
@@ -205,7 +205,7 @@ def test_drift_prevented_compares_with_the_same_adapter_rank_and_learning_rate()
         run(0.4, 0.3, "kl", lr=2.0, adapter="dora", **MASKED),
     ]
     found = settings_of(runs)
-    prevented = [drift_prevented(s, found) for s in found]
+    prevented = [prevented_by(s, found) for s in found]
     assert prevented[:3] == [None] * 3
     assert prevented[3:6] == pytest.approx([0.75, 0.75, 1.125])
     assert prevented[6] is None
@@ -215,7 +215,7 @@ def test_drift_prevented_compares_with_the_same_adapter_rank_and_learning_rate()
 
 def test_drift_prevented_of_nothing_forgotten_is_not_a_number() -> None:
     found = settings_of([run(0.5, -0.01), run(0.4, 0.1, "kl", **MASKED)])
-    assert [drift_prevented(s, found) for s in found] == [None, None]
+    assert [prevented_by(s, found) for s in found] == [None, None]
 
 
 def test_what_was_spent_charges_a_live_base_to_regularised_steps_only() -> None:

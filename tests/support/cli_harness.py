@@ -40,7 +40,7 @@ NUM_POSITIONS = {"text": 6 + 2, "completion": 4 + 2, "messages": 3 + (2 + 3), "i
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CliResult:
     """Exit status, stdout and stderr of a verb."""
 
     status: int
@@ -70,15 +70,15 @@ def later_wins(arguments: Sequence[object]) -> list[str]:
     return [w for number, (name, part) in enumerate(kept) if name is None or last[name] == number for w in part]
 
 
-def logitcache(*arguments: object, stderr: io.StringIO | None = None) -> Outcome:
+def logitcache(*arguments: object, stderr: io.StringIO | None = None) -> CliResult:
     """`logitcache ARGUMENTS...`, run here; of a flag that is given twice, the later one."""
     out, err = io.StringIO(), stderr or io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run(later_wins(arguments))
-    return Outcome(status, out.getvalue(), err.getvalue())
+    return CliResult(status, out.getvalue(), err.getvalue())
 
 
-def done(*arguments: object) -> Outcome:
+def done(*arguments: object) -> CliResult:
     """`logitcache ARGUMENTS...`, which must succeed."""
     outcome = logitcache(*arguments)
     assert outcome.status == 0, outcome.err
@@ -98,7 +98,7 @@ def refused(status: int, *arguments: object) -> str:
     return last
 
 
-def precompute(model: Path, data: Path, cache: Path, *more: object) -> Outcome:
+def precompute(model: Path, data: Path, cache: Path, *more: object) -> CliResult:
     """A small cache in the Arrow store, unless `more` says otherwise."""
     return done(*precompute_line(model, data, cache, *more))
 

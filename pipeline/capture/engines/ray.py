@@ -66,7 +66,7 @@ class Actors:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShareResult:
     """What came of a share: its report or its refusal, and the events on the way."""
 
     share: int
@@ -136,17 +136,17 @@ class ShareActor:
             report = work(self._spec, self._loaded, share, on_event=lambda name, facts: events.append((name, facts)))
         except Exception as error:  # Ray would wrap it, and its text would be a traceback
             refusal = carried(error)
-        outcome = pickle.dumps(Outcome(index, report, refusal, tuple(events)))
+        outcome = pickle.dumps(ShareResult(index, report, refusal, tuple(events)))
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-def _collect(ray: Any, spec: JobSpec, actors: Actors, on_event: OnEvent) -> list[Outcome]:
+def _collect(ray: Any, spec: JobSpec, actors: Actors, on_event: OnEvent) -> list[ShareResult]:
     """Every share's outcome. Raises the first refusal but `NonFiniteLogits`, which holds up no other share."""
     done = outcomes_of(ray, spec, actors)
-    outcomes: list[Outcome] = []
+    outcomes: list[ShareResult] = []
     try:
         for row in done.iter_rows():
-            outcome: Outcome = pickle.loads(row["outcome"])
+            outcome: ShareResult = pickle.loads(row["outcome"])
             for name, facts in outcome.events:
                 on_event(name, facts)
             if outcome.error is not None and not isinstance(outcome.error, NonFiniteLogits):
