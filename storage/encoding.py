@@ -25,14 +25,13 @@ NO_DROP = 2**16 - 1
 
 @dataclass(frozen=True)
 class Precision:
-    """Steps a nat of quantised log-probabilities; the maximum error is half a step. None: stored as float32.
+    """Steps a nat of quantised log-probabilities; the maximum error is half a step. None: stored as float32."""
 
-    alternatives: of the kept log-probabilities, and of the draws'; scalars: of the label's and the tail's; groups: of
-    the tail groups' shares of the tail.
-    """
-
+    #: Of the kept log-probabilities, and of the draws'.
     alternatives: int
+    #: Of the label's and the tail's.
     scalars: int
+    #: Of the tail groups' shares of the tail.
     groups: int
 
     @property

@@ -36,19 +36,20 @@ def digest_json(value: object) -> str:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which distributions the cache holds.
+    """Which distributions the cache holds."""
 
-    weights, config: fingerprints of the tensors and of config.json; vocab_size: width of the logits (V), which may
-    differ from the tokenizer's; dtype, attention: how the base was run, equal within a cache, free in training;
-    quantization: in which format its linear layers were held, 8bit, 4bit or the method that a checkpoint names
-    ("": as its dtype says), equal within a cache, and in training unless another is asked for.
-    """
-
+    #: Fingerprint of the tensors.
     weights: str
+    #: Fingerprint of config.json.
     config: str
+    #: Width of the logits (V), which may differ from the tokenizer's.
     vocab_size: int
+    #: How the base was run: equal within a cache, free in training.
     dtype: str
+    #: How the base was run: equal within a cache, free in training.
     attention: str
+    #: In which format its linear layers were held, 8bit, 4bit or the method that a checkpoint names ("": as its dtype
+    #: says). Equal within a cache, and in training unless another is asked for.
     quantization: str = ""
 
 
@@ -62,24 +63,26 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class CaptureIdentity:
-    """What was kept of each distribution.
+    """What was kept of each distribution."""
 
-    top_k: K, alternatives at most; max_length: samples are cut at this many tokens; min_mass: a row keeps the fewest
-    alternatives that hold this share of the non-target mass (1: always K); precision: exact, fine or compact;
-    max_error: of an alternative's log-probability against what the base said, in nats; num_tail_groups: G, parts the
-    tail is split into (0: not split); tail_partition: `digest` of the group of each token, "" without groups;
-    num_tail_samples: M, draws from the tail that a row keeps (0: none); tail_from_remainder: the tail is 1 minus the
-    rest of the row, from an engine that returns nothing else of it, and not a sum of its own.
-    """
-
+    #: K, alternatives at most.
     top_k: int
+    #: Samples are cut at this many tokens.
     max_length: int
+    #: A row keeps the fewest alternatives that hold this share of the non-target mass (1: always K).
     min_mass: float = 1.0
+    #: exact, fine or compact.
     precision: str = "exact"
+    #: Of an alternative's log-probability against what the base said, in nats.
     max_error: float = 0.0
+    #: G, parts the tail is split into (0: not split).
     num_tail_groups: int = 0
+    #: `digest` of the group of each token, "" without groups.
     tail_partition: str = ""
+    #: M, draws from the tail that a row keeps (0: none).
     num_tail_samples: int = 0
+    #: The tail is 1 minus the rest of the row, from an engine that returns nothing else of it, and not a sum of its
+    #: own.
     tail_from_remainder: bool = False
 
 

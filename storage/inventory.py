@@ -19,10 +19,11 @@ from .manifest import Contents, Manifest, read_bytes, to_bytes
 
 @dataclass(frozen=True)
 class Inventory:
-    """Of a finished cache. sizes: bytes of every file that it is made of, by name, without manifest and contents."""
+    """What a finished cache is made of."""
 
     manifest: Manifest
     contents: Contents
+    #: Bytes of every file of it, by name, without manifest and contents.
     sizes: dict[str, int]
 
     def heads(self, model_name: str) -> dict[str, bytes]:

@@ -20,30 +20,33 @@ RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
 
 @dataclass(frozen=True)
 class WorkerRecord:
-    """state: running, finished, failed (some units could not be computed) or stopped (asked to, or by an error).
+    """What a worker says of itself."""
 
-    job: a hash of how the data are cut into units, the same for workers of one job. num_windows: of the data set, -1
-    where it is not known. started, updated: seconds since 1970, on the worker's clock.
-    failures: a sentence a unit that could not be computed.
-    """
-
+    #: running, finished, failed (some units could not be computed) or stopped (asked to, or by an error).
     state: str
+    #: A hash of how the data are cut into units, the same for workers of one job.
     job: str
+    #: Name of the machine it runs on.
     host: str
+    #: Number of its process there.
     pid: int
+    #: Seconds since 1970, on the worker's clock.
     started: float
+    #: Seconds since 1970, on the worker's clock.
     updated: float
     num_units: int
     num_positions: int
     num_tokens: int
     windows_done: int
+    #: Of the data set, -1 where it is not known.
     num_windows: int
+    #: A sentence a unit that could not be computed.
     failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of a job: what is committed, and what its workers say. seconds: between its first commit and its last."""
+    """Of a job: what is committed, and what its workers say."""
 
     manifest: Manifest
     is_final: bool
@@ -53,6 +56,7 @@ class Status:
     num_positions: int
     num_tokens: int
     num_bytes: int
+    #: Between its first commit and its last.
     seconds: float
     tokens_after_first: int
     workers: dict[tuple[int, int], WorkerRecord]

@@ -99,19 +99,17 @@ Block = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ShardCommit:
-    """What makes a shard exist: counts, files with sizes and checksums, and what its store needs for reading.
-
-    blocks: of each stream of the store (in Zarr a column, in Arrow a file) the parts that are read apart, in order.
-    kept_mass: sum over positions of the non-target mass kept.
-    """
+    """What makes a shard exist: counts, files with sizes and checksums, and what its store needs for reading."""
 
     unit: str
     num_samples: int
     num_positions: int
     num_tokens: int
     num_tokens_cut: int
+    #: Sum over positions of the non-target mass kept.
     kept_mass: float
     files: tuple[StoredFile, ...]
+    #: Of each stream of the store (in Zarr a column, in Arrow a file) the parts that are read apart, in order.
     blocks: dict[str, tuple[Block, ...]]
 
     @property

@@ -28,14 +28,13 @@ from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, w
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What went, or would go: different samples, their positions, bytes; and what became of the shards.
-
-    num_samples_kept: different samples that stay. num_bytes: of the shards; before anything is rewritten an estimate.
-    """
+    """What went, or would go: different samples, their positions, bytes; and what became of the shards."""
 
     num_samples: int
+    #: Different samples that stay.
     num_samples_kept: int
     num_positions: int
+    #: Of the shards; before anything is rewritten an estimate.
     num_bytes: int
     num_shards_dropped: int
     num_shards_rewritten: int

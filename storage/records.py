@@ -25,29 +25,28 @@ class BaseLogprobs:
     """What the base predicts at the captured positions of one sample, in nats.
 
     Position t (0-based) holds the prediction of token t+1, its *label*, from tokens 0..t.
-
-    positions:             int32 [P], ascending
-    label_ids:             uint32 [P], token t+1
-    label_logprobs:        float32 [P], log p(label)
-    alternative_ids:       uint32 [P, K], the most probable tokens other than the label, most probable first
-    alternative_logprobs:  float32 [P, K], log p, same normaliser; -inf with id 2**32-1 where a row keeps fewer
-    tail_logprobs:         float32 [P], log of the mass of everything else; -inf where there is nothing else
-    tail_group_logprobs:   float32 [P, G], the tail's mass split over a fixed partition of the vocabulary into G groups;
-                           their logsumexp is tail_logprobs. None where the cache has no groups
-    tail_sample_ids:       uint32 [P, M], draws with replacement from the base's distribution on the tail: a token that
-                           was drawn n times stands n times. Most probable first, then ascending, so that equal ones
-                           stand together; 2**32-1 in the whole row where the tail is -inf. None without draws
-    tail_sample_logprobs:  float32 [P, M], log p of those, same normaliser; -inf where the tail is. None without draws
     """
 
+    #: int32 [P], ascending.
     positions: NDArray[np.int32]
+    #: uint32 [P], token t+1.
     label_ids: NDArray[np.uint32]
+    #: float32 [P], log p(label).
     label_logprobs: NDArray[np.float32]
+    #: uint32 [P, K], the most probable tokens other than the label, most probable first.
     alternative_ids: NDArray[np.uint32]
+    #: float32 [P, K], log p, same normaliser; -inf with id 2**32-1 where a row keeps fewer.
     alternative_logprobs: NDArray[np.float32]
+    #: float32 [P], log of the mass of everything else; -inf where there is nothing else.
     tail_logprobs: NDArray[np.float32]
+    #: float32 [P, G], the tail's mass split over a fixed partition of the vocabulary into G groups; their logsumexp is
+    #: tail_logprobs. None where the cache has no groups.
     tail_group_logprobs: NDArray[np.float32] | None = None
+    #: uint32 [P, M], draws with replacement from the base's distribution on the tail: a token that was drawn n times
+    #: stands n times. Most probable first, then ascending, so that equal ones stand together; 2**32-1 in the whole row
+    #: where the tail is -inf. None without draws.
     tail_sample_ids: NDArray[np.uint32] | None = None
+    #: float32 [P, M], log p of those, same normaliser; -inf where the tail is. None without draws.
     tail_sample_logprobs: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:

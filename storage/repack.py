@@ -18,10 +18,11 @@ from .shard import OpenShard, StoredSample
 
 @dataclass(frozen=True)
 class Pick:
-    """A sample of a shard: its row in the sample table, and which of its positions: places in them, ascending, one or
-    more."""
+    """A sample of a shard, and which of its positions."""
 
+    #: Its row in the sample table.
     row: int
+    #: Places in its positions, ascending, one or more.
     rows: NDArray[np.intp]
 
 

@@ -16,17 +16,19 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a cache, or of a sample of it.
+    """Of a cache, or of a sample of it."""
 
-    num_positions: rows that were read; is_sampled: not all of them. bytes_by_column: of all shards, by name, in
-    order. kept_mass, num_alternatives, num_distinct_draws (0 without draws): one value a row read.
-    """
-
+    #: Rows that were read.
     num_positions: int
+    #: Not all rows were read.
     is_sampled: bool
+    #: Of all shards, by name, in order.
     bytes_by_column: dict[str, int]
+    #: One value a row read.
     kept_mass: NDArray[np.float64]
+    #: One value a row read.
     num_alternatives: NDArray[np.int64]
+    #: One value a row read; 0 without draws.
     num_distinct_draws: NDArray[np.int64]
 
     def kept_mass_percentiles(self) -> dict[int, float]:

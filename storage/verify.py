@@ -22,14 +22,15 @@ from .shard import OpenShard
 
 @dataclass(frozen=True)
 class Problem:
-    """Something bad: in which shard ("": none in particular), which sample (None: the whole shard), and what.
+    """Something bad."""
 
-    reason: that of the error that a reader gets, `corrupt` or `link-refused`.
-    """
-
+    #: "": none in particular.
     shard: str
+    #: None: the whole shard.
     sample: str | None
+    #: What is wrong, in words.
     what: str
+    #: That of the error that a reader gets, `corrupt` or `link-refused`.
     reason: str = CorruptCache.reason
 
 
@@ -56,9 +57,11 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was dropped: units of shards; whether the cache has to be finished by precompute again."""
+    """What was dropped, and what is to do."""
 
+    #: Units of shards.
     dropped: tuple[str, ...]
+    #: Whether the cache has to be finished by precompute again.
     is_incomplete: bool
 
 
