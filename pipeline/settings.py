@@ -24,21 +24,24 @@ _OPTION = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of itself besides its name, type and default.
-
-    above, at_least, below, at_most: bounds of a number. choices: of a text; those of a Literal need not be given. flag:
-    its name on the command line where that is not its own. metavar: what stands for its value in the help. on_line:
-    whether it has a flag, a key of `--config` and, in training, a field of a sweep.
-    """
+    """What a field says of itself besides its name, type and default."""
 
     help: str
+    #: Bound of a number, itself left out.
     above: float | None = None
+    #: Bound of a number.
     at_least: float | None = None
+    #: Bound of a number, itself left out.
     below: float | None = None
+    #: Bound of a number.
     at_most: float | None = None
+    #: Of a text; those of a Literal need not be given.
     choices: tuple[str, ...] = ()
+    #: Its name on the command line where that is not its own.
     flag: str = ""
+    #: What stands for its value in the help.
     metavar: str | None = None
+    #: Whether it has a flag, a key of `--config` and, in training, a field of a sweep.
     on_line: bool = True
 
 
@@ -68,18 +71,18 @@ def required(help: str, *, flag: str = "", metavar: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a settings dataclass, as everything that is derived from it needs it.
-
-    kind: bool, int, float, str, or another class; optional: whether it may be None; default: MISSING where it must be
-    given; option: None for a part that is a dataclass of its own.
-    """
+    """A field of a settings dataclass, as everything that is derived from it needs it."""
 
     owner: type["Settings"]
     name: str
+    #: bool, int, float, str, or another class.
     kind: type
+    #: Whether it may be None.
     optional: bool
+    #: MISSING where it must be given.
     default: Any
     choices: tuple[str, ...]
+    #: None for a part that is a dataclass of its own.
     option: Option | None
 
     @property

@@ -37,13 +37,12 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class InputSpace:
-    """The least used directions of a group's input.
-
-    directions: float32 [r, D], orthonormal rows, least energy first; eigenvalues: float64 [D], of C / N, ascending.
-    """
+    """The least used directions of a group's input."""
 
     group: InputGroup
+    #: float32 [r, D], orthonormal rows, least energy first.
     directions: Tensor
+    #: float64 [D], of C / N, ascending.
     eigenvalues: Tensor
 
     @property
@@ -78,18 +77,18 @@ class InputSpace:
 
 @dataclass(frozen=True)
 class NullSpace:
-    """The null spaces of a model's linear layers, and what they were computed from.
-
-    weights, config: fingerprints of the model; dtype: of its activations; data: fingerprint of the calibration samples.
-    checksum: of all of this, which identifies it.
-    """
+    """The null spaces of a model's linear layers, and what they were computed from."""
 
     spaces: tuple[InputSpace, ...]
     rank: int
     model_name: str
+    #: Fingerprint of the model's tensors.
     weights: str
+    #: Fingerprint of the model's config.json.
     config: str
+    #: Of its activations.
     dtype: str
+    #: Fingerprint of the calibration samples.
     data: str
     num_samples: int
     num_tokens: int

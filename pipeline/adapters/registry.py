@@ -48,22 +48,23 @@ Layers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table.
+    """A row of the table."""
 
-    config: PEFT's configuration for settings and the layers' names. rewrites_base: W becomes W - s B A, so that
-    `disable_adapter()` is no longer the base. before, after: done to the model around PEFT's own initialisation.
-    rank_sides: r times this is at most the smaller side of every layer; 0 where r is no rank of the change, and a
-    larger one says more (randlora, vera). decomposes: its first values are made from each weight, or its inputs.
-    quantized: rows of `quantization.LOAD_IN`, weights that it may stand on.
-    """
-
+    #: PEFT's configuration for settings and the layers' names.
     config: Callable[[AdapterSettings, Layers], PeftConfig]
+    #: W becomes W - s B A, so that `disable_adapter()` is no longer the base.
     rewrites_base: bool = False
+    #: Done to the model before PEFT's own initialisation.
     before: Callable[[PreTrainedModel, PeftConfig, Sequence[Sample]], None] | None = None
+    #: Done to the model after PEFT's own initialisation.
     after: Callable[[PeftModel, AdapterSettings, Sequence[Sample]], None] | None = None
     needs_samples: bool = False
+    #: r times this is at most the smaller side of every layer; 0 where r is no rank of the change, and a larger one
+    #: says more (randlora, vera).
     rank_sides: int = 1
+    #: Its first values are made from each weight, or its inputs.
     decomposes: bool = False
+    #: Rows of `quantization.LOAD_IN`, weights that it may stand on.
     quantized: tuple[str, ...] = ()
 
 

@@ -80,13 +80,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Calibration:
-    """An engine against the reference, on the same samples with the same top_k. rounding_nats: what a log-probability
-    of the engine may be off by alone because a cache stores it in steps."""
+    """An engine against the reference, on the same samples with the same top_k."""
 
     engine: Run
     reference: Run
     top_k: int
     found: Differences
+    #: What a log-probability of the engine may be off by alone because a cache stores it in steps.
     rounding_nats: float = 0.0
 
 

@@ -22,14 +22,15 @@ SAMPLE_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Estimate:
-    """kept: alternatives a position. num_bytes: of the cache. tokens_per_second: of one worker, measured here or
-    as given."""
+    """What a job will take."""
 
+    #: Alternatives a position.
     kept: int
     vocab_size: int
     planned: Counts
     bytes_per_position: float
     sampled_positions: int
+    #: Of one worker, measured here or as given.
     tokens_per_second: float
     measured: bool
 

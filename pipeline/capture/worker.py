@@ -95,16 +95,18 @@ class Loaded:
 
 @dataclass(frozen=True)
 class JobReport:
-    """What one worker did. planned: the rows of the windows it read, and its units of them; num_samples_found: of
-    those, the samples that were there already; num_samples_copied: that came from the other cache; is_final: whether
-    the cache is finished now."""
+    """What one worker did."""
 
+    #: The rows of the windows it read, and its units of them.
     planned: Counts
     num_samples: int = 0
     num_positions: int = 0
     num_tokens: int = 0
+    #: Of those, the samples that were there already.
     num_samples_found: int = 0
+    #: Samples that came from the other cache.
     num_samples_copied: int = 0
+    #: Whether the cache is finished now.
     is_final: bool = False
 
 

@@ -18,12 +18,15 @@ from .samples import Sample, distinct
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """input_ids, attention_mask: [B, T], padded on the right; rows: [N] of the flattened [B * T] that predict a
-    supervised token; label_ids: [N], that token."""
+    """Samples side by side, padded on the right."""
 
+    #: [B, T].
     input_ids: Tensor
+    #: [B, T], 0 where it is padding.
     attention_mask: Tensor
+    #: [N], of the flattened [B * T] those that predict a supervised token.
     rows: Tensor
+    #: [N], that token.
     label_ids: Tensor
 
 

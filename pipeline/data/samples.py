@@ -20,12 +20,15 @@ from .tokenize import check_row_tokens, tokenize_row
 
 @dataclass(frozen=True)
 class Sample:
-    """A token sequence and its labels. token_ids: uint32 [n]; supervised: bool [n], token t is a label; origin: where
-    it comes from, for messages; num_tokens_cut: what truncation took off its end."""
+    """A token sequence and its labels."""
 
+    #: uint32 [n].
     token_ids: NDArray[np.uint32]
+    #: bool [n], token t is a label.
     supervised: NDArray[np.bool_]
+    #: Where it comes from, for messages.
     origin: str
+    #: What truncation took off its end.
     num_tokens_cut: int = 0
 
     @cached_property

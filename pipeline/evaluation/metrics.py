@@ -47,24 +47,27 @@ class Metrics:
 class Comparison:
     """One data set before and after. What needs an adapted model is None without one.
 
-    kl_nats: mean KL(base || adapted); base_ce_nats: mean of -sum_c p_base(c) log q(c), the adapted model's
-    cross-entropy against the base's distribution (arXiv 2401.05605), which is kl_nats above the base's own entropy.
-    Both over the whole vocabulary, or, where before_from is "cache", over label, alternatives and the tail as one
-    outcome, and then lower bounds. agreement: share of positions where both predict the same token first; undecided:
-    share of positions where the cache's rounding leaves open which token that is for the base.
-    samples: fingerprint of the token sequences and their supervised positions. intervals: 95 % bootstrap intervals by
-    the names of `statistics_of`; empty for a single document, which resampling cannot vary.
+    kl_nats and base_ce_nats are over the whole vocabulary, or, where before_from is "cache", over label, alternatives
+    and the tail as one outcome, and then lower bounds.
     """
 
     before: Metrics
     after: Metrics | None = None
+    #: Mean KL(base || adapted).
     kl_nats: float | None = None
+    #: Mean of -sum_c p_base(c) log q(c), the adapted model's cross-entropy against the base's distribution (arXiv
+    #: 2401.05605), which is kl_nats above the base's own entropy.
     base_ce_nats: float | None = None
+    #: Share of positions where both predict the same token first.
     agreement: float | None = None
+    #: Share of positions where the cache's rounding leaves open which token that is for the base.
     undecided: float = 0.0
     num_documents: int = 0
     before_from: Literal["base", "cache"] = "base"
+    #: Fingerprint of the token sequences and their supervised positions.
     samples: str = ""
+    #: 95 % bootstrap intervals by the names of `statistics_of`; empty for a single document, which resampling cannot
+    #: vary.
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -102,15 +105,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task. metric: the harness's name, with its filter where it has one; before, after: in the
-    metric's own unit (accuracies are shares, 0 to 1); after: None without an adapter; interval: of after - before, over
-    the task's documents, None where the metric is not a mean over these; num_documents: how many there are."""
+    """One metric of one task, in the metric's own unit (accuracies are shares, 0 to 1)."""
 
     task: str
+    #: The harness's name, with its filter where it has one.
     metric: str
     before: float
+    #: None without an adapter.
     after: float | None
+    #: Of after - before, over the task's documents; None where the metric is not a mean over these.
     interval: tuple[float, float] | None
+    #: How many the task has.
     num_documents: int
 
     def as_dict(self) -> dict[str, Any]:

@@ -25,10 +25,13 @@ _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M
 
 @dataclass(frozen=True)
 class Licence:
-    """As the Hub names licences. ids: such as apache-2.0, none where it is not known; name, link: of an `other`."""
+    """As the Hub names licences."""
 
+    #: Such as apache-2.0; none where it is not known.
     ids: tuple[str, ...] = ()
+    #: Of an `other`.
     name: str = ""
+    #: Of an `other`.
     link: str = ""
 
     def __str__(self) -> str:

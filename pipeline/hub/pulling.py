@@ -30,11 +30,12 @@ _NOTES = ".cache/huggingface"
 
 @dataclass(frozen=True)
 class Download:
-    """A folder that is downloaded to, for a cache that will be at `target`. names: all that `pull` may have written."""
+    """A folder that is downloaded to, for a cache that will be at `target`."""
 
     repo_id: str
     folder: Path
     target: Path
+    #: All that `pull` may have written.
     names: frozenset[str]
 
     def drop(self, names: Collection[str]) -> None:

@@ -53,17 +53,18 @@ _WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, INDEX_PATTERN, shard_path("*"
 
 @dataclass(frozen=True)
 class Upload:
-    """A verified cache, ready to go. files: all but the card, by name, a path or the bytes themselves.
-
-    name: of its base, as it may be said. model, data: licences, as far as they are known.
-    """
+    """A verified cache, ready to go."""
 
     repo_id: str
     cache: LogitCache
     inventory: Inventory
+    #: All but the card, by name, a path or the bytes themselves.
     files: dict[str, Path | bytes]
+    #: Of its base, as it may be said.
     name: str
+    #: Licence of the base, as far as it is known.
     model: Licence
+    #: Licence of the data, as far as it is known.
     data: Licence
 
     @property
@@ -80,21 +81,29 @@ class Upload:
 
 @dataclass(frozen=True)
 class UploadReport:
-    """What the Hub has now: the upload as it went, where, whether everybody can read it, the commit, the new names."""
+    """What the Hub has now."""
 
+    #: As it went.
     upload: Upload
+    #: Where.
     url: str
+    #: Whether everybody can read it.
     is_public: bool
+    #: The last commit.
     commit: str
+    #: The names that were not there before.
     new_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """A cache in its place, what verifying it read, and the commit it is of. is_new: False if it was there already."""
+    """A cache in its place."""
 
+    #: What verifying it read.
     report: VerifyReport
+    #: The commit it is of.
     commit: str
+    #: False if it was there already.
     is_new: bool
 
 

@@ -18,9 +18,10 @@ from logitcache.errors import InvalidBatch
 
 @dataclass(frozen=True)
 class VocabCut:
-    """The first vocab_size tokens of a cache's wider vocabulary. token_groups: uint8 [V], where it has tail groups."""
+    """The first vocab_size tokens of a cache's wider vocabulary."""
 
     vocab_size: int
+    #: uint8 [V], where it has tail groups.
     token_groups: NDArray[np.uint8] | None = None
 
 

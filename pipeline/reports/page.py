@@ -46,10 +46,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """stem: of a .png and an .svg file that exist; title: what it is, in place of it too; caption: how to read it."""
+    """A picture in two files that exist."""
 
+    #: Of the .png and the .svg file.
     stem: Path
+    #: What it is, in place of it too.
     title: str
+    #: How to read it.
     caption: str
 
 

@@ -33,17 +33,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at one combination of settings, over the seeds that finished. values: all settings but the seed.
-
-    learning and forgetting: of its runs, nats a token. num_planned: its runs, finished or not.
-    """
+    """A method at one combination of settings, over the seeds that finished."""
 
     method: str
+    #: All settings but the seed.
     values: dict[str, Scalar]
     runs: tuple[Run, ...]
     outcomes: tuple[RunOutcome, ...]
+    #: Of its runs, nats a token.
     learning: Estimate
+    #: Of its runs, nats a token.
     forgetting: Estimate
+    #: Its runs, finished or not.
     num_planned: int
 
     def mean(self, value: Callable[[RunOutcome], float | None]) -> float | None:

@@ -37,8 +37,7 @@ Status = Literal["finished", "failed", "in progress", "not evaluated", "not star
 class HeldOut:
     """One held-out text under the untouched base and the adapted model: means over positions, in nats.
 
-    agreement: share of positions where both predict the same token first; drift_percent: change of perplexity;
-    base_ce_nats: the adapted model's cross-entropy against the base's distribution. None: was not measured.
+    None: was not measured.
     """
 
     num_positions: int
@@ -49,8 +48,11 @@ class HeldOut:
     accuracy_before: float
     accuracy_after: float
     kl_nats: float | None
+    #: The adapted model's cross-entropy against the base's distribution.
     base_ce_nats: float | None
+    #: Share of positions where both predict the same token first.
     agreement: float | None
+    #: Change of perplexity.
     drift_percent: float | None
 
 
@@ -87,14 +89,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. outcome: of finished runs only; error and error_step: of failed ones only."""
+    """One run."""
 
     name: str
     method: str
     settings: dict[str, Scalar]
     status: Status
+    #: Of finished runs only.
     outcome: RunOutcome | None = None
+    #: Of failed ones only.
     error: str | None = None
+    #: Of failed ones only.
     error_step: int | None = None
     curve: tuple[CurvePoint, ...] = ()
 

@@ -79,16 +79,20 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """model: folder or hub id of the base; cache; data: rows to train on, by default the samples of the cache; new,
-    prior: held-out rows of the new data and of what the base knew; shared: what all runs have in common, by the names
-    of `SHARED`; runs: in the order in which they are done."""
+    """What a sweep is of, and its runs."""
 
+    #: Folder or hub id of the base.
     model: str
     cache: str
+    #: Held-out rows of the new data.
     new: str
+    #: Held-out rows of what the base knew.
     prior: str
+    #: Rows to train on; by default the samples of the cache.
     data: str | None = None
+    #: What all runs have in common, by the names of `SHARED`.
     shared: dict[str, Any] = field(default_factory=dict)
+    #: In the order in which they are done.
     runs: tuple[RunSpec, ...] = field(default=())
 
     @property

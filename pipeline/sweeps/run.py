@@ -51,12 +51,14 @@ COST_BATCHES = 9
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all runs of a process share. base: on the CPU, untouched; device: where runs are trained."""
+    """What all runs of a process share."""
 
     config: SweepConfig
     out: Path
+    #: On the CPU, untouched.
     base: Base
     tokenizer: PreTrainedTokenizerBase | None
+    #: Where runs are trained.
     device: torch.device
     cache: LogitCache
     samples: Sequence[Sample]
@@ -65,16 +67,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Done:
-    """How a run ended. learning, forgetting: change of cross-entropy, nats a token; None where it failed.
-
-    told: what a run that was begun before left aside when it went on, and why.
-    """
+    """How a run ended."""
 
     spec: RunSpec
+    #: Fall of cross-entropy on new text, nats a token; None where it failed.
     learning: float | None
+    #: Rise of cross-entropy on prior text, nats a token; None where it failed.
     forgetting: float | None
     seconds: float | None
     error: str | None = None
+    #: What a run that was begun before left aside when it went on, and why.
     told: tuple[str, ...] = ()
 
 

@@ -50,14 +50,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds of a run.
+    """What a folder holds of a run."""
 
-    checkpoint: to go on from; result: of a run that is finished, and nothing is to be done; said: what was left aside,
-    and why, a sentence each.
-    """
-
+    #: To go on from.
     checkpoint: Path | None = None
+    #: Of a run that is finished, and nothing is to be done.
     result: Json | None = None
+    #: What was left aside, and why, a sentence each.
     said: tuple[str, ...] = ()
 
 
