@@ -198,6 +198,20 @@ def test_there_is_no_circle() -> None:
         placed |= {name for name in ready if rest.pop(name) is not None}
 
 
+def test_functions_fit_a_screen() -> None:
+    """None is longer than 60 lines but in the command line, whose options are its arguments."""
+    long, num = [], 0
+    for path in [*(ROOT / "storage").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
+        if "cli" in path.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines, num = (node.end_lineno or 0) - node.lineno + 1, num + 1
+                if lines > 60:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines")
+    assert num > 500 and not long
+
+
 def test_only_the_command_line_prints_or_exits() -> None:
     for path in [*(ROOT / "storage").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
         if "cli" in path.relative_to(ROOT).parts:
