@@ -27,13 +27,13 @@ class Captured:
     def __init__(self, read_table: Callable[[str], SampleTable]) -> None:
         self._read_table, self._lock = read_table, threading.Lock()
         self._parts: list[NDArray[np.void]] = []
-        self._units: list[str] = []
+        self._shards: list[str] = []
         self._table: tuple[str, SampleTable] | None = None
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts)
 
-    def add(self, unit: str, table: SampleTable) -> None:
+    def add(self, shard: str, table: SampleTable) -> None:
         """The samples of a committed shard."""
         rows = np.zeros(len(table), dtype=DTYPE)
         rows["key"] = np.ascontiguousarray(table.sample_ids).view("<u8")[:, 0]
@@ -46,8 +46,8 @@ class Captured:
         ]
         rows["row"] = np.arange(len(table))
         with self._lock:
-            rows["shard"] = len(self._units)
-            self._units.append(unit)
+            rows["shard"] = len(self._shards)
+            self._shards.append(shard)
             self.add_rows(rows)
 
     def add_rows(self, rows: NDArray[np.void]) -> None:
@@ -63,7 +63,7 @@ class Captured:
             return []
         keys = np.frombuffer(b"".join(sample_ids), dtype="<u8").reshape(-1, 2)[:, 0]
         with self._lock:
-            parts, units = list(self._parts), list(self._units)
+            parts, shards = list(self._parts), list(self._shards)
         spans = [
             (part, np.searchsorted(part["key"], keys, "left"), np.searchsorted(part["key"], keys, "right"))
             for part in parts
@@ -72,17 +72,17 @@ class Captured:
         for number, (key, wanted) in enumerate(zip(sample_ids, positions, strict=True)):
             found = [part[int(first[number]) : int(last[number])] for part, first, last in spans]
             stored = np.concatenate(found) if found else np.zeros(0, dtype=DTYPE)
-            left.append(wanted if not len(stored) else self._not_in(key, wanted, stored, units))
+            left.append(wanted if not len(stored) else self._not_in(key, wanted, stored, shards))
         return left
 
     def _not_in(
-        self, key: bytes, wanted: NDArray[np.int32], stored: NDArray[np.void], units: Sequence[str]
+        self, key: bytes, wanted: NDArray[np.int32], stored: NDArray[np.void], shards: Sequence[str]
     ) -> NDArray[np.int32]:
         if np.any(stored["fingerprint"] == fingerprint64(key, wanted)):
             return wanted[:0]
         left = wanted
         for row in stored:
-            table = self._table_of(units[int(row["shard"])])
+            table = self._table_of(shards[int(row["shard"])])
             place = int(row["row"])
             if table.sample_ids[place].tobytes() == key:
                 end = int(table.num_positions[: place + 1].sum(dtype=np.int64))
@@ -90,11 +90,11 @@ class Captured:
                 left = np.setdiff1d(left, have, assume_unique=True)
         return left
 
-    def _table_of(self, unit: str) -> SampleTable:
+    def _table_of(self, shard: str) -> SampleTable:
         with self._lock:
             held = self._table
-        if held is None or held[0] != unit:
-            held = unit, self._read_table(unit)
+        if held is None or held[0] != shard:
+            held = shard, self._read_table(shard)
             with self._lock:
                 self._table = held
         return held[1]

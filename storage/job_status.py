@@ -51,7 +51,7 @@ class Status:
     manifest: Manifest
     is_final: bool
     num_listed: int
-    num_units: int
+    num_shards: int
     num_samples: int
     num_positions: int
     num_tokens: int
@@ -120,7 +120,7 @@ def status(path: str | Path) -> Status:
         manifest=manifest,
         is_final=bool(listed) and listed == {c.unit for c in commits.values()},
         num_listed=len(listed),
-        num_units=len(commits),
+        num_shards=len(commits),
         num_samples=sum(c.num_samples for c in commits.values()),
         num_positions=sum(c.num_positions for c in commits.values()),
         num_tokens=sum(c.num_tokens for c in commits.values()),

@@ -14,7 +14,7 @@ from logitcache.storage.records import concatenate
 from logitcache.storage.writer import pack_shard, unit_id
 
 from .plan import Counts, count
-from .worker import JobSpec, Loaded, Share, check_num_units, plans
+from .worker import JobSpec, Loaded, Share, check_num_shards, plans
 
 SAMPLE_POSITIONS = 2048
 """Positions that are captured to know how many bytes and how much time one takes."""
@@ -54,7 +54,7 @@ def estimate(spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = No
         if not first and plan.shards:
             first = _spread([batch for shard in plan.shards for batch in shard])
     check_samples_left(planned.num_rows, planned.num_samples, spec.settings.max_length)
-    check_num_units(planned.num_units, spec.settings)
+    check_num_shards(planned.num_shards, spec.settings)
     bytes_per_position, sampled, measured = _measure(loaded, first)
     return Estimate(
         loaded.cache_spec.manifest.capture.top_k,

@@ -57,7 +57,7 @@ class Counts:
     num_samples: int = 0
     num_tokens: int = 0
     num_positions: int = 0
-    num_units: int = 0
+    num_shards: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         """Of both parts together."""

@@ -33,7 +33,7 @@ class Filled:
     num_samples: int = 0
     num_positions: int = 0
     num_tokens: int = 0
-    num_units: int = 0
+    num_shards: int = 0
     failures: tuple[str, ...] = ()
 
 
@@ -106,7 +106,7 @@ class ShardPipeline:
         self.filled.num_samples += commit.num_samples
         self.filled.num_positions += commit.num_positions
         self.filled.num_tokens += commit.num_tokens
-        self.filled.num_units += 1
+        self.filled.num_shards += 1
         size = sum(file.size for file in commit.files)
         self._on_event(
             "unit-done",

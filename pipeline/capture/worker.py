@@ -69,12 +69,12 @@ class Share:
     index: int = 0
     num: int = 1
 
-    def has_unit(self, window: int, unit: int) -> bool:
-        """Whether a unit of a window is this worker's: every unit is one worker's, every worker's share about equal."""
+    def has_shard(self, window: int, shard: int) -> bool:
+        """Whether a shard of a window is this worker's: each is one worker's, every worker's share about equal."""
         turned = window // (
             self.num // gcd(WORKERS_A_WINDOW, self.num)
-        )  # so that windows of few units feed all of them
-        return (window * WORKERS_A_WINDOW + (unit + turned) % WORKERS_A_WINDOW) % self.num == self.index
+        )  # so that windows of few shards feed all of them
+        return (window * WORKERS_A_WINDOW + (shard + turned) % WORKERS_A_WINDOW) % self.num == self.index
 
     def has_window(self, window: int) -> bool:
         """Whether some unit of a window may be this worker's."""
@@ -239,7 +239,7 @@ def work(
     num_windows = _num_windows(spec, loaded)
     if first is not None:
         _check_length(loaded, first[2])
-        check_num_units(len(first[2].shards) * (num_windows or 1), spec.settings)
+        check_num_shards(len(first[2].shards) * (num_windows or 1), spec.settings)
     other = LogitCache.open(spec.samples_from) if spec.samples_from else None
     if other is not None:
         check_same_capture(loaded.cache_spec.manifest, other)
@@ -254,13 +254,13 @@ def work(
             raise
 
 
-def check_num_units(num_units: int, settings: CaptureSettings) -> None:
+def check_num_shards(num_shards: int, settings: CaptureSettings) -> None:
     """Raise `InvalidData` where a job comes to more shards than one cache can list, before it has cost anything."""
-    if num_units > MAX_SHARDS:
-        factor = -(-num_units // MAX_SHARDS)
+    if num_shards > MAX_SHARDS:
+        factor = -(-num_shards // MAX_SHARDS)
         raise InvalidData(
-            f"planning the job: about {num_units:,} shards, expected at most {MAX_SHARDS:,} in one cache. It could not "
-            f"be finished. Use --shard-positions {settings.shard_positions * factor} or more."
+            f"planning the job: about {num_shards:,} shards, expected at most {MAX_SHARDS:,} in one cache. It could "
+            f"not be finished. Use --shard-positions {settings.shard_positions * factor} or more."
         )
 
 
@@ -345,7 +345,7 @@ class _Worker:
             pid=os.getpid(),
             started=self._started,
             updated=time.time(),
-            num_units=filled.num_units,
+            num_units=filled.num_shards,
             num_positions=filled.num_positions,
             num_tokens=filled.num_tokens,
             windows_done=self._windows_done,
@@ -356,7 +356,7 @@ class _Worker:
 
     def _fill(self, pipeline: ShardPipeline, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
         pipeline.settle()  # a sample that was in the window before is captured by now
-        mine = Plan(tuple(s for unit, s in enumerate(plan.shards) if self._share.has_unit(window, unit)))
+        mine = Plan(tuple(s for number, s in enumerate(plan.shards) if self._share.has_shard(window, number)))
         _check_length(self._loaded, mine)
         missing = without_captured(mine, captured)
         self._planned += count(found, mine)

@@ -143,7 +143,7 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
             "keeping",
             f"{found.kept} of {found.vocab_size:,} alternatives a position, precision {spec.settings.precision}",
         ),
-        ("units", f"{planned.num_units:,}, a shard each"),
+        ("units", f"{planned.num_shards:,}, a shard each"),
         (
             "size",
             f"{human_bytes(found.num_bytes)}: {found.bytes_per_position:.0f} bytes a position, "

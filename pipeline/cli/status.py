@@ -32,7 +32,7 @@ def status(cache: str, as_json: bool) -> None:
     state = "finished" if found.is_final else "not finished"
     click.echo(f"{cache}: {state}, of {found.manifest.model_name}")
     click.echo(
-        f"  done         {found.num_units:,} units: {found.num_samples:,} samples, {found.num_tokens:,} tokens, "
+        f"  done         {found.num_shards:,} units: {found.num_samples:,} samples, {found.num_tokens:,} tokens, "
         f"{found.num_positions:,} positions, {human_bytes(found.num_bytes)}"
     )
     if found.tokens_per_second is not None:
@@ -69,7 +69,7 @@ def _facts(cache: str, found: "Status") -> dict[str, Any]:
     return {
         "cache": cache,
         "is_final": found.is_final,
-        "units_done": found.num_units,
+        "units_done": found.num_shards,
         "units_running": sum(w.state == "running" for w in found.workers.values()),
         "units_failed": sum(len(w.failures) for w in found.workers.values()),
         "samples": found.num_samples,

@@ -64,7 +64,7 @@ def check_same(cache: Path, reference: Path) -> None:
     assert cache_bytes(cache) == cache_bytes(reference)
     assert {p.name for p in cache.iterdir()} == {p.name for p in reference.iterdir()}  # no record of a worker
     found = status(cache)
-    assert found.is_final and found.num_units > 40 and found.num_samples == NUM_ROWS
+    assert found.is_final and found.num_shards > 40 and found.num_samples == NUM_ROWS
     pairs = list(zip(LogitCache.open(cache).samples(), LogitCache.open(reference).samples(), strict=True))
     assert len(pairs) == NUM_ROWS
     for one, other in pairs:
@@ -241,10 +241,10 @@ def test_a_unit_that_cannot_be_computed_holds_up_no_other(
     assert "logits are not finite" in on_ray.err and "1 more shards could not be computed either" in on_ray.err
     assert "1 more shards could not be computed either" in alone.err
     assert not (tmp_path / "c" / "contents.json").exists()
-    found = status(tmp_path / "c").num_units
+    found = status(tmp_path / "c").num_shards
     shutil.rmtree(tmp_path / "c")
     logitcache("precompute", *line, "--cache", tmp_path / "c")
-    assert found == status(tmp_path / "c").num_units > 10
+    assert found == status(tmp_path / "c").num_shards > 10
 
 
 @pytest.mark.usefixtures("here")

@@ -574,7 +574,7 @@ def test_logits_that_are_not_finite_leave_out_their_shard_alone(
     assert "2.jsonl:9, position 2: its logits are not finite" in failed.err  # row 12 + 8
     assert "Traceback" not in failed.err
     found = status(cache)
-    assert not found.is_final and found.num_units == len(commits(reference)) - 1
+    assert not found.is_final and found.num_shards == len(commits(reference)) - 1
     states = {r.state for r in found.workers.values()}
     assert FAILED in states and states <= {FAILED, FINISHED}
     (record,) = [r for r in found.workers.values() if r.state == FAILED]
@@ -682,7 +682,7 @@ def test_the_plan_counts_what_the_run_does_and_writes_nothing(
     assert numbers(plan["rows"])[:2] == [47, 0]
     assert numbers(plan["samples"])[0] == found.num_samples
     assert numbers(plan["tokens"])[:2] == [found.num_tokens, found.num_positions]
-    assert numbers(plan["units"])[0] == found.num_units
+    assert numbers(plan["units"])[0] == found.num_shards
     assert outcome.out.endswith("Nothing was written.\n")
     with unchanged(reference):
         again = precompute(tiny_model, data, reference, *SMALL, "--plan")

@@ -31,7 +31,7 @@ RECORD = WorkerRecord(RUNNING, "a job", "here", 12, 100.0, 160.5, 3, 200, 300, 2
 @pytest.mark.parametrize("num", range(1, 41))
 def test_every_unit_is_one_workers(num: int) -> None:
     for window in range(60):
-        owners = [[w for w in range(num) if Share(w, num).has_unit(window, unit)] for unit in range(30)]
+        owners = [[w for w in range(num) if Share(w, num).has_shard(window, unit)] for unit in range(30)]
         assert all(len(o) == 1 for o in owners)
         for index in range(num):
             if any(o == [index] for o in owners):
@@ -50,7 +50,7 @@ def test_shares_are_about_equal_over_many_windows(num: int, units: int) -> None:
     """However few units a window has: 16,384 short rows are one unit or two."""
     windows = 10 * num
     shares = [
-        sum(Share(w, num).has_unit(window, unit) for window in range(windows) for unit in range(units))
+        sum(Share(w, num).has_shard(window, unit) for window in range(windows) for unit in range(units))
         for w in range(num)
     ]
     mean = windows * units / num
@@ -86,7 +86,7 @@ def test_a_cache_that_was_only_begun(place: str) -> None:
     CacheWriter(place, make_manifest("arrow")).close()
     found = status(place)
     assert not found.is_final
-    assert (found.num_units, found.num_listed, found.num_samples, found.num_bytes) == (0, 0, 0, 0)
+    assert (found.num_shards, found.num_listed, found.num_samples, found.num_bytes) == (0, 0, 0, 0)
     assert found.manifest == make_manifest("arrow")
     assert found.workers == {}
     assert found.tokens_per_second is None and found.share_done is None
@@ -97,11 +97,11 @@ def test_commits_before_the_end_and_after(place: str) -> None:
     with CacheWriter(place, make_manifest("arrow")) as writer:
         sizes = [sum(f.size for f in writer.commit(first).files)]
         found = status(place)
-        assert (found.is_final, found.num_units, found.num_listed) == (False, 1, 0)
+        assert (found.is_final, found.num_shards, found.num_listed) == (False, 1, 0)
         assert found.seconds == 0 and found.tokens_per_second is None
         sizes.append(sum(f.size for f in writer.commit(second).files))
         found = status(place)
-        assert (found.num_units, found.num_samples) == (2, 7)
+        assert (found.num_shards, found.num_samples) == (2, 7)
         assert found.num_positions == positions(first, second)
         assert found.num_tokens == tokens(first, second)
         assert found.num_bytes == sum(sizes)
@@ -109,11 +109,11 @@ def test_commits_before_the_end_and_after(place: str) -> None:
         assert not found.is_final
         writer.finalize()
     found = status(place)
-    assert (found.is_final, found.num_listed, found.num_units) == (True, 2, 2)
+    assert (found.is_final, found.num_listed, found.num_shards) == (True, 2, 2)
     with CacheWriter(place, make_manifest("arrow")) as writer:
         writer.commit(make_samples(3))
     found = status(place)  # it grows
-    assert (found.is_final, found.num_listed, found.num_units) == (False, 2, 3)
+    assert (found.is_final, found.num_listed, found.num_shards) == (False, 2, 3)
 
 
 def test_the_rate_is_of_what_came_after_the_first_commit(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_records_of_workers(place: str) -> None:
     remove_records(files)
     assert status(place).workers == {}
     assert files.exists("worker-x-of-4.json") and files.exists("worker-1-of-4.json.bak")
-    assert status(place).num_units == 1
+    assert status(place).num_shards == 1
 
 
 def test_a_record_that_is_damaged_is_named(place: str) -> None:

@@ -146,7 +146,7 @@ def test_moved_shards_are_pruned_merged_converted_exported_and_listed(
     kept = LogitCache.open(more).sample(0)
     assert prune(written, {sample_id(kept.token_ids)}).num_samples == 5
     assert len(cache_bits(written)) == 1 and (written / "shards").is_symlink()
-    assert status(written).num_units == 1
+    assert status(written).num_shards == 1
     assert units(written) == units(more)
 
 
