@@ -284,11 +284,12 @@ def _train(
 
 
 def _paired(job: _Job) -> CacheView | None:
-    """The cache as the run reads it, held against the base; None where the run reads none."""
-    if job.regularized is None:
+    """The cache as the run reads it; None where its loss reads none. Also one of samples alone must be of this base."""
+    if job.cache is None:
         return None
     top_k, rules = job.settings.top_k, job.pairing
-    return CacheView.paired(job.regularized, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
+    view = CacheView.paired(job.cache, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
+    return None if job.regularized is None else view
 
 
 def _save(job: _Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:

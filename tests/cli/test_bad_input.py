@@ -35,7 +35,7 @@ from support.tiny_model import make_model, make_tokenizer, text_rows
 
 import logitcache.capture.teacher as teacher_module
 from logitcache.cli import run
-from logitcache.storage import files as storage_files
+from logitcache.storage import local_files
 from logitcache.storage.arrow_backend import ArrowBackend
 from logitcache.storage.zarr_backend import ZarrBackend
 
@@ -580,10 +580,15 @@ BAD_ADAPTERS: dict[str, tuple[int, Edit, str]] = {
 @pytest.mark.parametrize("name", BAD_ADAPTERS)
 def test_a_damaged_adapter_is_refused(name: str, tmp_path: Path, tiny_model: Path, data: Path, adapter: Path) -> None:
     status, edit, expected = BAD_ADAPTERS[name]
-    bad = copy_of(adapter, tmp_path / "adapter", edit)
+    """Without its list of files, as PEFT writes one; with the list, whatever differs from it is refused."""
+    bad = copy_of(adapter, tmp_path / "adapter", lambda f: (edit(f), (f / "files.json").unlink()))
     with unchanged(bad):
         message = refused(status, *evaluate_line(tiny_model, bad, data))
     assert expected in message
+    if not name.startswith("run.json"):
+        listed = copy_of(adapter, tmp_path / "listed", edit)
+        told = refused(status if "no config" in name else 1, *evaluate_line(tiny_model, listed, data))
+        assert "files.json" in told or expected in told
     if "not finite" not in message:
         assert str(bad) in message
 
@@ -721,7 +726,7 @@ def test_a_file_that_ends_too_early_is_no_interruption(tmp_path: Path, monkeypat
     def ends_early(*_: Any) -> None:
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("logitcache.data.rows.read_rows", ends_early)
+    monkeypatch.setattr("logitcache.training.run.read_rows", ends_early)
     make_model().save_pretrained(tmp_path / "tiny")
     line = ["train", "--model", tmp_path / "tiny", "--regularizer", "none", "--data", "x", "--out", tmp_path / "o"]
     assert "a file ends before its time (Ran out of input)" in refused(1, *line)
@@ -736,13 +741,13 @@ def test_a_cache_below_a_file_is_1(tmp_path: Path, tiny_model: Path, data: Path)
         refused(2, "inspect", tmp_path / "file" / "c")
 
 
-@pytest.mark.parametrize(("owner", "name"), [(os, "open"), (os, "link"), (Path, "mkdir"), (Path, "rename")])
+@pytest.mark.parametrize(("owner", "name"), [(os, "open"), (os, "link"), (Path, "mkdir"), (os, "rename")])
 def test_a_folder_that_may_not_be_written_is_1(
     owner: Any, name: str, tmp_path: Path, tiny_model: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "c"))
     with monkeypatch.context() as patch:
-        patch.setattr(storage_files, "os", _Refusing(error, name)) if owner is os else fail_at(
+        patch.setattr(local_files, "os", _Refusing(error, name)) if owner is os else fail_at(
             patch, owner, name, 1, error
         )
         message = refused(1, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
