@@ -15,6 +15,40 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support.backend_suite")
 
+SLOW = {
+    "process": (
+        *("capture/test_kill", "capture/test_ray", "capture/test_worker", "capture/test_worker_modes"),
+        *("losses/test_trained_head", "models/test_tensor_parallel", "training/test_normalisation"),
+    ),
+    "training": (
+        *(
+            "adapters/",
+            "cli/",
+            "demo/",
+            "losses/test_loss_adversarial",
+            "losses/test_tails",
+            "models/test_quantization",
+        ),
+        *("pairing/test_distil", "pairing/test_layout", "sweeps/test_run", "training/", "house/test_docs"),
+        *("models/test_device_map", "models/test_prequantised", "capture/test_wanted_samples", "capture/test_vllm"),
+    ),
+    "faults": ("storage/test_faults", "storage/test_hostile", "storage/test_adversarial", "reports/test_flips"),
+    "peer": ("evaluation/test_lm_eval", "storage/test_interop", "storage/test_remote", "hub/"),
+}
+"""What `scripts/test --quick` leaves out, and why it takes long: it starts processes or trains, tries thousands of
+faults, or asks other programs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each test has the marker of the first line of `SLOW` that its file is on."""
+    root = Path(__file__).parent
+    for item in items:
+        name = item.path.relative_to(root).as_posix()
+        for marker, files in SLOW.items():
+            if name.startswith(files):
+                item.add_marker(marker)
+                break
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
