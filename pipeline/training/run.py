@@ -155,12 +155,23 @@ def train(
     in_memory = None if isinstance(data, (str, Path)) else data
     samples = samples_for(rows, opened, base, tokenizer, on_message=on_message) if in_memory is None else in_memory
     job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
+    return _in_its_folder(job, resume, callbacks, on_step_zero, on_message)
+
+
+def _in_its_folder(
+    job: _Job,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    on_step_zero: Callable[[StepZero], None],
+    on_message: OnMessage,
+) -> TrainReport:
+    """Claim the folder for this run alone, and do what is left of the run in it."""
     _check_combination(job)
-    _check_placement(base, adapter, penalty)
-    view = _paired(job)
+    _check_placement(job.base, job.adapter, job.penalty)
+    out, view = job.out, _paired(job)
     description = _describe(job)
     # starts the group of processes, if there are any
-    arguments = trainer_arguments(out, settings, head_device(base.model), job.mixed)
+    arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
     with ExitStack() as stack:
 
         def claim() -> run_folder.Found:
