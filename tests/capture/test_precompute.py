@@ -15,8 +15,9 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, make_samples
-from logitcache.errors import InvalidData
+from logitcache.errors import InvalidData, InvalidSettings
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer
+from logitcache.models.settings import LoadSettings
 from logitcache.storage import CorruptCache, IdentityMismatch, LogitCache
 
 SMALL = CaptureSettings(top_k=8, max_length=32, batch_tokens=64, shard_positions=40)
@@ -117,9 +118,9 @@ def test_samples_in_memory_are_checked_as_rows_are(tmp_path: Path, base: Base) -
 
 
 def test_a_loaded_base_is_not_told_how_to_be_loaded(tmp_path: Path, base: Base, samples: list[Sample]) -> None:
-    for how in ({"dtype": "float32"}, {"load_in": "8bit"}, {"device": "cuda"}, {"tensor_parallel": True}):
-        with pytest.raises(ValueError, match="the base is loaded already"):
+    for how in ({"loading": LoadSettings()}, {"engine": "vllm"}):
+        with pytest.raises(InvalidSettings, match="the base is loaded already"):
             precompute(base, samples, tmp_path / "c", SMALL, **how)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="tail_samples with min_mass"):
-        precompute(base, samples, tmp_path / "c", replace(SMALL, tail_samples=2, min_mass=0.5))
+    with pytest.raises(InvalidSettings, match="--tail-samples with --min-mass"):
+        replace(SMALL, tail_samples=2, min_mass=0.5)
     assert not (tmp_path / "c").exists()
