@@ -40,6 +40,7 @@ from support.plug_ins import (
     rows_of,
     trl,
 )
+from support.plug_ins import cached as cached
 from support.tiny_model import make_model, make_tokenizer, text_rows
 from support.tiny_runs import V, gradients_after_one_step, make_cache, make_samples, make_trainer
 from torch.utils.data import DataLoader
