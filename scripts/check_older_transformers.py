@@ -43,7 +43,7 @@ def main() -> int:
         inside = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
         found = subprocess.run([sys.executable, __file__, "--measure"], env=inside, check=False).returncode
         if args.tests:
-            command = [sys.executable, "-m", "pytest", "-n", "0", str(TESTS / "test_normalisation.py")]
+            command = [sys.executable, "-m", "pytest", "-n", "0", str(TESTS / "training" / "test_normalisation.py")]
             found |= subprocess.run(command, env=inside, cwd=ROOT, check=False).returncode
     return found
 
@@ -62,9 +62,10 @@ def measure() -> int:
 
 def losses(folder: Path) -> Iterator[tuple[str, float, float]]:
     """Name of a trainer, and its first logged loss both ways."""
-    from support.plug_ins import make_sft, moved_adapter
+    from support.plug_ins import make_sft
     from support.tiny_runs import make_cache, make_samples
     from training.test_normalisation import SilentAboutLosses, trainer_over
+    from training.test_plug_in import moved_adapter
     from transformers import PrinterCallback, Trainer
     from transformers.utils import logging
 
