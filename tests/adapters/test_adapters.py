@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, logits, settings_of
+from support.adapter_cases import null_space as null_space
 from support.cli_harness import precompute, refused, text_data
 from support.cli_harness import train_line as cli_train_line
 from support.tiny_model import make_model

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from logitcache.data.samples import Sample
 from logitcache.errors import UnsuitableAdapter
 from logitcache.evaluation.compare import compare, load_adapter
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
+from logitcache.training import run_folder
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SAMPLES = [
@@ -148,13 +150,16 @@ def test_evaluate_says_so_on_the_command_line(tiny_model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(("kind", "is_whole"), [("lora", True), ("milora", False), ("pissa", False)])
 def test_a_checkpoint_belongs_to_the_weights_it_was_trained_on(
-    kind: str, is_whole: bool, tiny_model: Path, tmp_path: Path
+    kind: str, is_whole: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where these are not the base's, it is for --resume alone: evaluated on the base, it is another model."""
     data = text_data(tmp_path)
     precompute(tiny_model, data, tmp_path / "c")
+    settle, kept = run_folder.settle, tmp_path / "kept"
+    monkeypatch.setattr(run_folder, "settle", lambda out: (shutil.copytree(out / "checkpoints", kept), settle(out)))
     done(*train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--adapter", kind, "--rank", 4, "--lr", "1e-2"))
-    (checkpoint,) = (tmp_path / "o" / "checkpoints").glob("checkpoint-*")
+    kept.rename(tmp_path / "o" / "checkpoints")  # as a run has them that is not finished
+    checkpoint = max((tmp_path / "o" / "checkpoints").glob("checkpoint-*"), key=lambda c: int(c.name.split("-")[1]))
     line = ["--model", tiny_model, "--data", data, "--prior", data, "--json"]
     at_the_end = json.loads(done("evaluate", *line, "--adapter", tmp_path / "o").out)
     if is_whole:
