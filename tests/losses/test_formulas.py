@@ -104,7 +104,7 @@ def test_sliced_losses_hold_one_slice_of_logits() -> None:
     """No tensor of N * V elements is ever made: the largest is a slice's."""
     _, _, labels, record = make_case((64, 400, 8), 1.0)
     targets = as_targets(record, labels)
-    head, hidden = torch.nn.Linear(4, 400), torch.randn(64, 4, requires_grad=True)
+    head, hidden = torch.nn.Linear(4, 400).requires_grad_(False), torch.randn(64, 4, requires_grad=True)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

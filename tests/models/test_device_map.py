@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,8 @@ def test_a_batch_s_loss_lies_where_the_batch_was_and_gradients_where_the_weights
         model = over_two_devices(head, embedding).train()
         on_first = {name: fake.from_tensor(value).to("cpu:0") for name, value in batch.items()}
         weight = torch.ones((), device="cpu:0")
-        found = batch_loss(model, on_first, Objective(regularizer, tail), weight, fake.from_tensor(groups).to("cpu:0"))
+        view: Any = SimpleNamespace(vocab_size=None, token_groups=lambda device: fake.from_tensor(groups).to(device))
+        found = batch_loss(model, on_first, Objective(regularizer, tail), weight, view)
         assert {str(value.device) for value in found} == {"cpu:0"}
         found.loss.backward()
         for parameter in model.parameters():
