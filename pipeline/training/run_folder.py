@@ -1,6 +1,6 @@
 """The output folder of a training run: who writes to it, what is whole in it, and where a resumed run goes on.
 
-Owns run.json, run.lock, checkpoints/ and the order of what is written: a list of files (`file_list`) is on the disk
+Owns run.json, run.lock, checkpoints/ and the order of what is written: a list of files (`saved_files`) is on the disk
 before anything older is removed, so that whatever is killed, and whenever the power goes, something whole is left. The
 lists keep the description of the run too: run.json is for people, and is written again from them. Must not know the
 trainer or import torch. Trade-off: two checkpoints, and a third while it is written, take their space.
@@ -21,8 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from logitcache.adapters.saved_files import FILES, about_of, fault_of, names_below, seal
 from logitcache.errors import FolderInUse, TrainingFailed
-from logitcache.file_list import FILES, about_of, fault_of, names_below, seal
 from logitcache.json_files import read_checked, write_checked
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.files import is_unfinished, sync_path

@@ -1,8 +1,8 @@
 """The list of a folder's files: their names, sizes and checksums, written last, so that half a folder is known as one.
 
-Owns files.json: what a folder was when it was whole, and what its writer said about it. The list is written after
-everything in it is on the disk. Trade-off: crc32c, as of the blocks of a cache, finds what disks and kills do, not a
-forgery; checking reads every byte. Must not import torch, or know what the files mean.
+Owns files.json: what the folder of an adapter, a model or a checkpoint was when it was whole, and what its writer said
+about it. The list is written after everything in it is on the disk. Trade-off: crc32c, as of the blocks of a cache,
+finds what disks and kills do, not a forgery; checking reads every byte. Must not import torch, or know what files mean.
 """
 
 from collections.abc import Iterable
