@@ -14,8 +14,9 @@ import re
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 MIN_CHARS = 80  # of a docstring that is kept, and of a paragraph or definition that is kept only once
@@ -34,7 +35,8 @@ class Document:
     text: str
 
 
-def prose_documents() -> list[Document]:
+@cache
+def prose_documents() -> tuple[Document, ...]:
     """Docstrings of each standard library module, and each topic of `pydoc_data`, sorted by name.
 
     Docstrings of at least 80 characters are kept, and those of one module joined by blank lines in source
@@ -54,16 +56,18 @@ def prose_documents() -> list[Document]:
         texts[f"module:{name}"] = "\n\n".join(text for text in kept if text)
     for topic, text in sorted(_topics().items()):
         texts[f"topic:{topic}"] = _without_seen(_normalised(text), seen)
-    return [Document(name, text) for name, text in texts.items() if text]
+    return tuple(Document(name, text) for name, text in texts.items() if text)
 
 
-def code_documents(max_chars: int = 900) -> list[Document]:
+@cache
+def code_documents(max_chars: int = 900) -> tuple[Document, ...]:
     """Top-level functions and classes of those modules, without docstrings and comments, sorted by name.
 
     Definitions are joined greedily into segments of at most `max_chars` characters, `code:<dotted.name>#<i>`.
     A longer class is cut between its methods, a longer function at line ends; only one line that is longer
     by itself makes a longer segment. A definition that an earlier segment holds is left out. Some 6,000
-    documents of 4.8 million characters together; `ast.unparse` differs a little between Python versions.
+    documents of 4.8 million characters together; `ast.unparse` differs a little between Python versions. Parsed once
+    a process.
 
     Raises
     ------
@@ -78,7 +82,7 @@ def code_documents(max_chars: int = 900) -> list[Document]:
         pieces = (piece for node in definitions for piece in _pieces(node, max_chars, seen))
         for index, segment in enumerate(_joined(pieces, max_chars)):
             documents.append(Document(f"code:{name}#{index}", segment))
-    return documents
+    return tuple(documents)
 
 
 def is_held_out(name: str) -> bool:
@@ -87,7 +91,7 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
-def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """The documents to train on and those held out, each in their order."""
     held_out = [document for document in documents if is_held_out(document.name)]
     return [document for document in documents if not is_held_out(document.name)], held_out

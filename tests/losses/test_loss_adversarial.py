@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.breadth import some_of
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_base, make_cache, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
@@ -110,7 +111,11 @@ def _ddp_worker(rank: int, port: int, folder: str, head: dict[str, Any], queue: 
     os._exit(0)  # the other process may hang in a collective
 
 
-@pytest.mark.parametrize("head", [{"modules_to_save": ["lm_head"]}, {}], ids=["saved lm_head", "full training"])
+SAVED_HEAD = pytest.param({"modules_to_save": ["lm_head"]}, id="saved lm_head")
+FULL = pytest.param({}, id="full training")
+
+
+@pytest.mark.parametrize("head", some_of([FULL, SAVED_HEAD], 1))
 def test_two_processes_train_a_head_with_the_trainers_defaults(head: dict[str, Any], tmp_path: Path) -> None:
     """DDP looks for unused parameters in what its forward returns, which is before the head."""
     make_cache(tmp_path / "c", make_samples())

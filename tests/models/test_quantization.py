@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.breadth import some_of
 from support.cli_harness import done, precompute, refused, text_data
 from support.tiny_model import make_model, make_tokenizer
 from support.tiny_runs import make_samples
@@ -344,7 +345,7 @@ CASES = [(kind, load_in) for kind in KINDS for load_in in LOAD_IN if kind != "lo
 
 
 @bitsandbytes
-@pytest.mark.parametrize(("kind", "load_in"), CASES)
+@pytest.mark.parametrize(("kind", "load_in"), some_of(CASES, 10))
 def test_an_adapter_stands_on_quantised_weights_or_is_refused(
     kind: str, load_in: str, tmp_path: Path, tiny: Path, cache: LogitCache
 ) -> None:

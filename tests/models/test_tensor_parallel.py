@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.breadth import some_of
 from support.tensor_parallel_rank import COLUMNS
 from support.tiny_model import make_model
 from support.tiny_runs import make_samples
@@ -24,7 +25,11 @@ TESTS = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True, "attention_bias": True}], ids=["plain", "tied"])
+PLAIN = pytest.param({}, id="plain")
+TIED = pytest.param({"tie_word_embeddings": True, "attention_bias": True}, id="tied")
+
+
+@pytest.mark.parametrize("config", some_of([PLAIN, TIED], 1))
 def test_two_ranks_capture_what_one_process_does(config: dict[str, Any], tmp_path: Path) -> None:
     make_model(**config).save_pretrained(tmp_path / "m")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

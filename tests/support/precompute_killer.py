@@ -29,7 +29,7 @@ SHARED_STEPS = ("fsync", "link", "rename", "replace", "unlink", "mkdir", "rmdir"
 """The calls by which a writer changes what is on disk for good."""
 
 
-def main(mode: str, line: list[str], folder: str, kills: int = 0, seed: int = 0) -> dict[str, Any]:
+def main(mode: str, line: list[str], folder: str, kills: int = 0, seed: int = 0, stride: int = 1) -> dict[str, Any]:
     torch.set_num_threads(1)
     killer = Killer(line, Path(folder))
     tqdm.monitor_interval = 0  # transformers' bars of loading would leave a thread
@@ -37,7 +37,7 @@ def main(mode: str, line: list[str], folder: str, kills: int = 0, seed: int = 0)
     load_base(find_model(line[line.index("--model") + 1]), "auto", torch.device("cpu"))  # so do transformers' tables
     assert threading.active_count() == 1
     gc.freeze()  # a collection in a child would touch, and copy, every page it shares
-    return killer.at_random(kills, seed) if mode == "random" else killer.at_every_step()
+    return killer.at_random(kills, seed) if mode == "random" else killer.at_every_step(stride)
 
 
 class Killer:
@@ -72,13 +72,13 @@ class Killer:
             self.finish(self.line_for(self.folder / f"killed-{number}"))
         return {"num_shards": num_shards, "rounds": rounds, "commits_at_kills": seen}
 
-    def at_every_step(self) -> dict[str, Any]:
-        """Kill before the first step of a run, before the second of another, and so on."""
+    def at_every_step(self, stride: int) -> dict[str, Any]:
+        """Kill before the first step of a run, before the one `stride` later of another, and so on."""
         self.finish(self.line_for(self.folder / "reference"))
         number = 0
         while True:
             line = self.line_for(self.folder / f"killed-{number}")
-            child = self.start(line, die_before=number + 1)
+            child = self.start(line, die_before=number * stride + 1)
             status = os.waitpid(child, 0)[1]
             if not os.WIFSIGNALED(status):
                 assert status == 0

@@ -135,8 +135,9 @@ def count_steps(call: Callable[[], object], looks: bool = False) -> list[str]:
 
 
 def chosen(total: int, stride: int) -> list[int]:
-    """Every step; or one in `stride`, and all of those that begin and finish a cache."""
-    return [n for n in range(total) if n % stride == 0 or n < 20 or n >= total - 40]
+    """Every step; or one in `stride`, and ten times as many of those that begin and finish a cache."""
+    edge = max(1, stride // 10)
+    return [n for n in range(total) if n % stride == 0 or ((n < 20 or n >= total - 40) and n % edge == 0)]
 
 
 class Scene:

@@ -452,8 +452,9 @@ def test_sft_is_refused_before_its_first_step(what: str, cached: Cached, tmp_pat
     with pytest.raises(error, match=message):
         train(**{"cache": cache, **changes})
     assert not steps
-    train(cache=cache)
-    assert steps
+    if what == next(iter(REFUSED)):  # without any of the changes it is trained
+        train(cache=cache)
+        assert steps
 
 
 def test_what_is_refused_is_all_that_is_wrong(cached: Cached, tmp_path: Path) -> None:
