@@ -137,9 +137,9 @@ def _held(path: str, num_positions: int) -> "HeldRecords":
 def _chosen(data: str, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int) -> "list[Sample]":
     from logitcache.capture.calibration import choose
     from logitcache.data.rows import read_rows
-    from logitcache.data.samples import make_samples
+    from logitcache.pairing.samples import samples_for
 
-    return choose(make_samples(read_rows(data), tokenizer, max_length, vocab_size).samples, num_positions, data)
+    return choose(samples_for(read_rows(data), None, tokenizer, vocab_size, max_length), num_positions, data)
 
 
 def _start(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from .common import (
     CachePath,
@@ -24,6 +23,7 @@ from .common import (
     runtime_options,
     token_bar,
 )
+from .options import was_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,8 @@ def evaluate(
     for side in sides:
         if side.cache is not None:
             _tell_dtype(side, base)
-    samples = {side.name: _samples_of(side, base, tokenizer, max_length) for side in sides}
+    given_length = max_length if was_given(click.get_current_context(), "max_length") else None
+    samples = {side.name: _samples_of(side, base, tokenizer, given_length) for side in sides}
     plain = None if against is None else plain_drift(against, samples["prior"], base.identity)
     adapted: Any = None
     if adapter is not None:
@@ -196,22 +197,14 @@ def _check_usage(
 
 
 def _samples_of(
-    side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int
+    side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int | None
 ) -> "list[Sample]":
-    """Those of the text, cut as the cache was unless --max-length is given, or else those of the cache."""
-    from logitcache.data.samples import make_samples
-    from logitcache.pairing.targets import samples_of
+    from logitcache.pairing.samples import samples_for
 
-    if side.rows is None:
-        assert side.cache is not None
-        return samples_of(side.cache)
-    source = click.get_current_context().get_parameter_source("max_length")
-    if side.cache is not None and source == ParameterSource.DEFAULT:
-        max_length = side.cache.manifest.capture.max_length
-    found = make_samples(side.rows, tokenizer, max_length, base.identity.vocab_size)
-    if found.num_truncated:
-        note(f"{side.name}: {found.num_truncated:,} rows were cut to {max_length} tokens.")
-    return found.samples
+    def say(sentence: str) -> None:
+        note(f"{side.name}: {sentence}")
+
+    return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say)
 
 
 def _tell_dtype(side: _Side, base: "Base") -> None:

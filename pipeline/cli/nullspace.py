@@ -36,17 +36,16 @@ def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **value
     from logitcache.adapters import null_space as job
     from logitcache.adapters.covariances import num_passes, spread
     from logitcache.data.rows import read_rows
-    from logitcache.data.samples import make_samples
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
+    from logitcache.pairing.samples import samples_for
 
     job.claim_folder(out)
     source = find_model(model)
     rows = read_rows(data)
     base = load_base(source, dtype, pick_device(device))
-    found = make_samples(rows, load_tokenizer(source), settings.max_length, base.identity.vocab_size)
-    if found.num_truncated:
-        note(f"{found.num_truncated:,} rows were cut to {settings.max_length} tokens.")
-    used = spread(found.samples, settings.max_samples)
+    vocab_size = base.identity.vocab_size
+    found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note)
+    used = spread(found, settings.max_samples)
     passes = num_passes(base.model, used[0], settings.memory_bytes)
     with token_bar("nullspace", passes * sum(len(s.token_ids) for s in used)) as progress:
         result = job.compute_null_space(base, used, settings, progress)

@@ -70,9 +70,10 @@ def train(
         settings = RunSettings.of(values)
     quiet_libraries()
     from logitcache.models.loading import find_model, load_as, load_tokenizer
+    from logitcache.pairing.samples import samples_for
     from logitcache.storage import LogitCache
-    from logitcache.training.run import check_before_loading, samples_for
-    from logitcache.training.run import train as run
+    from logitcache.training.job import Job, check_before_loading
+    from logitcache.training.run import run
 
     from .progress import TrainBar
 
@@ -83,11 +84,25 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     for doubt in settings.doubts() if speaks else []:
         note(doubt)
-    rows = check_before_loading(opened, data, out, settings.objective, settings.training.top_k)
+    rows = check_before_loading(
+        data, opened, out, settings.objective, top_k=settings.training.top_k, max_length=max_length, resume=resume
+    )
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    samples = samples_for(rows, opened, base, tokenizer, max_length, note if speaks else lambda _: None)
+    say = note if speaks else lambda _: None
+    job = Job(
+        base,
+        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, say),
+        opened,
+        out,
+        settings.adapter,
+        settings.objective,
+        settings.training,
+        settings.penalty,
+        settings.pairing,
+        tokenizer,
+    )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
@@ -96,22 +111,7 @@ def train(
             assert opened is not None
             note(_said_of(found, opened, base))
 
-    report = run(
-        base,
-        samples,
-        opened,
-        out,
-        settings.adapter,
-        settings.objective,
-        settings.training,
-        resume,
-        [TrainBar("train")],
-        settings.penalty,
-        settings.pairing,
-        tokenizer,
-        tell,
-        note if speaks else lambda _: None,
-    )
+    report = run(job, resume, [TrainBar("train")], tell, say)
     if speaks:
         click.echo(_summary(report, out))
 

@@ -20,6 +20,9 @@ from logitcache.errors import InputNotFound, InvalidData
 Row = dict[str, Any]
 """One row as its file has it, by the names of its columns."""
 
+NamedRows = Iterator[tuple[str, Row]]
+"""Where each row comes from, and the row."""
+
 IGNORED = -100
 """The label of a token that is none."""
 
@@ -41,7 +44,7 @@ class Window:
     rows: list[tuple[str, Row]]
 
 
-def read_rows(data: str, streaming: bool = False) -> Iterator[tuple[str, Row]]:
+def read_rows(data: str, streaming: bool = False) -> NamedRows:
     """Pairs (origin, row) of a data set, lazily, in a fixed order; the origin is 'file:line' or 'file, row n'.
 
     streaming: read a hub data set as it comes, and keep nothing of it on the disk. Raises `InputNotFound` at once,

@@ -23,7 +23,7 @@ from logitcache.adapters.reloadable import check_reloadable
 from logitcache.adapters.saved_files import FILES, fault_of
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
 from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, distinct, make_samples
+from logitcache.data.samples import Sample, distinct
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
 from logitcache.json_files import read_checked
@@ -42,6 +42,7 @@ from logitcache.models.head import (
 from logitcache.models.loading import Base, find_model, first_line, load_as, load_base, load_tokenizer
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.inputs import model_inputs
+from logitcache.pairing.samples import DEFAULT_MAX_LENGTH, samples_for
 from logitcache.pairing.step_zero import PLAIN_LOSS_BYTES
 from logitcache.pairing.targets import PREFIX, placed, targets_of, with_targets
 from logitcache.pairing.view import AnyCache, CacheView
@@ -147,7 +148,7 @@ def evaluate(
     texts: Mapping[str, str | Path | Sequence[Sample]],
     *,
     loading: LoadSettings | None = None,
-    max_length: int = 1024,
+    max_length: int = DEFAULT_MAX_LENGTH,
     batch_tokens: int = 8192,
 ) -> dict[str, Comparison]:
     """How base and adapted model predict texts: learning on new ones, forgetting on what the base knew.
@@ -157,18 +158,16 @@ def evaluate(
     Raises what loading and reading raise, and as `compare`.
     """
     source, held = find_model(str(model)), loading or LoadSettings()
+    rows = {name: read_rows(str(text)) for name, text in texts.items() if isinstance(text, (str, Path))}
+    samples = {name: text for name, text in texts.items() if not isinstance(text, (str, Path))}
     base, tokenizer = load_as(source, held), load_tokenizer(source)
-    width, adapted = base.identity.vocab_size, None
-    samples = {
-        name: make_samples(read_rows(str(text)), tokenizer, max_length, width).samples
-        if isinstance(text, (str, Path))
-        else text
-        for name, text in texts.items()
-    }
+    for name, lines in rows.items():
+        samples[name] = samples_for(lines, None, tokenizer, base.identity.vocab_size, max_length)
+    adapted = None
     if adapter is not None:
         check_adapter(str(adapter), base)
         adapted = load_adapter(load_as(source, held).model, str(adapter), held.device_map)
-    return {name: compare(base.model, adapted, found, batch_tokens) for name, found in samples.items()}
+    return {name: compare(base.model, adapted, samples[name], batch_tokens) for name in texts}
 
 
 def compare(

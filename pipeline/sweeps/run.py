@@ -26,7 +26,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, distinct, make_samples
+from logitcache.data.samples import Sample, distinct
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.events import OnMessage
@@ -34,11 +34,12 @@ from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.settings import LoadSettings
-from logitcache.pairing.targets import samples_of
+from logitcache.pairing.samples import samples_for
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
-from logitcache.training.run import data_fingerprint, train
+from logitcache.training.description import data_fingerprint
+from logitcache.training.run import train
 from logitcache.training.run_folder import LOG, RUN, clear
 
 from .config import RunSpec, SweepConfig, read_config
@@ -90,6 +91,8 @@ def prepare(
     reading them raises.
     """
     _check_folder(out)
+    names = {"data": config.data, "new": config.new, "prior": config.prior}
+    rows = {name: None if path is None else read_rows(path) for name, path in names.items()}
     source = find_model(config.model)
     tokenizer = load_tokenizer(source)
     common = config.common
@@ -98,14 +101,14 @@ def prepare(
     cache = LogitCache.open(config.cache)
     max_length = cache.manifest.capture.max_length
 
-    def read(path: str) -> list[Sample]:
-        return make_samples(read_rows(path), tokenizer, max_length, base.identity.vocab_size).samples
+    def read(name: str) -> list[Sample]:
+        return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size)
 
-    samples = samples_of(cache) if config.data is None else read(config.data)
+    samples = read("data")
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
         CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
-    texts = {"new": read(config.new), "prior": read(config.prior)}
+    texts = {name: read(name) for name in ("new", "prior")}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):
         stored = _stored(out)

@@ -1,19 +1,17 @@
-"""The training job: check, attach an adapter, train, save, and say exactly what was run.
+"""A training run: claim the folder, attach an adapter, train, save, and say exactly what was run.
 
 Owns the order of these steps, and what is written: the adapter (as PEFT writes it) or the whole model, run.json,
-train_log.jsonl, tensorboard/, checkpoints/. When the folder is whole, and who may write to it, is in `run_folder`, the
-mathematics in `trainer`, the checks in `pairing`. Must not print.
+train_log.jsonl, tensorboard/, checkpoints/. What is run is a `job`, what determines it the `description`; when the
+folder is whole, and who may write to it, is in `run_folder`, the mathematics in `trainer`, the checks of what belongs
+together in `pairing`. Must not print.
 """
 
-import os
 import platform
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,52 +27,35 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
 
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
-from logitcache.adapters.null_space import NullSpace, check_null_space
-from logitcache.adapters.registry import KINDS, NO_ADAPTER, keeps_start, rewrites_base
+from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.data.batches import pad_samples
-from logitcache.data.rows import Row, read_rows
-from logitcache.data.samples import Sample, make_samples
-from logitcache.errors import InputNotFound, TrainingFailed
+from logitcache.data.samples import Sample
+from logitcache.errors import InputNotFound
 from logitcache.events import OnMessage
-from logitcache.json_files import line_of, read_lines
 from logitcache.losses.formulas import Objective
-from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts
+from logitcache.models.device_map import devices_of, head_device
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
-from logitcache.models.quantization import held_in, quantization_of
 from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import decided, leads
-from logitcache.pairing.identity_checks import (
-    PairingRules,
-    check_tail,
-)
+from logitcache.pairing.identity_checks import PairingRules
+from logitcache.pairing.samples import samples_for
 from logitcache.pairing.step_zero import StepZero
-from logitcache.pairing.targets import samples_of
 from logitcache.pairing.view import CacheView
-from logitcache.storage import IdentityMismatch, LogitCache, sample_id
-from logitcache.storage.files import replace_file
-from logitcache.storage.identity import digest, digest_json
-from logitcache.training import run_folder
+from logitcache.storage import LogitCache
 
-from .full_weights import computes_in_bfloat16, save_whole, unfreeze
+from . import run_folder
+from .description import describe
+from .full_weights import save_whole, unfreeze
+from .job import Job, check_before_loading
+from .logs import JsonLog, tensorboard
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
-from .run_folder import CHECKPOINTS, LOG
 from .settings import PenaltySettings
 from .settings import TrainSettings as TrainSettings
 from .trainer import CachedKLTrainer
-
-TENSORBOARD = "tensorboard"
-DEFAULT_MAX_LENGTH = 1024
-"""Tokens a sample of data that no cache goes with."""
-
-Rows = Iterator[tuple[str, Row]]
-"""Where each comes from, and the row."""
-
-_PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -87,32 +68,6 @@ class TrainReport:
     peak_memory_bytes: int
     final: dict[str, float]
     step_zero: StepZero | None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is trained, on what, into which folder, and how; as `train` was asked for it."""
-
-    base: Base
-    samples: Sequence[Sample]
-    cache: LogitCache | None
-    out: Path
-    adapter: AdapterSettings
-    objective: Objective
-    settings: TrainSettings
-    penalty: PenaltySettings | None
-    pairing: PairingRules
-    tokenizer: PreTrainedTokenizerBase | None
-
-    @property
-    def regularized(self) -> LogitCache | None:
-        """The cache, where the loss reads it."""
-        return self.cache if self.objective.regularizer != "none" else None
-
-    @property
-    def mixed(self) -> bool:
-        """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
-        return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
 
 
 def train(
@@ -148,38 +103,29 @@ def train(
     out, adapter, objective = Path(out), adapter or AdapterSettings(), objective or Objective()
     settings, pairing = settings or TrainSettings(), pairing or PairingRules()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-    rows = check_before_loading(opened, data, out, objective, settings.top_k)
+    rows = check_before_loading(data, opened, out, objective, top_k=settings.top_k, resume=resume)
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
-    in_memory = None if isinstance(data, (str, Path)) else data
-    samples = samples_for(rows, opened, base, tokenizer, on_message=on_message) if in_memory is None else in_memory
-    job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
-    return _in_its_folder(job, resume, callbacks, on_step_zero, on_message)
+    if data is None or isinstance(data, (str, Path)):
+        data = samples_for(rows, opened, tokenizer, base.identity.vocab_size, on_message=on_message)
+    job = Job(base, data, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
+    return run(job, resume, callbacks, on_step_zero, on_message)
 
 
-def _in_its_folder(
-    job: _Job,
-    resume: bool,
-    callbacks: Sequence[TrainerCallback],
-    on_step_zero: Callable[[StepZero], None],
-    on_message: OnMessage,
+def run(
+    job: Job,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_step_zero: Callable[[StepZero], None] = lambda _: None,
+    on_message: OnMessage = lambda _: None,
 ) -> TrainReport:
-    """Claim the folder for this run alone, and do what is left of the run in it."""
-    _check_combination(job)
-    _check_placement(job.base, job.adapter, job.penalty)
-    out, view = job.out, _paired(job)
-    description = _describe(job)
+    """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
+    out, view, description = job.out, job.paired(), describe(job)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
     with ExitStack() as stack:
-
-        def claim() -> run_folder.Found:
-            run_folder.check_ours(out)
-            stack.enter_context(run_folder.held(out))
-            return run_folder.look(out, description, resume)
-
-        found = decided(claim)
+        found = decided(lambda: stack.enter_context(run_folder.claimed(out, description, resume)))
         run_folder.check_shared(out)
         for sentence in found.said if leads() else ():
             on_message(sentence)
@@ -190,50 +136,8 @@ def _in_its_folder(
         return _report_of(found.result)
 
 
-def check_before_loading(
-    cache: LogitCache | None, data: object, out: Path, objective: Objective, top_k: int | None
-) -> Rows | None:
-    """Raise what can be told of a run before weights are read (see `train`). Its rows, lazily, if data are a name."""
-    if cache is None and objective.regularizer != "none":
-        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
-    if cache is None and data is None:
-        raise TrainingFailed("training without a cache: expected data to train on, found none. Give --data.")
-    check_tail(cache, objective, top_k)
-    run_folder.check_ours(out)
-    return read_rows(str(data)) if isinstance(data, (str, Path)) else None
-
-
-def samples_for(
-    rows: Rows | None,
-    cache: LogitCache | None,
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int | None = None,
-    on_message: OnMessage = lambda _: None,
-) -> Sequence[Sample]:
-    """The samples of rows, cut as the cache was, or those of the cache.
-
-    max_length: tokens a sample, for rows; with a cache it can only be the cache's own, else `IdentityMismatch`.
-    on_message is told how many rows were cut. Raises what reading data raises.
-    """
-    if rows is None:
-        assert cache is not None
-        return samples_of(cache)
-    captured = None if cache is None else cache.manifest.capture.max_length
-    if cache is not None and max_length not in (None, captured):
-        raise IdentityMismatch(
-            f"pairing {cache.path} with --max-length {max_length}: the cache was made with {captured}. "
-            "The same rows would be other samples. Leave --max-length out, or precompute a cache with it."
-        )
-    length = captured or max_length or DEFAULT_MAX_LENGTH
-    found = make_samples(rows, tokenizer, length, base.identity.vocab_size)
-    if found.num_truncated:
-        on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
-    return found.samples
-
-
 def _train(
-    job: _Job,
+    job: Job,
     view: CacheView | None,
     description: dict[str, Any],
     arguments: TrainingArguments,
@@ -262,8 +166,8 @@ def _train(
             step_zero = view.step_zero(model, job.samples)
     if step_zero is not None:
         on_step_zero(step_zero)
-    log = _JsonLog(out / LOG)
-    own = [log, _tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
+    log = JsonLog(out / run_folder.LOG)
+    own = [log, tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
     trainer = CachedKLTrainer(
         model=model,
         args=arguments,
@@ -294,16 +198,7 @@ def _train(
     return report
 
 
-def _paired(job: _Job) -> CacheView | None:
-    """The cache as the run reads it; None where its loss reads none. Also one of samples alone must be of this base."""
-    if job.cache is None:
-        return None
-    top_k, rules = job.settings.top_k, job.pairing
-    view = CacheView.paired(job.cache, job.base, job.objective, tokenizer=job.tokenizer, top_k=top_k, rules=rules)
-    return None if job.regularized is None else view
-
-
-def _save(job: _Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """What was trained, as whoever uses it loads it."""
     if isinstance(model, PeftModel):
         start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
@@ -327,68 +222,6 @@ def _student(
         ) from error
 
 
-def _check_combination(job: _Job) -> None:
-    """Raise `TrainingFailed` for settings that would train something else than they say."""
-    penalty, model = job.penalty, job.base.model
-    if model.dtype == torch.float16:
-        raise TrainingFailed(
-            f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
-            "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
-        )
-    if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
-        raise TrainingFailed(
-            f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
-            "adapter on weights that are not quantised, or another regulariser."
-        )
-
-
-def _check_placement(base: Base, adapter: AdapterSettings, penalty: PenaltySettings | None) -> None:
-    """Raise `TrainingFailed` for what a model on several devices, or beyond them, cannot be trained with."""
-    offloaded = offloaded_parts(base.model)
-    if offloaded:
-        raise TrainingFailed(
-            f"training {base.source.name}: {len(offloaded)} of its parts do not fit on the devices and would be "
-            f"fetched from main memory or the disk ({offloaded[0]}, ...). The backward pass would hold them all at "
-            "once. Use more or larger devices, or --load-in 4bit."
-        )
-    if not is_spread(base.model):
-        return
-    if penalty is not None or (adapter.kind != NO_ADAPTER and not KINDS[adapter.kind].quantized):
-        what = adapter.kind if penalty is None else penalty.kind
-        raise TrainingFailed(
-            f"training {base.source.name} on several devices with {what}: it computes with the weights of many layers "
-            "on one. Use lora, or another kind that stands on quantised weights (docs/adapters.md)."
-        )
-
-
-class _JsonLog(TrainerCallback):
-    """Appends every training log to a JSONL file; on resume, drops what lies after the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.last: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        entries = _logged(self.path, state.global_step) if state.global_step and self.path.exists() else []
-        replace_file(self.path, b"".join(line_of(entry) for entry in entries))
-        if entries:
-            self.last = {name: value for name, value in entries[-1].items() if name not in ("step", "epoch")}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step too
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "ce" not in logs:
-            return
-        names = ("loss", "ce", "kl", "kl_weight", "penalty", "orthogonality", "grad_norm", "learning_rate")
-        self.last = {name: logs[name] for name in names if name in logs}
-        entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
-        with self.path.open("ab") as f:
-            f.write(line_of(entry))
-
-
 class _Checkpoints(TrainerCallback):
     """Lists every checkpoint once all processes have written their part of it, and keeps the last two."""
 
@@ -401,23 +234,12 @@ class _Checkpoints(TrainerCallback):
             run_folder.seal_checkpoint(self._out, state.global_step, self._description, args.world_size)
 
 
-def _logged(path: Path, step: int) -> list[dict[str, Any]]:
-    """The entries of a log up to a step; what a killed run was writing comes after it."""
-    try:
-        return list(takewhile(lambda entry: entry["step"] <= step, read_lines(path, unfinished=True)))
-    except ValueError as error:
-        raise TrainingFailed(
-            f"going on with {path}: {error}. The log of the resumed run would lack what was there. Restore the file "
-            "from a copy, or remove that line."
-        ) from error
-
-
 def trainer_arguments(
     out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments of a run. mixed: float32 weights that are computed with in bfloat16."""
     return TrainingArguments(
-        output_dir=str(out / CHECKPOINTS),
+        output_dir=str(out / run_folder.CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
         learning_rate=settings.lr,
@@ -443,52 +265,6 @@ def trainer_arguments(
         bf16=mixed,
         dataloader_pin_memory=device.type == "cuda",
     )
-
-
-def _tensorboard(out: Path) -> TrainerCallback:
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(out / TENSORBOARD)
-    return callback
-
-
-def _describe(job: _Job) -> dict[str, Any]:
-    """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
-    base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
-    return {
-        "model": {"name": base.source.name, **asdict(base.identity)},
-        "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
-        "data": {
-            "num_samples": len(samples),
-            "num_tokens": sum(len(s.token_ids) for s in samples),
-            "num_positions": sum(len(s.positions) for s in samples),
-            "fingerprint": data_fingerprint(samples),
-        },
-        "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
-        "adapter": _describe_adapter(base, job.adapter),
-        "objective": asdict(job.objective),
-        "penalty": None if penalty is None else asdict(penalty),
-        "settings": asdict(job.settings),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "device": ", ".join(str(device) for device in devices_of(base.model)),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
-    }
-
-
-def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
-    """With the null space's content, where there is one. Raises `NotTheBase` where it is another model's."""
-    if adapter.kind == NO_ADAPTER:
-        return {"kind": NO_ADAPTER}
-    described = {k: v for k, v in asdict(adapter).items() if k not in ("nullspace", "variant")}
-    if adapter.kind != "lora-null":
-        return described
-    space = NullSpace.open(Path(adapter.nullspace))
-    check_null_space(space, base, adapter.rank, adapter.nullspace)
-    return {**described, "variant": adapter.variant, "nullspace": space.checksum, "path": adapter.nullspace}
-
-
-def data_fingerprint(samples: Sequence[Sample]) -> str:
-    """Of the samples, their order and their supervised tokens; two data sets with one fingerprint are the same."""
-    return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
 
 
 def _report_of(result: dict[str, Any]) -> TrainReport:

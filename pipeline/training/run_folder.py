@@ -86,27 +86,46 @@ def held(out: Path) -> Iterator[None]:
             lock.release()
 
 
-def check_ours(out: Path) -> None:
-    """Raise `TrainingFailed` where a folder holds something, and no sign of a run. Changes nothing."""
-    if not out.exists() or _run_json(out) is not None or _recorded(out) is not None:
+@contextmanager
+def claimed(out: Path, description: Json, resume: bool) -> Iterator[Found]:
+    """The folder is this process's alone within; yields what it holds of the run that `description` describes.
+
+    Under the lock the folder is checked once more, for it may have changed since `check_out` let weights be read.
+    Raises as `check_out`, `held` and `look`.
+    """
+    with held(out):
+        check_out(out, resume)
+        yield look(out, description)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise `TrainingFailed` where a run may not write to a folder: it holds something else, or a run not to resume.
+
+    Changes nothing. For before weights are read: a run that is refused then costs no time, and leaves no lock among
+    files that are not its own. What it finds is settled only under the lock, by `claimed`.
+    """
+    if not out.exists():
         return
-    if (out / RUN).exists():
-        raise TrainingFailed(f"reading {out / RUN}: it is not what `logitcache train` writes. Choose another --out.")
-    if not all(_is_leftover(path) for path in out.iterdir()):
-        raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
+    if _run_json(out) is None and _recorded(out) is None:
+        if (out / RUN).exists():
+            raise TrainingFailed(
+                f"reading {out / RUN}: it is not what `logitcache train` writes. Choose another --out."
+            )
+        if not all(_is_leftover(path) for path in out.iterdir()):
+            raise TrainingFailed(f"writing to {out}: expected an empty folder, found files. Choose another --out.")
+    elif not resume:
+        raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
 
 
-def look(out: Path, description: Json, resume: bool) -> Found:
+def look(out: Path, description: Json) -> Found:
     """What there is of the run that `description` describes. Changes nothing.
 
-    Raises `TrainingFailed` where the folder holds a run that is not to be resumed, or a finished one that is damaged;
-    `IdentityMismatch` where it holds another run.
+    Raises `IdentityMismatch` where the folder holds another run, `TrainingFailed` where it holds a finished one that is
+    damaged and has no whole checkpoint.
     """
     recorded, run = _recorded(out), _run_json(out)
     if recorded is None and run is None:
         return Found()
-    if not resume:
-        raise TrainingFailed(f"writing to {out}: it holds a run. Go on with it by --resume, or choose another --out.")
     _check_same(out, description, recorded or run or {})
     said = [] if _agree(run, recorded) else [f"{RUN} is missing or damaged: it is written again."]
     if not (out / FILES).exists() and (run or {}).get("status") != "finished":

@@ -726,7 +726,7 @@ def test_a_file_that_ends_too_early_is_no_interruption(tmp_path: Path, monkeypat
     def ends_early(*_: Any) -> None:
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("logitcache.training.run.read_rows", ends_early)
+    monkeypatch.setattr("logitcache.training.job.read_rows", ends_early)
     make_model().save_pretrained(tmp_path / "tiny")
     line = ["train", "--model", tmp_path / "tiny", "--regularizer", "none", "--data", "x", "--out", tmp_path / "o"]
     assert "a file ends before its time (Ran out of input)" in refused(1, *line)

@@ -15,8 +15,8 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
-from logitcache.errors import InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
-from logitcache.evaluation.compare import Comparison, compare, compare_cached, samples_fingerprint
+from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
+from logitcache.evaluation.compare import Comparison, compare, compare_cached, evaluate, samples_fingerprint
 from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import samples_of
 from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
@@ -292,6 +292,15 @@ def test_what_is_not_cached_is_refused_before_anything_runs(tmp_path: Path, monk
     more = Sample(samples[1].token_ids, np.ones_like(samples[1].supervised), "all of row 1")
     with pytest.raises(PositionNotCaptured, match=r"^all of row 1: .*were not captured"):
         compare_cached(adapted, cache, [samples[0], more])
+
+
+def test_missing_text_is_found_before_weights_are_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("logitcache.evaluation.compare.load_as", never)
+    with pytest.raises(InputNotFound, match=r"nowhere\.jsonl"):
+        evaluate(tiny_model, None, {"new": "nowhere.jsonl"})
 
 
 def test_a_model_of_another_width_is_refused(tmp_path: Path) -> None:

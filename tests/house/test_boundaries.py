@@ -88,7 +88,7 @@ PACKAGES = {
     "losses": {"errors", "settings"},
     "data": {"errors", "storage"},
     "models": {"errors", "settings", "storage"},
-    "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
+    "pairing": {"data", "errors", "events", "losses", "models", "settings", "storage"},
     "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {

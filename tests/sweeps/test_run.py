@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_says_what_it_left(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("logitcache.training.run._JsonLog.on_step_end", stop)
+        patch.setattr("logitcache.training.logs.JsonLog.on_step_end", stop)
         assert logitcache("sweep", "--config", config, "--out", out).status == 130
     flip_byte(out / "runs" / spec.name / "checkpoints" / "checkpoint-1" / "optimizer.pt")
     said = done("sweep", "--config", config, "--out", out)

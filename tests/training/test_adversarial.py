@@ -22,6 +22,7 @@ from logitcache.models.head import check_length
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.identity import weights_fingerprint
+from logitcache.training import logs
 from logitcache.training import run as training
 
 
@@ -79,17 +80,17 @@ def test_a_damaged_log_is_not_gone_on_with(tmp_path: Path) -> None:
     lines = [line_of({"step": step, "ce": 1.0}) for step in (1, 2, 3)]
     log.write_bytes(b"".join(lines).replace(b'"step": 1', b'"step": 5'))
     with pytest.raises(TrainingFailed, match=r"going on with .*train_log\.jsonl: expected JSON in line 1"):
-        training._logged(log, 2)
+        logs.logged(log, 2)
     log.write_bytes(b"".join([*lines, b"\0\0\0\n"]))
-    assert [entry["step"] for entry in training._logged(log, 2)] == [1, 2]
+    assert [entry["step"] for entry in logs.logged(log, 2)] == [1, 2]
 
 
 def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = make_samples(8)
     cache, out = make_cache(tmp_path / "c", samples), tmp_path / "o"
-    describe = training._describe
+    describe = training.describe
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_describe", lambda job: {**describe(job), "processes": 2})
+        patch.setattr(training, "describe", lambda job: {**describe(job), "processes": 2})
         run(make_base(), samples, cache, out)
     monkeypatch.setattr("support.tiny_runs.train", lambda *args: _train_on(*args))
     with pytest.raises(IdentityMismatch, match="processes"):

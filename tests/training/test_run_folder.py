@@ -468,6 +468,29 @@ def test_a_foreign_folder_is_not_locked(tmp_path: Path, cache: LogitCache) -> No
     assert snapshot(tmp_path / "o") == before
 
 
+def test_an_occupied_folder_is_found_before_weights_are_read(tmp_path: Path, cache: LogitCache, whole: Path) -> None:
+    """A model of this name does not exist, which is what the run would find next."""
+    with unchanged(whole), pytest.raises(TrainingFailed, match="it holds a run"):
+        train("no/such/model", None, cache, whole)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with unchanged(tmp_path), pytest.raises(TrainingFailed, match="expected an empty folder"):
+        train("no/such/model", None, cache, tmp_path)
+
+
+def test_a_folder_that_was_filled_meanwhile_is_found_under_the_lock(tmp_path: Path, whole: Path) -> None:
+    """While weights were read, another run came and went, or somebody wrote there."""
+    out = copy_of(whole, tmp_path / "o")
+    with pytest.raises(TrainingFailed, match="it holds a run"), run_folder.claimed(out, {}, resume=False):
+        raise AssertionError("the folder of another run was claimed")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine", encoding="utf-8")
+    with (
+        pytest.raises(TrainingFailed, match="expected an empty folder"),
+        run_folder.claimed(tmp_path / "other", {}, resume=True),
+    ):
+        raise AssertionError("a folder with other files was claimed")
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
@@ -501,7 +524,7 @@ def _rank(rank: int, port: int, folder: str, queue: Any) -> None:
     if rank == 0:
         shutil.copyfile(newest / "rng_state_0.pth", newest / "rng_state_1.pth")
         with pytest.raises(IdentityMismatch, match="settings"):
-            run_folder.look(out, {"settings": 1}, True)
+            run_folder.look(out, {"settings": 1})
     torch.distributed.barrier()
     told = go(cache, out)
     with pytest.raises(TrainingFailed, match="it holds a run"):  # on both, or one waits for ever

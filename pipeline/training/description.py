@@ -1,0 +1,67 @@
+"""What determines a run, as run.json and its checkpoints say it, and by which a resumed run knows that it is the same.
+
+Owns which facts these are: contents of the model, the cache, the data and the adapter's files, and all settings. Must
+not know where it is written, nor the trainer.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from logitcache.adapters.attach import AdapterSettings
+from logitcache.adapters.null_space import NullSpace, check_null_space
+from logitcache.adapters.registry import NO_ADAPTER
+from logitcache.data.samples import Sample
+from logitcache.models.device_map import devices_of
+from logitcache.models.loading import Base
+from logitcache.models.quantization import quantization_of
+from logitcache.storage import sample_id
+from logitcache.storage.identity import digest, digest_json
+
+from .job import Job
+
+_PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
+    base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
+    return {
+        "model": {"name": base.source.name, **asdict(base.identity)},
+        "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
+        "data": {
+            "num_samples": len(samples),
+            "num_tokens": sum(len(s.token_ids) for s in samples),
+            "num_positions": sum(len(s.positions) for s in samples),
+            "fingerprint": data_fingerprint(samples),
+        },
+        "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
+        "adapter": _describe_adapter(base, job.adapter),
+        "objective": asdict(job.objective),
+        "penalty": None if penalty is None else asdict(penalty),
+        "settings": asdict(job.settings),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "device": ", ".join(str(device) for device in devices_of(base.model)),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
+    }
+
+
+def data_fingerprint(samples: Sequence[Sample]) -> str:
+    """Of the samples, their order and their supervised tokens; two data sets with one fingerprint are the same."""
+    return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
+
+
+def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
+    """With the null space's content, where there is one. Raises `NotTheBase` where it is another model's."""
+    if adapter.kind == NO_ADAPTER:
+        return {"kind": NO_ADAPTER}
+    described = {k: v for k, v in asdict(adapter).items() if k not in ("nullspace", "variant")}
+    if adapter.kind != "lora-null":
+        return described
+    space = NullSpace.open(Path(adapter.nullspace))
+    check_null_space(space, base, adapter.rank, adapter.nullspace)
+    return {**described, "variant": adapter.variant, "nullspace": space.checksum, "path": adapter.nullspace}

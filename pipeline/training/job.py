@@ -1,0 +1,142 @@
+"""The job of a run: what is trained, on what, against which cache, into which folder, and how.
+
+Owns the names that become a job: what is refused before weights are read, and what a `Job` refuses once they are. Must
+not know the trainer, nor write to the folder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from logitcache.adapters.attach import AdapterSettings
+from logitcache.adapters.registry import KINDS, NO_ADAPTER
+from logitcache.data.rows import NamedRows, read_rows
+from logitcache.data.samples import Sample
+from logitcache.errors import TrainingFailed
+from logitcache.losses.formulas import Objective
+from logitcache.models.device_map import is_spread, offloaded_parts
+from logitcache.models.loading import Base
+from logitcache.models.quantization import held_in
+from logitcache.pairing.identity_checks import PairingRules, check_tail
+from logitcache.pairing.view import CacheView
+from logitcache.storage import IdentityMismatch, LogitCache
+
+from .full_weights import computes_in_bfloat16
+from .run_folder import check_out
+from .settings import PenaltySettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as it was asked for; whoever holds one knows that its settings go together.
+
+    Raises `TrainingFailed` where they would train something else than they say, or on devices that cannot.
+    """
+
+    base: Base
+    samples: Sequence[Sample]
+    #: None: the run has no cache.
+    cache: LogitCache | None
+    #: The folder that the run writes.
+    out: Path
+    adapter: AdapterSettings
+    objective: Objective
+    settings: TrainSettings
+    #: On the change of the weights, in addition to the objective.
+    penalty: PenaltySettings | None
+    pairing: PairingRules
+    #: The base's, held against the cache's; None: the base has none.
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __post_init__(self) -> None:
+        _check_combination(self)
+        _check_placement(self)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
+        return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+
+    def paired(self) -> CacheView | None:
+        """The cache as the run reads it; None where its loss reads none. Raises as `CacheView.paired`."""
+        if self.cache is None:
+            return None
+        view = CacheView.paired(
+            self.cache,
+            self.base,
+            self.objective,
+            tokenizer=self.tokenizer,
+            top_k=self.settings.top_k,
+            rules=self.pairing,
+        )
+        return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
+
+
+def check_before_loading(
+    data: object,
+    cache: LogitCache | None,
+    out: Path,
+    objective: Objective,
+    *,
+    top_k: int | None,
+    max_length: int | None = None,
+    resume: bool = False,
+) -> NamedRows | None:
+    """Raise what can be told of a run before weights are read. Its rows, lazily, if data are a name.
+
+    max_length: tokens a sample, for rows; with a cache it can only be the cache's own. Raises `TrainingFailed`,
+    `IdentityMismatch`, and what opening the data raises.
+    """
+    if cache is None and objective.regularizer != "none":
+        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    if cache is None and data is None:
+        raise TrainingFailed("training without a cache: expected data to train on, found none. Give --data.")
+    check_tail(cache, objective, top_k)
+    check_out(out, resume)
+    if not isinstance(data, (str, Path)):
+        return None
+    if cache is not None and max_length not in (None, cache.manifest.capture.max_length):
+        raise IdentityMismatch(
+            f"pairing {cache.path} with --max-length {max_length}: the cache was made with "
+            f"{cache.manifest.capture.max_length}. The same rows would be other samples. Leave --max-length out, or "
+            "precompute a cache with it."
+        )
+    return read_rows(str(data))
+
+
+def _check_combination(job: Job) -> None:
+    """Raise `TrainingFailed` for settings that would train something else than they say."""
+    penalty, model = job.penalty, job.base.model
+    if model.dtype == torch.float16:
+        raise TrainingFailed(
+            f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
+            "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
+        )
+    if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
+        raise TrainingFailed(
+            f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "
+            "adapter on weights that are not quantised, or another regulariser."
+        )
+
+
+def _check_placement(job: Job) -> None:
+    """Raise `TrainingFailed` for what a model on several devices, or beyond them, cannot be trained with."""
+    base, adapter, penalty = job.base, job.adapter, job.penalty
+    offloaded = offloaded_parts(base.model)
+    if offloaded:
+        raise TrainingFailed(
+            f"training {base.source.name}: {len(offloaded)} of its parts do not fit on the devices and would be "
+            f"fetched from main memory or the disk ({offloaded[0]}, ...). The backward pass would hold them all at "
+            "once. Use more or larger devices, or --load-in 4bit."
+        )
+    if not is_spread(base.model):
+        return
+    if penalty is not None or (adapter.kind != NO_ADAPTER and not KINDS[adapter.kind].quantized):
+        what = adapter.kind if penalty is None else penalty.kind
+        raise TrainingFailed(
+            f"training {base.source.name} on several devices with {what}: it computes with the weights of many layers "
+            "on one. Use lora, or another kind that stands on quantised weights (docs/adapters.md)."
+        )
