@@ -15,7 +15,7 @@ import torch
 
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, is_out_of_memory
-from logitcache.events import OnEvent, Progress
+from logitcache.events import BatchHalved, OnEvent, Progress, ShardCommitted, ShardFailed
 from logitcache.storage import BaseLogprobs, CacheWriter, sample_id
 from logitcache.storage.manifest import ShardCommit
 
@@ -56,7 +56,7 @@ class ShardPipeline:
         teacher: Teacher,
         cache_spec: CacheSpec,
         progress: Progress = lambda _: None,
-        on_event: OnEvent = lambda name, facts: None,
+        on_event: OnEvent = lambda _: None,
     ) -> None:
         self.filled = Filled()
         self._writer, self._teacher, self._cache_spec = writer, teacher, cache_spec
@@ -92,7 +92,7 @@ class ShardPipeline:
                 self._progress(sum(len(s.token_ids) for s in batch))
         except NonFiniteLogits as error:
             self.filled.failures += (str(error),)
-            self._on_event("unit-failed", {"why": str(error)})
+            self._on_event(ShardFailed(str(error)))
             return
         self.settle()
         self._writing = self._pool.submit(self._write, captured)
@@ -108,10 +108,7 @@ class ShardPipeline:
         self.filled.num_tokens += commit.num_tokens
         self.filled.num_shards += 1
         size = sum(file.size for file in commit.files)
-        self._on_event(
-            "unit-done",
-            {"unit": commit.unit, "positions": commit.num_positions, "tokens": commit.num_tokens, "bytes": size},
-        )
+        self._on_event(ShardCommitted(commit.unit, commit.num_positions, commit.num_tokens, size))
 
     def is_done(self, batches: Sequence[Sequence[Sample]]) -> bool:
         """Whether another worker has committed exactly this meanwhile."""
@@ -133,7 +130,7 @@ class ShardPipeline:
                     raise
                 self._most_tokens = size // 2
                 pending[:0] = [part]
-                self._on_event("batch-halved", {"tokens": size, "to": self._most_tokens})
+                self._on_event(BatchHalved(size, self._most_tokens))
             else:
                 continue
             gc.collect()  # what the failed forward held, now that its error is gone

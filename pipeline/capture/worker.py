@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.samples import Sample, SampleSet, check_samples_left
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import OnEvent, Progress
+from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
@@ -124,7 +124,7 @@ def precompute(
     engine: Engine = "transformers",
     calibration: str | Path = "",
     progress: Progress = lambda _: None,
-    on_event: OnEvent = lambda name, facts: None,
+    on_event: OnEvent = lambda _: None,
 ) -> JobReport:
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
@@ -223,7 +223,7 @@ def work(
     loaded: Loaded,
     share: Share | None = None,
     progress: Progress = lambda _: None,
-    on_event: OnEvent = lambda name, facts: None,
+    on_event: OnEvent = lambda _: None,
 ) -> JobReport:
     """Do a share of the job, and finalise the cache if all of the others are done.
 
@@ -361,7 +361,7 @@ class _Worker:
         missing = without_captured(mine, captured)
         self._planned += count(found, mine)
         self._num_found += mine.num_samples - missing.num_samples
-        self._on_event("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})
+        self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
         if self._other is not None:
             missing = self._copied(self._other, missing, captured)
         self._progress(mine.num_tokens - missing.num_tokens)
@@ -378,9 +378,9 @@ class _Worker:
         self._num_copied += copied.num_samples
         return without_captured(missing, captured)
 
-    def _told(self, name: str, facts: dict[str, object]) -> None:
-        self._on_event(name, facts)
-        if name.startswith("unit"):
+    def _told(self, event: Event) -> None:
+        self._on_event(event)
+        if isinstance(event, ShardCommitted | ShardFailed):
             self.record(RUNNING)
 
     def _finalize(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
 from .common import CachePath, config_option, human_bytes, quiet_libraries
@@ -179,7 +180,7 @@ def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: C
             f"({planned.num_tokens_cut:,} tokens lost); {planned.num_without_labels:,} of them kept no supervised "
             "token and are left out."
         )
-    console.on_event("finished", {"samples": report.num_samples, "positions": report.num_positions})
+    console.on_event(Finished(report.num_samples, report.num_positions))
     if not console.speaks:
         return
     already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""

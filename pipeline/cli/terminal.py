@@ -5,10 +5,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 import click
+
+from logitcache.events import BatchHalved, Event, ShardFailed, WindowPlanned
 
 from .common import note, progress_bar
 
@@ -43,18 +46,18 @@ class Console:
         if self.speaks and not self._as_json:
             note(text)
 
-    def on_event(self, name: str, facts: dict[str, object]) -> None:
+    def on_event(self, event: Event) -> None:
         """An event: a line of JSON, or for a person what they should know."""
         if self._as_json:
-            line = {"time": round(time.time(), 3), "event": name, **facts}
+            line = {"time": round(time.time(), 3), "event": event.name, **asdict(event)}
             click.echo(json.dumps(line), err=True)
-        elif name == "window" and self._bar is not None:
-            self._bar.total = (self._bar.total or 0) + int(str(facts["tokens"]))
+        elif isinstance(event, WindowPlanned) and self._bar is not None:
+            self._bar.total = (self._bar.total or 0) + event.tokens
             self._bar.refresh()
-        elif name == "batch-halved":
-            note(f"Memory ran out on a batch of {facts['tokens']:,} tokens: from here on {facts['to']:,} at most.")
-        elif name == "unit-failed":
-            note(f"A shard was left out: {facts['why']}")
+        elif isinstance(event, BatchHalved):
+            note(f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most.")
+        elif isinstance(event, ShardFailed):
+            note(f"A shard was left out: {event.why}")
 
     @contextmanager
     def bar(self, description: str) -> Iterator[Callable[[int], None]]:

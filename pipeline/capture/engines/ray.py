@@ -29,7 +29,7 @@ from logitcache.capture.shard_pipeline import failed_text
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
-from logitcache.events import OnEvent
+from logitcache.events import Event, OnEvent, RayStarted, ShardFailed, ShareDone
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, NotACache
 from logitcache.storage.cache import read_manifest, stored_token_groups
@@ -46,7 +46,6 @@ DEATHS_A_SHARE = 8
 """How often a share is begun again after its actor or its machine died: a row that kills its process ends the job."""
 
 T = TypeVar("T")
-Event = tuple[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> Job
     before = _status(spec.cache)
     with _cluster(ray):
         actors = divide(ray.cluster_resources(), spec.loading.device, num_workers)
-        on_event("ray", {"actors": actors.num, "shares": actors.num_shares, "nodes": len(ray.nodes())})
+        on_event(RayStarted(actors.num, actors.num_shares, len(ray.nodes())))
         outcomes = _collect(ray, spec, actors, on_event)
     report = _sum([o.report for o in outcomes if o.report is not None], actors.num_shares)
     if any(o.error for o in outcomes):
-        raise NonFiniteLogits(failed_text([str(f["why"]) for o in outcomes for n, f in o.events if n == "unit-failed"]))
+        raise NonFiniteLogits(failed_text([e.why for o in outcomes for e in o.events if isinstance(e, ShardFailed)]))
     check_samples_left(report.planned.num_rows, report.planned.num_samples, spec.settings.max_length)
     finish(spec.cache)
     return _with_commits(report, before, _status(spec.cache))
@@ -133,7 +132,7 @@ class ShareActor:
             if isinstance(self._loaded, Exception):
                 raise self._loaded
             share = Share(index, self._num_shares)
-            report = work(self._spec, self._loaded, share, on_event=lambda name, facts: events.append((name, facts)))
+            report = work(self._spec, self._loaded, share, on_event=events.append)
         except Exception as error:  # Ray would wrap it, and its text would be a traceback
             refusal = carried(error)
         outcome = pickle.dumps(ShareResult(index, report, refusal, tuple(events)))
@@ -147,12 +146,12 @@ def _collect(ray: Any, spec: JobSpec, actors: Actors, on_event: OnEvent) -> list
     try:
         for row in done.iter_rows():
             outcome: ShareResult = pickle.loads(row["outcome"])
-            for name, facts in outcome.events:
-                on_event(name, facts)
+            for event in outcome.events:
+                on_event(event)
             if outcome.error is not None and not isinstance(outcome.error, NonFiniteLogits):
                 raise outcome.error
             outcomes.append(outcome)
-            on_event("share-done", {"share": outcome.share, "done": len(outcomes), "of": actors.num_shares})
+            on_event(ShareDone(outcome.share, len(outcomes), actors.num_shares))
     except ray.exceptions.RayError as error:
         raise EngineFailed(
             f"running Ray: a share could not be done ({first_line(error)}). What was committed is kept. Ray's own logs "
