@@ -85,6 +85,16 @@ def test_links_lead_somewhere(page: str) -> None:
             assert (path.parent / target).exists(), f"{page}: {target}"
 
 
+def test_the_tables_of_the_house_name_every_package_and_file() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split("## What is where")[1]
+    pipeline, storage = page.split("| package | owns |")[1].split("| `storage/` | owns |")
+    for table, folder in ((pipeline, ROOT / "pipeline"), (storage, ROOT / "storage")):
+        cells = re.findall(r"^\| (`[^|]+`) \|", table, flags=re.MULTILINE)
+        named = [name.rstrip("/") for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+        there = {p.stem for p in folder.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+        assert sorted(named) == sorted(there - {"__main__", *({"__init__"} if folder.name == "storage" else ())})
+
+
 def test_readme_names_the_exit_statuses_of_the_program() -> None:
     from logitcache.cli import STATUSES
 
