@@ -47,7 +47,7 @@ Layers = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Kind:
+class AdapterKind:
     """A row of the table."""
 
     #: PEFT's configuration for settings and the layers' names.
@@ -161,24 +161,24 @@ def _start_null(adapted: PeftModel, settings: AdapterSettings, _: Sequence[Sampl
             _set_factors(layer, *projected_factors(weight, rows, layer.scaling[NAME]))
 
 
-KINDS: dict[str, Kind] = {
-    "lora": Kind(_lora(), quantized=LOAD_IN),
-    "dora": Kind(_lora(use_dora=True), quantized=("4bit",)),
-    "rslora": Kind(_lora(use_rslora=True), quantized=LOAD_IN),
-    "gaussian": Kind(_lora("gaussian"), quantized=LOAD_IN),
-    "orthogonal": Kind(_lora("orthogonal")),
-    "mica": Kind(_lora("mica"), decomposes=True),
-    "pissa": Kind(_lora("pissa"), rewrites_base=True, decomposes=True),
-    "olora": Kind(_lora("olora"), rewrites_base=True, decomposes=True),
-    "milora": Kind(_lora(), rewrites_base=True, after=_start_milora, decomposes=True),
-    "corda": Kind(
+KINDS: dict[str, AdapterKind] = {
+    "lora": AdapterKind(_lora(), quantized=LOAD_IN),
+    "dora": AdapterKind(_lora(use_dora=True), quantized=("4bit",)),
+    "rslora": AdapterKind(_lora(use_rslora=True), quantized=LOAD_IN),
+    "gaussian": AdapterKind(_lora("gaussian"), quantized=LOAD_IN),
+    "orthogonal": AdapterKind(_lora("orthogonal")),
+    "mica": AdapterKind(_lora("mica"), decomposes=True),
+    "pissa": AdapterKind(_lora("pissa"), rewrites_base=True, decomposes=True),
+    "olora": AdapterKind(_lora("olora"), rewrites_base=True, decomposes=True),
+    "milora": AdapterKind(_lora(), rewrites_base=True, after=_start_milora, decomposes=True),
+    "corda": AdapterKind(
         _lora("corda", corda_config=CordaConfig),
         rewrites_base=True,
         before=calibrate_corda,
         needs_samples=True,
         decomposes=True,
     ),
-    "lora-ga": Kind(
+    "lora-ga": AdapterKind(
         _lora("lora_ga", lora_ga_config=LoraGAConfig),
         rewrites_base=True,
         before=calibrate_loraga,
@@ -186,11 +186,11 @@ KINDS: dict[str, Kind] = {
         rank_sides=2,
         decomposes=True,
     ),
-    "lora-null": Kind(_lora(), rewrites_base=True, after=_start_null, decomposes=True),
-    "eva": Kind(_eva, after=_start_eva, needs_samples=True, decomposes=True, quantized=LOAD_IN),
-    "randlora": Kind(_randlora, rank_sides=0, quantized=LOAD_IN),
-    "vera": Kind(_vera, rank_sides=0, quantized=LOAD_IN),
-    "adalora": Kind(_adalora, quantized=LOAD_IN),
+    "lora-null": AdapterKind(_lora(), rewrites_base=True, after=_start_null, decomposes=True),
+    "eva": AdapterKind(_eva, after=_start_eva, needs_samples=True, decomposes=True, quantized=LOAD_IN),
+    "randlora": AdapterKind(_randlora, rank_sides=0, quantized=LOAD_IN),
+    "vera": AdapterKind(_vera, rank_sides=0, quantized=LOAD_IN),
+    "adalora": AdapterKind(_adalora, quantized=LOAD_IN),
 }
 
 

@@ -24,7 +24,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed, UnsupportedModel
 from logitcache.evaluation.compare import compare, compare_cached, load_adapter
 from logitcache.losses.formulas import Objective
-from logitcache.models import device_map as placement
+from logitcache.models import device_map
 from logitcache.models.device_map import devices_of, head_device, input_device, is_spread, offloaded_parts
 from logitcache.models.head import check_head, hidden_states
 from logitcache.models.loading import Base, find_model, load_base
@@ -72,7 +72,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> LogitCache:
     """Of the undivided model, with tail groups."""
-    base, path = load(tiny), tmp_path_factory.mktemp("placement") / "c"
+    base, path = load(tiny), tmp_path_factory.mktemp("device-map") / "c"
     settings = CaptureSettings(top_k=16, max_length=64, precision="exact", tail_groups=4)
     fill(base, SAMPLES, path, settings)
     return LogitCache.open(path)
@@ -135,15 +135,15 @@ def test_offloaded_parts_cannot_be_trained(tmp_path: Path, tiny: Path, cache: Lo
 
 
 def test_the_folder_for_rewritten_weights_goes_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement.tempfile, "tempdir", str(tmp_path))
-    with placement.spreading("auto", "m") as told:
+    monkeypatch.setattr(device_map.tempfile, "tempdir", str(tmp_path))
+    with device_map.spreading("auto", "m") as told:
         pass
-    placement.keep_while(torch.nn.Linear(1, 1), told)
+    device_map.keep_while(torch.nn.Linear(1, 1), told)
     assert not list(tmp_path.iterdir())  # nothing was written to it
-    with placement.spreading("auto", "m") as told:
+    with device_map.spreading("auto", "m") as told:
         (Path(told["offload_folder"]) / "weight.dat").write_bytes(b"x")
     model = torch.nn.Linear(1, 1)
-    placement.keep_while(model, told)
+    device_map.keep_while(model, told)
     assert len(list(tmp_path.iterdir())) == 1
     del model
     gc.collect()
