@@ -109,6 +109,13 @@ class CheckedJson:
             raise self.wrong(key, "a count")
         return int(number)
 
+    def switch(self, key: str) -> bool:
+        """True or false."""
+        value = self.values.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
     def text(self, key: str) -> str:
         """Text with something in it."""
         value = self.values.get(key)

@@ -1,4 +1,4 @@
-"""Write the golden caches of format version 1, which every later reader must read: tests/golden, and tests/golden_draws
+"""Write the golden caches of format version 2, which every later reader must read: tests/golden, and tests/golden_draws
 with draws from the tail, of the feature `tail-samples`.
 
     python scripts/make_golden.py [--replace] [--draws] [folder]
@@ -35,20 +35,24 @@ from logitcache.storage.layout import LOCK
 VOCAB, TOP_K, NUM_GROUPS, NUM_DRAWS = 40, 5, 2, 6
 ABSENT = 2**32 - 1
 MIN_MASS = 0.75
+CONFIG = '{"model_type":"golden","rope_theta":10000.0,"vocab_size":40}'
+TEMPLATES = ("", "ffeeddccbbaa99887766554433221100")
+"""Of the two shards: the second one's samples are as if a chat template had rendered them."""
 GROUPS = (np.arange(VOCAB) % NUM_GROUPS).astype(np.uint8)
 PRECISIONS = {"exact": 0.0, "fine": 1 / 64}
 CACHES = {f"{store}{'' if p == 'fine' else '-' + p}": (store, p) for p in PRECISIONS for store in ("zarr", "arrow")}
 
-README = """# Golden caches of format version 1{title}
+README = """# Golden caches of format version 2{title}
 
 Written once by `python scripts/make_golden.py{option}` with
 {versions}.
-They are never written again for version 1, since caches of users cannot be either: what
+They are never written again for version 2, since caches of users cannot be either: what
 `tests/storage/test_golden.py` finds wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes
 their bytes; other versions of the codecs may write the same numbers as other bytes.
 
 `zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
-two shards, a sample captured in both, rows with fewer than K alternatives or none, tails and groups of nothing.
+two shards, the second as if a chat template had rendered it, a sample captured in both, rows with fewer than K
+alternatives or none, tails and groups of nothing.
 `expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
 `CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
 """
@@ -60,8 +64,8 @@ tail. In `expected.json` a draw is a pair of id and log-probability, too.
 def make_manifest(store: str, precision: str, num_draws: int) -> Manifest:
     return Manifest(
         store=store,
-        model=ModelIdentity("0123456789abcdef" * 2, "fedcba9876543210" * 2, VOCAB, "bfloat16", "sdpa"),
-        tokenizer=TokenizerIdentity("00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"),
+        model=ModelIdentity("0123456789abcdef" * 2, CONFIG, VOCAB, "bfloat16", "sdpa"),
+        tokenizer=TokenizerIdentity("00112233445566778899aabbccddeeff"),
         capture=CaptureIdentity(
             top_k=TOP_K,
             max_length=64,
@@ -204,8 +208,8 @@ def main() -> None:
     for name, (store, precision) in CACHES.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         with CacheWriter(folder / name, make_manifest(store, precision, num_draws), GROUPS) as writer:
-            for shard in shards:
-                writer.commit(shard)
+            for shard, template in zip(shards, TEMPLATES, strict=True):
+                writer.commit(shard, template)
             writer.finalize()
         (folder / name / LOCK).unlink(missing_ok=True)
     expected = {

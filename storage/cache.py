@@ -111,6 +111,14 @@ class LogitCache:
         numbers = {self._index.shard(number) for key in keys for number in self._index.find(key)}
         return (self._shard(number) for number in sorted(numbers))
 
+    def chat_templates(self, keys: Iterable[bytes] | None = None) -> frozenset[str]:
+        """Digests of the chat templates that rendered samples, of all shards or of those that hold some of these ids.
+
+        Reads their commit records.
+        """
+        shards = self.shards() if keys is None else self.shards_of(keys)
+        return frozenset(shard.commit.chat_template for shard in shards) - {""}
+
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""
         return self._samples([int(self._index.distinct[index])])[0]
@@ -122,14 +130,14 @@ class LogitCache:
             yield from self._samples(part)
 
     def stored_samples(self) -> Iterator[StoredSample]:
-        """Tokens and captured positions of all samples, in order, without reading records."""
-        for shard, group in groupby(self._index.distinct.tolist(), key=self._index.shard):
-            table = self._shard(shard).table()
-            for number in group:
-                place = self._index.place(number)
-                yield self._united(
-                    number, StoredSample(table.token_ids[place.tokens], table.positions[place.positions])
-                )
+        """Tokens, captured positions and chat template of all samples, in order, without reading records."""
+        for number, group in groupby(self._index.distinct.tolist(), key=self._index.shard):
+            shard = self._shard(number)
+            table, template = shard.table(), shard.commit.chat_template
+            for row in group:
+                place = self._index.place(row)
+                tokens, positions = table.token_ids[place.tokens], table.positions[place.positions]
+                yield self._united(row, StoredSample(tokens, positions, template))
 
     def lookup(
         self,
@@ -273,7 +281,9 @@ class LogitCache:
         if len(captures) == 1:
             return stored
         parts = [s.positions for s in self._stored(captures).values()]
-        return StoredSample(stored.token_ids, np.unique(np.concatenate(parts)))
+        templates = {self._shard(self._index.shard(n)).commit.chat_template for n in captures}
+        template = stored.chat_template if "" not in templates else ""
+        return StoredSample(stored.token_ids, np.unique(np.concatenate(parts)), template)
 
     def _compare(self, tokens: NDArray[np.uint32], stored: StoredSample, number: int) -> None:
         if not np.array_equal(stored.token_ids[: len(tokens)], tokens):

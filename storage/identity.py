@@ -1,12 +1,15 @@
-"""What a cache belongs to: content hashes of samples, weights and tokenizers, and the capture settings.
+"""What a cache belongs to: content hashes of samples, weights and tokenizers, the config, and the capture settings.
 
-Identity is content, never a path, an ordinal or a time. Owns the hashes; must not import torch.
+Identity is content, never a path, an ordinal or a time. Owns the hashes, and how a difference is said; must not import
+torch.
 Trade-off: weights are hashed in full (about 1 GB/s a core), so that a renamed or re-sharded copy is the same model.
 """
 
 import hashlib
 import json
+import re
 import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_COSMETIC_CONFIG_KEYS = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"})
+from .configs import ConfigDifferences, as_spelt
+
 _MAX_HEADER_BYTES = 100 * 2**20
+_OUTER = r"(?:(?:model|transformer|language_model|text_model|text_decoder|decoder|backbone)\.)*"
+_HEAD = re.compile(
+    _OUTER + r"(?:lm_head|lm_head\.(?:decoder|out_proj)|embed_out|output_projection|output|head|proj_out)\.weight"
+)
+_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|embed_in|wte|word_embeddings?|tok_embeddings|tokens_embed|embeddings?|shared)\.weight"
+)
+"""How output heads and input embeddings are named in checkpoints (of transformers 5.24 and before)."""
 
 
 def sample_id(token_ids: NDArray[np.uint32]) -> bytes:
@@ -40,7 +52,7 @@ class ModelIdentity:
 
     #: Fingerprint of the tensors.
     weights: str
-    #: Fingerprint of config.json.
+    #: `configs.config_text` of config.json.
     config: str
     #: Width of the logits (V), which may differ from the tokenizer's.
     vocab_size: int
@@ -51,14 +63,15 @@ class ModelIdentity:
     #: In which format its linear layers were held, 8bit, 4bit or the method that a checkpoint names ("": as its dtype
     #: says). Equal within a cache, and in training unless another is asked for.
     quantization: str = ""
+    #: Whether float32 matrices were multiplied as TF32, where a device can. Equal within a cache, free in training.
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """How text became token ids: the tokenizer itself and its chat template."""
+    """How text became token ids. The chat template counts where a sample was rendered by it: `ShardCommit` has it."""
 
     fingerprint: str
-    chat_template: str
 
 
 @dataclass(frozen=True)
@@ -86,17 +99,61 @@ class CaptureIdentity:
     tail_from_remainder: bool = False
 
 
+def differing(
+    mine: Mapping[str, object],
+    theirs: Mapping[str, object],
+    here: str = "here",
+    there: str = "there",
+    configs: ConfigDifferences = as_spelt,
+) -> list[str]:
+    """Where two identities differ, a phrase each: 'capture.top_k: 64 here, 32 there'. Empty: they are one.
+
+    mine, theirs: fields by name. Of a config (`config`, `model.config`) each field that differs by `configs` is named.
+    """
+    said = []
+    for name in dict.fromkeys([*mine, *theirs]):
+        a, b = mine.get(name), theirs.get(name)
+        if a == b:
+            continue
+        parts = {name: (a, b)}
+        if name.rpartition(".")[2] == "config" and isinstance(a, str) and isinstance(b, str):
+            parts = {f"{name}.{field}".rstrip("."): pair for field, pair in configs(a, b).items()}
+        said += [f"{part}: {_shown(x)} {here}, {_shown(y)} {there}" for part, (x, y) in parts.items()]
+    return said
+
+
+def _shown(value: object) -> str:
+    text = "none" if value in ("", None) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def weights_fingerprint(folder: Path) -> str:
-    """Fingerprint of every tensor of the checkpoint in this folder: name, dtype, shape, bytes; not of the sharding.
+    """`fingerprint_of` the tensors of the checkpoint in this folder. Raises as `tensor_digests`."""
+    return fingerprint_of(tensor_digests(folder))
+
+
+def tensor_digests(folder: Path) -> dict[str, str]:
+    """By name, the digest of dtype, shape and bytes of every tensor of the checkpoint in this folder.
 
     The files are those transformers loads: model.safetensors, else the ones of model.safetensors.index.json.
     Raises FileNotFoundError where one is missing, ValueError where one is not safetensors.
     """
     jobs = [(file, name, meta, start) for file in weight_files(folder) for name, meta, start in _tensors(file)]
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_tensor_digest, jobs)
-        entries = sorted(zip([job[1] for job in jobs], digests, strict=True))
-    return digest_json(entries)
+        return dict(zip([job[1] for job in jobs], pool.map(_tensor_digest, jobs), strict=True))
+
+
+def fingerprint_of(digests: Mapping[str, str]) -> str:
+    """Fingerprint of tensors: names and content, not the sharding. An output head that is the input embedding stored
+    again is left out, as where it is tied to it; the config says which it is."""
+    again = {name for name in digests if _HEAD.fullmatch(name)} - set(own_heads(digests))
+    return digest_json(sorted([name, found] for name, found in digests.items() if name not in again))
+
+
+def own_heads(digests: Mapping[str, str]) -> list[str]:
+    """The names of stored output heads with other values than any input embedding beside them."""
+    embeddings = {found for name, found in digests.items() if _EMBEDDING.fullmatch(name)}
+    return [name for name, found in digests.items() if _HEAD.fullmatch(name) and found not in embeddings]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -108,12 +165,6 @@ def weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"neither model.safetensors nor model.safetensors.index.json is in {folder}")
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [folder / name for name in names]
-
-
-def config_fingerprint(folder: Path) -> str:
-    """Fingerprint of config.json without the keys that do not change what the model computes."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return digest_json({k: v for k, v in config.items() if k not in _COSMETIC_CONFIG_KEYS})
 
 
 def _tensors(file: Path) -> list[tuple[str, dict[str, Any], int]]:

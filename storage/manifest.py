@@ -12,13 +12,14 @@ from typing import Any, TypeVar, get_args
 
 from .checked_json import MAX_JSON_BYTES as MAX_JSON_BYTES
 from .checked_json import body_of, envelope
+from .configs import ConfigDifferences, as_spelt, check_config_text
 from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
-from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, digest_json
+from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest_json
 from .layout import MANIFEST, shard_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TAIL_GROUPS = "tail-groups"
 TAIL_SAMPLES = "tail-samples"
 TAIL_FROM_REMAINDER = "tail-from-remainder"
@@ -67,14 +68,11 @@ class Manifest:
     writer_features: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
-    def differences(self, other: "Manifest", here: str = "here", there: str = "there") -> list[str]:
-        """Where two caches differ in identity: 'capture.top_k: 64 here, 32 there'. Empty: the same cache."""
-        mine, theirs = self._identity(), other._identity()
-        return [
-            f"{key}: {_shown(mine.get(key))} {here}, {_shown(theirs.get(key))} {there}"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
+    def differences(
+        self, other: "Manifest", here: str = "here", there: str = "there", configs: ConfigDifferences = as_spelt
+    ) -> list[str]:
+        """`identity.differing` of two caches. Empty: the same cache."""
+        return differing(self._identity(), other._identity(), here, there, configs)
 
     def _identity(self) -> dict[str, object]:
         flat: dict[str, object] = {"store": self.store}
@@ -111,6 +109,8 @@ class ShardCommit:
     files: tuple[StoredFile, ...]
     #: Of each stream of the store (in Zarr a column, in Arrow a file) the parts that are read apart, in order.
     blocks: dict[str, tuple[Block, ...]]
+    #: Digest of the chat template that rendered its samples, "" where they were not rendered.
+    chat_template: str = ""
 
     @property
     def folder(self) -> str:
@@ -198,10 +198,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _shown(value: object) -> object:
-    return "none" if value == "" else value
-
-
 def _corrupt(where: str, what: str) -> CorruptCache:
     return CorruptCache(
         f"reading {where}: {what}. Nothing in it can be trusted. Run `logitcache repair` and the same precompute "
@@ -279,6 +275,7 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"reader_features: expected {TAIL_FROM_REMAINDER!r} exactly where the capture says so")
         if bool(value.model.quantization) != (QUANTIZED_BASE in value.reader_features):
             raise ValueError(f"reader_features: expected {QUANTIZED_BASE!r} exactly where the base was quantised")
+        check_config_text(value.model.config)
         if value.model.quantization and not _QUANTIZATION.fullmatch(value.model.quantization):
             raise ValueError(f"model.quantization: expected a short name, found {value.model.quantization!r:.80}")
     if isinstance(value, ShardCommit):
@@ -328,6 +325,8 @@ def _check_commit(commit: ShardCommit) -> None:
         raise ValueError(f"counts: expected fewer positions than tokens in every sample, found {counts}")
     if not 0 <= commit.kept_mass <= commit.num_positions * 1.001:
         raise ValueError(f"kept_mass: expected 0 to the number of positions, found {commit.kept_mass}")
+    if commit.chat_template and not _UNIT.fullmatch(commit.chat_template):
+        raise ValueError(f"chat_template: expected 32 hexadecimal digits or none, found {commit.chat_template!r:.80}")
     _check_files(commit.files)
     for offset, length, crc in (block for blocks in commit.blocks.values() for block in blocks):
         if not 0 <= offset < 2**50 or not 0 < length < 2**31 or not 0 <= crc < 2**32:

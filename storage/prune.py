@@ -188,7 +188,7 @@ def _open(files: Files, manifest: Manifest, commit: ShardCommit) -> OpenShard:
 
 def _commit(files: Files, manifest: Manifest, part: Part) -> ShardCommit:
     unit = unit_id(part.table)
-    commit, data = pack_shard(manifest, unit, part.table, part.columns, part.kept_mass)
+    commit, data = pack_shard(manifest, unit, part.table, part.columns, part.kept_mass, part.chat_template)
     return publish_shard(files, commit, data)
 
 

@@ -28,7 +28,8 @@ class Pick:
 
 @dataclass(frozen=True)
 class Part:
-    """What a shard is made of: sample table, columns as they are stored, and the sum of the kept mass of its rows.
+    """What a shard is made of: sample table, columns as they are stored, the sum of the kept mass of its rows, and the
+    digest of the chat template that rendered its samples ("": none).
 
     kept_mass is that of the rows as they are read, since those before rounding are not there any more.
     """
@@ -36,6 +37,7 @@ class Part:
     table: SampleTable
     columns: Columns
     kept_mass: float
+    chat_template: str = ""
 
     @property
     def label_ids(self) -> NDArray[np.uint32]:
@@ -51,6 +53,7 @@ class Source:
         self._shard, self.table = shard, shard.table()
         self._places = self.table.places()
         self._samples = shard.all_samples(self.table)
+        self.chat_template = shard.commit.chat_template
 
     def samples(self) -> Iterator[tuple[bytes, NDArray[np.int32]]]:
         """Id and positions of every sample, in order."""
@@ -78,13 +81,14 @@ class Source:
             token_ids=np.concatenate([s.token_ids for s in samples]),
             positions=np.concatenate([s.positions for s in samples]),
         )
-        return Part(table, columns, float(record.kept_mass().sum()))
+        return Part(table, columns, float(record.kept_mass().sum()), self.chat_template)
 
 
 def pack(picks: Iterable[tuple[Source, Pick]], max_positions: int) -> Iterator[Part]:
     """The picked samples in their order, in parts of at most max_positions positions, or of one sample that has more.
 
-    Where parts are taken from its front, the rest is packed into those that were left. Reads a part at a time.
+    Where parts are taken from its front, the rest is packed into those that were left. Samples of different chat
+    templates do not share a part. Reads a part at a time.
     """
     parts: list[Part] = []
     group: list[Pick] = []
@@ -92,6 +96,8 @@ def pack(picks: Iterable[tuple[Source, Pick]], max_positions: int) -> Iterator[P
     num_positions = 0
     for origin, pick in picks:
         is_full = num_positions and num_positions + len(pick.rows) > max_positions
+        if source is not None and source.chat_template != origin.chat_template:
+            is_full = True
         if source is not None and group and (is_full or origin is not source):
             parts.append(source.take(group))
             group = []
@@ -116,6 +122,7 @@ def _joined(parts: Sequence[Part]) -> Part:
         SampleTable(**{name: np.concatenate([getattr(t, name) for t in tables]) for name in names}),
         {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
         sum(part.kept_mass for part in parts),
+        parts[0].chat_template,
     )
 
 

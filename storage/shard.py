@@ -23,10 +23,14 @@ BACKENDS: dict[str, Backend] = {"zarr": ZarrBackend(), "arrow": ArrowBackend()}
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as a shard holds it: token ids uint32 [n], positions int32 [P]."""
+    """A sample as a shard holds it."""
 
+    #: uint32 [n].
     token_ids: NDArray[np.uint32]
+    #: int32 [P].
     positions: NDArray[np.int32]
+    #: Digest of the chat template that rendered it, "" where none did, or some capture of it was not rendered.
+    chat_template: str = ""
 
     @property
     def label_ids(self) -> NDArray[np.uint32]:

@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .cache import LogitCache
-from .encoding import PRECISIONS, decode, encode
+from .configs import ConfigDifferences, as_spelt
+from .encoding import PRECISIONS, Columns, SampleTable, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
 from .files import open_files
 from .identity import sample_id
 from .layout import CONTENTS, MANIFEST, SHARDS, commit_units, temporary_name
 from .manifest import STORES, Manifest
-from .records import CachedSample, concatenate
+from .records import BaseLogprobs, CachedSample, concatenate
 from .repack import Pick, Source, pack
+from .shard import OpenShard
 from .writer import CacheWriter
 
 SAMPLES_A_ROW_GROUP = 64
@@ -49,33 +51,45 @@ _PARQUET_DRAWS = (
 )
 
 
-def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
+def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDifferences = as_spelt) -> LogitCache:
     """A cache with the shards of all sources, byte for byte. A shard that several of them hold is taken once.
 
     sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
-    gains. Raises `IdentityMismatch` with what differs before anything is written, and what reading and writing raise.
+    gains. configs: how the configs of the bases are compared; where one is spelt otherwise than in the target's
+    manifest, rows are copied as they are stored, into shards of the target's identity. Raises `IdentityMismatch` with
+    what differs before anything is written, and what reading and writing raise.
     """
     if not sources:
         raise ValueError("merge: expected one source or more")
     caches = [LogitCache.open(path) for path in sources]
     first = caches[0]
     for other in caches[1:]:
-        differences = first.manifest.differences(other.manifest, f"in {first.path}", f"in {other.path}")
+        differences = first.manifest.differences(other.manifest, f"in {first.path}", f"in {other.path}", configs)
         if differences:
             raise IdentityMismatch(
                 f"merging {other.path} with {first.path}: they are of different identities "
                 f"({'; '.join(differences)}). Nothing was written. Merge caches of one base and one capture; "
                 "`logitcache convert` changes store and precision."
             )
-    with CacheWriter(target, first.manifest, first.token_groups()) as writer:
+    with CacheWriter(target, first.manifest, first.token_groups(), configs) as writer:
         if not open_files(target).exists(CONTENTS):
             _check_own(target, caches)
         for cache in caches:
+            is_as_spelt = not cache.manifest.differences(writer.manifest)
             for shard in cache.shards():
-                commit = shard.commit
-                writer.adopt(commit, {file.name: shard.files.file(file.name) for file in commit.files})
+                if is_as_spelt:
+                    writer.adopt(shard.commit, {f.name: shard.files.file(f.name) for f in shard.commit.files})
+                else:
+                    table, columns, _ = _checked_rows(shard)
+                    writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
         writer.finalize()
     return LogitCache.open(target)
+
+
+def _checked_rows(shard: OpenShard) -> tuple[SampleTable, Columns, BaseLogprobs]:
+    """All of a shard as it is stored, and decoded: checked, also where the columns are taken as they are."""
+    table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
+    return table, columns, shard.record(columns, shard.all_samples(table))
 
 
 def _check_own(target: str | Path, sources: Sequence[LogitCache]) -> None:
@@ -126,13 +140,10 @@ def convert(
     with CacheWriter(target, manifest, cache.token_groups()) as writer:
         _check_own(target, [cache])
         for shard in cache.shards():
-            table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
-            record = shard.record(
-                columns, shard.all_samples(table)
-            )  # checked, also where the columns are taken as they are
+            table, columns, record = _checked_rows(shard)
             if manifest.capture.precision != capture.precision:
                 columns = encode(record, manifest.capture)
-            writer.commit_columns(table, columns, shard.commit.kept_mass)
+            writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
         writer.finalize()
     return LogitCache.open(target)
 
@@ -145,18 +156,18 @@ class Copied:
     num_positions: int
 
 
-def check_same_capture(manifest: Manifest, source: LogitCache) -> None:
+def check_same_capture(manifest: Manifest, source: LogitCache, configs: ConfigDifferences = as_spelt) -> None:
     """Raise `IdentityMismatch` unless a cache holds, or converts into, the rows that one with this manifest would.
 
     Its store is free. Its precision may be `exact` where the manifest's is coarser, and its rows are then rounded once,
-    as they would have been at the capture. Everything else must be equal.
+    as they would have been at the capture. Everything else must be equal, the config by `configs`.
     """
     theirs, precision = source.manifest, manifest.capture.precision
     try:
         theirs = converted(theirs, manifest.store, precision)
     except ValueError:  # coarser than wanted: the precision is among the differences
         theirs = replace(theirs, store=manifest.store)
-    differences = manifest.differences(theirs, "wanted", f"in {source.path}")
+    differences = manifest.differences(theirs, "wanted", f"in {source.path}", configs)
     if differences:
         raise IdentityMismatch(
             f"taking samples from {source.path}: it is of another identity ({'; '.join(differences)}). Nothing was "
@@ -178,14 +189,14 @@ def copy_samples(
     memory of a shard of each cache. Raises `IdentityMismatch` before anything is written, `CorruptCache` for a source
     whose bytes are not those that were committed, and what `CacheWriter.commit_columns` raises.
     """
-    check_same_capture(writer.manifest, source)
+    check_same_capture(writer.manifest, source, writer.configs)
     theirs, capture = source.manifest.capture, writer.manifest.capture
     copied: dict[bytes, int] = {}
     for part in pack(_wanted_picks(source, wanted), max_positions):
         table, columns = part.table, part.columns
         if theirs.precision != capture.precision:
             columns = encode(decode(columns, table.positions, part.label_ids, theirs), capture)
-        writer.commit_columns(table, columns, part.kept_mass)
+        writer.commit_columns(table, columns, part.kept_mass, part.chat_template)
         for key, num_positions in zip(table.sample_ids, table.num_positions.tolist(), strict=True):
             copied[key.tobytes()] = copied.get(key.tobytes(), 0) + num_positions
     return Copied(len(copied), sum(copied.values()))

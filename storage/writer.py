@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
 from .captured_index import Captured
+from .configs import ConfigDifferences, as_spelt
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import Files, open_files
@@ -60,16 +61,24 @@ ROWS_AT_ONCE = 2048
 class CacheWriter:
     """Writes a new cache or goes on with an interrupted or finished one of the same identity.
 
-    token_groups: uint8 [V], the tail group of each token, exactly where the manifest has tail groups.
-    Use as a context manager. Raises `IdentityMismatch` where the folder holds another cache (which is left as it is),
+    token_groups: uint8 [V], the tail group of each token, exactly where the manifest has tail groups. configs: how the
+    base's config is compared with that of a cache which is there; where they agree, the manifest there is the one that
+    counts, however its config is spelt. Use as a context manager. Raises `IdentityMismatch` where the folder holds
+    another cache (which is left as it is),
     `NotACache` where it holds other files, `UnsupportedFormat`, `OSError`.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest, token_groups: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Manifest,
+        token_groups: NDArray[np.uint8] | None = None,
+        configs: ConfigDifferences = as_spelt,
+    ) -> None:
         _check_manifest(manifest)
         self._files = open_files(path)
-        self.path = self._files.root
-        _matching_manifest(self._files, manifest)
+        self.path, self.configs = self._files.root, configs
+        _matching_manifest(self._files, manifest, configs)
         partition = _packed_groups(manifest, token_groups)
         self._leave = self._files.join(self._tidy)
         try:
@@ -77,13 +86,16 @@ class CacheWriter:
                 self._files.create(TOKEN_GROUPS, partition)
                 read_token_groups(self._files, manifest)
             if self._files.exists(MANIFEST) or not self._files.create(MANIFEST, to_bytes(manifest)):
-                manifest = _matching_manifest(self._files, manifest)  # again: another writer may have been first
+                manifest = _matching_manifest(
+                    self._files, manifest, configs
+                )  # again: another writer may have been first
         except BaseException:
             self.close()
             raise
         self.manifest = manifest
         self._tables: dict[str, tuple[str, SampleTable]] = {}
         self._captured: Captured | None = None
+        self._chat_templates: set[str] = set()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -126,16 +138,23 @@ class CacheWriter:
                 self._captured.add(unit, table)
         return self._captured
 
+    @property
+    def chat_templates(self) -> frozenset[str]:
+        """Digests of the templates that rendered samples of the cache, as far as this writer has read or committed."""
+        self.captured()
+        return frozenset(self._chat_templates) - {""}
+
     def is_committed(self, samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> bool:
         """Whether some writer has committed a shard of exactly these samples and positions, in this order."""
         ids, positions = zip(*samples, strict=True)
         unit = unit_of(b"".join(ids), [len(p) for p in positions], np.concatenate(positions))
         return self._files.exists(commit_path(unit))
 
-    def commit(self, samples: Sequence[CachedSample]) -> ShardCommit:
+    def commit(self, samples: Sequence[CachedSample], chat_template: str = "") -> ShardCommit:
         """Write one shard and commit it. A shard that is already committed is left as it is.
 
-        Raises `InvalidRecord` before anything is written, `CorruptCache` where a codec returns other numbers than it
+        chat_template: digest of the one that rendered the samples, "" where none did. Raises `InvalidRecord` before
+        anything is written, `CorruptCache` where a codec returns other numbers than it
         was given, `OSError` where the disk refuses the bytes or returns others.
         """
         if not samples:
@@ -145,14 +164,16 @@ class CacheWriter:
             parts.append(encode(record, self.manifest.capture))
             kept_mass += float(record.kept_mass().sum())
         columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return self.commit_columns(sample_table(samples), columns, kept_mass)
+        return self.commit_columns(sample_table(samples), columns, kept_mass, chat_template)
 
-    def commit_columns(self, table: SampleTable, columns: Columns, kept_mass: float) -> ShardCommit:
+    def commit_columns(
+        self, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
+    ) -> ShardCommit:
         """`commit` of rows that are encoded at this cache's precision and checked: those of another cache."""
         unit = unit_id(table)
         if self._files.exists(commit_path(unit)):
             return self._read_commit(unit)
-        commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass)
+        commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass, chat_template)
         won = self._publish(commit, files)
         if won is commit:
             self._tables[unit] = digest(to_bytes(commit)), without_tokens(table)
@@ -197,6 +218,7 @@ class CacheWriter:
     def _read_table(self, unit: str) -> tuple[str, SampleTable]:
         data = read_bytes(self._files, commit_path(unit))
         commit = from_bytes(ShardCommit, data, f"{self.path}/{commit_path(unit)}")
+        self._chat_templates.add(commit.chat_template)
         shard = OpenShard(self._files, self.manifest, commit, shard_path(commit.folder))
         sizes = self._files.sizes(shard_path(commit.folder))
         for file in commit.files:
@@ -229,7 +251,9 @@ class CacheWriter:
                 group = []
 
     def _publish(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
-        return publish_shard(self._files, commit, files)
+        won = publish_shard(self._files, commit, files)
+        self._chat_templates.add(won.chat_template)
+        return won
 
     def _read_commit(self, unit: str) -> ShardCommit:
         return read_json(ShardCommit, self._files, commit_path(unit))
@@ -299,7 +323,7 @@ def unit_of(sample_ids: bytes, num_positions: ArrayLike, positions: NDArray[np.i
 
 
 def pack_shard(
-    manifest: Manifest, unit: str, table: SampleTable, columns: Columns, kept_mass: float
+    manifest: Manifest, unit: str, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
 ) -> tuple[ShardCommit, dict[str, bytes]]:
     """The files of a shard and its commit record, decoded again and compared. Raises `CorruptCache`."""
     files, blocks = BACKENDS[manifest.store].write(table, columns, manifest.capture)
@@ -312,6 +336,7 @@ def pack_shard(
         kept_mass=kept_mass,
         files=tuple(StoredFile(name, len(data), digest(data)) for name, data in sorted(files.items())),
         blocks=blocks,
+        chat_template=chat_template,
     )
     shard = OpenShard(Memory(f"shard {unit}", files), manifest, commit, "")
     found = shard.table()
@@ -351,7 +376,8 @@ def without_tokens(table: SampleTable) -> SampleTable:
     return replace(table, token_ids=table.token_ids[:0].copy(), positions=table.positions[:0].copy())  # views hold on
 
 
-def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
+def _matching_manifest(files: Files, manifest: Manifest, configs: ConfigDifferences) -> Manifest:
+    """The manifest that is there, if there is one. Raises where it is of another identity."""
     names = {name for name in files.names("") if not name.endswith(UNFINISHED)}
     inside = files.names(SHARDS)
     if not files.exists(MANIFEST):  # asked last: another writer may be making the cache
@@ -362,7 +388,7 @@ def _matching_manifest(files: Files, manifest: Manifest) -> Manifest:
             )
         return manifest
     existing = read_manifest(files)
-    differences = manifest.differences(existing)
+    differences = manifest.differences(existing, configs=configs)
     if differences:
         raise IdentityMismatch(
             f"writing to {files.root}: it holds a cache of another identity ({'; '.join(differences)}). "

@@ -22,6 +22,7 @@ from logitcache.errors import InputNotFound, NotTheBase, TrainingFailed, Unsuita
 from logitcache.events import Progress
 from logitcache.json_files import read_checked, write_checked
 from logitcache.models.loading import Base
+from logitcache.models.same_base import base_differences
 from logitcache.storage import CorruptCache, sample_id
 from logitcache.storage.checked_json import checksum_of
 from logitcache.storage.files import is_unfinished, replace_file
@@ -84,7 +85,7 @@ class NullSpace:
     model_name: str
     #: Fingerprint of the model's tensors.
     weights: str
-    #: Fingerprint of the model's config.json.
+    #: `storage.configs.config_text` of the model's config.json.
     config: str
     #: Of its activations.
     dtype: str
@@ -223,11 +224,13 @@ def compute_null_space(
 
 def check_null_space(space: NullSpace, base: Base, rank: int, where: str) -> None:
     """Raise `NotTheBase` for another model's null space, `InputNotFound` for another rank's."""
-    if (space.weights, space.config) != (base.identity.weights, base.identity.config):
+    stated = {"weights": space.weights, "config": space.config}
+    differs = base_differences(stated, base.identity, "in the null space", "in the model")
+    if differs:
         raise NotTheBase(
-            f"pairing null space {where} with {base.source.name}: it was computed from {space.model_name} (weights "
-            f"{space.weights}), not from this model (weights {base.identity.weights}). Its directions mean nothing "
-            "here. Run `logitcache nullspace` with this model."
+            f"pairing null space {where} with {base.source.name}: it was computed from {space.model_name}, not from "
+            f"this model ({'; '.join(differs)}). Its directions mean nothing here. Run `logitcache nullspace` with "
+            "this model."
         )
     if space.rank != rank:
         raise InputNotFound(

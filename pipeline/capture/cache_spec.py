@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample
 from logitcache.models.loading import tokenizer_identity
+from logitcache.models.same_base import config_differences
 from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, CaptureIdentity, Manifest, ModelIdentity
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
@@ -35,8 +36,10 @@ class CacheSpec:
     token_groups: NDArray[np.uint8] | None = None
 
     def writer(self, path: str | Path) -> CacheWriter:
-        """A writer of the cache at `path`. Raises what `CacheWriter` raises."""
-        return CacheWriter(path, self.manifest, self.token_groups)
+        """A writer of the cache at `path`, which may be there with the base's config in another spelling.
+
+        Raises what `CacheWriter` raises."""
+        return CacheWriter(path, self.manifest, self.token_groups, config_differences)
 
     def stored(self, captured: Iterable[tuple[Sample, BaseLogprobs]]) -> list[CachedSample]:
         """Samples and their records as they are stored: with the fewest alternatives that hold the mass asked for."""

@@ -16,8 +16,10 @@ from logitcache.data.samples import Sample, distinct
 from logitcache.errors import NotCalibrated, UnreadableSweep
 from logitcache.json_files import CheckedJson, write_checked
 from logitcache.models.loading import Base
+from logitcache.models.same_base import base_differences, base_of
 from logitcache.pairing.identity_checks import check_identity
 from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
+from logitcache.storage.identity import differing
 from logitcache.storage.records import NO_TOKEN
 
 from .teacher import Teacher
@@ -239,15 +241,10 @@ def check_calibration(path: Path, engine: str, version: str, identity: ModelIden
     """
     calibration = read_calibration(path)
     run = calibration.engine
-    stated = {"engine": run.engine, "version": run.version} | {f"model.{k}": v for k, v in asdict(run.model).items()}
-    wanted = {"engine": engine, "version": version} | {f"model.{k}": v for k, v in asdict(identity).items()}
-    differs = [f"{name}: {stated[name]} there, {wanted[name]} here" for name in wanted if stated[name] != wanted[name]]
-    reference = calibration.reference.model
-    differs += [
-        f"reference {name}: {getattr(reference, name)} there, {getattr(identity, name)} here"
-        for name in ("weights", "config", "vocab_size")
-        if getattr(reference, name) != getattr(identity, name)
-    ]
+    stated, wanted = {"engine": run.engine, "version": run.version}, {"engine": engine, "version": version}
+    differs = differing(stated, wanted, "there", "here")
+    differs += [f"model.{said}" for said in base_differences(asdict(run.model), identity)]
+    differs += [f"reference {said}" for said in base_differences(base_of(calibration.reference.model), identity)]
     if differs:
         raise NotCalibrated(
             f"using the calibration in {path}: it differs in {'; '.join(differs)}. It says nothing of this engine with "
@@ -283,7 +280,8 @@ def _names(of: type[Calibration | Run | Differences | ModelIdentity]) -> list[st
 def _identity(part: CheckedJson) -> ModelIdentity:
     part.only(_names(ModelIdentity))
     texts = {name: part.text(name) for name in ("weights", "config", "dtype", "attention")}
-    return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=part.text_or_empty("quantization"), **texts)
+    quantization, tf32 = part.text_or_empty("quantization"), part.switch("tf32")
+    return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=quantization, tf32=tf32, **texts)
 
 
 def _differences(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], ...]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.data.batches import batches_by_length
-from logitcache.data.samples import Sample, SampleSet
-from logitcache.storage import sample_id
+from logitcache.data.samples import Sample, SampleSet, distinct
+from logitcache.storage import IdentityMismatch, sample_id
 from logitcache.storage.captured_index import Captured
 
 from .settings import CaptureSettings
@@ -71,7 +71,15 @@ def count(found: SampleSet, plan: Plan) -> Counts:
 
 
 def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
-    """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards."""
+    """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards; what a chat template
+    rendered in shards of its own, whose records name it."""
+    by_template: dict[str, list[Sample]] = {}
+    for sample in distinct(samples):
+        by_template.setdefault(sample.chat_template, []).append(sample)
+    return Plan(tuple(shard for name in sorted(by_template) for shard in _shards(by_template[name], settings)))
+
+
+def _shards(samples: Sequence[Sample], settings: CaptureSettings) -> list[tuple[tuple[Sample, ...], ...]]:
     shards: list[tuple[tuple[Sample, ...], ...]] = []
     batches: list[tuple[Sample, ...]] = []
     num_positions = 0
@@ -83,7 +91,21 @@ def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
             batches, num_positions = [], 0
     if batches:
         shards.append(tuple(batches))
-    return Plan(tuple(shards))
+    return shards
+
+
+def check_template(where: str, held: frozenset[str], plan: Plan) -> None:
+    """Raise `IdentityMismatch` where chats would be added to, or taken from, those that another template rendered.
+
+    held: digests of the templates of a cache.
+    """
+    ours = {sample.chat_template for sample in plan.samples} - {""}
+    if held and ours - held:
+        raise IdentityMismatch(
+            f"adding chats to those of {where}: chat_template: {min(ours - held)} here, {min(held)} there. The same "
+            "chats are other samples with another template, and both would be learnt. None of them was written. Choose "
+            "another folder, or use the tokenizer with the template of that cache."
+        )
 
 
 def without_captured(plan: Plan, captured: Captured) -> Plan:

@@ -139,4 +139,5 @@ class ShardPipeline:
         return found
 
     def _write(self, captured: Sequence[tuple[Sample, BaseLogprobs]]) -> ShardCommit:
-        return self._writer.commit(self._cache_spec.stored(captured))
+        (template,) = {sample.chat_template for sample, _ in captured}  # a plan mixes none
+        return self._writer.commit(self._cache_spec.stored(captured), template)

@@ -1,15 +1,17 @@
 """Which samples of a cache are still in the data: the data made into samples exactly as the cache's were.
 
-Owns the check that it is the same tokenizer; the truncation is that of the manifest. Loads no weights. Must not know
-how samples are removed.
+Owns the check that it is the same tokenizer, and the same chat template where it counts; the truncation is that of the
+manifest. Loads no weights. Must not know how samples are removed.
 """
 
 from dataclasses import dataclass
 
+from logitcache.data.chat_templates import template_digest
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
 from logitcache.models.loading import find_tokenizer, load_tokenizer, tokenizer_identity
-from logitcache.storage import IdentityMismatch, Manifest, sample_id
+from logitcache.pairing.identity_checks import check_templates
+from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,22 @@ class DataIds:
     sample_ids: frozenset[bytes]
 
 
-def ids_of_data(manifest: Manifest, data: str, model: str | None, where: str) -> DataIds:
-    """The sample ids of a data set for a cache with this manifest, which is at `where`.
+def ids_of_data(cache: LogitCache, data: str, model: str | None) -> DataIds:
+    """The sample ids of a data set for a cache.
 
     model: a folder or hub id with the tokenizer; None for a cache that has none, whose data were token ids.
-    Raises `IdentityMismatch` for another tokenizer or chat template, `InputNotFound`, `InvalidData`.
+    Raises `IdentityMismatch` for another tokenizer, or another chat template where chats are among the data or the
+    cache's samples, `InputNotFound`, `InvalidData`.
     """
+    manifest = cache.manifest
     tokenizer = None if model is None else load_tokenizer(find_tokenizer(model))
     found, expected = tokenizer_identity(tokenizer), manifest.tokenizer
     if found != expected:
-        parts = ("fingerprint", "chat_template")
-        differs = ", ".join(p for p in parts if getattr(found, p, None) != getattr(expected, p, None))
         raise IdentityMismatch(
-            f"reading data {data!r} for {where}: expected the tokenizer of the cache, found another or none in "
-            f"{model or 'no --model'} ({differs}). Every sample would look as if it were gone. Name the folder of the "
-            "tokenizer that the cache was made with."
+            f"reading data {data!r} for {cache.path}: expected the tokenizer of the cache, found another or none in "
+            f"{model or 'no --model'} (fingerprint). Every sample would look as if it were gone. Name the folder of "
+            "the tokenizer that the cache was made with."
         )
     made = make_samples(read_rows(data), tokenizer, manifest.capture.max_length, manifest.model.vocab_size)
+    check_templates(cache, made.samples, template_digest(tokenizer))
     return DataIds(made.num_rows, frozenset(sample_id(sample.token_ids) for sample in made.samples))

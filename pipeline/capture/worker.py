@@ -24,6 +24,7 @@ from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
+from logitcache.models.same_base import config_differences
 from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
 from logitcache.storage import CacheWriter, LogitCache, check_same_capture, copy_samples, sample_id
@@ -43,7 +44,7 @@ from logitcache.storage.manifest import MAX_SHARDS
 
 from .cache_spec import CacheSpec, cache_spec
 from .calibration import check_calibration
-from .plan import Counts, Plan, count, make_plan, without_captured
+from .plan import Counts, Plan, check_template, count, make_plan, without_captured
 from .settings import CaptureSettings, Engine
 from .settings import JobSpec as JobSpec
 from .shard_pipeline import ShardPipeline, failed_text
@@ -242,8 +243,10 @@ def work(
         check_num_shards(len(first[2].shards) * (num_windows or 1), spec.settings)
     other = LogitCache.open(spec.samples_from) if spec.samples_from else None
     if other is not None:
-        check_same_capture(loaded.cache_spec.manifest, other)
+        check_same_capture(loaded.cache_spec.manifest, other, config_differences)
     with loaded.cache_spec.writer(spec.cache) as writer:
+        if first is not None:
+            check_template(spec.cache, writer.chat_templates, first[2])
         worker = _Worker(spec, loaded, share, writer, progress, on_event, other, num_windows)
         worker.begin()
         try:
@@ -358,6 +361,7 @@ class _Worker:
         pipeline.settle()  # a sample that was in the window before is captured by now
         mine = Plan(tuple(s for number, s in enumerate(plan.shards) if self._share.has_shard(window, number)))
         _check_length(self._loaded, mine)
+        check_template(self._spec.cache, self._writer.chat_templates, mine)
         missing = without_captured(mine, captured)
         self._planned += count(found, mine)
         self._num_found += mine.num_samples - missing.num_samples
@@ -373,6 +377,8 @@ class _Worker:
 
     def _copied(self, other: LogitCache, missing: Plan, captured: Captured) -> Plan:
         """The plan less what the other cache has, which is in this one now."""
+        rendered = Plan(tuple(shard for shard in missing.shards if shard[0][0].chat_template))
+        check_template(other.path, other.chat_templates(sample_id(s.token_ids) for s in rendered.samples), rendered)
         wanted = {sample_id(s.token_ids): s.positions for s in missing.samples}
         copied = copy_samples(self._writer, other, wanted, self._spec.settings.shard_positions)
         self._num_copied += copied.num_samples

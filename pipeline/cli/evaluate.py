@@ -209,12 +209,15 @@ def _samples_of(
 
 def _tell_dtype(side: _Side, base: "Base") -> None:
     assert side.cache is not None
-    theirs = side.cache.manifest.model.dtype
-    if theirs != base.identity.dtype:
+    theirs, ours = side.cache.manifest.model, base.identity
+    if theirs.dtype != ours.dtype:
         note(
-            f"{side.name}: the cache was made in {theirs}, the model runs in {base.identity.dtype}; that alone moves "
-            f"the numbers a little. --dtype {theirs} avoids it."
+            f"{side.name}: the cache was made in {theirs.dtype}, the model runs in {ours.dtype}; that alone moves "
+            f"the numbers a little. --dtype {theirs.dtype} avoids it."
         )
+    if theirs.tf32 != ours.tf32:
+        how = "with TF32, the model runs without" if theirs.tf32 else "without TF32, the model runs with"
+        note(f"{side.name}: the cache was made {how} it; that alone moves the numbers a little.")
 
 
 def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", batch_tokens: int) -> "Comparison":

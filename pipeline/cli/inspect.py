@@ -58,6 +58,7 @@ def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
     groups += f", {capture['num_tail_samples']} draws from the tail" if capture["num_tail_samples"] else ""
     groups += ", tail as 1 minus the rest" if capture["tail_from_remainder"] else ""
     quantized = f" with {model['quantization']} weights" if model["quantization"] else ""
+    quantized += " and TF32" if model["tf32"] else ""
     return [
         f"{path}: {facts['store']} cache, format version {facts['format_version']}",
         f"  model        {facts['model_name']}, {model['dtype']}{quantized}, {model['attention']} attention, "

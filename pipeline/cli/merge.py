@@ -11,9 +11,10 @@ from .common import CachePath, config_option, human_bytes
 @click.argument("sources", type=CachePath(), metavar="SOURCE...", nargs=-1, required=True)
 def merge(target: str, sources: tuple[str, ...]) -> None:
     """Join caches of one identity into TARGET, a new folder or a cache of that identity. The sources stay."""
+    from logitcache.models.same_base import config_differences
     from logitcache.storage import merge as join
 
-    cache = join(sources, target)
+    cache = join(sources, target, config_differences)
     what = "1 cache" if len(sources) == 1 else f"{len(sources):,} caches"
     click.echo(
         f"Merged {what}: {target} holds {len(cache):,} samples, {cache.num_positions:,} positions in "

@@ -32,7 +32,7 @@ def prune(path: str, data: str, model: str | None, dry_run: bool) -> None:
     cache = LogitCache.open(path)
     if model is None and cache.manifest.tokenizer is not None:
         raise click.UsageError("the samples of this cache were made with a tokenizer: prune needs --model.")
-    found = ids_of_data(cache.manifest, data, model, path)
+    found = ids_of_data(cache, data, model)
     report = remove(path, found.sample_ids, dry_run)
     num_missing = len(found.sample_ids) - report.num_samples_kept
     note(f"{found.num_rows:,} rows: {len(found.sample_ids):,} distinct samples, {num_missing:,} of them not in {path}.")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
+from logitcache.storage.identity import digest_json
 
 from .rows import Row
 
@@ -32,6 +33,13 @@ def from_messages(
     except Exception as error:  # a template is a program of the model's author and raises what it likes
         said = " ".join(str(error).split())
         raise InvalidData(f"reading {origin}: the chat template refuses its messages ({said}).") from error
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Digest of its chat template, or of all that it has by their names; "" where it has none."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return ""
+    return digest_json(tokenizer.chat_template)
 
 
 def _render(

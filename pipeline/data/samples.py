@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
+from .chat_templates import template_digest
 from .rows import Row
-from .tokenize import check_row_tokens, tokenize_row
+from .tokenize import check_row_tokens, is_rendered, tokenize_row
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Sample:
     origin: str
     #: What truncation took off its end.
     num_tokens_cut: int = 0
+    #: Digest of the chat template that rendered it, "" where none did.
+    chat_template: str = ""
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
@@ -63,6 +66,7 @@ def read_samples(
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
+    template = template_digest(tokenizer)
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
         num_rows += 1
@@ -70,7 +74,8 @@ def read_samples(
         check_row_tokens(token_ids, supervised, vocab_size, origin)
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
-        sample = Sample(token_ids[:max_length].astype(np.uint32), supervised[:max_length], origin, cut)
+        kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
+        sample = Sample(*kept, origin, cut, template if is_rendered(row) else "")
         if len(sample.positions):
             samples.append(sample)
         else:
@@ -90,18 +95,20 @@ def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None
 
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The different token sequences among the samples, in order; equal ones become one with the union of labels."""
+    """The different token sequences among the samples, in order; equal ones become one with the union of labels, of a
+    chat template only if all of them are."""
     merged: dict[bytes, Sample] = {}
     for sample in samples:
         key = sample.token_ids.tobytes()
         seen = merged.get(key)
         if seen is None:
             merged[key] = sample
-        elif not np.array_equal(seen.supervised, sample.supervised):
+        elif not np.array_equal(seen.supervised, sample.supervised) or seen.chat_template != sample.chat_template:
             merged[key] = Sample(
                 seen.token_ids,
                 seen.supervised | sample.supervised,
                 seen.origin,
                 max(seen.num_tokens_cut, sample.num_tokens_cut),
+                seen.chat_template if seen.chat_template == sample.chat_template else "",
             )
     yield from merged.values()

@@ -46,6 +46,11 @@ def tokenize_row(
     )
 
 
+def is_rendered(row: Row) -> bool:
+    """Whether `tokenize_row` makes its token ids with the chat template."""
+    return row.get("input_ids") is None and row.get("messages") is not None
+
+
 def _from_ids(row: Row, origin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     token_ids = _integers(row["input_ids"], "input_ids", origin)
     if not _mask(row, "attention_mask", len(token_ids), origin).all():

@@ -40,6 +40,7 @@ from logitcache.models.head import (
     rows_at_once,
 )
 from logitcache.models.loading import Base, find_model, first_line, load_as, load_base, load_tokenizer
+from logitcache.models.same_base import base_differences
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.inputs import model_inputs
 from logitcache.pairing.samples import DEFAULT_MAX_LENGTH, samples_for
@@ -83,16 +84,17 @@ def check_adapter(folder: str, base: Base) -> None:
         return
     try:
         trained_on = read_checked(run)["model"]
-        name, weights, config = (str(trained_on[key]) for key in ("name", "weights", "config"))
+        name, identity = str(trained_on["name"]), {key: str(trained_on[key]) for key in ("weights", "config")}
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(
             f"loading adapter {folder!r}: its run.json does not say which model it was trained on. "
             "Restore it from a copy; for an adapter made elsewhere, remove it."
         ) from error
-    if (weights, config) != (base.identity.weights, base.identity.config):
+    differs = base_differences(identity, base.identity, "in its run.json", "in the model")
+    if differs:
         raise NotTheBase(
-            f"loading adapter {folder!r}: it was trained on {name} (weights {weights}), "
-            f"not on {base.source.name} (weights {base.identity.weights}). Give the model it was trained on."
+            f"loading adapter {folder!r}: it was trained on {name}, not on {base.source.name} ({'; '.join(differs)}). "
+            "Give the model it was trained on."
         )
 
 
@@ -237,7 +239,8 @@ def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) 
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         model, theirs = found["model"], found["prior"]
-        identity, samples, drift = (model["weights"], model["config"]), theirs["samples"], theirs["drift_percent"]
+        identity = {key: str(model[key]) for key in ("weights", "config")}
+        samples, drift = theirs["samples"], theirs["drift_percent"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidData(
             f"{where}: expected what `logitcache evaluate --json` prints, with prior text, found something else "
@@ -247,14 +250,10 @@ def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) 
         raise InvalidData(
             f"{where}: expected the drift of an adapter, found {drift}. Evaluate the plain adapter with --adapter."
         )
-    differs = [
-        what
-        for what, equal in (
-            ("base (weights or configuration)", identity == (base.weights, base.config)),
-            ("prior text (tokens, or which of them are supervised)", samples == samples_fingerprint(prior)),
-        )
-        if not equal
-    ]
+    said = "; ".join(base_differences(identity, base))
+    differs = [f"base ({said})"] if said else []
+    if samples != samples_fingerprint(prior):
+        differs.append("prior text (tokens, or which of them are supervised)")
     if differs:
         raise NotComparable(
             f"{where}: it is of another {' and another '.join(differs)}. A ratio of the two drifts would mean nothing. "

@@ -12,8 +12,10 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load_from_cache
 
+from logitcache.models.same_base import config_differences
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
-from logitcache.storage.identity import config_fingerprint, weights_fingerprint
+from logitcache.storage.configs import config_text, read_config
+from logitcache.storage.identity import digest, weights_fingerprint
 
 UNKNOWN = "unknown: ask who made it"
 CARD = "README.md"
@@ -74,7 +76,7 @@ def model_licence(manifest: Manifest) -> Licence:
         return Licence()
     try:
         card = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-        if not card.get("license") or config_fingerprint(folder) != manifest.model.config:
+        if not card.get("license") or config_differences(manifest.model.config, config_text(read_config(folder))):
             return Licence()
         if weights_fingerprint(folder) != manifest.model.weights:
             return Licence()
@@ -136,16 +138,18 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         alternatives += f" at most: the fewest with {100 * capture.min_mass:g} % of the mass beside the label's"
     kept = sum(commit.kept_mass for commit in commits) / max(positions, 1)
     held = f" on {_one_line(model.quantization)} weights" if model.quantization else ""
+    held += " with TF32" if model.tf32 else ""
+    templates = ", ".join(f"`{found}`" for found in sorted({commit.chat_template for commit in commits} - {""}))
     rows = [
         ("base model", f"{name}, run in {_one_line(model.dtype)}{held} with {_one_line(model.attention)} attention"),
         ("width of the logits", f"{model.vocab_size:,}"),
         ("fingerprint of the weights", f"`{model.weights}`"),
-        ("fingerprint of the configuration", f"`{model.config}`"),
+        ("fingerprint of the configuration", f"`{digest(model.config.encode())}`"),
         (
             "fingerprint of the tokenizer",
             f"`{tokenizer.fingerprint}`" if tokenizer else "none: the data were token ids",
         ),
-        ("fingerprint of the chat template", f"`{tokenizer.chat_template}`" if tokenizer else "none"),
+        ("fingerprint of the chat template", templates or "none: no sample was rendered by one"),
         ("alternatives a position (top_k)", alternatives),
         ("mass kept of what is not the label's", f"{100 * kept:.2f} % on average"),
         ("tail", _tail(capture)),

@@ -7,27 +7,39 @@ files, after a download if need be, without remote code. Must not know samples o
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from logitcache.errors import InputNotFound, UnsupportedModel
 from logitcache.storage import ModelIdentity, TokenizerIdentity
-from logitcache.storage.identity import config_fingerprint, digest_json, weights_fingerprint
+from logitcache.storage.configs import config_text, read_config
+from logitcache.storage.identity import digest_json, fingerprint_of, own_heads, tensor_digests
 
 from .device_map import DeviceMap, keep_while, spreading
 from .head import logits_width
 from .quantization import LOAD_IN, held_in, make_trainable, quantization, stated_format
 from .settings import LoadSettings
 from .tensor_parallel import dividing
+from .tf32 import tf32_is_on
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _DOWNLOADED = [*_TOKENIZER_FILES, "*.safetensors"]
+_PADDING = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
+"""In the content of an added token: there for padding, whoever uses it."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,9 @@ class Base:
 def find_model(name: str) -> Source:
     """The folder of a model: itself where it is one, else the local snapshot of the hub id, downloaded if missing.
 
-    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or holds an
-    adapter too: transformers would load that, on the base that it names, and not what is fingerprinted here.
+    Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or where
+    transformers would load other files than are fingerprinted here: an adapter that lies there too, on the base that it
+    names, or what `transformers_weights` names in config.json.
     """
     folder = _folder_of(name, _DOWNLOADED)
     weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
@@ -66,7 +79,22 @@ def find_model(name: str) -> Source:
             f"loading model {name!r}: {folder} holds an adapter (adapter_config.json) beside the weights. "
             "Give a folder of the base alone."
         )
+    _check_weights_name(name, folder)
     return Source(name, folder)
+
+
+def _check_weights_name(name: str, folder: Path) -> None:
+    """Raise `UnsupportedModel` where config.json names another file of weights than the one that is fingerprinted."""
+    try:
+        other = read_config(folder).get("transformers_weights")
+    except (OSError, ValueError, RecursionError):  # told, by name, when it is loaded
+        return
+    if other is not None:
+        raise UnsupportedModel(
+            f"loading model {name!r}: transformers_weights in its config.json names {str(other)!r:.80}, which "
+            "transformers would load in place of model.safetensors, whose fingerprint a cache carries. Rename that "
+            "file to model.safetensors and remove the field, or save the model with save_pretrained()."
+        )
 
 
 def find_tokenizer(name: str) -> Source:
@@ -119,13 +147,14 @@ def load_base(
         if device_map is not None:
             keep_while(model, how)
     with _said_in_one_sentence(source):
-        weights = weights_fingerprint(source.folder)
+        digests = tensor_digests(source.folder)
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise UnsupportedModel(
             f"loading model {source.name!r}: {len(missing)} weights are not in its files, or not of the shape that its "
             f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
         )
+    _check_tied(digests, model.config, source)
     model.eval()
     if not how:
         model.to(device)
@@ -133,12 +162,13 @@ def load_base(
     if held in LOAD_IN:
         make_trainable(model, source.name)
     identity = ModelIdentity(
-        weights=weights,
-        config=config_fingerprint(source.folder),
+        weights=fingerprint_of(digests),
+        config=_config_text(source),
         vocab_size=logits_width(model),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
         quantization=held,
+        tf32=tf32_is_on(),
     )
     return Base(source, model, identity)
 
@@ -161,26 +191,54 @@ def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIden
     the files cannot be read.
     """
     try:
-        weights = weights_fingerprint(source.folder)
+        digests = tensor_digests(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModel(
             f"reading model {source.name!r}: {first_line(error)}. "
             f"Check that the checkpoint in {source.folder} is complete."
         ) from error
     config = _config(source)
+    _check_tied(digests, config, source)
     stated = config.dtype if dtype == "auto" else getattr(torch, dtype)
     if not isinstance(stated, torch.dtype):
         raise UnsupportedModel(
             f"reading model {source.name!r}: its config.json does not say which dtype the weights have. Give --dtype."
         )
     return ModelIdentity(
-        weights=weights,
-        config=config_fingerprint(source.folder),
+        weights=fingerprint_of(digests),
+        config=_config_text(source),
         vocab_size=int(config.get_text_config().vocab_size),
         dtype=str(stated).removeprefix("torch."),
         attention=attention,
         quantization=checkpoint_format(source),
+        tf32=tf32_is_on(),
     )
+
+
+def _config_text(source: Source) -> str:
+    """`config_text` of its config.json. Raises `UnsupportedModel`."""
+    try:
+        return config_text(read_config(source.folder))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: {first_line(error)}. Repair {source.folder / 'config.json'}."
+        ) from error
+
+
+def _check_tied(digests: Mapping[str, str], config: Any, source: Source) -> None:
+    """Raise `UnsupportedModel` for a head that is tied to the embedding by the config, and stored with other values.
+
+    transformers 5 computes with the stored one, other engines with the embedding: the config would not say which.
+    """
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    could_be_tied = tuple(getattr(kind, "_tied_weights_keys", None) or ())
+    heads = [name for name in own_heads(digests) if name.endswith(could_be_tied)]
+    if heads and getattr(config.get_text_config(), "tie_word_embeddings", False):
+        raise UnsupportedModel(
+            f"loading model {source.name!r}: its config ties the output head to the input embedding "
+            f"(tie_word_embeddings), its files hold another head ({heads[0]}). Engines differ in which they use. Set "
+            "tie_word_embeddings to false in config.json if that head is the model's, or remove it from the files."
+        )
 
 
 def _check_load_in(source: Source, stated: str, load_in: str | None, tensor_parallel: bool) -> None:
@@ -260,10 +318,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerIdentity | None:
-    """Fingerprint of the whole tokenizer (vocabulary, merges, normaliser, special tokens) and of its chat template."""
+    """Fingerprint of what makes token ids of text: vocabulary, merges, normaliser, added tokens, beginning and end.
+
+    Padding never counts: neither which token it is, nor on which side, nor a token that was added for it.
+    """
     if tokenizer is None:
         return None
-    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    special = {name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token")}
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -271,10 +332,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerId
         rules = json.loads(backend.to_str())
         rules.pop("truncation", None)  # the state of the last call, not the tokenizer's own
         rules.pop("padding", None)
-    return TokenizerIdentity(
-        fingerprint=digest_json([rules, special]),
-        chat_template=digest_json(tokenizer.chat_template),
-    )
+        rules["added_tokens"] = [t for t in rules.get("added_tokens", []) if not _PADDING.search(t["content"])]
+    return TokenizerIdentity(digest_json([rules, special]))
 
 
 def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Owns the refusals of what cannot fit. What can only be measured is in `step_zero
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,9 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of, logits_width
 from logitcache.models.loading import Base, tokenizer_identity
 from logitcache.models.quantization import LOAD_IN, held_in
-from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached
+from logitcache.models.same_base import base_differences, base_of
+from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached, sample_id
+from logitcache.storage.identity import differing
 
 from .settings import PairingRules as PairingRules
 
@@ -24,26 +27,19 @@ def check_identity(
 ) -> None:
     """Raise `IdentityMismatch` unless the cache is of this model and, where both have one, this tokenizer.
 
-    dtype and attention implementation may differ: `probe_step_zero` measures what they change. So may the format of
-    quantised weights, if the pairing says so. Where the teacher is not
-    the base: unless both have one tokenizer, and logits of one width or, padding ignored, for every token of it.
+    dtype, attention implementation and TF32 may differ: `probe_step_zero` measures what they change. So may the format
+    of quantised weights, if the pairing says so; chat templates count for samples (`check_templates`). Where the
+    teacher is not the base: unless both have one tokenizer, and logits of one width or, padding ignored, for every
+    token of it.
     """
     if pairing is not None and not pairing.teacher_is_base:
         _check_teacher(cache, base, tokenizer, pairing)
         return
-    expected, found = cache.manifest.model, base.identity
-    differs = [
-        f"{name}: {getattr(expected, name)} in the cache, {getattr(found, name)} in the model"
-        for name in ("weights", "config", "vocab_size")
-        if getattr(expected, name) != getattr(found, name)
-    ]
+    found, where = base.identity, ("in the cache", "in the model")
+    differs = base_differences(base_of(cache.manifest.model), found, *where)
     theirs, ours = cache.manifest.tokenizer, tokenizer_identity(tokenizer)
     if theirs is not None and ours is not None:
-        differs += [
-            f"tokenizer {name}: {getattr(theirs, name)} in the cache, {getattr(ours, name)} in the model"
-            for name in ("fingerprint", "chat_template")
-            if getattr(theirs, name) != getattr(ours, name)
-        ]
+        differs += [f"tokenizer {said}" for said in differing(asdict(theirs), asdict(ours), *where)]
     if differs:
         raise IdentityMismatch(
             f"pairing {cache.path} with {base.source.name}: the cache was made from {cache.manifest.model_name} and "
@@ -160,6 +156,26 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
             except (SampleNotCached, PositionNotCaptured) as error:
                 raise type(error)(f"{sample.origin}: {error}") from error
         raise
+
+
+def check_templates(cache: LogitCache, samples: Sequence[Sample], template: str) -> None:
+    """Raise `IdentityMismatch` where samples that a chat template renders meet a cache that another one rendered.
+
+    samples: of data, or of the cache. template: digest of the model's. Samples that none rendered go with any.
+    """
+    rendered = [sample for sample in samples if sample.chat_template]
+    if not rendered:
+        return
+    found = cache.chat_templates(sample_id(sample.token_ids) for sample in rendered)
+    if not found:  # not one of them is there: those that are may say why
+        found = cache.chat_templates()
+    others = sorted(({sample.chat_template for sample in rendered} | found) - {template})
+    if others:
+        raise IdentityMismatch(
+            f"pairing {cache.path} with {len(rendered):,} chats, from {rendered[0].origin} on: chat_template: "
+            f"{others[0]} in the cache, {template or 'none'} in the model. What another template renders are other "
+            "samples. Use the tokenizer with the template of the cache, or precompute a cache with this one."
+        )
 
 
 def common_width(model: nn.Module, cache: LogitCache) -> int:

@@ -17,7 +17,9 @@ from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mas
 from logitcache.models.device_map import head_device
 from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, rows_at_once, unwrapped
 from logitcache.models.quantization import held_in
+from logitcache.models.tf32 import tf32_is_on
 from logitcache.storage import LogitCache
+from logitcache.storage.identity import differing
 
 from .inputs import model_inputs
 from .targets import PREFIX, Batch, cut_of, placed, targets_of, with_targets
@@ -73,7 +75,7 @@ def probe_step_zero(
     cut = cut_of(cache, vocab_size)
     batches = ({k: v.to(device) for k, v in with_targets(pad_samples([s]), cache, cut=cut).items()} for s in probed)
     found, (batch, place) = measure(model, batches, cache, objective, vocab_size)
-    check_step_zero(found, cache, f"{probed[batch].origin} at position {int(probed[batch].positions[place])}")
+    check_step_zero(model, found, cache, f"{probed[batch].origin} at position {int(probed[batch].positions[place])}")
     return found
 
 
@@ -86,18 +88,21 @@ def check_first_batch(
     """
     found, (_, place) = measure(unwrapped(model), [batch], cache, objective, vocab_size)
     row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
-    check_step_zero(found, cache, f"row {row} of the first batch at column {column}")
+    check_step_zero(model, found, cache, f"row {row} of the first batch at column {column}")
 
 
-def check_step_zero(found: StepZero, cache: LogitCache, worst: str) -> None:
+def check_step_zero(model: nn.Module, found: StepZero, cache: LogitCache, worst: str) -> None:
     """Raise `NotTheBase` unless what `measure` found is noise. worst: where log p(label) differs most."""
     if found.kl_nats <= found.tolerance_nats:
         return
+    how = _run_otherwise(cache, causal_lm_of(model))
+    otherwise = f"It is run otherwise: {'; '.join(how)}. " if how else ""
     raise NotTheBase(
         f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {found.tolerance_nats:g} nats "
         f"with an untrained adapter, found {found.kl_nats:.4g}; log p(label) differs most in {worst}, by "
         f"{found.worst_label_error_nats:.4g} nats. The model does not start from the distributions of the "
-        "cache. Use the dtype and attention implementation of the cache, and an adapter that starts as identity."
+        f"cache. {otherwise}Use the dtype, attention implementation and TF32 of the cache, and an adapter that starts "
+        "as identity."
     )
 
 
@@ -105,6 +110,18 @@ def computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
     """Of the model, or of autocast."""
     kind = head_device(causal_lm).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal_lm.dtype
+
+
+def _run_otherwise(cache: LogitCache, causal_lm: PreTrainedModel) -> list[str]:
+    """How the model is run otherwise than the cache's base was, a phrase each: what may make more than noise."""
+    theirs = cache.manifest.model
+    ours = {
+        "dtype": str(computed_in(causal_lm)).removeprefix("torch."),
+        "attention": str(causal_lm.config._attn_implementation),
+        "tf32": tf32_is_on(),
+    }
+    stated = {name: getattr(theirs, name) for name in ours}
+    return differing(stated, ours, "in the cache", "in the model")
 
 
 @torch.no_grad()

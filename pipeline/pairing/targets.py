@@ -209,7 +209,8 @@ def samples_of(cache: LogitCache) -> list[Sample]:
     for i, stored in enumerate(cache.stored_samples()):
         supervised = np.zeros(len(stored.token_ids), dtype=np.bool_)
         supervised[stored.positions + 1] = True
-        samples.append(Sample(stored.token_ids, supervised, f"{cache.path}, sample {i}"))
+        origin = f"{cache.path}, sample {i}"
+        samples.append(Sample(stored.token_ids, supervised, origin, chat_template=stored.chat_template))
     return samples
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from logitcache.data.chat_templates import template_digest
 from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base
@@ -25,6 +26,7 @@ from .identity_checks import (
     check_precision,
     check_samples,
     check_tail,
+    check_templates,
     check_tokens,
     check_width,
     common_width,
@@ -51,6 +53,7 @@ class CacheView:
     """Checks that could not be made, and why, a phrase each."""
     _cut: VocabCut | None = field(repr=False)
     _groups: dict[torch.device, Tensor] = field(repr=False)
+    _template: str | None = field(repr=False)
 
     @classmethod
     def paired(
@@ -84,7 +87,9 @@ class CacheView:
         check_width(module, opened, objective, vocab_size)
         groups = groups_of(opened, vocab_size) if objective.tail == "groups" else None
         places = {} if groups is None else {groups.device: groups}
-        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut_of(opened, vocab_size), places)
+        template = None if tokenizer is None or not rules.teacher_is_base else template_digest(tokenizer)
+        cut = cut_of(opened, vocab_size)
+        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut, places, template)
 
     @classmethod
     def of(
@@ -107,9 +112,14 @@ class CacheView:
         return CachedCollator(collator, self.cache, self.top_k, self._cut)
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """Raise `SampleNotCached`, `PositionNotCaptured` or `InvalidData` unless every sample can be looked up."""
+        """Raise `SampleNotCached`, `PositionNotCaptured` or `InvalidData` unless every sample can be looked up.
+
+        `IdentityMismatch` where chats were rendered by another template than the tokenizer that the view was given has.
+        """
         if self.vocab_size is not None:
             check_tokens(samples, self.vocab_size)
+        if self._template is not None:
+            check_templates(self.cache, samples, self._template)
         check_samples(self.cache, samples)
 
     def check_width(self, model: nn.Module) -> None:

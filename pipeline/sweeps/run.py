@@ -33,6 +33,7 @@ from logitcache.events import OnMessage
 from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
+from logitcache.models.same_base import described_differences
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.samples import samples_for
 from logitcache.pairing.view import CacheView
@@ -299,7 +300,8 @@ def _runs_of(config: SweepConfig, out: Path, stored: dict[str, Any]) -> dict[str
 def _check_same(stored: dict[str, Any], described: dict[str, Any], out: Path) -> None:
     """Raise `IdentityMismatch` where the sweep that is there was of something else; paths may differ."""
     parts = ("format", "identity", "contents", "data", "texts", "pairing", "probe_top_k")
-    differs = [name for name in parts if stored and stored.get(name) != json.loads(json.dumps(described[name]))]
+    mine = json.loads(json.dumps({part: described[part] for part in parts}))
+    differs = described_differences(mine, stored, "identity") if stored else []
     if differs:
         raise IdentityMismatch(
             f"going on with {out}: the sweep there differs in {', '.join(differs)} (see its {SWEEP}). Its results and "

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from logitcache.adapters.saved_files import FILES, about_of, fault_of, names_below, seal
 from logitcache.errors import FolderInUse, TrainingFailed
 from logitcache.json_files import read_checked, write_checked
+from logitcache.models.same_base import described_differences
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.files import is_unfinished, sync_path
 
@@ -292,7 +293,9 @@ def _check_same(out: Path, description: Json, recorded: Json) -> None:
 def _differs(description: Json, recorded: Json) -> list[str]:
     parts = [name for name in description if name not in _VARIES]
     mine: Json = json.loads(json.dumps(description))
-    return [name for name in parts if _identity(mine[name]) != _identity(recorded.get(name))]
+    return described_differences(
+        {name: _identity(mine[name]) for name in parts}, {n: _identity(recorded.get(n)) for n in parts}, "model"
+    )
 
 
 def _identity(part: Any) -> Any:

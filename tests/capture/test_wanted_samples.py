@@ -42,7 +42,7 @@ from support.storage_samples import (
     unit_of,
     write_cache,
 )
-from support.tiny_model import make_tokenizer
+from support.tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 from logitcache.storage import (
     CachedSample,
@@ -578,9 +578,7 @@ def test_prune_of_token_ids_needs_no_tokenizer(
     rows = [{"input_ids": [1, 2, 3, i]} for i in range(9)]
     precompute(bare, write_rows(rows), tmp_path / "c", *ALONE)
     kept = write_rows(rows[2:5], "kept.jsonl")
-    assert "(fingerprint, chat_template)" in refused_verb(
-        4, "prune", tmp_path / "c", "--data", kept, "--model", tiny_model
-    )
+    assert "(fingerprint)" in refused_verb(4, "prune", tmp_path / "c", "--data", kept, "--model", tiny_model)
     done("prune", tmp_path / "c", "--data", kept)
     assert {s.token_ids.tolist()[3] for s in LogitCache.open(tmp_path / "c").samples()} == {2, 3, 4}
 
@@ -588,8 +586,7 @@ def test_prune_of_token_ids_needs_no_tokenizer(
 @pytest.mark.parametrize(
     ("case", "status", "named"),
     [
-        ("another tokenizer", 4, "(fingerprint, chat_template)"),
-        ("another template", 4, "(chat_template)"),
+        ("another tokenizer", 4, "(fingerprint)"),
         ("no tokenizer", 4, "another or none"),
         ("no --model", 2, "needs --model"),
         ("no such model", 2, "no such folder"),
@@ -616,11 +613,6 @@ def test_prune_refuses(
     model: Any = tokenizer_only
     if case == "another tokenizer":
         model = copy_of(tokenizer_only, tmp_path / "t", other_end)
-    elif case == "another template":
-        model = tmp_path / "t"
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template += "x"
-        tokenizer.save_pretrained(model)
     elif case == "no tokenizer":
         model = tmp_path
     elif case == "no such model":
@@ -644,6 +636,21 @@ def test_prune_refuses(
     with unchanged(tmp_path):
         for more in ([], ["--dry-run"]):
             assert named in refused_verb(status, *line, *more)
+
+
+def test_prune_of_chats_needs_their_template(tmp_path: Path, tiny_model: Path, tokenizer_only: Path) -> None:
+    """With another one all of them would look as if they were gone; text goes with any."""
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b!"}]
+    chats, text = tmp_path / "chats.jsonl", text_data(tmp_path, 0, 6)
+    chats.write_text(json.dumps({"messages": turns}) + "\n" + text.read_text(encoding="utf-8"), encoding="utf-8")
+    precompute(tiny_model, chats, tmp_path / "c", *ALONE)
+    other = CHAT_TEMPLATE.replace("<{{ m.role }}>", "<{{ m.role }}> ")
+    model = copy_of(tokenizer_only, tmp_path / "t", lambda f: (f / "chat_template.jinja").write_text(other))
+    with unchanged(tmp_path):
+        told = refused_verb(4, "prune", tmp_path / "c", "--data", chats, "--model", model)
+    assert "chat_template: " in told and "precompute a cache with this one" in told
+    done("prune", tmp_path / "c", "--data", text, "--model", model)
+    assert len(LogitCache.open(tmp_path / "c")) == 6
 
 
 def other_end(folder: Path) -> None:

@@ -437,16 +437,14 @@ def swap_tokens(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", change)
 
 
-def other_template(folder: Path) -> None:
-    path = folder / "chat_template.jinja"
-    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
-
-
 IDENTITIES: dict[str, tuple[Edit, list[object], str]] = {
     "weights": (edit_weights(WEIGHTS, lambda w: w["lm_head.weight"][0, 0].add_(1)), [], "model.weights: "),
-    "config": (lambda f: edit_json(f / "config.json", lambda c: c.update(rms_norm_eps=1e-3)), [], "model.config: "),
+    "config": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(rms_norm_eps=1e-3)),
+        [],
+        "model.config.rms_norm_eps: 0.001 here, 1e-06 there",
+    ),
     "tokenizer": (swap_tokens, [], "tokenizer.fingerprint: "),
-    "chat template": (other_template, [], "tokenizer.chat_template: "),
     "no tokenizer": (remove_tokenizer, [], "tokenizer"),
     "top-k": (lambda _: None, ["--top-k", 9], "capture.top_k: 9 here, 8 there"),
     "max-length": (lambda _: None, ["--max-length", 512], "capture.max_length: 512 here, 1024 there"),
@@ -505,9 +503,8 @@ def test_reading_what_is_no_cache_is_2(verb: str, kind: str, tmp_path: Path, tin
 
 TRAINED_WITH: dict[str, tuple[Edit, str]] = {
     "weights": (IDENTITIES["weights"][0], "weights: "),
-    "config": (IDENTITIES["config"][0], "config: "),
+    "config": (IDENTITIES["config"][0], "config.rms_norm_eps: 1e-06 in the cache, 0.001 in the model"),
     "tokenizer": (swap_tokens, "tokenizer fingerprint: "),
-    "chat template": (other_template, "tokenizer chat_template: "),
 }
 
 

@@ -108,7 +108,7 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
     found = facts(cache)
     contents, text = found["contents"], done("inspect", cache).out
     assert found["model_name"] == str(tiny_model)
-    assert set(found["model"]) == {"weights", "config", "vocab_size", "dtype", "attention", "quantization"}
+    assert set(found["model"]) == {"weights", "config", "vocab_size", "dtype", "attention", "quantization", "tf32"}
     assert found["capture"] == {
         "top_k": 8,
         "max_length": 1024,
@@ -733,7 +733,7 @@ def test_a_cache_that_a_writer_made_at_a_url_can_be_inspected(memory_url: str) -
     write_cache(memory_url, "zarr", SHARDS, make_manifest("zarr", precision="fine"))
     found = facts(memory_url)
     assert found["contents"]["num_samples"] == sum(map(len, SHARDS)) and found["contents"]["num_shards"] == len(SHARDS)
-    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 1\n")
+    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 2\n")
     assert done("verify", memory_url).out.startswith(f"{memory_url} is intact: {len(SHARDS)} shards, ")
     assert done("repair", memory_url).out == f"{memory_url} is intact; nothing was changed.\n"
 

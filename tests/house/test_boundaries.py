@@ -14,7 +14,8 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "click", "accelerate"}
 STORAGE_ROOMS = {
     "errors": set(),
     "records": {"errors"},
-    "identity": set(),
+    "configs": set(),
+    "identity": {"configs"},
     "layout": set(),
     "links": {"errors", "layout"},
     "local_files": {"errors", "layout", "links"},
@@ -22,7 +23,7 @@ STORAGE_ROOMS = {
     "files": {"errors", "layout", "local_files", "object_files"},
     "encoding": {"errors", "identity", "records"},
     "checked_json": {"errors", "identity"},
-    "manifest": {"checked_json", "encoding", "errors", "files", "identity", "layout"},
+    "manifest": {"checked_json", "configs", "encoding", "errors", "files", "identity", "layout"},
     "backend": {"encoding", "errors", "files", "identity", "manifest"},
     "arrow_sizes": set(),
     "zarr_backend": {"backend", "encoding", "identity", "manifest"},
@@ -36,6 +37,7 @@ STORAGE_ROOMS = {
         "backend",
         "cache",
         "captured_index",
+        "configs",
         "encoding",
         "errors",
         "files",
@@ -52,6 +54,7 @@ STORAGE_ROOMS = {
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
+        "configs",
         "encoding",
         "errors",
         "files",
@@ -60,6 +63,7 @@ STORAGE_ROOMS = {
         "manifest",
         "records",
         "repack",
+        "shard",
         "writer",
     },
     "prune": {
@@ -114,7 +118,7 @@ PACKAGES = {
         "training",
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
-    "hub": {"errors", "storage"},
+    "hub": {"errors", "models", "storage"},
     "demo": {"capture", "errors", "events", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""

@@ -59,7 +59,8 @@ def student_of(vocab_size: int = V, **config: Any) -> Any:
 
 def base_of(model: Any, weights: str = "teacher") -> Base:
     width = model.get_output_embeddings().weight.shape[0]
-    return Base(Source(weights, Path(weights)), model, ModelIdentity(weights, weights, width, "float32", "sdpa"))
+    config = f'{{"model_type":"{weights}"}}'
+    return Base(Source(weights, Path(weights)), model, ModelIdentity(weights, config, width, "float32", "sdpa"))
 
 
 def cache_of(path: Path, teacher: Any, kept: Kept, precision: str = "exact", tokenizer: Any = None) -> LogitCache:

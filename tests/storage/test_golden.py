@@ -1,4 +1,4 @@
-"""The committed caches of format version 1 stay readable, byte for byte as they are: golden*/README.md."""
+"""The committed caches of format version 2 stay readable, byte for byte as they are: golden*/README.md."""
 
 import hashlib
 import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -38,14 +39,17 @@ from support.storage_samples import (
 
 from logitcache.storage import (
     CachedSample,
+    CacheWriter,
     CorruptCache,
     IdentityMismatch,
     IncompleteCache,
     LogitCache,
     NotACache,
     convert,
+    copy_samples,
     export_parquet,
     merge,
+    prune,
     sample_id,
     verify,
 )
@@ -105,6 +109,55 @@ def test_a_cache_gains_what_is_merged_into_it(tmp_path: Path, store: str) -> Non
     before = lasting(target)
     merge([target, other], target)
     assert lasting(target) == before
+
+
+def test_a_base_that_is_spelt_otherwise_is_merged_where_it_is_one(tmp_path: Path, store: str) -> None:
+    """By a comparison that knows the class of the model: its rows go into shards of the first cache's identity."""
+    parts = make_shards(53, [[30, 4], [60, 3]])
+    manifest = make_manifest(store)
+    spelt = replace(manifest, model=replace(manifest.model, config='{"model_type":"test","use":1}'))
+    sources = [write(tmp_path / "a", store, parts[:1]), write_cache(tmp_path / "b", store, parts[1:], spelt)]
+    told = refused(IdentityMismatch, "identity-mismatch", lambda: merge(sources, tmp_path / "c"))
+    assert "model.config.use: none in " in told and not (tmp_path / "c").exists()
+    merge(sources, tmp_path / "c", lambda mine, theirs: {})
+    assert lasting(tmp_path / "c") == lasting(write(tmp_path / "at once", store, parts))
+
+
+def test_the_chat_template_of_a_shard_goes_with_its_samples(tmp_path: Path, store: str) -> None:
+    """Through every way from cache to cache; samples of two templates never come to share a shard."""
+    parts, templates = make_shards(54, [[30, 4], [9], [7, 8]]), ["a" * 32, "", "b" * 32]
+    with CacheWriter(tmp_path / "a", make_manifest(store)) as writer:
+        for part, template in zip(parts, templates, strict=True):
+            writer.commit(part, template)
+        assert writer.chat_templates == {"a" * 32, "b" * 32}
+        writer.finalize()
+    of = {sample_id(s.token_ids): t for part, t in zip(parts, templates, strict=True) for s in part}
+    convert(tmp_path / "a", tmp_path / "converted", precision="fine")
+    merge([tmp_path / "a"], tmp_path / "merged")
+    with CacheWriter(tmp_path / "copied", make_manifest(store)) as writer:
+        copy_samples(
+            writer, LogitCache.open(tmp_path / "a"), {sample_id(s.token_ids): s.logprobs.positions for s in flat(parts)}
+        )
+        writer.finalize()
+    prune(tmp_path / "merged", {key for key in of if key != sample_id(parts[0][0].token_ids)})
+    for name, num in (("a", 5), ("converted", 5), ("merged", 4), ("copied", 5)):
+        cache = LogitCache.open(tmp_path / name)
+        found = {sample_id(s.token_ids): s.chat_template for s in cache.stored_samples()}
+        assert len(found) == num and found.items() <= of.items()
+        assert cache.chat_templates() == {"a" * 32, "b" * 32}
+        assert cache.chat_templates([sample_id(parts[1][0].token_ids)]) == frozenset()
+
+
+def test_a_sample_that_is_also_stored_as_text_was_not_rendered(tmp_path: Path, store: str) -> None:
+    (part,) = make_shards(55, [[30]])
+    record = part[0].logprobs
+    halves = [replace(part[0], logprobs=record.take(rows)) for rows in (slice(0, 10), slice(10, len(record)))]
+    with CacheWriter(tmp_path / "c", make_manifest(store)) as writer:
+        writer.commit(halves[:1], "a" * 32)
+        writer.commit(halves[1:])
+        writer.finalize()
+    (stored,) = LogitCache.open(tmp_path / "c").stored_samples()
+    assert stored.chat_template == "" and len(stored.positions) == len(record)
 
 
 def test_captures_in_several_caches_are_united(tmp_path: Path, store: str) -> None:

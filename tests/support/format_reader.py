@@ -38,14 +38,14 @@ CAPTURE = {
     "num_tail_groups": int,
     "tail_partition": str,
 }
-MODEL = {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str}
+MODEL = {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str, "tf32": bool}
 MANIFEST = {
     "format_version": int,
     "reader_features": [str],
     "writer_features": [str],
     "store": str,
     "model": (MODEL, MODEL | {"quantization": str}),
-    "tokenizer": ({"fingerprint": str, "chat_template": str}, None),
+    "tokenizer": ({"fingerprint": str}, None),
     "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}, CAPTURE | {"tail_from_remainder": bool}),
     "model_name": str,
     "created_with": dict,
@@ -60,6 +60,7 @@ COMMIT = {
     "kept_mass": float,
     "files": [FILE],
     "blocks": dict,
+    "chat_template": str,
 }
 
 
@@ -123,7 +124,7 @@ def check_manifest(body: dict[str, Any]) -> None:
     capture, vocab = body["capture"], body["model"]["vocab_size"]
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
     groups, features = capture["num_tail_groups"], body["reader_features"]
-    require(body["format_version"] == 1, "another format version")
+    require(body["format_version"] == 2, "another format version")
     known = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
     require(set(features) <= known, "an unknown reader feature")
     remainder = "tail_from_remainder" in capture
@@ -132,6 +133,9 @@ def check_manifest(body: dict[str, Any]) -> None:
     require(("tail-groups" in features) == (groups > 0), "tail-groups without groups, or reversed")
     require(("tail-samples" in features) == ("num_tail_samples" in capture), "tail-samples without draws, or reversed")
     require(1 <= capture.get("num_tail_samples", 1) <= 4096, "num_tail_samples")
+    config = body["model"]["config"]
+    require(len(config) <= 2**18 and isinstance(json.loads(config), dict), "config")
+    require(json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")) == config, "config: not canonical")
     quantized = body["model"].get("quantization")
     require(("quantized-base" in features) == (quantized is not None), "quantized-base without the field, or reversed")
     require(quantized is None or re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", quantized), "quantization")

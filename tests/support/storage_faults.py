@@ -172,7 +172,7 @@ def manifest_for(store: str, precision: str = "exact", groups: bool = False, wei
     )
     return Manifest(
         store=store,
-        model=ModelIdentity(weights, "c" * 32, VOCAB, "bfloat16", "sdpa"),
+        model=ModelIdentity(weights, '{"model_type":"test"}', VOCAB, "bfloat16", "sdpa"),
         tokenizer=None,
         capture=capture,
         model_name="tests/faults",

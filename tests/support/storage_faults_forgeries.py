@@ -53,9 +53,11 @@ def _values() -> list[Case]:
         ("manifest", "capture.num_tail_samples"): (0, 1, 4096, 4097, *HUGE),
         ("manifest", "capture.tail_partition"): ("", "0" * 32, 7),
         ("manifest", "store"): ("parquet", "../zarr", 1, None),
-        ("manifest", "format_version"): (0, 2, True, 1.0, "1", None),
+        ("manifest", "format_version"): (0, 1, True, 1.0, "1", None),
         ("manifest", "reader_features"): (["new"], ["tail-groups", "new"], [], "tail-groups", [["x"]], [1, "x"], None),
-        ("manifest", "tokenizer"): (1, {}, {"fingerprint": 1, "chat_template": ""}),
+        ("manifest", "tokenizer"): (1, {}, {"fingerprint": 1}),
+        ("manifest", "model.config"): ("", "{", "[]", '{"b":1,"a":1}', '{"a": 1}', "[" * 10_000, "9" * 5000, 7),
+        ("manifest", "model.tf32"): (0, None, "false"),
         ("manifest", "unknown"): (1,),
         ("contents", "num_samples"): HUGE,
         ("contents", "index.size"): (0, 2**31, 2**40, 2**49, 2**50, -1, 1.5, True),
@@ -74,6 +76,7 @@ def _values() -> list[Case]:
         ("commit", "files.0.size"): (2**31, 2**40, 2**49, 2**50, -1, 1.5),
         ("commit", "files.0.checksum"): ("0" * 32, 7),
         ("commit", "blocks"): ({}, [], None, {"../x": [[0, 1, 0]]}),
+        ("commit", "chat_template"): ("x", "A" * 32, "0" * 33, None, 7),
         ("commit", "unknown"): (1,),
     }
     in_files = {"commit.files.0.checksum", "commit.files.0.size"}
