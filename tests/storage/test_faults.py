@@ -28,7 +28,7 @@ from support.storage_faults import (
 from logitcache.storage import cache as cache_module
 from logitcache.storage.shard import checked_record as checked
 
-COUNTS = Counts(flips=300, kills=10, rounds=6, mutations=120, stride=29)
+COUNTS = Counts(flips=300, kills=10, rounds=6, mutations=120, stride=29, jobs=3)
 FAULTS = (*damage.FAULTS, *writers.FAULTS, *crowds.FAULTS, *hostile.FAULTS)
 SEES_NOTHING_WRONG = {"crowds", "meeting_writers"}
 """Faults after which the cache must be whole, so that nothing is to be refused."""
