@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .errors import NotACache
 from .layout import is_unfinished
-from .local_files import NOT_PLAIN, LocalFiles, replace_file, sync_path
+from .local_files import NOT_PLAIN, LocalFiles, name_file, replace_file, sync_path
 from .object_files import ObjectFiles
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Span",
     "how_missing",
     "is_unfinished",
+    "name_file",
     "open_files",
     "replace_file",
     "sync_path",
@@ -42,7 +43,7 @@ class Files(Protocol):
 
     root: str
     is_local: bool
-    """Whether they are a folder of this machine, whose `root` is its path, and which has locks."""
+    """Whether they are a folder of this machine, whose `root` is its path, and which may have locks."""
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """A whole file; of one longer than `limit`, the first limit + 1 bytes."""
@@ -83,19 +84,22 @@ class Files(Protocol):
         """
         ...
 
-    def remove(self, name: str) -> None:
-        """Remove a file or a folder with all it holds, if it is there."""
+    def remove(self, *names: str) -> None:
+        """Remove files, and folders with all they hold, where they are there, in this order.
+
+        They are gone for good before this returns, those of one folder before those of the next.
+        """
         ...
 
-    def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
-        """Become one of the writers; return what leaves. Where no other is, `tidy` runs, on joining and on leaving."""
+    def join(self) -> Callable[[], None]:
+        """Become one of the writers; return what leaves. Waits for the end of `exclusive`."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
         """To be the only writer: others, of this process too, wait for its end, so none may be opened in it.
 
-        Raises `OSError` (EBUSY) where another writes already. An object store has no locks: there the caller answers
-        for nobody else writing.
+        Raises `OSError` (EBUSY) where another writes already, on this machine: locks may reach no further. An object
+        store has none. So the caller answers for nobody else writing.
         """
         ...
 

@@ -13,6 +13,7 @@ from .cache import read_manifest
 from .errors import CorruptCache
 from .files import Files, open_files
 from .layout import CONTENTS, SHARDS, commit_path, commit_unit, worker_name, worker_of
+from .leftovers import find_leftovers
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_json, to_bytes
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
@@ -60,6 +61,8 @@ class Status:
     seconds: float
     tokens_after_first: int
     workers: dict[tuple[int, int], WorkerRecord]
+    #: Names of what killed writers left, or of what live ones are at.
+    leftovers: tuple[str, ...]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -104,8 +107,7 @@ def record_names(files: Files) -> list[str]:
 
 def remove_records(files: Files) -> None:
     """Once the cache is final."""
-    for name in record_names(files):
-        files.remove(name)
+    files.remove(*record_names(files))
 
 
 def status(path: str | Path) -> Status:
@@ -128,6 +130,7 @@ def status(path: str | Path) -> Status:
         seconds=known[-1][0] - known[0][0] if len(known) > 1 else 0.0,
         tokens_after_first=sum(tokens for _, tokens in known[1:]),
         workers=read_records(files),
+        leftovers=find_leftovers(files, {c.folder for c in commits.values()}),
     )
 
 

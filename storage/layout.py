@@ -88,8 +88,13 @@ def temporary_name(base: str) -> str:
     return f"{base}.{uuid.uuid4().hex}{UNFINISHED}"
 
 
+def claim_name(base: str) -> str:
+    """The name of the file by which a process claims to create `base`: the same for all, and temporary."""
+    return f"{base}.{'0' * 32}{UNFINISHED}"
+
+
 def is_temporary(name: str) -> bool:
-    """Whether `temporary_name` gave this name."""
+    """Whether `temporary_name` or `claim_name` gave this name."""
     return _TEMPORARY.search(name) is not None
 
 

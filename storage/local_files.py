@@ -1,25 +1,26 @@
 """The files of a cache in a folder of a local or network file system.
 
-Owns durability there (fsync, hard links, flock), and that a file is created whole or not at all. What is unfinished has
-a name ending in .new beside the name it will get, so that nothing is renamed from one file system to another. Which
-links are followed `links` says: a folder that is changed is held by its descriptor, one that is read was asked about
-once. Must not know what the files mean.
+Owns durability there, and that a file is created whole or not at all. What is unfinished has a name ending in .new
+beside the name it will get, so that nothing is renamed from one file system to another. Nobody removes what another
+made but by `remove`: locks may stop at the machine, so that no writer can know that it is alone. Which links are
+followed `links` says: a folder that is changed is held by its descriptor, one that is read was asked about once; what
+a file system may refuse, `lesser_systems`. Must not know what the files mean.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError
-from .layout import LOCK, is_temporary, temporary_name
-from .links import LINKABLE, is_link, opened, refused
+from .layout import LOCK, temporary_name
+from .lesser_systems import lock_alone, lock_shared, name_first, sync_folder
+from .links import is_link, opened, refused
 
 MAX_PLAIN_FOLDERS = 65_536
 """Folders that are remembered to be no links."""
@@ -37,9 +38,10 @@ class LocalFiles:
         self.root = str(root)
         self._path = root.absolute()  # whoever changes the working directory later
         self._plain: set[str] = set()
+        self._made: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plain": set()}
+        return self.__dict__ | {"_plain": set(), "_made": set()}
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         with os.fdopen(self._descriptor(name), "rb") as f:
@@ -94,13 +96,10 @@ class LocalFiles:
         folder, base = _parted(name)
         with opened(self._path, folder) as at:
             with _written(at, base, data) as temporary:
-                try:
-                    os.link(temporary, base, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
-                    created = True
-                except FileExistsError:
+                created = name_first(at, temporary, base, self.root)
+                if not created:
                     self._check_plain(at, name)
-                    created = False
-            os.fsync(at)  # also for the loser, whose next file may name the winner's
+            sync_folder(at, self.root)  # also for the loser, whose next file may name the winner's
         return created
 
     def replace(self, name: str, data: bytes) -> None:
@@ -109,7 +108,7 @@ class LocalFiles:
             with _written(at, base, data) as temporary:
                 self._check_plain(at, name)
                 os.replace(temporary, base, src_dir_fd=at, dst_dir_fd=at)
-            os.fsync(at)
+            sync_folder(at, self.root)
 
     def publish(self, folder: str, files: Mapping[str, bytes]) -> None:
         above, base = _parted(folder)
@@ -117,7 +116,7 @@ class LocalFiles:
         with opened(self._path, above) as at:
             staging = temporary_name(base)
             try:
-                _write_tree(at, staging, files)
+                self._write_tree(at, staging, files)
                 try:
                     os.rename(staging, base, src_dir_fd=at, dst_dir_fd=at)
                 except OSError as error:
@@ -127,83 +126,72 @@ class LocalFiles:
                     self._settle(at, staging, folder, files)
             finally:
                 shutil.rmtree(staging, ignore_errors=True, dir_fd=at)
-            os.fsync(at)
+            sync_folder(at, self.root)
 
-    def remove(self, name: str) -> None:
-        folder, base = _parted(name)
-        try:
-            with opened(self._path, folder) as at:
-                mode = os.stat(base, dir_fd=at, follow_symlinks=False).st_mode
-                if stat.S_ISLNK(mode):
-                    raise refused(self._path, name)
-                _remove(at, base, mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+    def remove(self, *names: str) -> None:
+        for folder, group in groupby(names, key=lambda name: _parted(name)[0]):
+            with suppress(FileNotFoundError, NotADirectoryError), opened(self._path, folder) as at:
+                for name in group:
+                    self._remove(at, name)
+                sync_folder(at, self.root)
 
-    def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
+    def join(self) -> Callable[[], None]:
         handle = self._open_lock()
         try:
-            if _is_alone(handle):
-                self._tidy()
-                tidy()
-            fcntl.flock(handle, fcntl.LOCK_SH)  # with the other writers; waits only while one of them tidies
+            lock_shared(handle, self.root)
         except BaseException:
             os.close(handle)
             raise
-        return lambda: self._leave(handle, tidy)
+        return partial(os.close, handle)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """The writers' lock, held alone."""
         handle = self._open_lock()
         try:
-            if not _is_alone(handle):
+            if not lock_alone(handle, self.root):
                 raise OSError(errno.EBUSY, "another process is writing to this cache", self.root)
-            self._tidy()
             yield
         finally:
             os.close(handle)
 
-    def _leave(self, handle: int, tidy: Callable[[], None]) -> None:
-        try:
-            with suppress(OSError, CacheError):  # what is left now the next writer removes, or names as damaged
-                if _is_alone(handle):
-                    self._tidy()
-                    tidy()
-        finally:
-            os.close(handle)
-
-    def _tidy(self) -> None:
-        """Remove what killed writers left: nothing of it was ever named by a commit. What is a link nobody left."""
-        for folder in ("", LINKABLE):
-            with suppress(FileNotFoundError), opened(self._path, folder) as at:
-                for name in filter(is_temporary, _names(at)):
-                    with suppress(FileNotFoundError):
-                        mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
-                        if not stat.S_ISLNK(mode):
-                            _remove(at, name, mode)
+    def _remove(self, at: int, name: str) -> None:
+        base = _parted(name)[1]
+        with suppress(FileNotFoundError):
+            mode = os.stat(base, dir_fd=at, follow_symlinks=False).st_mode
+            if stat.S_ISLNK(mode):
+                raise refused(self._path, name)
+            if stat.S_ISDIR(mode):
+                shutil.rmtree(base, dir_fd=at)  # which follows no link, and refuses to begin at one
+            else:
+                os.unlink(base, dir_fd=at)
 
     def _open_lock(self) -> int:
         """A descriptor of the writers' lock, which dies with its process."""
         self._make("")
         with opened(self._path, "") as at:
             try:
-                return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=at)
+                return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=at)
             except OSError:
                 self._check_plain(at, LOCK)
                 raise
 
     def _make(self, folder: str) -> None:
-        """The root and a folder below it, each named durably in the one above."""
-        with suppress(FileExistsError):  # of a link, which `opened` looks at
-            self._path.mkdir(parents=True)
-            sync_path(Path(os.path.realpath(self._path)).parent)
+        """The root and a folder below it, each named durably in the one above, whoever made it."""
+        if not self._made:
+            _make_folders(self._path)
         above = ""
         for part in folder.split("/") if folder else ():
-            with opened(self._path, above) as at, suppress(FileExistsError):
-                os.mkdir(part, dir_fd=at)
-                os.fsync(at)
-            above = f"{above}/{part}" if above else part
+            below = f"{above}/{part}" if above else part
+            with opened(self._path, above) as at:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=at)
+                    self._made.discard(below)
+                if below not in self._made:  # its maker may have been killed before its sync
+                    sync_folder(at, self.root)
+            above = below
+            self._made.add(below)
+        self._made.add("")
 
     def _descriptor(self, name: str) -> int:
         """Of a plain file; one that is none (a pipe, a folder) is not there."""
@@ -244,6 +232,24 @@ class LocalFiles:
         """Raise `LinkRefused` where a name in an open folder is a link."""
         if is_link(_parted(name)[1], at):
             raise refused(self._path, name)
+
+    def _write_tree(self, at: int, folder: str, files: Mapping[str, bytes]) -> None:
+        """A new folder of files, all of it synced."""
+        os.mkdir(folder, dir_fd=at)
+        with _entered(at, folder) as inside:
+            made: dict[str, None] = {}
+            for name, data in files.items():
+                above = ""
+                for part in name.split("/")[:-1]:
+                    above = f"{above}/{part}" if above else part
+                    if above not in made:
+                        os.mkdir(above, dir_fd=inside)
+                        made[above] = None
+                _write_synced(inside, name, data)
+            for path in made:
+                with _entered(inside, path) as handle:
+                    sync_folder(handle, self.root)
+            sync_folder(inside, self.root)
 
     def _settle(self, at: int, staging: str, folder: str, files: Mapping[str, bytes]) -> None:
         """The folder was there already: another writer's with the same content, or what a crash left of one."""
@@ -303,32 +309,6 @@ def _walk(root: Path, folder: str, at: int) -> Iterator[tuple[str, int]]:
         yield name, found.st_size
 
 
-def _remove(at: int, name: str, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        shutil.rmtree(name, dir_fd=at)  # which follows no link, and refuses to begin at one
-    else:
-        os.unlink(name, dir_fd=at)
-
-
-def _write_tree(at: int, folder: str, files: Mapping[str, bytes]) -> None:
-    """A new folder of files, all of it synced."""
-    os.mkdir(folder, dir_fd=at)
-    with _entered(at, folder) as inside:
-        made: dict[str, None] = {}
-        for name, data in files.items():
-            above = ""
-            for part in name.split("/")[:-1]:
-                above = f"{above}/{part}" if above else part
-                if above not in made:
-                    os.mkdir(above, dir_fd=inside)
-                    made[above] = None
-            _write_synced(inside, name, data)
-        for path in made:
-            with _entered(inside, path) as handle:
-                os.fsync(handle)
-        os.fsync(inside)
-
-
 @contextmanager
 def _written(at: int, base: str, data: bytes) -> Iterator[str]:
     """The temporary name of a file with these bytes, which is gone at the end."""
@@ -360,32 +340,67 @@ def _check_bytes(at: int, name: str, data: bytes) -> None:
             raise OSError(errno.EIO, "reads back other than it was written", name)
 
 
-def _is_alone(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def replace_file(path: Path, data: bytes) -> None:
     """Create a local file or replace it, on the disk before this returns: whole or not at all, whatever is killed.
 
     A link at `path` is replaced, not followed; until then the file has a name that nobody else's file has.
     """
-    at = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _folder_of(path) as at:
         with _written(at, path.name, data) as temporary:
             os.replace(temporary, path.name, src_dir_fd=at, dst_dir_fd=at)
-        os.fsync(at)
-    finally:
-        os.close(at)
+        sync_folder(at, str(path.parent))
+
+
+def name_file(temporary: Path, path: Path) -> None:
+    """Give a local file that is written its name in the same folder, on the disk before this returns.
+
+    Raises FileExistsError where the name is taken.
+    """
+    sync_path(temporary)
+    with _folder_of(path) as at:
+        if not name_first(at, temporary.name, path.name, str(path.parent)):
+            raise FileExistsError(errno.EEXIST, "the file exists", str(path))
+        temporary.unlink(missing_ok=True)
+        sync_folder(at, str(path.parent))
 
 
 def sync_path(path: Path) -> None:
     """What was written to a local file, or which names a local folder has, is on the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            sync_folder(handle, str(path))
+        else:
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[int]:
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _make_folders(path: Path) -> None:
+    """A folder and those above it, each named durably in the one above before there is one below it.
+
+    So of those that are there only the last one's name may not be on the disk: who made it may have been killed.
+    """
+    folders = (path, *path.parents)
+    missing = list(takewhile(lambda folder: not folder.exists(), folders))
+    last = Path(os.path.realpath(folders[len(missing)]))
+    if os.access(last.parent, os.R_OK):  # who may not look into a folder cannot sync it
+        _sync_name(last, path)
+    for folder in reversed(missing):
+        with suppress(FileExistsError):  # of a link that leads nowhere, which `opened` looks at; or of another process
+            folder.mkdir()
+        _sync_name(folder, path)
+
+
+def _sync_name(path: Path, root: Path) -> None:
+    with _folder_of(path) as at:
+        sync_folder(at, str(root))

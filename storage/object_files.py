@@ -155,15 +155,17 @@ class ObjectFiles:
             _check_stored(fs, f"{path}/{folder}/{name}", data)
 
     @_as_os_error
-    def remove(self, name: str) -> None:
+    def remove(self, *names: str) -> None:
         fs, path = self._connect()
         fs.invalidate_cache()
-        target = f"{path}/{name}"
-        for found in [target] if fs.isfile(target) else fs.find(target):  # never fs.rm, which takes names for patterns
-            fs.rm_file(found)
+        for name in names:
+            target = f"{path}/{name}"
+            found = [target] if fs.isfile(target) else fs.find(target)
+            for each in found:  # never fs.rm, which takes names for patterns
+                fs.rm_file(each)
 
-    def join(self, tidy: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None  # there are no locks: nobody knows to be alone, so nobody tidies
+    def join(self) -> Callable[[], None]:
+        return lambda: None  # there are no locks
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Nothing, as there are no locks."""

@@ -20,10 +20,11 @@ from .files import Files, open_files
 from .identity import digest
 from .job_status import remove_records
 from .layout import commit_path, shard_path
+from .leftovers import remove_leftovers
 from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_bytes
 from .repack import Part, Pick, Source, pack
 from .shard import OpenShard
-from .writer import committed_units, pack_shard, publish_shard, tidy, unit_id, without_tokens, write_contents
+from .writer import committed_units, pack_shard, publish_shard, unit_id, without_tokens, write_contents
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
 
     wanted: sample ids, best as a set. dry_run: only say what would go. Shards that are wanted whole stay byte for byte,
     those of which nothing is wanted go, and of the others the wanted rows are packed into new shards. Needs the memory
-    of a few shards, and of all positions. No other process may write to the cache; on a local disk one that is about to
-    begin waits. Raises `IncompleteCache`; `IdentityMismatch` where nothing would be left; `CorruptCache` before
-    anything is changed for readers; `UnsupportedFormat`; `OSError`.
+    of a few shards, and of all positions. No other process may write to the cache; on this machine one that does is
+    found, and one that is about to begin waits. Raises `IncompleteCache`; `IdentityMismatch` where nothing would be
+    left; `CorruptCache` before anything is changed for readers; `UnsupportedFormat`; `OSError`.
     """
     files = open_files(path)
     manifest = read_manifest(files)
@@ -102,7 +103,7 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
 def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> PruneReport:
     plan = _plan(files, manifest, wanted)
     if not plan.removed:
-        tidy(files)
+        remove_leftovers(files)
         return _estimate(plan)
     shards, commits = dict(plan.kept), {unit: plan.commits[unit] for unit in plan.kept}
     for part in pack(_picks(files, manifest, plan), plan.max_positions):
@@ -112,10 +113,8 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
         commits[commit.unit] = commit
     remove_records(files)  # who had finished may have something to do again
     write_contents(files, dict(sorted(shards.items())))
-    for unit in plan.removed:
-        if unit not in shards:
-            files.remove(commit_path(unit))
-    tidy(files)
+    files.remove(*(commit_path(unit) for unit in plan.removed if unit not in shards))
+    remove_leftovers(files)  # the folders of those, and the older index, among them
     sizes = [sum(c.num_bytes for c in held.values()) for held in (plan.commits, commits)]
     return _report(plan, sizes[0] - sizes[1])
 

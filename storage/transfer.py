@@ -4,7 +4,6 @@ Must not make numbers finer than they are, nor hide how exact they are: a conver
 """
 
 import errno
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,7 +19,7 @@ from .cache import LogitCache
 from .configs import ConfigDifferences, as_spelt
 from .encoding import PRECISIONS, Columns, SampleTable, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
-from .files import open_files
+from .files import is_unfinished, name_file, open_files
 from .identity import sample_id
 from .layout import CONTENTS, MANIFEST, SHARDS, commit_units, temporary_name
 from .manifest import STORES, Manifest
@@ -224,7 +223,8 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     Columns: sample_id, token_ids, num_tokens_cut, positions, label_ids, label_logprobs, alternative_ids and
     alternative_logprobs (lists of lists, without what is absent), tail_logprobs, tail_group_logprobs (empty lists where
     the tail is not split); where the cache has draws tail_sample_ids and tail_sample_logprobs (empty lists where there
-    is no tail). Raises FileExistsError where the file is there.
+    is no tail). What a killed export to this very file left is removed, so one at a time. Raises FileExistsError where
+    the file is there.
     """
     path = Path(file)
     cache = LogitCache.open(source)
@@ -235,13 +235,16 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     schema = pa.schema([*_PARQUET_SCHEMA, *_PARQUET_DRAWS]) if capture.num_tail_samples else _PARQUET_SCHEMA
     if path.exists():
         raise FileExistsError(errno.EEXIST, "the file exists", str(path))
+    for left in path.parent.glob("*"):
+        if is_unfinished(left.name, path.name):
+            left.unlink()
     temporary = path.with_name(temporary_name(path.name))
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             while group := list(islice(samples, group_size)):
                 writer.write_batch(_parquet_rows(group, schema))
                 num_rows += len(group)
-        os.link(temporary, path)
+        name_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return num_rows

@@ -4,7 +4,7 @@ Owns the full check; `LogitCache` checks the same things for what it reads. What
 is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .identity import sample_id
 from .index import SampleIndex, index_file
 from .job_status import record_names
 from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_index, shard_path
+from .leftovers import remove_leftovers
 from .manifest import Contents, Manifest, ShardCommit, read_json
 from .shard import OpenShard
 
@@ -63,6 +64,8 @@ class RepairReport:
     dropped: tuple[str, ...]
     #: Whether the cache has to be finished by precompute again.
     is_incomplete: bool
+    #: Names of what killed writers had left, and of the folders of dropped shards: all of it is removed.
+    leftovers: tuple[str, ...] = ()
 
 
 def verify(path: str | Path) -> VerifyReport:
@@ -109,14 +112,17 @@ def verify(path: str | Path) -> VerifyReport:
 def repair(path: str | Path) -> RepairReport:
     """Drop every shard that is bad, and where there is one the contents, so that precompute makes only those again.
 
-    No other process may write to the cache. Until precompute has run, readers see an incomplete cache and no wrong one.
-    Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad; `LinkRefused`, and
-    nothing is dropped, where anything that it would read or remove is a symbolic link that is not followed.
+    What killed writers left is removed. No other process may write to the cache, on any machine: on this one, one that
+    does is found, and `OSError` (EBUSY) raised. Until precompute has run, readers see an incomplete cache and no
+    wrong one. Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad;
+    `LinkRefused`, and nothing is dropped, where anything that it would read or remove is a symbolic link that is not
+    followed.
     """
     files = open_files(path)
     manifest = read_manifest(files)
     with files.exclusive():
-        return _repair(files, manifest)
+        report = _repair(files, manifest)
+        return replace(report, leftovers=remove_leftovers(files))
 
 
 def _repair(files: Files, manifest: Manifest) -> RepairReport:
@@ -141,8 +147,7 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     gone += [commit_path(unit) for unit in dropped]
     for name in gone:
         files.exists(name)  # before anything is removed: it raises where that is a link
-    for name in gone:
-        files.remove(name)
+    files.remove(*(name for name in gone if not is_index(name)))  # which go after the contents that name them
     return RepairReport(tuple(dropped), True)
 
 

@@ -2,14 +2,16 @@
 
 A shard is encoded and decoded again in memory, made durable under a name that says its content, and only then committed
 by shards/<unit>.json, created only if absent: of several writers of one unit the first wins. `finalize` writes the
-index and contents.json; before it, readers see no cache, and after it, exactly what it lists. Any number may write.
+index and contents.json; before it, readers see no cache, and after it, exactly what it lists. Any number may write, on
+machines that see no lock of one another, so none removes what another made; what is left then `leftovers` lists.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,8 +34,6 @@ from .layout import (
     UNFINISHED,
     commit_path,
     commit_units,
-    is_index,
-    is_shard_folder,
     shard_path,
 )
 from .manifest import (
@@ -50,6 +50,8 @@ from .manifest import (
 )
 from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
 from .shard import BACKENDS, OpenShard
+
+T = TypeVar("T")
 
 TABLES_AT_ONCE = 16
 """Sample tables that are read from an object store at once."""
@@ -80,7 +82,7 @@ class CacheWriter:
         self.path, self.configs = self._files.root, configs
         _matching_manifest(self._files, manifest, configs)
         partition = _packed_groups(manifest, token_groups)
-        self._leave = self._files.join(self._tidy)
+        self._leave = self._files.join()
         try:
             if partition:
                 self._files.create(TOKEN_GROUPS, partition)
@@ -108,7 +110,7 @@ class CacheWriter:
         self._leave()
 
     def abandon(self) -> None:
-        """Cease without tidying up, when the process closes: a thread of it may still be writing."""
+        """Cease when the process ends, and not before: a thread of it may still be writing."""
         self._leave = lambda: None
 
     @property
@@ -133,7 +135,7 @@ class CacheWriter:
         """What every committed shard holds, when first asked, and what this writer commits from then on."""
         if self._captured is None:
             self._captured = Captured(lambda unit: self._read_table(unit)[1])
-            for unit, (checksum, table) in self._read_tables(self._units()):
+            for unit, (checksum, table) in self._of_each(self._units(), self._read_table):
                 self._tables[unit] = checksum, without_tokens(table)
                 self._captured.add(unit, table)
         return self._captured
@@ -190,12 +192,12 @@ class CacheWriter:
     def finalize(self) -> Contents:
         """Make the committed shards the contents of the cache, in one atomic step.
 
-        Where another writer commits meanwhile it is done again, so that whoever is last lists everything.
+        The record and the files of every one are looked at first, also of those that were written here. Where another
+        writer commits meanwhile it is done again, so that whoever is last lists everything. Raises `CorruptCache`.
         """
         while True:
             units = self._units()
-            for unit, (checksum, table) in self._read_tables([u for u in units if u not in self._tables]):
-                self._tables[unit] = checksum, without_tokens(table)
+            self._tables |= self._of_each(units, self._table_now)
             contents = write_contents(self._files, {unit: self._tables[unit] for unit in units})
             if self._units() == units:
                 break
@@ -204,18 +206,29 @@ class CacheWriter:
     def _units(self) -> list[str]:
         return committed_units(self._files)
 
-    def _read_tables(self, units: Sequence[str]) -> Iterator[tuple[str, tuple[str, SampleTable]]]:
-        """The checksums of commit records, and the sample tables of their shards; of an object store many at once,
-        since each of them is several requests one after the other."""
+    def _of_each(self, units: Sequence[str], call: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+        """What a call that reads a shard gives of each; of an object store many at once, since each of them is several
+        requests one after the other."""
         if self._files.is_local:
-            yield from ((unit, self._read_table(unit)) for unit in units)
+            yield from ((unit, call(unit)) for unit in units)
             return
         with ThreadPoolExecutor(TABLES_AT_ONCE) as pool:
             for start in range(0, len(units), TABLES_AT_ONCE):
                 part = units[start : start + TABLES_AT_ONCE]
-                yield from zip(part, pool.map(self._read_table, part), strict=True)
+                yield from zip(part, pool.map(call, part), strict=True)
 
     def _read_table(self, unit: str) -> tuple[str, SampleTable]:
+        """The checksum of a commit record, and the sample table of its shard, all of whose files are there."""
+        checksum, shard = self._look_at(unit)
+        return checksum, shard.table()
+
+    def _table_now(self, unit: str) -> tuple[str, SampleTable]:
+        """The same without tokens. Of a shard that is known its record and its files are looked at again."""
+        checksum, shard = self._look_at(unit)
+        known = self._tables.get(unit)
+        return known if known is not None and known[0] == checksum else (checksum, without_tokens(shard.table()))
+
+    def _look_at(self, unit: str) -> tuple[str, OpenShard]:
         data = read_bytes(self._files, commit_path(unit))
         commit = from_bytes(ShardCommit, data, f"{self.path}/{commit_path(unit)}")
         self._chat_templates.add(commit.chat_template)
@@ -225,10 +238,7 @@ class CacheWriter:
             if sizes.get(file.name) != file.size:
                 found = f"found {sizes[file.name]}" if file.name in sizes else "the file is missing"
                 raise corrupt(f"{shard.files.where}/{file.name}", f"expected {file.size} bytes, {found}")
-        return digest(data), shard.table()
-
-    def _tidy(self) -> None:
-        tidy(self._files)
+        return digest(data), shard
 
     def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
         """The rows of all samples in order, a few thousand at once. Raises `InvalidRecord`."""
@@ -288,20 +298,6 @@ def write_contents(files: Files, shards: Mapping[str, tuple[str, SampleTable]]) 
     contents = Contents(manifest, sum(len(table) for _, table in shards.values()), index, entries)
     files.replace(CONTENTS, to_bytes(contents))
     return contents
-
-
-def tidy(files: Files) -> None:
-    """Remove what nothing names, while nobody else writes: older indexes, and shards that were never committed."""
-    if files.exists(CONTENTS):
-        index = read_json(Contents, files, CONTENTS).index.name
-        for name in files.names(""):
-            if is_index(name) and name != index:
-                files.remove(name)
-    names = files.names(SHARDS)
-    committed = {read_json(ShardCommit, files, commit_path(unit)).folder for unit in commit_units(names)}
-    for name in names:
-        if is_shard_folder(name) and name not in committed:
-            files.remove(shard_path(name))
 
 
 def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:

@@ -44,6 +44,12 @@ def status(cache: str, as_json: bool) -> None:
         click.echo(f"  worker {index} of {num}: {_worker_line(worker)}")
         for failure in worker.failures:
             click.echo(f"    failed: {failure}")
+    if found.leftovers:
+        click.echo(
+            f"  left over    {len(found.leftovers):,} files or folders (--json names them), of killed writers, or what "
+            "live ones are at"
+        )
+        click.echo("               `logitcache repair` removes them: run it when no writer is alive on any machine")
 
 
 def _worker_line(worker: "WorkerRecord") -> str:
@@ -79,6 +85,7 @@ def _facts(cache: str, found: "Status") -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second,
         "seconds_left": None if found.is_final else _seconds_left(found),
         "workers": workers,
+        "leftovers": list(found.leftovers),
     }
 
 

@@ -414,15 +414,15 @@ def test_a_cache_that_another_writes_to_is_refused(path: Path, store: str, monke
         prune(path, ids(THREE[0]))
     assert lasting(path) == before
     other = CacheWriter(path, make_manifest(store))
-    is_alone = local_files._is_alone
+    lock_alone = local_files.lock_alone
 
-    def asked(handle: int) -> bool:
-        was_alone = is_alone(handle)
+    def asked(handle: int, root: str) -> bool:
+        was_alone = lock_alone(handle, root)
         monkeypatch.undo()
         other.close()
         return was_alone
 
-    monkeypatch.setattr(local_files, "_is_alone", asked)
+    monkeypatch.setattr(local_files, "lock_alone", asked)
     with pytest.raises(OSError, match="another process is writing"):
         prune(path, ids(THREE[0]))  # alone once it was refused: too late
     assert lasting(path) == before

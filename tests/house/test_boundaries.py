@@ -18,7 +18,8 @@ STORAGE_ROOMS = {
     "identity": {"configs"},
     "layout": set(),
     "links": {"errors", "layout"},
-    "local_files": {"errors", "layout", "links"},
+    "lesser_systems": {"layout"},
+    "local_files": {"layout", "lesser_systems", "links"},
     "object_files": {"errors"},
     "files": {"errors", "layout", "local_files", "object_files"},
     "encoding": {"errors", "identity", "records"},
@@ -32,7 +33,8 @@ STORAGE_ROOMS = {
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
     "cache": {"backend", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
     "captured_index": {"encoding", "identity"},
-    "job_status": {"cache", "errors", "files", "layout", "manifest"},
+    "leftovers": {"errors", "files", "layout", "manifest"},
+    "job_status": {"cache", "errors", "files", "layout", "leftovers", "manifest"},
     "writer": {
         "backend",
         "cache",
@@ -49,7 +51,8 @@ STORAGE_ROOMS = {
         "shard",
     },
     "verify": {
-        *("cache", "encoding", "errors", "files", "identity", "index", "job_status", "layout", "manifest", "shard"),
+        *("cache", "encoding", "errors", "files", "identity", "index", "job_status", "layout", "leftovers", "manifest"),
+        "shard",
     },
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
@@ -73,6 +76,7 @@ STORAGE_ROOMS = {
         "files",
         "identity",
         "layout",
+        "leftovers",
         "manifest",
         "repack",
         "shard",

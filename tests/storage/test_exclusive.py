@@ -41,7 +41,7 @@ def test_others_wait_until_its_end_however_it_ends(tmp_path: Path) -> None:
 
 def test_beside_a_writer_or_another_one_it_is_refused(tmp_path: Path) -> None:
     files = open_files(tmp_path)
-    leave = files.join(lambda: None)
+    leave = files.join()
     with pytest.raises(OSError, match="another process is writing") as refusal, files.exclusive():
         raise AssertionError("two writers")
     assert refusal.value.errno == errno.EBUSY and refusal.value.filename == str(tmp_path)
@@ -51,17 +51,31 @@ def test_beside_a_writer_or_another_one_it_is_refused(tmp_path: Path) -> None:
     assert may_join(tmp_path)
 
 
-def test_it_begins_with_removing_what_killed_writers_left(tmp_path: Path) -> None:
+def test_nobody_who_begins_removes_what_others_left(tmp_path: Path) -> None:
     left = tmp_path / f"contents.json.{'0' * 32}.new"
     left.write_bytes(b"half")
-    with open_files(tmp_path).exclusive():
-        assert not left.exists()
+    files = open_files(tmp_path)
+    files.join()()
+    with files.exclusive():
+        assert left.exists()
+    assert left.exists()
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_the_lock_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    """A group that shares a cache shares its lock."""
+    before = os.umask(umask)
+    try:
+        open_files(tmp_path / "cache").join()()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache" / "writer.lock").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_what_is_local_has_a_lock() -> None:
     local, remote = open_files("cache"), open_files("memory://exclusive-test/cache")
     assert local.is_local and not remote.is_local
-    leave = remote.join(lambda: None)
+    leave = remote.join()
     with remote.exclusive(), remote.exclusive():
         remote.replace("a", b"x")
     leave()

@@ -166,10 +166,10 @@ def test_a_writer_that_loses_the_race_to_create_a_cache_checks_the_identity(
 ) -> None:
     join = LocalFiles.join
 
-    def late(files: LocalFiles, tidy: Callable[[], None]) -> Callable[[], None]:
+    def late(files: LocalFiles) -> Callable[[], None]:
         monkeypatch.undo()
         write_cache(path, store, SHARDS)  # another process, between the check and the lock
-        return join(files, tidy)
+        return join(files)
 
     other = other_identities(store)["model.weights"]
     monkeypatch.setattr(LocalFiles, "join", late)

@@ -116,7 +116,9 @@ def test_a_new_cache_is_written_into_a_link_that_was_there_first(path: Path, els
     assert {p.suffix for p in elsewhere.iterdir()} == {".json", ""}
 
 
-def test_what_a_killed_writer_left_behind_the_link_is_tidied(written: Path, elsewhere: Path, store: str) -> None:
+def test_what_a_killed_writer_left_behind_the_link_is_removed_by_repair(
+    written: Path, elsewhere: Path, store: str
+) -> None:
     move(written / "shards", elsewhere / "shards")
     before = tree(elsewhere)
     unit, digits = "0" * 32, "1" * 16
@@ -124,6 +126,7 @@ def test_what_a_killed_writer_left_behind_the_link_is_tidied(written: Path, else
     (elsewhere / "shards" / f"{unit}.json.{unit}.new").write_bytes(b"half")
     (elsewhere / "shards" / f"{unit}-{digits}").mkdir()
     CacheWriter(written, make_manifest(store)).close()
+    assert tree(elsewhere) != before and len(repair(written).leftovers) == 3
     assert tree(elsewhere) == before
     assert {p.name for p in (elsewhere / "shards").iterdir() if "." in p.name} == {f"{u}.json" for u in units(written)}
 

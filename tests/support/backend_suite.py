@@ -41,11 +41,13 @@ from logitcache.storage import (
     IncompleteCache,
     LogitCache,
     NotACache,
+    RepairReport,
     SampleNotCached,
     repair,
     verify,
 )
 from logitcache.storage.files import LocalFiles
+from logitcache.storage.job_status import status
 
 
 def is_final(writer: CacheWriter) -> bool:
@@ -288,13 +290,27 @@ class BackendTests:
             f"shards/{'0' * 32}-{'0' * 16}/data",
         ],
     )
-    def test_leftovers_of_a_killed_run_vanish(self, path: Path, pristine: Path, store: str, leftover: str) -> None:
+    def test_leftovers_of_a_killed_run_are_listed_and_removed_by_repair_alone(
+        self, path: Path, pristine: Path, store: str, leftover: str
+    ) -> None:
+        """A writer cannot know that they are not of one that is alive on another machine."""
         with CacheWriter(path, make_manifest(store)) as writer:
             writer.commit(SHARDS[0])
         (path / leftover).parent.mkdir(parents=True, exist_ok=True)
         (path / leftover).write_bytes(b"half")
         write_cache(path, store, SHARDS)
+        assert lasting(path) == {**lasting(pristine), leftover: b"half"}
+        (left,) = status(path).leftovers
+        assert leftover == left or leftover.startswith(f"{left}/")
+        assert repair(path) == RepairReport((), False, (left,)) and status(path).leftovers == ()
         assert lasting(path) == lasting(pristine)
+
+    def test_older_indexes_are_listed_and_removed_by_repair_alone(self, written: Path, store: str) -> None:
+        (older,) = written.glob("index-*.npy")
+        write_cache(written, store, make_shards(14, [[21, 600]]))
+        assert status(written).leftovers == (older.name,) and older.is_file()
+        assert repair(written).leftovers == (older.name,) and not older.exists()
+        assert len(cache_bits(written)) == 7 and verify(written).is_intact
 
     def test_a_run_killed_before_its_manifest_was_committed_starts_again(self, path: Path, store: str) -> None:
         (path / "shards").mkdir(parents=True)
@@ -302,7 +318,7 @@ class BackendTests:
         (path / f"manifest.json.{'0' * 32}.new").write_bytes(b"half")
         refused(NotACache, "not-a-cache", lambda: LogitCache.open(path))
         write_cache(path, store, SHARDS)
-        assert f"manifest.json.{'0' * 32}.new" not in tree(path)
+        assert repair(path).leftovers == (f"manifest.json.{'0' * 32}.new",)
         assert len(cache_bits(path)) == 5
 
     def test_an_uncommitted_shard_folder_does_not_exist(self, written: Path, store: str) -> None:
@@ -336,7 +352,18 @@ class BackendTests:
                 other.commit(SHARDS[0])
                 assert work.is_dir() and f"shards/half.json.{'0' * 32}.new" in tree(path)
         with CacheWriter(path, make_manifest(store)):
-            assert not work.exists() and f"shards/half.json.{'0' * 32}.new" not in tree(path)
+            assert work.is_dir() and f"shards/half.json.{'0' * 32}.new" in tree(path)
+
+    @pytest.mark.parametrize("known", [True, False], ids=["written here", "read here"])
+    def test_who_finalises_looks_at_the_files_of_every_shard(self, path: Path, store: str, known: bool) -> None:
+        """So that nobody reports success where a shard was lost."""
+        with CacheWriter(path, make_manifest(store)) as writer:
+            commits = [writer.commit(shard) for shard in SHARDS]
+            last = writer if known else CacheWriter(path, make_manifest(store))
+            self.largest_file(path, SHARDS[1]).unlink()
+            assert commits[1].folder in refused(CorruptCache, "corrupt", last.finalize)
+            assert not (path / "contents.json").exists()
+            last.close()
 
     def test_of_two_writers_of_one_unit_the_first_wins_and_the_other_leaves_nothing(
         self, path: Path, store: str, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from support.tiny_model import text_rows
 
 from logitcache.cli import cli, run
 from logitcache.storage.checked_json import sealed
+from logitcache.storage.job_status import status
 
 Rows = list[dict[str, Any]]
 Edit = Callable[[Path], object]
@@ -133,9 +134,10 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def cache_bytes(cache: Path) -> dict[str, bytes | None]:
-    """What a cache is made of: manifest, contents, index, shards."""
-    names = ("manifest.json", "contents.json", "index-", "shards")
-    return {n: b for n, b in snapshot(cache).items() if n.startswith(names)}
+    """What a cache is made of: manifest, contents, index, shards; without what `status` calls left over."""
+    names, left = ("manifest.json", "contents.json", "index-", "shards"), status(cache).leftovers
+    gone = {n for n in snapshot(cache) for name in left if n == name or n.startswith(f"{name}/")}
+    return {n: b for n, b in snapshot(cache).items() if n.startswith(names) and n not in gone}
 
 
 def commits(cache: Path) -> list[Path]:

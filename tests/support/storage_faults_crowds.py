@@ -7,7 +7,6 @@ lose what it committed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from support.storage_faults import (
+    LENGTHS,
     SAME,
     Bits,
     Counts,
@@ -33,7 +33,7 @@ from support.storage_faults import (
 )
 from support.storage_faults_writers import Steps, chosen, count_steps
 
-from logitcache.storage import CachedSample, CacheWriter, IncompleteCache, LogitCache, NotACache, verify
+from logitcache.storage import CachedSample, CacheWriter, IncompleteCache, LogitCache, NotACache, repair, verify
 
 Shards = Sequence[Sequence[CachedSample]]
 
@@ -41,9 +41,9 @@ Shards = Sequence[Sequence[CachedSample]]
 class Versions:
     """The same tokens and positions with slightly different numbers, as nondeterministic GPUs give them."""
 
-    def __init__(self, store: str, folder: Path, num: int) -> None:
+    def __init__(self, store: str, folder: Path, num: int, lengths: Sequence[Sequence[int]] = LENGTHS) -> None:
         self.manifest = manifest_for(store, "exact")
-        self.shards = [samples_of(7, version) for version in range(num)]
+        self.shards = [samples_of(7, version, lengths=lengths) for version in range(num)]
         alone = [write(folder / f"alone-{v}", self.manifest, shards) for v, shards in enumerate(self.shards)]
         self.bits = [_by_tokens(path) for path in alone]
 
@@ -89,7 +89,7 @@ def meeting_writers(store: str, folder: Path, counts: Counts) -> Iterator[Tally]
             met: list[int] = []
 
             def other(at: int, _: str, number: int = number, second: Shards = second, met: list[int] = met) -> None:
-                if at == number and not is_locked(path):
+                if at == number:
                     met.append(number)
                     if second:
                         write(path, versions.manifest, second)
@@ -102,18 +102,6 @@ def meeting_writers(store: str, folder: Path, counts: Counts) -> Iterator[Tally]
             if met:
                 tally.add(f"{number} {moments[number]}", seen)
         yield tally
-
-
-def is_locked(path: Path) -> bool:
-    """Whether someone tidies, so that another writer would wait for it: forever, where it is the same process."""
-    if not (path / "writer.lock").exists():
-        return False
-    with (path / "writer.lock").open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def crowds(store: str, folder: Path, counts: Counts) -> Iterator[Tally]:
@@ -143,8 +131,8 @@ def crowds(store: str, folder: Path, counts: Counts) -> Iterator[Tally]:
             write(path, versions.manifest, versions.shards[0])
             last = versions.judge(path)
             seen = last if last is not SAME else seen
-            if list(path.rglob("*.new")):
-                seen = Seen("defect", "a last writer leaves files of those that died")
+            if repair(path).is_incomplete or list(path.rglob("*.new")):
+                seen = Seen("defect", "repair leaves files of those that died, or drops what is whole")
         tally.add(f"round {number}: {num} writers, {len(victims)} to be killed", seen)
     yield tally
 

@@ -2,7 +2,7 @@
 
 A *step* is a call that changes what is on the disk, with a moment before it and one after, and for a write one in the
 middle. `Steps` counts these moments in this process; what happens at one is up to the fault. Whatever happened, a new
-writer must end with the bytes of an undisturbed run, and no reader may see other numbers meanwhile.
+writer and a repair must end with the bytes of an undisturbed run, and no reader may see other numbers meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from support.storage_faults import (
     write,
 )
 
-from logitcache.storage import CachedSample, CacheWriter, IncompleteCache, NotACache
+from logitcache.storage import CachedSample, CacheWriter, IncompleteCache, NotACache, RepairReport, repair
 
 CALLS = ("fsync", "link", "rename", "replace", "unlink", "rmdir", "mkdir")
 LOOKS = ("listdir", "scandir", "stat", "open")
@@ -153,6 +153,7 @@ class Scene:
         self.reset(undisturbed)
         self.before = read_all(self.start) if grows else None
         self.moments = count_steps(partial(write, undisturbed, self.manifest, self.shards))
+        repair(undisturbed)  # of the index of the contents before
         self.after, self.files = read_all(undisturbed), tree(undisturbed)
 
     def reset(self, path: Path) -> Path:
@@ -182,6 +183,10 @@ class Scene:
         return self.compare(seen)
 
     def compare(self, seen: Seen) -> Seen:
+        """Once what the dead left is removed, which no writer does."""
+        repaired, report = attempt(partial(repair, self.path), self.path)
+        if not isinstance(report, RepairReport) or report.is_incomplete:
+            return Seen("defect", f"repair, where all is whole: {repaired.what or report}"[:300])
         found = tree(self.path)
         if found != self.files:
             names = sorted(n for n in found.keys() | self.files.keys() if found.get(n) != self.files.get(n))
@@ -298,7 +303,6 @@ def _failing(scene: Scene, at: int, error: Exception) -> Seen:
     final = scene.judge()
     if final is not SAME:
         return Seen("wrong", f"the writer reported success, but {final.what}")
-    CacheWriter(scene.path, scene.manifest, GROUPS).close()  # tidies where it was the tidying that failed
     return scene.compare(seen[0] if seen else SAME)
 
 

@@ -251,8 +251,14 @@ def tree(path: Path | str) -> dict[str, bytes]:
 
 
 def lasting(path: Path | str) -> dict[str, bytes]:
-    """The files that make a finished cache, and any stray file: all but the lock, which holds nothing."""
-    return {name: data for name, data in tree(path).items() if name != "writer.lock"}
+    """The files that make a finished cache, and any stray file.
+
+    All but the lock, which holds nothing, and the indexes of earlier contents, which stay until a repair.
+    """
+    found = tree(path)
+    contents = found.get("contents.json", b"")
+    older = {name for name in found if name.startswith("index-") and name.encode() not in contents}
+    return {name: data for name, data in found.items() if name != "writer.lock" and not (contents and name in older)}
 
 
 def refused(error: type[CacheError], reason: str, call: Callable[[], object]) -> str:
