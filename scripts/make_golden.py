@@ -1,4 +1,4 @@
-"""Write the golden caches of format version 1, which every later reader must read: tests/golden, and tests/golden_draws
+"""Write the golden caches of format version 2, which every later reader must read: tests/golden, and tests/golden_draws
 with draws from the tail, of the feature `tail-samples`.
 
     python scripts/make_golden.py [--replace] [--draws] [folder]
@@ -26,10 +26,13 @@ from logitcache.storage import (
     CachedSample,
     CacheWriter,
     CaptureIdentity,
+    DataSet,
     Manifest,
     ModelIdentity,
     TokenizerIdentity,
 )
+from logitcache.storage import sample_id as id_of
+from logitcache.storage.data_sets import joined, runs_of
 from logitcache.storage.layout import LOCK
 
 VOCAB, TOP_K, NUM_GROUPS, NUM_DRAWS = 40, 5, 2, 6
@@ -39,16 +42,17 @@ GROUPS = (np.arange(VOCAB) % NUM_GROUPS).astype(np.uint8)
 PRECISIONS = {"exact": 0.0, "fine": 1 / 64}
 CACHES = {f"{store}{'' if p == 'fine' else '-' + p}": (store, p) for p in PRECISIONS for store in ("zarr", "arrow")}
 
-README = """# Golden caches of format version 1{title}
+README = """# Golden caches of format version 2{title}
 
 Written once by `python scripts/make_golden.py{option}` with
 {versions}.
-They are never written again for version 1, since caches of users cannot be either: what
+They are never written again for version 2, since caches of users cannot be either: what
 `tests/storage/test_golden.py` finds wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes
 their bytes; other versions of the codecs may write the same numbers as other bytes.
 
 `zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
-two shards, a sample captured in both, rows with fewer than K alternatives or none, tails and groups of nothing.
+two shards, a sample captured in both, rows with fewer than K alternatives or none, tails and groups of nothing; two
+data sets that share a sample, one with positions of a prompt at which cross-entropy does not count.
 `expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
 `CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
 """
@@ -158,6 +162,38 @@ def make_shards(num_draws: int) -> list[list[CachedSample]]:
     ]
 
 
+def make_data_sets(shards: list[list[CachedSample]]) -> list[dict[str, Any]]:
+    """Two that share a sample; in one, positions of a prompt at which cross-entropy does not count."""
+    (first, second), (short, again, last) = shards
+    union = np.union1d(first.logprobs.positions, again.logprobs.positions)
+    parts = {
+        "golden/données.jsonl": [(first, union, union >= 4), (second, second.logprobs.positions, None)],
+        "owner/prompts": [(s, s.logprobs.positions, None) for s in (last, second, short)],
+    }
+    return [
+        {
+            "name": name,
+            "samples": [
+                {
+                    "token_ids": s.token_ids.tolist(),
+                    "positions": at.tolist(),
+                    "cross_entropy": [True] * len(at) if counts is None else counts.tolist(),
+                }
+                for s, at, counts in samples
+            ],
+        }
+        for name, samples in parts.items()
+    ]
+
+
+def packed(plain_set: dict[str, Any]) -> DataSet:
+    """As the writer takes it."""
+    samples = plain_set["samples"]
+    ids = [id_of(np.array(s["token_ids"], dtype=np.uint32)) for s in samples]
+    runs = runs_of(ids, [np.array(s["positions"]) for s in samples], [np.array(s["cross_entropy"]) for s in samples])
+    return joined(plain_set["name"], [runs])
+
+
 def numbers(values: NDArray[np.float32]) -> list[Any]:
     return [numbers(v) if isinstance(v, np.ndarray) else None if np.isneginf(v) else float(v) for v in values]
 
@@ -201,18 +237,20 @@ def main() -> None:
         parser.error(f"{folder} has golden caches, which are made once. See its README.md.")
     folder.mkdir(parents=True, exist_ok=True)
     shards = make_shards(num_draws)
+    data_sets = make_data_sets(shards)
     for name, (store, precision) in CACHES.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         with CacheWriter(folder / name, make_manifest(store, precision, num_draws), GROUPS) as writer:
             for shard in shards:
                 writer.commit(shard)
-            writer.finalize()
+            writer.finalize([packed(data_set) for data_set in data_sets])
         (folder / name / LOCK).unlink(missing_ok=True)
     expected = {
         "vocab_size": VOCAB,
         "top_k": TOP_K,
         "token_groups": GROUPS.tolist(),
         "shards": [[plain(sample) for sample in shard] for shard in shards],
+        "data_sets": data_sets,
     }
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     (folder / ".gitattributes").write_text("* -text\n", encoding="utf-8")

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .cache import LogitCache
+from .data_sets import kept_apart
 from .encoding import PRECISIONS, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
 from .files import open_files
@@ -53,7 +54,8 @@ def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
     """A cache with the shards of all sources, byte for byte. A shard that several of them hold is taken once.
 
     sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
-    gains. Raises `IdentityMismatch` with what differs before anything is written, and what reading and writing raise.
+    gains. All data sets are kept; where two of one name differ, the later one is called `name (2)`. Raises
+    `IdentityMismatch` with what differs before anything is written, and what reading and writing raise.
     """
     if not sources:
         raise ValueError("merge: expected one source or more")
@@ -68,13 +70,15 @@ def merge(sources: Sequence[str | Path], target: str | Path) -> LogitCache:
                 "`logitcache convert` changes store and precision."
             )
     with CacheWriter(target, first.manifest, first.token_groups()) as writer:
-        if not open_files(target).exists(CONTENTS):
+        there = [LogitCache.open(target)] if open_files(target).exists(CONTENTS) else []
+        if not there:
             _check_own(target, caches)
+        data_sets = [cache.data_set(entry) for cache in (*there, *caches) for entry in cache.data_sets]
         for cache in caches:
             for shard in cache.shards():
                 commit = shard.commit
                 writer.adopt(commit, {file.name: shard.files.file(file.name) for file in commit.files})
-        writer.finalize()
+        writer.finalize(kept_apart(data_sets))
     return LogitCache.open(target)
 
 
@@ -133,7 +137,7 @@ def convert(
             if manifest.capture.precision != capture.precision:
                 columns = encode(record, manifest.capture)
             writer.commit_columns(table, columns, shard.commit.kept_mass)
-        writer.finalize()
+        writer.finalize([cache.data_set(entry) for entry in cache.data_sets])
     return LogitCache.open(target)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
 from .captured_index import Captured
+from .data_sets import DataSet, known_data_sets, record_of, write_data_set
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import Files, open_files
@@ -31,13 +32,16 @@ from .layout import (
     UNFINISHED,
     commit_path,
     commit_units,
+    is_data_file,
     is_index,
     is_shard_folder,
     shard_path,
 )
 from .manifest import (
+    MAX_DATA_SETS,
     WRITER_FEATURES,
     Contents,
+    DataSetEntry,
     Manifest,
     ShardCommit,
     ShardEntry,
@@ -111,11 +115,16 @@ class CacheWriter:
 
     @property
     def is_final(self) -> bool:
-        """Whether the contents list every committed shard, and their index is there."""
+        """Whether the contents list every committed shard and every data set, and their index is there."""
         if not self._files.exists(CONTENTS):
             return False
         contents = read_json(Contents, self._files, CONTENTS)
-        return [e.unit for e in contents.shards] == self._units() and self._files.exists(contents.index.name)
+        listed = [e.unit for e in contents.shards], contents.data_sets
+        return listed == (self._units(), known_data_sets(self._files)) and self._files.exists(contents.index.name)
+
+    def holds(self, data_set: DataSet) -> bool:
+        """Whether the contents list exactly this data set under its name, and every shard there is."""
+        return record_of(self._files, data_set.name) == data_set.packed()[0] and self.is_final
 
     def captured(self) -> Captured:
         """What every committed shard holds, when first asked, and what this writer commits from then on."""
@@ -166,17 +175,20 @@ class CacheWriter:
             return self._read_commit(commit.unit)
         return self._publish(commit, files)
 
-    def finalize(self) -> Contents:
+    def finalize(self, data_sets: Sequence[DataSet] = ()) -> Contents:
         """Make the committed shards the contents of the cache, in one atomic step.
 
-        Where another writer commits meanwhile it is done again, so that whoever is last lists everything.
+        data_sets: each in place of the one of its name; those of other names stay. Where another writer commits
+        meanwhile it is done again, so that whoever is last lists everything.
         """
+        for data_set in data_sets:
+            write_data_set(self._files, data_set)
         while True:
-            units = self._units()
+            units, known = self._units(), known_data_sets(self._files)
             for unit, (checksum, table) in self._read_tables([u for u in units if u not in self._tables]):
                 self._tables[unit] = checksum, without_tokens(table)
-            contents = write_contents(self._files, {unit: self._tables[unit] for unit in units})
-            if self._units() == units:
+            contents = write_contents(self._files, {unit: self._tables[unit] for unit in units}, known)
+            if (self._units(), known_data_sets(self._files)) == (units, known):
                 break
         return contents
 
@@ -252,26 +264,37 @@ def committed_units(files: Files) -> list[str]:
     return commit_units(files.names(SHARDS))
 
 
-def write_contents(files: Files, shards: Mapping[str, tuple[str, SampleTable]]) -> Contents:
-    """Make these committed shards the contents of the cache, in one atomic step.
+def write_contents(
+    files: Files, shards: Mapping[str, tuple[str, SampleTable]], data_sets: tuple[DataSetEntry, ...]
+) -> Contents:
+    """Make these committed shards and data sets the contents of the cache, in one atomic step.
 
     shards: by unit, in their order, the checksum of the commit record and the sample table, which needs no tokens.
     """
+    if len(data_sets) > MAX_DATA_SETS:
+        raise InvalidRecord(
+            f"finishing {files.root}: expected at most {MAX_DATA_SETS} data sets, found {len(data_sets)}. Readers "
+            "would refuse it. Give several data one --data-name, or join their files."
+        )
     index, data = index_file([table for _, table in shards.values()])
     files.replace(index.name, data)
     entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in shards.items())
     manifest = digest(read_bytes(files, MANIFEST))
-    contents = Contents(manifest, sum(len(table) for _, table in shards.values()), index, entries)
+    num_samples = sum(len(table) for _, table in shards.values())
+    contents = Contents(manifest, num_samples, index, entries, data_sets)
     files.replace(CONTENTS, to_bytes(contents))
     return contents
 
 
 def tidy(files: Files) -> None:
-    """Remove what nothing names, while nobody else writes: older indexes, and shards that were never committed."""
+    """Remove what nothing names, while nobody else writes: older indexes and data sets, and shards that were never
+    committed."""
     if files.exists(CONTENTS):
-        index = read_json(Contents, files, CONTENTS).index.name
+        contents = read_json(Contents, files, CONTENTS)
+        known = (*contents.data_sets, *known_data_sets(files))
+        named = {contents.index.name, *(entry.file.name for entry in known)}
         for name in files.names(""):
-            if is_index(name) and name != index:
+            if (is_index(name) or is_data_file(name)) and name not in named:
                 files.remove(name)
     names = files.names(SHARDS)
     committed = {read_json(ShardCommit, files, commit_path(unit)).folder for unit in commit_units(names)}

@@ -6,6 +6,7 @@ from typing import Literal
 from logitcache.errors import InvalidSettings
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
+from logitcache.storage.data_sets import name_of
 
 Store = Literal["zarr", "arrow"]
 Precision = Literal["exact", "fine", "compact"]
@@ -118,7 +119,17 @@ class JobSpec(Settings):
         "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
     )
     calibration: str = option("", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE")
+    data_name: str = option(
+        "",
+        "Name of the data set in the cache; the same name again replaces what was there.  [default: --data as given]",
+        metavar="NAME",
+    )
     samples_from: str = option("", "Another cache of the same base: copy what it has already.", metavar="DIR")
+
+    @property
+    def name(self) -> str:
+        """What the data set is called in the cache."""
+        return name_of(self.data_name or self.data)
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for what the engine does not have."""

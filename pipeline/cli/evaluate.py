@@ -200,11 +200,14 @@ def _samples_of(
 ) -> "list[Sample]":
     """Those of the text, cut as the cache was unless --max-length is given, or else those of the cache."""
     from logitcache.data.samples import make_samples
-    from logitcache.pairing.targets import samples_of
+    from logitcache.pairing.targets import said_of, samples_named
+    from logitcache.storage import data_samples
 
     if side.rows is None:
         assert side.cache is not None
-        return samples_of(side.cache)
+        named = data_samples(side.cache)
+        note(f"{side.name}: {said_of(side.cache, named)}")
+        return samples_named(side.cache, named)
     source = click.get_current_context().get_parameter_source("max_length")
     if side.cache is not None and source == ParameterSource.DEFAULT:
         max_length = side.cache.manifest.capture.max_length

@@ -40,7 +40,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
 )
-@click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
+@click.option("--data", metavar="D", help="Data set to train on; by default all data sets of the cache.")
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -87,7 +87,8 @@ def train(
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    samples = samples_for(rows, opened, base, tokenizer, max_length, note if speaks else lambda _: None)
+    said = note if speaks else lambda _: None
+    samples = None if rows is None else samples_for(rows, opened, base, tokenizer, max_length, said)
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
@@ -110,7 +111,7 @@ def train(
         settings.pairing,
         tokenizer,
         tell,
-        note if speaks else lambda _: None,
+        said,
     )
     if speaks:
         click.echo(_summary(report, out))

@@ -20,7 +20,7 @@ from logitcache.data.rows import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
-from logitcache.storage import BaseLogprobs, LogitCache
+from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, data_samples
 from logitcache.storage.records import NO_TOKEN
 
 from .vocab_cut import VocabCut, cut_columns
@@ -204,13 +204,36 @@ def count_positions(batch: Batch, objective: Objective) -> Tensor:
 
 
 def samples_of(cache: LogitCache) -> list[Sample]:
-    """The samples a cache holds, with the captured positions as their supervised ones."""
+    """The samples of the data sets of a cache, or all of one that has none: see `data_samples`."""
+    return samples_named(cache, data_samples(cache))
+
+
+def samples_named(cache: LogitCache, found: DataSamples) -> list[Sample]:
+    """Samples as they are learnt, those positions supervised at which cross-entropy counts."""
     samples = []
-    for i, stored in enumerate(cache.stored_samples()):
-        supervised = np.zeros(len(stored.token_ids), dtype=np.bool_)
-        supervised[stored.positions + 1] = True
-        samples.append(Sample(stored.token_ids, supervised, f"{cache.path}, sample {i}"))
+    for i, part in enumerate(found.samples):
+        supervised = np.zeros(len(part.token_ids), dtype=np.bool_)
+        supervised[part.positions[part.cross_entropy] + 1] = True
+        samples.append(Sample(part.token_ids, supervised, f"{cache.path}, sample {i}"))
     return samples
+
+
+def said_of(cache: LogitCache, found: DataSamples) -> str:
+    """Which data sets of a cache the samples are of, and what else it holds, in a sentence or two."""
+    names = [f"{d.name!r} ({d.num_samples:,} samples, {d.num_positions:,} positions)" for d in found.data_sets]
+    if not names:
+        return f"{cache.path} has no data sets: the samples are all that it holds, {len(found.samples):,}."
+    rest = ""
+    if found.num_other_positions:
+        ids = f"{found.num_other_samples:,} more sample{'s' * (found.num_other_samples != 1)}"
+        at = f"{found.num_other_positions:,} more position{'s' * (found.num_other_positions != 1)}"
+        rest = f" It holds {ids} and {at}, which are in none of them and are left out."
+    return f"The samples are those of the data sets of {cache.path}: {', '.join(names)}.{rest}"
+
+
+def digests_of(cache: LogitCache) -> dict[str, str]:
+    """Of the data sets of a cache, by their names: what a run that learnt them says."""
+    return {entry.name: entry.file.checksum for entry in cache.data_sets}
 
 
 def groups_of(cache: LogitCache | None, vocab_size: int | None = None) -> Tensor | None:

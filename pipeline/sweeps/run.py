@@ -34,11 +34,11 @@ from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.settings import LoadSettings
-from logitcache.pairing.targets import samples_of
+from logitcache.pairing.targets import digests_of
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
-from logitcache.training.run import data_fingerprint, train
+from logitcache.training.run import data_fingerprint, samples_for, train
 from logitcache.training.run_folder import LOG, RUN, clear
 
 from .config import RunSpec, SweepConfig, read_config
@@ -101,7 +101,7 @@ def prepare(
     def read(path: str) -> list[Sample]:
         return make_samples(read_rows(path), tokenizer, max_length, base.identity.vocab_size).samples
 
-    samples = samples_of(cache) if config.data is None else read(config.data)
+    samples = samples_for(None, cache, base, tokenizer, None, on_message) if config.data is None else read(config.data)
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
         CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
@@ -276,6 +276,7 @@ def _description(
         "cache": config.cache,
         "contents": cache.contents_checksum,
         "data": data_fingerprint(samples),
+        "data_sets": digests_of(cache) if config.data is None else None,
         **{name: getattr(config, name) for name in texts},
         "texts": {name: data_fingerprint(text) for name, text in texts.items()},
         "pairing": config.common.pairing.plain(),

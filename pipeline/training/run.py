@@ -52,9 +52,9 @@ from logitcache.pairing.identity_checks import (
     check_tail,
 )
 from logitcache.pairing.step_zero import StepZero
-from logitcache.pairing.targets import samples_of
+from logitcache.pairing.targets import digests_of, said_of, samples_named
 from logitcache.pairing.view import CacheView
-from logitcache.storage import IdentityMismatch, LogitCache, sample_id
+from logitcache.storage import IdentityMismatch, LogitCache, data_samples, sample_id
 from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
 from logitcache.training import run_folder
@@ -103,6 +103,8 @@ class _Job:
     penalty: PenaltySettings | None
     pairing: PairingRules
     tokenizer: PreTrainedTokenizerBase | None
+    #: Whether the samples are those of the cache's data sets.
+    of_cache: bool
 
     @property
     def regularized(self) -> LogitCache | None:
@@ -134,7 +136,7 @@ def train(
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
     model: folder or hub id, or a base that is loaded, which becomes the student's backbone: load it anew for another
-    run. data: file, folder, URL or hub id; samples in memory; None: the samples of the cache. cache: a path or an
+    run. data: file, folder, URL or hub id; samples in memory; None: the data sets of the cache. cache: a path or an
     opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as
     the pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
     information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
@@ -154,7 +156,7 @@ def train(
         tokenizer = load_tokenizer(base.source)
     in_memory = None if isinstance(data, (str, Path)) else data
     samples = samples_for(rows, opened, base, tokenizer, on_message=on_message) if in_memory is None else in_memory
-    job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
+    job = _Job(base, samples, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None)
     return _in_its_folder(job, resume, callbacks, on_step_zero, on_message)
 
 
@@ -211,14 +213,16 @@ def samples_for(
     max_length: int | None = None,
     on_message: OnMessage = lambda _: None,
 ) -> Sequence[Sample]:
-    """The samples of rows, cut as the cache was, or those of the cache.
+    """The samples of rows, cut as the cache was, or those of the cache's data sets.
 
     max_length: tokens a sample, for rows; with a cache it can only be the cache's own, else `IdentityMismatch`.
-    on_message is told how many rows were cut. Raises what reading data raises.
+    on_message is told how many rows were cut, or which data sets are learnt. Raises what reading data raises.
     """
     if rows is None:
         assert cache is not None
-        return samples_of(cache)
+        found = data_samples(cache)
+        on_message(said_of(cache, found))
+        return samples_named(cache, found)
     captured = None if cache is None else cache.manifest.capture.max_length
     if cache is not None and max_length not in (None, captured):
         raise IdentityMismatch(
@@ -226,10 +230,10 @@ def samples_for(
             "The same rows would be other samples. Leave --max-length out, or precompute a cache with it."
         )
     length = captured or max_length or DEFAULT_MAX_LENGTH
-    found = make_samples(rows, tokenizer, length, base.identity.vocab_size)
-    if found.num_truncated:
-        on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
-    return found.samples
+    made = make_samples(rows, tokenizer, length, base.identity.vocab_size)
+    if made.num_truncated:
+        on_message(f"{made.num_truncated:,} rows were cut to {length} tokens.")
+    return made.samples
 
 
 def _train(
@@ -462,6 +466,7 @@ def _describe(job: _Job) -> dict[str, Any]:
             "num_tokens": sum(len(s.token_ids) for s in samples),
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": data_fingerprint(samples),
+            "data_sets": digests_of(cache) if cache is not None and job.of_cache else None,
         },
         "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
         "adapter": _describe_adapter(base, job.adapter),

@@ -29,13 +29,16 @@ STORAGE_ROOMS = {
     "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
     "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
-    "cache": {"backend", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
+    "data_sets": {"backend", "files", "identity", "index", "layout", "manifest"},
+    "data_samples": {"cache", "data_sets", "errors", "identity", "manifest", "shard"},
+    "cache": {"backend", "data_sets", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
     "captured_index": {"encoding", "identity"},
-    "job_status": {"cache", "errors", "files", "layout", "manifest"},
+    "job_status": {"cache", "data_sets", "errors", "files", "identity", "layout", "manifest"},
     "writer": {
         "backend",
         "cache",
         "captured_index",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -47,11 +50,13 @@ STORAGE_ROOMS = {
         "shard",
     },
     "verify": {
-        *("cache", "encoding", "errors", "files", "identity", "index", "job_status", "layout", "manifest", "shard"),
+        *("cache", "data_sets", "encoding", "errors", "files", "identity", "index", "job_status", "layout"),
+        *("manifest", "shard"),
     },
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -64,6 +69,7 @@ STORAGE_ROOMS = {
     },
     "prune": {
         "cache",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -76,7 +82,7 @@ STORAGE_ROOMS = {
         "writer",
     },
     "statistics": {"cache", "records"},
-    "inventory": {"cache", "files", "identity", "index", "layout", "manifest"},
+    "inventory": {"cache", "data_sets", "files", "identity", "index", "layout", "manifest"},
 }
 """The files of storage/, and the others of it that each may import."""
 

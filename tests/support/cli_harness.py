@@ -133,8 +133,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def cache_bytes(cache: Path) -> dict[str, bytes | None]:
-    """What a cache is made of: manifest, contents, index, shards."""
-    names = ("manifest.json", "contents.json", "index-", "shards")
+    """What a cache is made of: manifest, contents, index, data sets, shards."""
+    names = ("manifest.json", "contents.json", "index-", "data-", "shards")
     return {n: b for n, b in snapshot(cache).items() if n.startswith(names)}
 
 
