@@ -71,7 +71,12 @@ def count(found: SampleSet, plan: Plan) -> Counts:
 
 
 def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
-    """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards."""
+    """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards.
+
+    Their supervised positions are those that are captured: all, where the settings say so.
+    """
+    if settings.kl_positions == "all":
+        samples = [replace(s, supervised=np.ones_like(s.supervised)) for s in samples]
     shards: list[tuple[tuple[Sample, ...], ...]] = []
     batches: list[tuple[Sample, ...]] = []
     num_positions = 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from logitcache.errors import InvalidSettings
+from logitcache.losses.objective import KLPositions
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
 from logitcache.storage.data_sets import name_of
@@ -45,6 +46,11 @@ class CaptureSettings(Settings):
         "Draw this many tokens from beyond the alternatives (train --tail sampled).",
         at_least=0,
         at_most=4096,
+    )
+
+    kl_positions: KLPositions = option(
+        "supervised",
+        "Capture the supervised positions, or all of each sample that has some, for train --kl-positions all.",
     )
 
     def check_together(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
-from logitcache.data.samples import Sample, SampleSet, check_samples_left
+from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import OnEvent, Progress
 from logitcache.models.head import check_head, check_length
@@ -281,13 +281,22 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
     """What the workers of one job agree on: how the data are cut into units."""
-    cut = (spec.settings.max_length, spec.settings.batch_tokens, spec.settings.shard_positions, spec.window_rows)
+    kept = spec.settings
+    cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
     return digest_json([data_of(spec, loaded).sizes(), list(cut)])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
     if loaded.base is not None:
         check_length(loaded.base.model, max((len(s.token_ids) for s in plan.samples), default=0))
+
+
+def _runs(found: SampleSet, mine: Plan) -> Runs:
+    """The samples of a share of a window at the positions that are captured, and where cross-entropy counts."""
+    samples = list(mine.samples)
+    supervised = {s.token_ids.tobytes(): s.supervised for s in distinct(found.samples)}
+    counts = [supervised[s.token_ids.tobytes()][s.positions + 1] for s in samples]
+    return runs_of([sample_id(s.token_ids) for s in samples], [s.positions for s in samples], counts)
 
 
 class _Worker:
@@ -375,8 +384,7 @@ class _Worker:
         mine = Plan(tuple(s for number, s in enumerate(plan.shards) if self._share.has_shard(window, number)))
         _check_length(self._loaded, mine)
         missing = without_captured(mine, captured)
-        samples = list(mine.samples)
-        self._parts.append(runs_of([sample_id(s.token_ids) for s in samples], [s.positions for s in samples]))
+        self._parts.append(_runs(found, mine))
         self._planned += count(found, mine)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event("window", {"number": window, "tokens": mine.num_tokens, "missing_tokens": missing.num_tokens})

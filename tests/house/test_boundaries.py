@@ -96,7 +96,7 @@ PACKAGES = {
     "data": {"errors", "storage"},
     "models": {"errors", "settings", "storage"},
     "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "losses", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "file_list", "json_files", "losses", "models", "pairing", "storage"),
