@@ -26,10 +26,13 @@ from logitcache.storage import (
     CachedSample,
     CacheWriter,
     CaptureIdentity,
+    DataSet,
     Manifest,
     ModelIdentity,
     TokenizerIdentity,
 )
+from logitcache.storage import sample_id as id_of
+from logitcache.storage.data_sets import joined, runs_of
 from logitcache.storage.layout import LOCK
 
 VOCAB, TOP_K, NUM_GROUPS, NUM_DRAWS = 40, 5, 2, 6
@@ -52,7 +55,8 @@ their bytes; other versions of the codecs may write the same numbers as other by
 
 `zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
 two shards, the second as if a chat template had rendered it, a sample captured in both, rows with fewer than K
-alternatives or none, tails and groups of nothing.
+alternatives or none, tails and groups of nothing; two data sets that share a sample, one with positions of a prompt at
+which cross-entropy does not count.
 `expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
 `CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
 """
@@ -162,6 +166,38 @@ def make_shards(num_draws: int) -> list[list[CachedSample]]:
     ]
 
 
+def make_data_sets(shards: list[list[CachedSample]]) -> list[dict[str, Any]]:
+    """Two that share a sample; in one, positions of a prompt at which cross-entropy does not count."""
+    (first, second), (short, again, last) = shards
+    union = np.union1d(first.logprobs.positions, again.logprobs.positions)
+    parts = {
+        "golden/données.jsonl": [(first, union, union >= 4), (second, second.logprobs.positions, None)],
+        "owner/prompts": [(s, s.logprobs.positions, None) for s in (last, second, short)],
+    }
+    return [
+        {
+            "name": name,
+            "samples": [
+                {
+                    "token_ids": s.token_ids.tolist(),
+                    "positions": at.tolist(),
+                    "cross_entropy": [True] * len(at) if counts is None else counts.tolist(),
+                }
+                for s, at, counts in samples
+            ],
+        }
+        for name, samples in parts.items()
+    ]
+
+
+def packed(plain_set: dict[str, Any]) -> DataSet:
+    """As the writer takes it."""
+    samples = plain_set["samples"]
+    ids = [id_of(np.array(s["token_ids"], dtype=np.uint32)) for s in samples]
+    runs = runs_of(ids, [np.array(s["positions"]) for s in samples], [np.array(s["cross_entropy"]) for s in samples])
+    return joined(plain_set["name"], [runs])
+
+
 def numbers(values: NDArray[np.float32]) -> list[Any]:
     return [numbers(v) if isinstance(v, np.ndarray) else None if np.isneginf(v) else float(v) for v in values]
 
@@ -205,18 +241,20 @@ def main() -> None:
         parser.error(f"{folder} has golden caches, which are made once. See its README.md.")
     folder.mkdir(parents=True, exist_ok=True)
     shards = make_shards(num_draws)
+    data_sets = make_data_sets(shards)
     for name, (store, precision) in CACHES.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         with CacheWriter(folder / name, make_manifest(store, precision, num_draws), GROUPS) as writer:
             for shard, template in zip(shards, TEMPLATES, strict=True):
                 writer.commit(shard, template)
-            writer.finalize()
+            writer.finalize([packed(data_set) for data_set in data_sets])
         (folder / name / LOCK).unlink(missing_ok=True)
     expected = {
         "vocab_size": VOCAB,
         "top_k": TOP_K,
         "token_groups": GROUPS.tolist(),
         "shards": [[plain(sample) for sample in shard] for shard in shards],
+        "data_sets": data_sets,
     }
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     (folder / ".gitattributes").write_text("* -text\n", encoding="utf-8")

@@ -6,7 +6,10 @@ a cache is readable where no model can be loaded.
 """
 
 from .cache import LogitCache
+from .data_samples import DataSample, DataSamples, data_samples
+from .data_sets import DataSet
 from .errors import (
+    AmbiguousData,
     CacheError,
     CorruptCache,
     IdentityMismatch,
@@ -27,6 +30,7 @@ from .verify import RepairReport, VerifyReport, repair, verify
 from .writer import CacheWriter
 
 __all__ = [
+    "AmbiguousData",
     "BaseLogprobs",
     "CacheError",
     "CacheWriter",
@@ -34,6 +38,9 @@ __all__ = [
     "CaptureIdentity",
     "Copied",
     "CorruptCache",
+    "DataSample",
+    "DataSamples",
+    "DataSet",
     "IdentityMismatch",
     "IncompleteCache",
     "InvalidRecord",
@@ -52,6 +59,7 @@ __all__ = [
     "check_same_capture",
     "convert",
     "copy_samples",
+    "data_samples",
     "export_parquet",
     "merge",
     "prune",

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backend import corrupt
+from .data_sets import DataSet, read_data_set
 from .errors import CorruptCache, IncompleteCache, NotACache, PositionNotCaptured, SampleNotCached
 from .files import Files, how_missing, open_files
 from .identity import digest, sample_id
 from .index import SampleIndex, npy_header
 from .layout import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, commit_path, commit_units, shard_path
-from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_bytes, read_json
+from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, from_bytes, read_bytes, read_json
 from .records import BaseLogprobs, CachedSample, narrow, unite
 from .shard import OpenShard, StoredSample, checked_record
 
@@ -95,6 +96,15 @@ class LogitCache:
     def contents_checksum(self) -> str:
         """Checksum of the commit records, and through them of every byte of the shards: equal for equal contents."""
         return digest("".join(entry.unit + entry.checksum for entry in self._contents.shards).encode())
+
+    @property
+    def data_sets(self) -> tuple[DataSetEntry, ...]:
+        """The data sets it was filled with, as they are now, in the order of their names."""
+        return self._contents.data_sets
+
+    def data_set(self, entry: DataSetEntry) -> DataSet:
+        """Samples and positions of one of them. Raises `CorruptCache`."""
+        return read_data_set(self._files, entry)
 
     def token_groups(self) -> NDArray[np.uint8] | None:
         """uint8 [V], the tail group of each token of the vocabulary; None where the tail is not split."""

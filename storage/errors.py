@@ -72,6 +72,12 @@ class PositionNotCaptured(CacheError):
     reason = "position-not-captured"
 
 
+class AmbiguousData(CacheError):
+    """Data sets of one cache that contradict one another: the same tokens, supervised at other positions."""
+
+    reason = "ambiguous-data"
+
+
 class InvalidRecord(CacheError):
     """A record breaks an invariant of `BaseLogprobs`; it is neither written nor returned."""
 

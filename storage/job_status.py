@@ -10,9 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import read_manifest
+from .data_sets import Runs, packed_runs, unpacked_runs
 from .errors import CorruptCache
 from .files import Files, open_files
-from .layout import CONTENTS, SHARDS, commit_path, commit_unit, worker_name, worker_of
+from .identity import digest
+from .layout import (
+    CONTENTS,
+    SHARDS,
+    commit_path,
+    commit_unit,
+    is_worker_part,
+    worker_name,
+    worker_of,
+    worker_part_name,
+)
 from .leftovers import find_leftovers
 from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_json, to_bytes
 
@@ -41,6 +52,10 @@ class WorkerRecord:
     windows_done: int
     #: Of the data set, -1 where it is not known.
     num_windows: int
+    #: Of the file of the samples and positions that it answers for, once it has finished.
+    part_checksum: str = ""
+    #: Rows of that file.
+    num_runs: int = 0
     #: A sentence a unit that could not be computed.
     failures: tuple[str, ...] = ()
 
@@ -100,9 +115,22 @@ def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
     return dict(sorted(found.items()))
 
 
+def write_part(files: Files, index: int, num: int, runs: Runs) -> str:
+    """Keep what worker `index` of `num` answers for until the last one finalises; return the file's checksum."""
+    data = packed_runs(runs)
+    files.replace(worker_part_name(index, num), data)
+    return digest(data)
+
+
+def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
+    """What a worker that has finished answers for. Raises `CorruptCache`."""
+    return unpacked_runs(files, worker_part_name(index, num), record.num_runs, record.part_checksum)
+
+
 def record_names(files: Files) -> list[str]:
-    """The files of all workers that said something."""
-    return [name for name in files.names("") if worker_of(name)]
+    """The files of all workers that said something, and what they answer for after that."""
+    names = files.names("")
+    return [*filter(worker_of, names), *filter(is_worker_part, names)]
 
 
 def remove_records(files: Files) -> None:

@@ -19,10 +19,15 @@ UNFINISHED = ".new"
 INDEX_PATTERN = "index-*.npy"
 """Of every index, as a shell's pattern."""
 
+DATA_PATTERNS = ("data-*.npy", "data-*.json")
+"""Of the files of data sets, as a shell's patterns."""
+
 _COMMIT = ".json"
 _INDEX = re.compile(r"index-[0-9a-f]{32}\.npy")
+_DATA_FILE, _DATA_RECORD = re.compile(r"data-[0-9a-f]{32}\.npy"), re.compile(r"data-[0-9a-f]{32}\.json")
 _SHARD_FOLDER = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
 _WORKER = re.compile(r"worker-(\d+)-of-(\d+)\.json")
+_WORKER_PART = re.compile(r"worker-\d+-of-\d+\.npy")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.new$")
 
 
@@ -72,15 +77,45 @@ def is_index(name: str) -> bool:
     return _INDEX.fullmatch(name) is not None
 
 
+def data_file_name(checksum: str) -> str:
+    """Samples and positions of a data set, with this checksum."""
+    return f"data-{checksum}.npy"
+
+
+def is_data_file(name: str) -> bool:
+    """Whether this is the name of such a file that was ever written."""
+    return _DATA_FILE.fullmatch(name) is not None
+
+
+def data_record_name(checksum: str) -> str:
+    """What writers know of a data set. checksum: of its name."""
+    return f"data-{checksum}.json"
+
+
+def is_data_record(name: str) -> bool:
+    """Whether this is the name of what writers know of some data set."""
+    return _DATA_RECORD.fullmatch(name) is not None
+
+
 def worker_name(index: int, num: int) -> str:
     """What worker `index` of `num` says of itself."""
     return f"worker-{index}-of-{num}.json"
+
+
+def worker_part_name(index: int, num: int) -> str:
+    """The samples and positions that worker `index` of `num` answers for."""
+    return f"worker-{index}-of-{num}.npy"
 
 
 def worker_of(name: str) -> tuple[int, int] | None:
     """(index, number of workers) of a worker's file; None for another one."""
     match = _WORKER.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def is_worker_part(name: str) -> bool:
+    """Whether this is the name of what some worker answers for."""
+    return _WORKER_PART.fullmatch(name) is not None
 
 
 def temporary_name(base: str) -> str:

@@ -17,7 +17,7 @@ from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
 from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest_json
-from .layout import MANIFEST, shard_folder
+from .layout import MANIFEST, data_file_name, shard_folder
 
 FORMAT_VERSION = 2
 TAIL_GROUPS = "tail-groups"
@@ -33,6 +33,8 @@ MAX_VOCAB_SIZE = 2**24 - 1
 MAX_TOP_K = 2**18
 MAX_TAIL_GROUPS = 256
 MAX_TAIL_SAMPLES = 4096
+MAX_DATA_SETS, MAX_NAME = 256, 200
+"""Of a cache; and characters of the name of each."""
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
 
@@ -132,13 +134,32 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class DataSetEntry:
+    """A data set that a cache was filled with: its name, as it was given, and the file of its samples and positions."""
+
+    #: Printable, `MAX_NAME` characters at most, without what a URL says to its server alone.
+    name: str
+    file: StoredFile
+    #: Different token sequences.
+    num_samples: int
+    #: Rows of the file.
+    num_runs: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
 class Contents:
-    """The shards of a finished cache, their index, and the checksum of the manifest. A reader sees no other shards."""
+    """The shards of a finished cache, their index, its data sets, and the checksum of the manifest.
+
+    A reader sees no other shards.
+    """
 
     manifest: str
     num_samples: int
     index: StoredFile
     shards: tuple[ShardEntry, ...]
+    #: In the order of their names.
+    data_sets: tuple[DataSetEntry, ...]
 
 
 def to_bytes(value: object) -> bytes:
@@ -288,6 +309,13 @@ def _check_bounds(value: object) -> None:
         if not 0 <= value.num_samples < 2**32:
             raise ValueError(f"num_samples: expected 0 to 2^32, found {value.num_samples}")
         _check_files((value.index,))
+        for data_set in value.data_sets:
+            _check_data_set(data_set)
+        names = [data_set.name for data_set in value.data_sets]
+        if names != sorted(set(names)) or len(names) > MAX_DATA_SETS:
+            raise ValueError(f"data_sets: expected {MAX_DATA_SETS} at most, in the order of their names")
+    if isinstance(value, DataSetEntry):
+        _check_data_set(value)
 
 
 def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
@@ -340,6 +368,16 @@ def _check_files(files: tuple[StoredFile, ...]) -> None:
             raise ValueError(f"file {file.name!r:.80}: expected a plain name inside its folder and a sane size")
     if len({file.name for file in files}) != len(files):
         raise ValueError("a file is listed twice")
+
+
+def _check_data_set(entry: DataSetEntry) -> None:
+    if not 1 <= len(entry.name) <= MAX_NAME or not entry.name.isprintable():
+        raise ValueError(f"data set: expected a printable name of 1 to {MAX_NAME} characters, found {entry.name!r:.80}")
+    if entry.file.name != data_file_name(entry.file.checksum):
+        raise ValueError(f"data set: expected a file named by its checksum, found {entry.file.name!r:.80}")
+    _check_files((entry.file,))
+    if not 1 <= entry.num_samples <= entry.num_runs <= entry.num_positions < 2**40:
+        raise ValueError(f"data set {entry.name!r}: expected as many samples as runs and positions, or fewer")
 
 
 def _check_unit(unit: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import read_commit, read_contents, read_manifest
+from .data_sets import known_data_sets, read_data_set, remove_data_set, write_data_set
 from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
 from .files import Files, open_files
@@ -102,7 +103,8 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
 
 def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> PruneReport:
     plan = _plan(files, manifest, wanted)
-    if not plan.removed:
+    _prune_data_sets(files, wanted)
+    if not plan.removed and read_contents(files).data_sets == known_data_sets(files):
         remove_leftovers(files)
         return _estimate(plan)
     shards, commits = dict(plan.kept), {unit: plan.commits[unit] for unit in plan.kept}
@@ -112,11 +114,22 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
         shards[commit.unit] = digest(to_bytes(commit)), without_tokens(table)
         commits[commit.unit] = commit
     remove_records(files)  # who had finished may have something to do again
-    write_contents(files, dict(sorted(shards.items())))
+    write_contents(files, dict(sorted(shards.items())), known_data_sets(files))
     files.remove(*(commit_path(unit) for unit in plan.removed if unit not in shards))
-    remove_leftovers(files)  # the folders of those, and the older index, among them
+    remove_leftovers(files)  # the folders of those, the older index and data sets among them
     sizes = [sum(c.num_bytes for c in held.values()) for held in (plan.commits, commits)]
     return _report(plan, sizes[0] - sizes[1])
+
+
+def _prune_data_sets(files: Files, wanted: Collection[bytes]) -> None:
+    """Take the samples that go out of the data sets, and drop those that are left without any."""
+    for entry in known_data_sets(files):
+        found = read_data_set(files, entry)
+        left = found.of_samples(wanted)
+        if not left.num_samples:
+            remove_data_set(files, entry.name)
+        elif left.num_samples < found.num_samples:
+            write_data_set(files, left)
 
 
 def _plan(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> _Plan:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .cache import LogitCache
 from .configs import ConfigDifferences, as_spelt
+from .data_sets import kept_apart
 from .encoding import PRECISIONS, Columns, SampleTable, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
 from .files import is_unfinished, name_file, open_files
@@ -54,9 +55,10 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
     """A cache with the shards of all sources, byte for byte. A shard that several of them hold is taken once.
 
     sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
-    gains. configs: how the configs of the bases are compared; where one is spelt otherwise than in the target's
-    manifest, rows are copied as they are stored, into shards of the target's identity. Raises `IdentityMismatch` with
-    what differs before anything is written, and what reading and writing raise.
+    gains. All data sets are kept; where two of one name differ, the later one is called `name (2)`. configs: how the
+    configs of the bases are compared; where one is spelt otherwise than in the target's manifest, rows are copied as
+    they are stored, into shards of the target's identity. Raises `IdentityMismatch` with what differs before anything
+    is written, and what reading and writing raise.
     """
     if not sources:
         raise ValueError("merge: expected one source or more")
@@ -71,8 +73,10 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
                 "`logitcache convert` changes store and precision."
             )
     with CacheWriter(target, first.manifest, first.token_groups(), configs) as writer:
-        if not open_files(target).exists(CONTENTS):
+        there = [LogitCache.open(target)] if open_files(target).exists(CONTENTS) else []
+        if not there:
             _check_own(target, caches)
+        data_sets = [cache.data_set(entry) for cache in (*there, *caches) for entry in cache.data_sets]
         for cache in caches:
             is_as_spelt = not cache.manifest.differences(writer.manifest)
             for shard in cache.shards():
@@ -81,7 +85,7 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
                 else:
                     table, columns, _ = _checked_rows(shard)
                     writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
-        writer.finalize()
+        writer.finalize(kept_apart(data_sets))
     return LogitCache.open(target)
 
 
@@ -143,7 +147,7 @@ def convert(
             if manifest.capture.precision != capture.precision:
                 columns = encode(record, manifest.capture)
             writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
-        writer.finalize()
+        writer.finalize([cache.data_set(entry) for entry in cache.data_sets])
     return LogitCache.open(target)
 
 

@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 
 from .cache import read_commit, read_contents, read_manifest, read_token_groups
+from .data_sets import known_data_sets, read_data_set, record_name, record_of
 from .encoding import SampleTable
-from .errors import CorruptCache, LinkRefused
+from .errors import CorruptCache, IncompleteCache, LinkRefused
 from .files import Files, open_files
 from .identity import sample_id
 from .index import SampleIndex, index_file
 from .job_status import record_names
-from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_index, shard_path
+from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_data_record, is_index, shard_path
 from .leftovers import remove_leftovers
-from .manifest import Contents, Manifest, ShardCommit, read_json
+from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, read_json, to_bytes
 from .shard import OpenShard
 
 
@@ -66,6 +67,12 @@ class RepairReport:
     is_incomplete: bool
     #: Names of what killed writers had left, and of the folders of dropped shards: all of it is removed.
     leftovers: tuple[str, ...] = ()
+    #: Data sets that were dropped, whose names are lost.
+    num_data_sets_dropped: int = 0
+    #: Names of those that are left, some of whose samples may be among what was dropped.
+    data_sets: tuple[str, ...] = ()
+    #: Records of data sets that were lost and are written again, as the contents have them.
+    num_records_restored: int = 0
 
 
 def verify(path: str | Path) -> VerifyReport:
@@ -95,7 +102,12 @@ def verify(path: str | Path) -> VerifyReport:
         except LinkRefused as error:
             problems.append(_unread(error, entry.unit))
         tables.append(table)
-    for check in (partial(_verify_index, files, contents, tables), partial(_verify_partition, files, manifest)):
+    checks = (
+        partial(_verify_index, files, contents, tables),
+        partial(_verify_data_sets, files, contents),
+        partial(_verify_partition, files, manifest),
+    )
+    for check in checks:
         try:
             problems += check()
         except LinkRefused as error:
@@ -126,6 +138,7 @@ def repair(path: str | Path) -> RepairReport:
 
 
 def _repair(files: Files, manifest: Manifest) -> RepairReport:
+    restored = _restore_records(files)
     dropped = []
     tables: dict[str, SampleTable | None] = {}
     for unit in commit_units(files.names(SHARDS)):
@@ -139,16 +152,21 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
             pass
         dropped.append(unit)
     lost_partition = bool(_verify_partition(files, manifest))
-    if not dropped and not lost_partition and _has_good_contents(files, tables):
-        return RepairReport((), False)
+    lost_data = _bad_records(files)
+    if not dropped and not lost_partition and not lost_data and _has_good_contents(files, tables):
+        return RepairReport((), False, num_records_restored=restored)
     gone = record_names(files)  # first: who had finished has something to do again
     gone += [name for name in files.names("") if name == CONTENTS or is_index(name)]
     gone += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
     gone += [commit_path(unit) for unit in dropped]
+    gone += lost_data
     for name in gone:
         files.exists(name)  # before anything is removed: it raises where that is a link
     files.remove(*(name for name in gone if not is_index(name)))  # which go after the contents that name them
-    return RepairReport(tuple(dropped), True)
+    left = tuple(entry.name for entry in known_data_sets(files))
+    return RepairReport(
+        tuple(dropped), True, num_data_sets_dropped=len(lost_data), data_sets=left, num_records_restored=restored
+    )
 
 
 def _unread(error: LinkRefused, shard: str = "") -> Problem:
@@ -163,6 +181,8 @@ def _has_good_contents(files: Files, tables: dict[str, SampleTable | None]) -> b
         for number in range(len(contents.shards)):
             read_commit(files, contents, number)
     except CorruptCache:
+        return False
+    if _verify_data_sets(files, contents):
         return False
     return not _verify_index(files, contents, [tables.get(entry.unit) for entry in contents.shards])
 
@@ -185,6 +205,52 @@ def _verify_index(files: Files, contents: Contents, tables: list[SampleTable | N
     if len(readable) == len(tables) and index_file(readable)[0] != contents.index:
         return [Problem("", None, f"{contents.index.name} is not the index of these shards")]
     return []
+
+
+def _verify_data_sets(files: Files, contents: Contents) -> list[Problem]:
+    """Every data set that the contents list, and that writers know one of its name too."""
+    problems = []
+    for entry in contents.data_sets:
+        try:
+            read_data_set(files, entry)
+            if record_of(files, entry.name) is None:
+                problems.append(Problem("", None, f"{record_name(entry.name)}: the file is missing"))
+        except CorruptCache as error:
+            problems.append(Problem("", None, error.fact))
+    return problems
+
+
+def _restore_records(files: Files) -> int:
+    """Write again what writers know of the data sets that the contents list, where that is missing or damaged."""
+    try:
+        entries = read_contents(files).data_sets
+    except (CorruptCache, IncompleteCache):
+        return 0
+    restored = 0
+    for entry in entries:
+        try:
+            if record_of(files, entry.name) is not None:
+                continue
+        except CorruptCache:
+            pass
+        files.replace(record_name(entry.name), to_bytes(entry))
+        restored += 1
+    return restored
+
+
+def _bad_records(files: Files) -> list[str]:
+    """The records of data sets that are damaged, or whose file is."""
+    bad = []
+    for name in filter(is_data_record, files.names("")):
+        try:
+            entry = read_json(DataSetEntry, files, name)
+            read_data_set(files, entry)
+            if name == record_name(entry.name):
+                continue
+        except CorruptCache:
+            pass
+        bad.append(name)
+    return bad
 
 
 def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:

@@ -20,6 +20,7 @@ from .backend import Memory, corrupt
 from .cache import read_manifest, read_token_groups
 from .captured_index import Captured
 from .configs import ConfigDifferences, as_spelt
+from .data_sets import DataSet, known_data_sets, record_of, write_data_set
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import Files, open_files
@@ -37,8 +38,10 @@ from .layout import (
     shard_path,
 )
 from .manifest import (
+    MAX_DATA_SETS,
     WRITER_FEATURES,
     Contents,
+    DataSetEntry,
     Manifest,
     ShardCommit,
     ShardEntry,
@@ -125,11 +128,16 @@ class CacheWriter:
 
     @property
     def is_final(self) -> bool:
-        """Whether the contents list every committed shard, and their index is there."""
+        """Whether the contents list every committed shard and every data set, and their index is there."""
         if not self._files.exists(CONTENTS):
             return False
         contents = read_json(Contents, self._files, CONTENTS)
-        return [e.unit for e in contents.shards] == self._units() and self._files.exists(contents.index.name)
+        listed = [e.unit for e in contents.shards], contents.data_sets
+        return listed == (self._units(), known_data_sets(self._files)) and self._files.exists(contents.index.name)
+
+    def holds(self, data_set: DataSet) -> bool:
+        """Whether the contents list exactly this data set under its name, and every shard there is."""
+        return record_of(self._files, data_set.name) == data_set.packed()[0] and self.is_final
 
     def captured(self) -> Captured:
         """What every committed shard holds, when first asked, and what this writer commits from then on."""
@@ -189,17 +197,20 @@ class CacheWriter:
             return self._read_commit(commit.unit)
         return self._publish(commit, files)
 
-    def finalize(self) -> Contents:
+    def finalize(self, data_sets: Sequence[DataSet] = ()) -> Contents:
         """Make the committed shards the contents of the cache, in one atomic step.
 
-        The record and the files of every one are looked at first, also of those that were written here. Where another
-        writer commits meanwhile it is done again, so that whoever is last lists everything. Raises `CorruptCache`.
+        data_sets: each in place of the one of its name; those of other names stay. The record and the files of every
+        shard are looked at first, also of those that were written here. Where another writer commits meanwhile it is
+        done again, so that whoever is last lists everything. Raises `CorruptCache`.
         """
+        for data_set in data_sets:
+            write_data_set(self._files, data_set)
         while True:
-            units = self._units()
+            units, known = self._units(), known_data_sets(self._files)
             self._tables |= self._of_each(units, self._table_now)
-            contents = write_contents(self._files, {unit: self._tables[unit] for unit in units})
-            if self._units() == units:
+            contents = write_contents(self._files, {unit: self._tables[unit] for unit in units}, known)
+            if (self._units(), known_data_sets(self._files)) == (units, known):
                 break
         return contents
 
@@ -286,16 +297,24 @@ def committed_units(files: Files) -> list[str]:
     return commit_units(files.names(SHARDS))
 
 
-def write_contents(files: Files, shards: Mapping[str, tuple[str, SampleTable]]) -> Contents:
-    """Make these committed shards the contents of the cache, in one atomic step.
+def write_contents(
+    files: Files, shards: Mapping[str, tuple[str, SampleTable]], data_sets: tuple[DataSetEntry, ...]
+) -> Contents:
+    """Make these committed shards and data sets the contents of the cache, in one atomic step.
 
     shards: by unit, in their order, the checksum of the commit record and the sample table, which needs no tokens.
     """
+    if len(data_sets) > MAX_DATA_SETS:
+        raise InvalidRecord(
+            f"finishing {files.root}: expected at most {MAX_DATA_SETS} data sets, found {len(data_sets)}. Readers "
+            "would refuse it. Give several data one --data-name, or join their files."
+        )
     index, data = index_file([table for _, table in shards.values()])
     files.replace(index.name, data)
     entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in shards.items())
     manifest = digest(read_bytes(files, MANIFEST))
-    contents = Contents(manifest, sum(len(table) for _, table in shards.values()), index, entries)
+    num_samples = sum(len(table) for _, table in shards.values())
+    contents = Contents(manifest, num_samples, index, entries, data_sets)
     files.replace(CONTENTS, to_bytes(contents))
     return contents
 

@@ -72,7 +72,12 @@ def count(found: SampleSet, plan: Plan) -> Counts:
 
 def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
     """Distinct samples in batches of at most `batch_tokens`, longest first, and these in shards; what a chat template
-    rendered in shards of its own, whose records name it."""
+    rendered in shards of its own, whose records name it.
+
+    Their supervised positions are those that are captured: all, where the settings say so.
+    """
+    if settings.kl_positions == "all":
+        samples = [replace(s, supervised=np.ones_like(s.supervised)) for s in samples]
     by_template: dict[str, list[Sample]] = {}
     for sample in distinct(samples):
         by_template.setdefault(sample.chat_template, []).append(sample)

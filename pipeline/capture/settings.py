@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from logitcache.errors import InvalidSettings
+from logitcache.losses.objective import KLPositions
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
+from logitcache.storage.data_sets import name_of
 
 Store = Literal["zarr", "arrow"]
 Precision = Literal["exact", "fine", "compact"]
@@ -44,6 +46,11 @@ class CaptureSettings(Settings):
         "Draw this many tokens from beyond the alternatives (train --tail sampled).",
         at_least=0,
         at_most=4096,
+    )
+
+    kl_positions: KLPositions = option(
+        "supervised",
+        "Capture the supervised positions, or all of each sample that has some, for train --kl-positions all.",
     )
 
     def check_together(self) -> None:
@@ -118,7 +125,17 @@ class JobSpec(Settings):
         "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
     )
     calibration: str = option("", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE")
+    data_name: str = option(
+        "",
+        "Name of the data set in the cache; the same name again replaces what was there.  [default: --data as given]",
+        metavar="NAME",
+    )
     samples_from: str = option("", "Another cache of the same base: copy what it has already.", metavar="DIR")
+
+    @property
+    def name(self) -> str:
+        """What the data set is called in the cache."""
+        return name_of(self.data_name or self.data)
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for what the engine does not have."""

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import gcd
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
-from logitcache.data.samples import Sample, SampleSet, check_samples_left
+from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
@@ -27,8 +27,9 @@ from logitcache.models.loading import Base, Source, find_model, load_as, load_to
 from logitcache.models.same_base import config_differences
 from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
-from logitcache.storage import CacheWriter, LogitCache, check_same_capture, copy_samples, sample_id
+from logitcache.storage import CacheWriter, CorruptCache, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
+from logitcache.storage.data_sets import Runs, joined, runs_of
 from logitcache.storage.identity import digest_json
 from logitcache.storage.job_status import (
     FAILED,
@@ -36,8 +37,10 @@ from logitcache.storage.job_status import (
     RUNNING,
     STOPPED,
     WorkerRecord,
+    read_part,
     read_records,
     remove_records,
+    write_part,
     write_record,
 )
 from logitcache.storage.manifest import MAX_SHARDS
@@ -109,6 +112,8 @@ class JobReport:
     num_samples_copied: int = 0
     #: Whether the cache is finished now.
     is_final: bool = False
+    #: The samples and positions that it answers for.
+    part: Runs | None = field(default=None, compare=False, repr=False)
 
 
 def precompute(
@@ -121,6 +126,7 @@ def precompute(
     loading: LoadSettings | None = None,
     window_rows: int = WINDOW_ROWS,
     streaming: bool = False,
+    data_name: str = "",
     samples_from: str | Path = "",
     engine: Engine = "transformers",
     calibration: str | Path = "",
@@ -131,7 +137,9 @@ def precompute(
 
     model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
     or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. The others: as of
-    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks.
+    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks. Which samples the data
+    have, and at which positions, is kept in the cache under data_name, in place of what was there: by default the path
+    as given, or `samples in memory`.
 
     With a model that is divided over processes, all must call this; the leader's report counts and the others' is
     empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
@@ -151,6 +159,7 @@ def precompute(
         streaming=streaming,
         engine=engine,
         calibration=str(calibration),
+        data_name=data_name,
         samples_from=str(samples_from),
     )
     with one_worker(load(spec, tokenizer, base)) as loaded:
@@ -275,13 +284,22 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
     """What the workers of one job agree on: how the data are cut into units."""
-    cut = (spec.settings.max_length, spec.settings.batch_tokens, spec.settings.shard_positions, spec.window_rows)
+    kept = spec.settings
+    cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
     return digest_json([data_of(spec, loaded).sizes(), list(cut)])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
     if loaded.base is not None:
         check_length(loaded.base.model, max((len(s.token_ids) for s in plan.samples), default=0))
+
+
+def _runs(found: SampleSet, mine: Plan) -> Runs:
+    """The samples of a share of a window at the positions that are captured, and where cross-entropy counts."""
+    samples = list(mine.samples)
+    supervised = {s.token_ids.tobytes(): s.supervised for s in distinct(found.samples)}
+    counts = [supervised[s.token_ids.tobytes()][s.positions + 1] for s in samples]
+    return runs_of([sample_id(s.token_ids) for s in samples], [s.positions for s in samples], counts)
 
 
 class _Worker:
@@ -299,6 +317,8 @@ class _Worker:
         num_windows: int | None,
     ) -> None:
         self._planned, self._num_found, self._num_copied = Counts(), 0, 0
+        self._parts: list[Runs] = []
+        self._part: Runs | None = None
         self._spec, self._loaded, self._share = spec, loaded, share
         self._writer, self._progress, self._on_event = writer, progress, on_event
         self._other, self._job = other, ""
@@ -322,6 +342,7 @@ class _Worker:
         filled = pipeline.filled
         if filled.failures:
             raise NonFiniteLogits(failed_text(filled.failures))
+        self._part, self._parts = joined(self._spec.name, self._parts).runs, []
         self.record(FINISHED)
         return JobReport(
             self._planned,
@@ -331,6 +352,7 @@ class _Worker:
             self._num_found,
             self._num_copied,
             self._finalize(),
+            self._part,
         )
 
     @property
@@ -340,7 +362,8 @@ class _Worker:
 
     def record(self, state: str) -> None:
         """Say how this worker is."""
-        filled = self._pipeline.filled
+        filled, index, num = self._pipeline.filled, self._share.index, self._share.num
+        checksum = "" if self._part is None else write_part(self._writer.files, index, num, self._part)
         record = WorkerRecord(
             state=state,
             job=self._job,
@@ -353,9 +376,11 @@ class _Worker:
             num_tokens=filled.num_tokens,
             windows_done=self._windows_done,
             num_windows=self._num_windows,
+            part_checksum=checksum,
+            num_runs=0 if self._part is None else len(self._part),
             failures=filled.failures[:100],
         )
-        write_record(self._writer.files, self._share.index, self._share.num, record)
+        write_record(self._writer.files, index, num, record)
 
     def _fill(self, pipeline: ShardPipeline, window: int, found: SampleSet, plan: Plan, captured: Captured) -> None:
         pipeline.settle()  # a sample that was in the window before is captured by now
@@ -363,6 +388,7 @@ class _Worker:
         _check_length(self._loaded, mine)
         check_template(self._spec.cache, self._writer.chat_templates, mine)
         missing = without_captured(mine, captured)
+        self._parts.append(_runs(found, mine))
         self._planned += count(found, mine)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
@@ -391,15 +417,21 @@ class _Worker:
 
     def _finalize(self) -> bool:
         """By the last one: all of the others have said that they finished. Whether the cache is final now."""
-        num = self._share.num
-        records = read_records(self._writer.files)
-        states = [(r.state, r.job) for i in range(num) if (r := records.get((i, num))) is not None]
-        done = len(states) == num and set(states) == {(FINISHED, self._job)}
-        if done:
-            if not self._writer.has_shards:
-                num_rows = data_of(self._spec, self._loaded).count() or max(1, self._planned.num_rows)
-                check_samples_left(num_rows, 0, self._spec.settings.max_length)
-            if not self._writer.is_final:
-                self._writer.finalize()
-            remove_records(self._writer.files)
-        return done or self._writer.is_final
+        num, files = self._share.num, self._writer.files
+        records = read_records(files)
+        others = [r for i in range(num) if (r := records.get((i, num))) is not None]
+        if len(others) < num or {(r.state, r.job) for r in others} != {(FINISHED, self._job)}:
+            return self._writer.is_final
+        try:
+            data_set = joined(self._spec.name, [read_part(files, i, num, r) for i, r in enumerate(others)])
+        except CorruptCache:
+            if read_records(files) == records:
+                raise
+            return self._writer.is_final  # another finalised, or begins again
+        if not data_set.num_samples:
+            num_rows = data_of(self._spec, self._loaded).count() or max(1, self._planned.num_rows)
+            check_samples_left(num_rows, 0, self._spec.settings.max_length)
+        if not self._writer.holds(data_set):
+            self._writer.finalize([data_set])
+        remove_records(files)
+        return True

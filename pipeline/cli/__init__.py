@@ -23,6 +23,7 @@ from logitcache.errors import (
     is_out_of_memory,
 )
 from logitcache.storage import (
+    AmbiguousData,
     CacheError,
     CorruptCache,
     IdentityMismatch,
@@ -57,6 +58,7 @@ from .verify import verify
 STATUSES: dict[type[Exception], int] = {
     CorruptCache: 3,
     IdentityMismatch: 4,
+    AmbiguousData: 4,
     SampleNotCached: 4,
     PositionNotCaptured: 4,
     NotTheBase: 4,

@@ -75,6 +75,10 @@ def _contents_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"  contents     {contents['num_samples']:,} samples, {contents['num_tokens']:,} tokens, "
         f"{contents['num_positions']:,} positions in {contents['num_shards']:,} shards",
+        *(
+            f"  data set     {d['name']}: {d['num_samples']:,} samples, {d['num_positions']:,} positions, {d['digest']}"
+            for d in facts["data_sets"]
+        ),
         f"  truncated    {contents['num_tokens_cut']:,} tokens were cut off",
         f"  size         {human_bytes(contents['num_bytes'])}, {contents['bytes_a_position']:.1f} bytes a position:",
     ]
@@ -109,6 +113,10 @@ def _facts(cache: Any, statistics: Any) -> dict[str, Any]:
             "num_positions_read": statistics.num_positions,
             "checksum": cache.contents_checksum,
         },
+        "data_sets": [
+            {"name": d.name, "digest": d.file.checksum, "num_samples": d.num_samples, "num_positions": d.num_positions}
+            for d in cache.data_sets
+        ],
         "bytes_a_position_by_column": {name: size / max(positions, 1) for name, size in columns.items()},
         "is_sampled": statistics.is_sampled,
         "kept_mass": {f"{p}%": v for p, v in statistics.kept_mass_percentiles().items()},

@@ -22,13 +22,19 @@ def repair(path: str) -> None:
     if report.leftovers:
         num = len(report.leftovers)
         click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
+    if report.num_records_restored:
+        click.echo(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
     if not report.is_incomplete:
-        click.echo(f"{path} is intact; {'only that was removed' if report.leftovers else 'nothing was changed'}.")
+        changed = "only that was changed" if report.leftovers or report.num_records_restored else "nothing was changed"
+        click.echo(f"{path} is intact; {changed}.")
         return
+    if report.num_data_sets_dropped:
+        click.echo(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")
     what = f"{len(report.dropped):,} damaged shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(
         f"{path}: {what}. The cache is incomplete now: run the command that made it again (`logitcache precompute`, "
         "merge or convert), which makes only what is missing."
+        + (f" Its data sets: {', '.join(map(repr, report.data_sets))}." if report.data_sets else "")
     )

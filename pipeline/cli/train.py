@@ -40,7 +40,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
 )
-@click.option("--data", metavar="D", help="Data set to train on; by default the samples of the cache.")
+@click.option("--data", metavar="D", help="Data set to train on; by default all data sets of the cache.")
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -102,6 +102,7 @@ def train(
         settings.penalty,
         settings.pairing,
         tokenizer,
+        of_cache=rows is None,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")

@@ -4,6 +4,7 @@ Owns files and their faults (missing, empty, a broken line and its number), and 
 only where they are wanted, so that many workers can share one data set. Must not know what a row means.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ IGNORED = -100
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 COUNTED_BYTES = 2**30
-"""Of local JSONL files, up to which their lines are counted beforehand."""
+"""Of local files, up to which they are read beforehand: their lines counted, their checksums made."""
 
 Wanted = Callable[[int], bool]
 Unparsed = tuple[str, Callable[[], Row] | None]
@@ -78,14 +79,20 @@ def count_rows(data: str) -> int | None:
 
 
 def sizes_of(data: str) -> list[list[str | int]]:
-    """Names and sizes of the files of a data set; of the hub, its id."""
+    """Names and sizes of the files of a data set, with checksums where they are local and can be had without reading
+    much; of the hub, its id."""
     files = _files(data)
     if files is None:
         return [[data, -1]]
     if "://" in data:
         fs, _ = fsspec.core.url_to_fs(data)
         return [[f.rsplit("/", 1)[-1], int(fs.size(f))] for f in files]
-    return [[Path(f).name, Path(f).stat().st_size] for f in files]
+    sizes: list[list[str | int]] = [[Path(f).name, Path(f).stat().st_size] for f in files]
+    if sum(Path(f).stat().st_size for f in files) <= COUNTED_BYTES:
+        for size, f in zip(sizes, files, strict=True):
+            with Path(f).open("rb") as opened:
+                size.append(hashlib.file_digest(opened, "blake2b").hexdigest())
+    return sizes
 
 
 def _windows(found: Iterator[Unparsed], num_rows: int, wanted: Wanted) -> Iterator[Window]:

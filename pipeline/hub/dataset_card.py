@@ -6,6 +6,7 @@ component is said. Must not send.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from logitcache.models.same_base import config_differences
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.configs import config_text, read_config
 from logitcache.storage.identity import digest, weights_fingerprint
+from logitcache.storage.manifest import MAX_NAME
 
 UNKNOWN = "unknown: ask who made it"
 CARD = "README.md"
@@ -62,6 +64,23 @@ def public_name(model_name: str, base_model: str | None) -> str:
         return model_name
     last = re.split(r"[/\\]", model_name.rstrip("/\\"))[-1]
     return re.sub(r"[^\w.+ -]", "_", last) or "unnamed"
+
+
+def public_data_names(names: Sequence[str]) -> dict[str, str]:
+    """What may be said of data sets, by their names: of a hub id all, of a path or URL the last part.
+
+    Where two are the same then, the later one is called `name (2)`, and so on.
+    """
+    said: dict[str, str] = {}
+    for name in names:
+        last = name if is_hub_id(name) and not Path(name).exists() else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        plain, number = last[-MAX_NAME:] or "unnamed", 1
+        public = plain
+        while public in said.values():
+            number += 1
+            public = f"{plain[: MAX_NAME - 9]} ({number})"
+        said[name] = public
+    return said
 
 
 def model_licence(manifest: Manifest) -> Licence:

@@ -33,22 +33,34 @@ from logitcache.storage.files import open_files
 from logitcache.storage.inventory import Inventory, take_inventory
 from logitcache.storage.layout import (
     CONTENTS,
+    DATA_PATTERNS,
     INDEX_PATTERN,
     MANIFEST,
     TOKEN_GROUPS,
+    is_data_file,
+    is_data_record,
     is_index,
     shard_path,
     unit_of_path,
 )
 from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, Manifest, read_json
 
-from .dataset_card import CARD, Licence, is_hub_id, licences_in, make_card, model_licence, public_name
+from .dataset_card import (
+    CARD,
+    Licence,
+    is_hub_id,
+    licences_in,
+    make_card,
+    model_licence,
+    public_data_names,
+    public_name,
+)
 from .pulling import Download, claim, release
 
 MAX_FILES_A_COMMIT = 2000
 """Of those that only add; the Hub allows 25,000 and asks for fewer."""
 
-_WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, INDEX_PATTERN, shard_path("*")]
+_WANTED = [MANIFEST, CONTENTS, TOKEN_GROUPS, CARD, INDEX_PATTERN, *DATA_PATTERNS, shard_path("*")]
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def prepare(
         raise OSError(errno.EBUSY, "another process is writing to this cache", str(root))
     name = public_name(inventory.manifest.model_name, base_model)
     files: dict[str, Path | bytes] = {entry: root / entry for entry in inventory.sizes}
-    files |= inventory.heads(name)
+    files |= inventory.heads(name, public_data_names([entry.name for entry in inventory.contents.data_sets]))
     upload = Upload(repo_id, cache, inventory, files, name, model or Licence(), data or Licence())
     if model is None:
         upload = replace(upload, model=model_licence(inventory.manifest))
@@ -218,7 +230,8 @@ def pull(repo_id: str, path: str, *, revision: str | None = None, endpoint: str 
             library_version=version("logitcache"),
         )
     report = _checked(download)
-    download.finish({MANIFEST, CONTENTS, CARD, *take_inventory(download.folder).sizes})
+    inventory = take_inventory(download.folder)
+    download.finish({MANIFEST, CONTENTS, CARD, *inventory.records, *inventory.sizes})
     return Pulled(report, commit, True)
 
 
@@ -339,10 +352,11 @@ def _commit(api: HfApi, repo_id: str, revision: str | None, head: str, upload: U
     heads = {name: data for name, data in upload.files.items() if isinstance(data, bytes)}
     added = [name for name in upload.files if name not in heads]
     parts = [added[at : at + MAX_FILES_A_COMMIT] for at in range(0, len(added), MAX_FILES_A_COMMIT)]
-    old_indices = [name for name in there if is_index(name) and name not in upload.files]
+    kinds = (is_index, is_data_file, is_data_record)
+    old = [name for name in there if any(is_one(name) for is_one in kinds) and name not in upload.files]
     last: list[Any] = [CommitOperationAdd(CARD, upload.card.encode())]
     last += [CommitOperationAdd(name, data) for name, data in heads.items()]
-    last += [CommitOperationDelete(name) for name in old_indices]
+    last += [CommitOperationDelete(name) for name in old]
     for operations in [*([CommitOperationAdd(n, upload.files[n]) for n in part] for part in parts), last]:
         head = api.create_commit(
             repo_id,
@@ -407,4 +421,4 @@ def _checked(download: Download) -> VerifyReport:
 def _part_of(name: str) -> str | None:
     """Of a file of a cache, the unit of the shard that it belongs to; "" for those that belong to none."""
     unit = unit_of_path(name)
-    return "" if unit is None and name.endswith(".npy") else unit
+    return "" if unit is None and (name.endswith(".npy") or is_data_record(name)) else unit

@@ -64,6 +64,7 @@ def linear_loss(
     head_parameters: Sequence[Tensor] = (),
     idle_parameters: Sequence[Tensor] = (),
     top1: Tensor | None = None,
+    supervised: Tensor | None = None,
 ) -> LinearLoss:
     """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
 
@@ -72,7 +73,8 @@ def linear_loss(
     are trained; idle_parameters: those of them that may have no part in the logits, and then get no gradient.
     kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
     to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
-    costs a synchronisation a slice, and no pass over its logits. Equals the sums of
+    costs a synchronisation a slice, and no pass over its logits. supervised: bool [N], the positions at which the
+    cross-entropy (and top1) counts, with targets; None: all. Equals the sums of
     `formulas.cross_entropy` (smoothed as the objective says) and `formulas.regularizer_values` (where
     `formulas.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
     another of these, or with a trained tensor that is none of them.
@@ -81,7 +83,12 @@ def linear_loss(
     if objective.regularizer == "none":
         targets = None
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names_in(head), top1)
+    if targets is None and supervised is not None:
+        raise ValueError("supervised: expected None without a regulariser, which is what counts elsewhere")
+    names = names_in(head)
+    call = _Call(
+        head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names, top1, supervised
+    )
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -98,6 +105,7 @@ class _Call:
     idle: Sequence[Tensor] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     top1: Tensor | None = None
+    supervised: Tensor | None = None
     _groups: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,7 +137,8 @@ class _LinearLoss(torch.autograd.Function):
             rows = slice(start, start + num_rows)
             targets = None if call.targets is None else call.targets.rows(rows)
             h = hidden.detach()[rows].requires_grad_(call.with_gradient)
-            part = _slice(call, h, call.label_ids[rows], targets)
+            supervised = None if call.supervised is None else call.supervised[rows]
+            part = _slice(call, h, call.label_ids[rows], targets, supervised)
             ce, kl = ce + part.ce, kl + part.kl
             if part.gradient is not None:
                 with torch.autocast(hidden.device.type, enabled=False):
@@ -185,15 +194,18 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
     return max(1, LOSS_SLICE_BYTES.get(hidden.device.type, LOSS_SLICE_BYTES["cuda"]) // (4 * vocab_size))
 
 
-def _slice(call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
+def _slice(
+    call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
+) -> _Slice:
     logits = call.logits(hidden)
     overwrites = _are_unshared(logits, call.head)
     buffer = logits.detach().float()
     if buffer.data_ptr() == logits.data_ptr() and not overwrites:
         buffer = buffer.clone()
-    found = _losses_and_gradient(buffer, call, label_ids, targets)
+    found = _losses_and_gradient(buffer, call, label_ids, targets, supervised)
     if found is None:
-        return _plain_slice(call.logits(hidden), call, label_ids, targets)  # the first logits are overwritten
+        logits = call.logits(hidden)  # the first are overwritten
+        return _plain_slice(logits, call, label_ids, targets, supervised)
     ce, kl = found
     if not call.with_gradient:
         return _Slice(logits, None, ce, kl)
@@ -217,12 +229,15 @@ def _are_unshared(logits: Tensor, head: Head) -> bool:
     return not is_patched and not has_hooks and not logits._is_view()
 
 
-def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None) -> _Slice:
+def _plain_slice(
+    logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
+) -> _Slice:
     """The general way, by autograd over `losses`; several times the memory of a slice."""
     assert targets is not None
     z = logits.detach().float().requires_grad_(call.with_gradient)
     with torch.set_grad_enabled(call.with_gradient):
-        ce = cross_entropy(z, label_ids).sum()
+        values = cross_entropy(z, label_ids)
+        ce = (values if supervised is None else torch.where(supervised, values, 0.0)).sum()
         counts = regularizer_mask(targets, call.objective)
         kl = torch.where(counts, regularizer_values(z, targets, call.objective), 0.0).sum()
         gradient = (
@@ -233,7 +248,7 @@ def _plain_slice(logits: Tensor, call: _Call, label_ids: Tensor, targets: Sparse
 
 @torch.no_grad()
 def _losses_and_gradient(
-    buffer: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None
+    buffer: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The sums of the slice. None where digits would be lost.
 
@@ -253,7 +268,7 @@ def _losses_and_gradient(
     drawn_logits = None if drawn_ids is None else buffer.gather(1, drawn_ids)
     tail = _Tail(buffer.scatter_(1, kept_ids, -torch.inf))
     if call.top1 is not None:  # also where the slice goes the plain way after this
-        call.top1 += _num_largest(kept_logits, kept_ids, tail).to(call.top1)
+        call.top1 += _num_largest(kept_logits, kept_ids, tail, supervised).to(call.top1)
     largest = torch.cat([tail.top, kept_logits[:, 1:]], dim=1).amax(dim=1, keepdim=True)
     origin = torch.where(largest == -torch.inf, 0.0, largest)  # the logits' size costs no digits
     z_kept = kept_logits - origin
@@ -261,10 +276,13 @@ def _losses_and_gradient(
     tail.measure_from(origin)
     every = torch.cat([z_kept, tail.log_sum], dim=1)
     log_all, log_rest = every.logsumexp(dim=1, keepdim=True), every[:, 1:].logsumexp(dim=1, keepdim=True)
-    ce = (log_all - z_kept[:, :1]).sum()
+    values = (log_all - z_kept[:, :1]).squeeze(1)
     kept_gradient = (z_kept - log_all).exp()
     kept_gradient[:, :1] = -(log_rest - log_all).exp()  # q(y) - 1, not as a difference
     beyond = (tail.log_sum - log_all).exp()
+    if supervised is not None:
+        values, kept_gradient, beyond = (_only(supervised, value) for value in (values, kept_gradient, beyond))
+    ce = values.sum()
     if targets is None:
         tail.scale(beyond)
         if smoothing:  # the gradient is q - (1 - e) 1_y - e / V
@@ -287,8 +305,14 @@ def _losses_and_gradient(
     return ce, found.values.sum()
 
 
-def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor:
-    """How many labels, the first of the kept, have the largest logit; of equal ones the first id has it."""
+def _only(supervised: Tensor, value: Tensor) -> Tensor:
+    """The rows [n, ...] at which the cross-entropy counts, 0 elsewhere."""
+    return torch.where(supervised if value.dim() == 1 else supervised[:, None], value, 0.0)
+
+
+def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail", supervised: Tensor | None) -> Tensor:
+    """How many labels, the first of the kept, have the largest logit, where cross-entropy counts; of equal ones the
+    first id has it."""
     label, label_id, others = kept_logits[:, :1], kept_ids[:, :1], kept_logits[:, 1:]
     largest = ((label > others) | ((label == others) & (label_id < kept_ids[:, 1:]))).all(dim=1)
     largest &= (label >= tail.top).squeeze(1)
@@ -296,7 +320,7 @@ def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail") -> Tensor
     if len(tied):
         first = (tail.buffer[tied] == 1).int().argmax(dim=1)
         largest[tied] = label_id[tied, 0] < first
-    return largest.sum()
+    return (largest if supervised is None else largest & supervised).sum()
 
 
 class _Tail:

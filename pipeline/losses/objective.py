@@ -13,6 +13,7 @@ from logitcache.settings import Settings, option
 Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]
 Tail = Literal["bucket", "groups", "renormalize", "sampled"]
 Weighting = Literal["uniform", "non-target-mass"]
+KLPositions = Literal["supervised", "all"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Objective(Settings):
     there; masked-js their Jensen-Shannon divergence; full-kl is KL(p || q) with y. tail: bucket is T as one outcome;
     groups T's part in each group of the vocabulary; renormalize nothing, each side renormalised on S; sampled draws
     from the base's own tail. temperature: of both sides, the value times its square (Hinton et al. 2015).
-    min_base_rest leaves positions out of value and count (1e-4 in the paper); min_adapted_rest makes them 0 (the paper
-    clamps at 1e-6; log space needs none).
+    kl_positions: where the regulariser counts, at the supervised positions or at all of a document that has some; the
+    cross-entropy counts at the supervised ones. min_base_rest leaves positions out of value and count (1e-4 in the
+    paper); min_adapted_rest makes them 0 (the paper clamps at 1e-6; log space needs none).
     """
 
     regularizer: Regularizer = option(
@@ -41,6 +43,11 @@ class Objective(Settings):
     weight: float = option(1.0, "Weight of the regulariser.", at_least=0)
     temperature: float = option(1.0, "Of both distributions; other than 1 only with --tail renormalize.", above=0)
     weighting: Weighting = option("uniform", "Weight of a position: the same, or 1 - p(true token).")
+    kl_positions: KLPositions = option(
+        "supervised",
+        "Where the regulariser counts: where the cross-entropy does; all: at prompt positions too, if they are cached "
+        "(precompute --kl-positions all).",
+    )
     min_base_rest: float = option(
         1e-4,
         "Leave out positions where the base leaves less than this beside the true token (masked-*).",
@@ -85,6 +92,10 @@ class Objective(Settings):
             )
         if none and self.kl_budget is not None:
             raise InvalidSettings("--kl-budget needs a KL regularizer; none has none. Leave it out.")
+        if none and self.kl_positions != "supervised":
+            raise InvalidSettings(
+                "--kl-positions all with --regularizer none: there is no regulariser at any position. Leave it out."
+            )
         if self.label_smoothing and not none:
             raise InvalidSettings(
                 f"--label-smoothing goes with --regularizer none, not with {self.regularizer}: they would be two "

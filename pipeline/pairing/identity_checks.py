@@ -6,6 +6,8 @@ Owns the refusals of what cannot fit. What can only be measured is in `step_zero
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,9 @@ from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured
 from logitcache.storage.identity import differing
 
 from .settings import PairingRules as PairingRules
+
+EVERY = " Here every position of a sample is asked for (--kl-positions all): precompute with --kl-positions all too."
+"""What is added to a refusal of positions that were not captured."""
 
 
 def check_identity(
@@ -145,16 +150,23 @@ def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None
         )
 
 
-def check_samples(cache: LogitCache, samples: Sequence[Sample]) -> None:
-    """Raise `SampleNotCached` or `PositionNotCaptured` unless every sample is found; names the first that is not."""
+def check_samples(cache: LogitCache, samples: Sequence[Sample], every: bool = False) -> None:
+    """Raise `SampleNotCached` or `PositionNotCaptured` unless every sample is found; names the first that is not.
+
+    every: at all of its positions, not only the supervised ones.
+    """
+
+    def positions(sample: Sample) -> NDArray[np.int32]:
+        return np.arange(len(sample.token_ids) - 1, dtype=np.int32) if every else sample.positions
+
     try:
-        cache.require_all([s.token_ids for s in samples], [s.positions for s in samples])
+        cache.require_all([s.token_ids for s in samples], [positions(s) for s in samples])
     except (SampleNotCached, PositionNotCaptured):
         for sample in samples:  # again, one by one, for the first in the order of the data
             try:
-                cache.require(sample.token_ids, sample.positions)
+                cache.require(sample.token_ids, positions(sample))
             except (SampleNotCached, PositionNotCaptured) as error:
-                raise type(error)(f"{sample.origin}: {error}") from error
+                raise type(error)(f"{sample.origin}: {error}{EVERY if every else ''}") from error
         raise
 
 

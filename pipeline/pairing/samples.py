@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.data.rows import NamedRows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.events import OnMessage
-from logitcache.storage import LogitCache
+from logitcache.storage import LogitCache, data_samples
 
-from .targets import samples_of
+from .targets import said_of, samples_named
 
 DEFAULT_MAX_LENGTH = 1024
 """Tokens a sample of data that no cache goes with."""
@@ -25,16 +25,18 @@ def samples_for(
     max_length: int | None = None,
     on_message: OnMessage = lambda _: None,
 ) -> list[Sample]:
-    """The samples of rows, or without rows those of the cache.
+    """The samples of rows, or without rows those of the cache's data sets.
 
     max_length: tokens a sample, for rows; None: as many as the cache's have, or `DEFAULT_MAX_LENGTH` without one.
-    vocab_size: of the model that reads them. on_message is told how many rows were cut. Raises what reading data and
-    the cache raises; ValueError where there is neither.
+    vocab_size: of the model that reads them. on_message is told how many rows were cut, or which data sets they are of.
+    Raises what reading data and the cache raises; ValueError where there is neither.
     """
     if rows is None:
         if cache is None:
             raise ValueError("samples are of rows or of a cache: give one of them")
-        return samples_of(cache)
+        named = data_samples(cache)
+        on_message(said_of(cache, named))
+        return samples_named(cache, named)
     length = max_length or (DEFAULT_MAX_LENGTH if cache is None else cache.manifest.capture.max_length)
     found = make_samples(rows, tokenizer, length, vocab_size)
     if found.num_truncated:

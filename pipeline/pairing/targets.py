@@ -20,7 +20,7 @@ from logitcache.data.rows import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
-from logitcache.storage import BaseLogprobs, LogitCache
+from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, data_samples
 from logitcache.storage.records import NO_TOKEN
 
 from .vocab_cut import VocabCut, cut_columns
@@ -35,19 +35,23 @@ Collator = Callable[[Sequence[Any]], Batch]
 
 @dataclass(frozen=True)
 class Document:
-    """A sample inside a batch: its row and first column, tokens uint32 [L], supervised positions int32 [P] within."""
+    """A sample inside a batch: its row and first column, tokens uint32 [L], positions int32 [P] within that count, and
+    which of them are supervised, bool [P]."""
 
     row: int
     column: int
     token_ids: NDArray[np.uint32]
     positions: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class CachedCollator:
-    """Any collator, and then the rows of the cache for every supervised position of its batch.
+    """Any collator, and then the rows of the cache for every position of its batch that counts.
 
-    Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]), base_preceded (int64, where
+    Those are the supervised ones; every: all of each document that has some, and base_supervised (bool [N]) says where
+    the cross-entropy counts. Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]),
+    base_preceded (int64, where
     documents begin that do not begin their row: behind another, or behind padding) and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
     nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
@@ -59,9 +63,10 @@ class CachedCollator:
     cache: LogitCache | None
     top_k: int | None = None
     cut: VocabCut | None = None
+    every: bool = False
 
     def __call__(self, features: Sequence[Any]) -> Batch:
-        return with_targets(self.collator(features), self.cache, self.top_k, self.cut)
+        return with_targets(self.collator(features), self.cache, self.top_k, self.cut, self.every)
 
     def looked_up(self, batch: Batch) -> Batch:
         """A batch that has been collated, with its targets, on its device; as it is where they are there already."""
@@ -69,7 +74,7 @@ class CachedCollator:
             return batch
         device = batch["input_ids"].device
         on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        found = with_targets(on_cpu, self.cache, self.top_k, self.cut)
+        found = with_targets(on_cpu, self.cache, self.top_k, self.cut, self.every)
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
@@ -80,24 +85,30 @@ def collated(batch: Any) -> Batch:
 
 
 def with_targets(
-    batch: Batch, cache: LogitCache | None, top_k: int | None = None, cut: VocabCut | None = None
+    batch: Batch,
+    cache: LogitCache | None,
+    top_k: int | None = None,
+    cut: VocabCut | None = None,
+    every: bool = False,
 ) -> Batch:
     """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
-    documents = list(documents_of(batch))
+    documents = list(documents_of(batch, every))
     width = batch["input_ids"].shape[1]
     rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
     labels = [d.token_ids[d.positions + 1].astype(np.int32) for d in documents]
     preceded = [np.array([d.row * width + d.column]) for d in documents if d.column]
     added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
     added["preceded"] = _joined(preceded, np.int64)
+    if every:
+        added["supervised"] = _joined([d.supervised for d in documents], np.bool_)
     if cache is not None and documents:
         found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
         added |= target_columns(found, cut)
     return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
 
 
-def documents_of(batch: Batch) -> Iterator[Document]:
-    """The samples of a batch that have supervised positions, row by row.
+def documents_of(batch: Batch, every: bool = False) -> Iterator[Document]:
+    """The samples of a batch that have supervised positions, row by row; every: with all of their positions.
 
     A row is split where position_ids start again at 0; padding is where attention_mask is 0. The label of position t is
     labels[t + 1], as everywhere in transformers; a document's first token is nobody's label.
@@ -140,7 +151,7 @@ def documents_of(batch: Batch) -> Iterator[Document]:
             )
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
             span = slice(first + begin, first + stop)
-            found = _document(row, span, tokens[row, span], labels[row, span])
+            found = _document(row, span, tokens[row, span], labels[row, span], every)
             if found is not None:
                 yield found
 
@@ -195,23 +206,53 @@ def placed(batch: Batch, device: torch.device) -> Batch:
 
 def count_positions(batch: Batch, objective: Objective) -> Tensor:
     """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device."""
-    labels: Tensor = batch[f"{PREFIX}label_ids"]
-    targets = targets_of(batch)
-    every = torch.full((), len(labels), dtype=torch.int64, device=labels.device)
+    targets, supervised = targets_of(batch), num_supervised(batch)
     if targets is None or objective.regularizer == "none":
-        return torch.stack([every, torch.zeros_like(every)])
-    return torch.stack([every, regularizer_mask(targets, objective).sum()])
+        return torch.stack([supervised, torch.zeros_like(supervised)])
+    return torch.stack([supervised, regularizer_mask(targets, objective).sum()])
+
+
+def num_supervised(batch: Batch) -> Tensor:
+    """Positions of a batch at which the cross-entropy counts, an int64 scalar on its device."""
+    labels: Tensor = batch[f"{PREFIX}label_ids"]
+    supervised: Tensor | None = batch.get(f"{PREFIX}supervised")
+    if supervised is None:
+        return torch.full((), len(labels), dtype=torch.int64, device=labels.device)
+    return supervised.sum()
 
 
 def samples_of(cache: LogitCache) -> list[Sample]:
-    """The samples a cache holds, with the captured positions as their supervised ones."""
+    """The samples of the data sets of a cache, or all of one that has none: see `data_samples`."""
+    return samples_named(cache, data_samples(cache))
+
+
+def samples_named(cache: LogitCache, found: DataSamples) -> list[Sample]:
+    """Samples as they are learnt, those positions supervised at which cross-entropy counts."""
     samples = []
-    for i, stored in enumerate(cache.stored_samples()):
-        supervised = np.zeros(len(stored.token_ids), dtype=np.bool_)
-        supervised[stored.positions + 1] = True
+    for i, part in enumerate(found.samples):
+        supervised = np.zeros(len(part.token_ids), dtype=np.bool_)
+        supervised[part.positions[part.cross_entropy] + 1] = True
         origin = f"{cache.path}, sample {i}"
-        samples.append(Sample(stored.token_ids, supervised, origin, chat_template=stored.chat_template))
+        samples.append(Sample(part.token_ids, supervised, origin, chat_template=part.chat_template))
     return samples
+
+
+def said_of(cache: LogitCache, found: DataSamples) -> str:
+    """Which data sets of a cache the samples are of, and what else it holds, in a sentence or two."""
+    names = [f"{d.name!r} ({d.num_samples:,} samples, {d.num_positions:,} positions)" for d in found.data_sets]
+    if not names:
+        return f"{cache.path} has no data sets: the samples are all that it holds, {len(found.samples):,}."
+    rest = ""
+    if found.num_other_positions:
+        ids = f"{found.num_other_samples:,} more sample{'s' * (found.num_other_samples != 1)}"
+        at = f"{found.num_other_positions:,} more position{'s' * (found.num_other_positions != 1)}"
+        rest = f" It holds {ids} and {at}, which are in none of them and are left out."
+    return f"The samples are those of the data sets of {cache.path}: {', '.join(names)}.{rest}"
+
+
+def digests_of(cache: LogitCache) -> dict[str, str]:
+    """Of the data sets of a cache, by their names: what a run that learnt them says."""
+    return {entry.name: entry.file.checksum for entry in cache.data_sets}
 
 
 def groups_of(cache: LogitCache | None, vocab_size: int | None = None) -> Tensor | None:
@@ -238,7 +279,7 @@ def _beginnings(places: NDArray[Any], row: int) -> list[int]:
     return [0, *(np.flatnonzero(places[1:] == 0) + 1).tolist()]
 
 
-def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any]) -> Document | None:
+def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any], every: bool) -> Document | None:
     supervised = labels[1:] != IGNORED
     if not supervised.any():
         return None
@@ -248,7 +289,9 @@ def _document(row: int, span: slice, tokens: NDArray[Any], labels: NDArray[Any])
             f"looking up row {row} of a batch: expected labels equal to input_ids (or {IGNORED}), found "
             f"{labels[at]} for {tokens[at]} at column {span.start + at}. Labels are not shifted here."
         )
-    return Document(row, span.start, tokens.astype(np.uint32), np.flatnonzero(supervised).astype(np.int32))
+    counts = np.ones_like(supervised) if every else supervised
+    positions = np.flatnonzero(counts).astype(np.int32)
+    return Document(row, span.start, tokens.astype(np.uint32), positions, supervised[positions])
 
 
 def _joined(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:

@@ -109,7 +109,7 @@ class CacheView:
 
     def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets; `looked_up` of it is for batches that are made already."""
-        return CachedCollator(collator, self.cache, self.top_k, self._cut)
+        return CachedCollator(collator, self.cache, self.top_k, self._cut, self.objective.kl_positions == "all")
 
     def require(self, samples: Sequence[Sample]) -> None:
         """Raise `SampleNotCached`, `PositionNotCaptured` or `InvalidData` unless every sample can be looked up.
@@ -120,7 +120,7 @@ class CacheView:
             check_tokens(samples, self.vocab_size)
         if self._template is not None:
             check_templates(self.cache, samples, self._template)
-        check_samples(self.cache, samples)
+        check_samples(self.cache, samples, every=self.objective.kl_positions == "all")
 
     def check_width(self, model: nn.Module) -> None:
         """Raise `NotTheBase` for another model than was paired, with another number of logits."""

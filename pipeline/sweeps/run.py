@@ -36,6 +36,7 @@ from logitcache.models.loading import Base, find_model, load_base, load_tokenize
 from logitcache.models.same_base import described_differences
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.samples import samples_for
+from logitcache.pairing.targets import digests_of
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
@@ -105,7 +106,7 @@ def prepare(
     def read(name: str) -> list[Sample]:
         return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size)
 
-    samples = read("data")
+    samples = samples_for(rows["data"], cache, tokenizer, base.identity.vocab_size, on_message=on_message)
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
         CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
@@ -280,6 +281,7 @@ def _description(
         "cache": config.cache,
         "contents": cache.contents_checksum,
         "data": data_fingerprint(samples),
+        "data_sets": digests_of(cache) if config.data is None else None,
         **{name: getattr(config, name) for name in texts},
         "texts": {name: data_fingerprint(text) for name, text in texts.items()},
         "pairing": config.common.pairing.plain(),

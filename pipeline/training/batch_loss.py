@@ -22,7 +22,7 @@ def batch_loss(
     view: CacheView | None,
     top1: Tensor | None = None,
 ) -> LinearLoss:
-    """Sums over the supervised positions of a batch: ce + kl_weight * kl with gradient, and ce and kl without.
+    """Sums over the positions of a batch that count: ce + kl_weight * kl with gradient, and ce and kl without.
 
     batch: as `targets.with_targets` makes it, on one device, where the sums will be too; the model may be on several.
     kl_weight stands for `objective.weight`. view: of the cache that the targets are from, None without one. The head's
@@ -39,5 +39,16 @@ def batch_loss(
     targets = targets_of(batch, None if view is None else view.token_groups(hidden.device))
     parameters, idle = head.parameters(), head.idle_parameters()
     labels = batch[f"{PREFIX}label_ids"]
-    found: LinearLoss = linear_loss(selected, head, labels, targets, objective, kl_weight, parameters, idle, top1)
+    found: LinearLoss = linear_loss(
+        selected,
+        head,
+        labels,
+        targets,
+        objective,
+        kl_weight,
+        parameters,
+        idle,
+        top1,
+        batch.get(f"{PREFIX}supervised"),
+    )
     return LinearLoss(*(value.to(where) for value in found))

@@ -19,7 +19,15 @@ from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import unwrapped
 from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
-from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, collated, count_positions
+from logitcache.pairing.targets import (
+    PREFIX,
+    Batch,
+    CachedCollator,
+    Collator,
+    collated,
+    count_positions,
+    num_supervised,
+)
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import LogitCache
 
@@ -77,7 +85,7 @@ class CachedLoss:
                 f"looking up {self.cache.path} before a model is known: the rules ignore padding, and how much of the "
                 "vocabulary that is follows from the model. Give CachedLoss(..., model=model)."
             )
-        return CachedCollator(collator, self.cache, self._top_k)
+        return CachedCollator(collator, self.cache, self._top_k, every=self.objective.kl_positions == "all")
 
     def count(self, batch: Batch) -> Tensor:
         """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""
@@ -111,6 +119,6 @@ class CachedLoss:
         sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, view)
         loss, orthogonality = sums.loss / num_ce, Orthogonality.of(unwrapped(model))
         if orthogonality is not None:
-            share = len(batch[f"{PREFIX}label_ids"]) / num_ce
+            share = num_supervised(batch).to(num_ce.device) / num_ce
             loss = loss + orthogonality.weight * share * orthogonality().to(loss.device)
         return LinearLoss(loss, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))

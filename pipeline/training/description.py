@@ -19,6 +19,7 @@ from logitcache.data.samples import Sample
 from logitcache.models.device_map import devices_of
 from logitcache.models.loading import Base
 from logitcache.models.quantization import quantization_of
+from logitcache.pairing.targets import digests_of
 from logitcache.storage import sample_id
 from logitcache.storage.identity import digest, digest_json
 
@@ -38,6 +39,7 @@ def describe(job: Job) -> dict[str, Any]:
             "num_tokens": sum(len(s.token_ids) for s in samples),
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": data_fingerprint(samples),
+            "data_sets": digests_of(cache) if cache is not None and job.of_cache else None,
         },
         "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
         "adapter": _describe_adapter(base, job.adapter),

@@ -50,6 +50,8 @@ class Job:
     pairing: PairingRules
     #: The base's, held against the cache's; None: the base has none.
     tokenizer: PreTrainedTokenizerBase | None
+    #: Whether the samples are those of the cache's data sets.
+    of_cache: bool = False
 
     def __post_init__(self) -> None:
         _check_combination(self)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from logitcache.errors import TrainingFailed
-from logitcache.pairing.targets import PREFIX, Batch
+from logitcache.pairing.targets import Batch, num_supervised
 
 from .normalisation import num_replicas
 
@@ -85,7 +85,7 @@ class TokenMetrics(TrainerCallback, ExportableState):
         """A micro-batch. top1: int64 scalar, how many of its labels have the largest logit."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         tokens = torch.full_like(top1, ids.numel()) if mask is None else mask.sum().to(top1)
-        positions = torch.full_like(top1, len(batch[f"{PREFIX}label_ids"]))
+        positions = num_supervised(batch).to(top1)
         self._pending.append(torch.stack([top1, positions, tokens]))
 
     def settle(self) -> None:

@@ -89,7 +89,7 @@ def train(
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
     model: folder or hub id, or a base that is loaded, which becomes the student's backbone: load it anew for another
-    run. data: file, folder, URL or hub id; samples in memory; None: the samples of the cache. cache: a path or an
+    run. data: file, folder, URL or hub id; samples in memory; None: the data sets of the cache. cache: a path or an
     opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as
     the pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
     information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
@@ -107,9 +107,10 @@ def train(
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
-    if data is None or isinstance(data, (str, Path)):
-        data = samples_for(rows, opened, tokenizer, base.identity.vocab_size, on_message=on_message)
-    job = Job(base, data, opened, out, adapter, objective, settings, penalty, pairing, tokenizer)
+    in_memory = None if isinstance(data, (str, Path)) else data
+    if in_memory is None:
+        in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, on_message=on_message)
+    job = Job(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None)
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 

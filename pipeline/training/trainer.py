@@ -21,7 +21,7 @@ from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import OutputHead, causal_lm_of, check_head
-from logitcache.pairing.identity_checks import PairingRules
+from logitcache.pairing.identity_checks import EVERY, PairingRules
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
@@ -295,13 +295,15 @@ class CachedKL(_AnyTrainer):
             for index in chunk:  # one by one, for the first in the order of the data
                 error = self._miss(view, dataset, [index], collate)
                 if error is not None:
-                    raise type(error)(f"row {index} of the training data: {error}{_cutting(self.args)}") from error
+                    why = (EVERY if self.kl_objective.kl_positions == "all" else "") + _cutting(self.args)
+                    raise type(error)(f"row {index} of the training data: {error}{why}") from error
 
     def _miss(
         self, view: CacheView, dataset: Any, indices: list[int], collate: Collator
     ) -> SampleNotCached | PositionNotCaptured | None:
         """What the cache says of the documents of these rows; None where it has them all."""
-        documents = list(documents_of(collate([dataset[i] for i in indices])))
+        batch = collate([dataset[i] for i in indices])
+        documents = list(documents_of(batch, every=view.objective.kl_positions == "all"))
         try:
             view.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
         except (SampleNotCached, PositionNotCaptured) as error:

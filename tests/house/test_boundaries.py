@@ -31,15 +31,18 @@ STORAGE_ROOMS = {
     "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
     "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
-    "cache": {"backend", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
+    "data_sets": {"backend", "files", "identity", "index", "layout", "manifest"},
+    "data_samples": {"cache", "data_sets", "errors", "identity", "manifest", "shard"},
+    "cache": {"backend", "data_sets", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
     "captured_index": {"encoding", "identity"},
-    "leftovers": {"errors", "files", "layout", "manifest"},
-    "job_status": {"cache", "errors", "files", "layout", "leftovers", "manifest"},
+    "leftovers": {"data_sets", "errors", "files", "layout", "manifest"},
+    "job_status": {"cache", "data_sets", "errors", "files", "identity", "layout", "leftovers", "manifest"},
     "writer": {
         "backend",
         "cache",
         "captured_index",
         "configs",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -51,13 +54,14 @@ STORAGE_ROOMS = {
         "shard",
     },
     "verify": {
-        *("cache", "encoding", "errors", "files", "identity", "index", "job_status", "layout", "leftovers", "manifest"),
-        "shard",
+        *("cache", "data_sets", "encoding", "errors", "files", "identity", "index", "job_status", "layout"),
+        *("leftovers", "manifest", "shard"),
     },
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
         "configs",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -71,6 +75,7 @@ STORAGE_ROOMS = {
     },
     "prune": {
         "cache",
+        "data_sets",
         "encoding",
         "errors",
         "files",
@@ -84,7 +89,7 @@ STORAGE_ROOMS = {
         "writer",
     },
     "statistics": {"cache", "records"},
-    "inventory": {"cache", "files", "identity", "index", "layout", "manifest"},
+    "inventory": {"cache", "data_sets", "files", "identity", "index", "layout", "manifest"},
 }
 """The files of storage/, and the others of it that each may import."""
 
@@ -97,7 +102,7 @@ PACKAGES = {
     "data": {"errors", "storage"},
     "models": {"errors", "settings", "storage"},
     "pairing": {"data", "errors", "events", "losses", "models", "settings", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "losses", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "storage"),

@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from support.format_reader import Sample, open_cache
 from support.storage_samples import NO_TOKEN
 
-from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, LogitCache, export_parquet, verify
+from logitcache.storage import (
+    BaseLogprobs,
+    CachedSample,
+    CacheWriter,
+    LogitCache,
+    data_samples,
+    export_parquet,
+    sample_id,
+    verify,
+)
+from logitcache.storage.data_sets import positions_of
 
 FOLDERS = [Path(__file__).resolve().parents[1] / name for name in ("golden", "golden_draws")]
 CACHES = {"zarr": "fine", "arrow": "fine", "zarr-exact": "exact", "arrow-exact": "exact"}
@@ -131,6 +141,29 @@ def test_independent_reader_reads_golden_cache(golden: Path, name: str) -> None:
     captures = [capture for shard in expected(golden)["shards"] for capture in shard]
     written = sorted((c["token_ids"], c["positions"], c["num_tokens_cut"]) for c in captures)
     assert written == sorted((c.token_ids.tolist(), c.positions.tolist(), c.num_tokens_cut) for c in cache.captures())
+
+
+@every_folder
+@every_cache
+def test_both_readers_read_the_data_sets(golden: Path, name: str) -> None:
+    """Names, samples, positions, and where cross-entropy does not count; and what the two of them name together."""
+    written = {
+        data_set["name"]: {
+            sample_id(np.array(s["token_ids"], dtype=np.uint32)): dict(
+                zip(s["positions"], s["cross_entropy"], strict=True)
+            )
+            for s in data_set["samples"]
+        }
+        for data_set in expected(golden)["data_sets"]
+    }
+    assert len(written) == 2 and any(not all(p.values()) for s in written.values() for p in s.values())
+    assert open_cache(golden / name).data_sets() == written
+    cache = LogitCache.open(golden / name)
+    found = {entry.name: dict(cache.data_set(entry).samples()) for entry in cache.data_sets}
+    pairs = {n: {key: positions_of(runs) for key, runs in samples.items()} for n, samples in found.items()}
+    assert {n: {k: dict(zip(*map(list, p), strict=True)) for k, p in s.items()} for n, s in pairs.items()} == written
+    named = data_samples(cache)
+    assert (len(named.samples), named.num_other_samples, named.num_other_positions) == (4, 0, 0)
 
 
 @every_folder

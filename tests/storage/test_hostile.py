@@ -149,7 +149,7 @@ def test_missing_and_extra_fields_are_refused(written: Path, file: str) -> None:
         b"[1]",
         b"5",
         b'"x"',
-        b'{"format_version":1}',
+        b'{"format_version":2}',
         b"true",
         b"NaN",
         b"1e999",
@@ -193,7 +193,7 @@ def test_an_absurdly_large_manifest_is_not_read(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("format_version", 2), ("format_version", 0), ("reader_features", ["int8"])]
+    ("field", "value"), [("format_version", 3), ("format_version", 1), ("reader_features", ["int8"])]
 )
 def test_an_unknown_format_is_refused_by_readers_and_writers(
     written: Path, store: str, field: str, value: object

@@ -50,7 +50,15 @@ MANIFEST = {
     "model_name": str,
     "created_with": dict,
 }
-CONTENTS = {"manifest": str, "num_samples": int, "index": FILE, "shards": [{"unit": str, "checksum": str}]}
+DATA_SET = {"name": str, "file": FILE, "num_samples": int, "num_runs": int, "num_positions": int}
+CONTENTS = {
+    "manifest": str,
+    "num_samples": int,
+    "index": FILE,
+    "shards": [{"unit": str, "checksum": str}],
+    "data_sets": [DATA_SET],
+}
+RUNS = np.dtype([("sample_id", "<u8", 2), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
 COMMIT = {
     "unit": str,
     "num_samples": int,
@@ -118,6 +126,30 @@ def read_listed(folder: Path, listed: dict[str, Any]) -> bytes:
     data = path.read_bytes()
     require(len(data) == listed["size"] and digest(data) == listed["checksum"], f"{path}: size or checksum")
     return data
+
+
+def read_data_set(folder: Path, entry: dict[str, Any]) -> dict[bytes, dict[int, bool]]:
+    """Samples and positions of a data set, and what its writers' record says of it."""
+    name = entry["name"]
+    require(1 <= len(name) <= 200 and name.isprintable(), "a data set's name")
+    require(entry["file"]["name"] == f"data-{entry['file']['checksum']}.npy", "a data set's file has another name")
+    record = read_json((folder / f"data-{digest(name.encode())}.json").read_bytes(), DATA_SET, "data set")
+    require(record == entry, "the record of a data set is not that of the contents")
+    read_listed(folder, entry["file"])
+    runs = np.load(folder / entry["file"]["name"], allow_pickle=False)
+    require(runs.dtype == RUNS and runs.shape == (entry["num_runs"],), "data set: columns")
+    found: dict[bytes, dict[int, bool]] = {}
+    before = (b"", 0, -1)
+    for sample_id, first, length, counts in zip(*(runs[n].tolist() for n in runs.dtype.names), strict=True):
+        key = b"".join(int(part).to_bytes(8, "little") for part in sample_id)
+        require(length > 0 and counts in (0, 1), "data set: an empty run")
+        apart = first > before[1] or (first == before[1] and counts != before[2])
+        require(key > before[0] or (key == before[0] and apart), "data set: runs do not ascend, or could be one")
+        before = (key, first + length, counts)
+        found.setdefault(key, {}).update({first + i: counts == 1 for i in range(length)})
+    require(len(found) == entry["num_samples"], "data set: num_samples")
+    require(sum(map(len, found.values())) == entry["num_positions"], "data set: num_positions")
+    return found
 
 
 def check_manifest(body: dict[str, Any]) -> None:
@@ -190,6 +222,10 @@ class Cache:
     index: Array
     token_groups: Array | None
 
+    def data_sets(self) -> dict[str, dict[bytes, dict[int, bool]]]:
+        """By name and sample id: the positions, and whether cross-entropy counts at each."""
+        return {entry["name"]: read_data_set(self.folder, entry) for entry in self.contents["data_sets"]}
+
     def samples(self) -> Iterator[Sample]:
         """Every sample once, by its first capture in the order of the contents."""
         joined: dict[bytes, Sample] = {}
@@ -261,6 +297,8 @@ def open_cache(folder: str | Path) -> Cache:
     require(index.dtype == INDEX and index.ndim == 1, "index: columns")
     require((np.diff(index["shard"].astype(np.int64)) >= 0).all(), "index: order of the shards")
     require(len(index) == contents["num_samples"], "contents.json: num_samples")  # one captured twice counts twice
+    names = [entry["name"] for entry in contents["data_sets"]]
+    require(names == sorted(set(names)) and len(names) <= 256, "contents.json: names of data sets")
     token_groups = None
     if groups := manifest["capture"]["num_tail_groups"]:
         token_groups = np.load(folder / "token_groups.npy", allow_pickle=False)

@@ -31,8 +31,9 @@ from logitcache.data.samples import check_samples_left
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
 from logitcache.events import Event, OnEvent, RayStarted, ShardFailed, ShareDone
 from logitcache.models.loading import first_line
-from logitcache.storage import CacheError, CacheWriter, NotACache
+from logitcache.storage import CacheError, CacheWriter, DataSet, NotACache
 from logitcache.storage.cache import read_manifest, stored_token_groups
+from logitcache.storage.data_sets import joined
 from logitcache.storage.files import open_files
 from logitcache.storage.job_status import Status, remove_records, status
 
@@ -92,7 +93,7 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> Job
     if any(o.error for o in outcomes):
         raise NonFiniteLogits(failed_text([e.why for o in outcomes for e in o.events if isinstance(e, ShardFailed)]))
     check_samples_left(report.planned.num_rows, report.planned.num_samples, spec.settings.max_length)
-    finish(spec.cache)
+    finish(spec.cache, joined(spec.name, [o.report.part for o in outcomes if o.report and o.report.part is not None]))
     return _with_commits(report, before, _status(spec.cache))
 
 
@@ -229,12 +230,12 @@ def _status(path: str) -> Status | None:
         return None
 
 
-def finish(path: str) -> None:
+def finish(path: str, data_set: DataSet) -> None:
     """Finalise where no share did: the record of one that finished was lost or was that of an earlier job."""
     manifest = read_manifest(open_files(path))
     with CacheWriter(path, manifest, stored_token_groups(path)) as writer:
-        if not writer.is_final:
-            writer.finalize()
+        if not writer.holds(data_set):
+            writer.finalize([data_set])
         remove_records(writer.files)
 
 
@@ -245,6 +246,7 @@ def absolute(spec: JobSpec) -> JobSpec:
         spec,
         model=_whole(spec.model),
         data=_whole(spec.data),
+        data_name=spec.name,
         cache=str(Path(files.root).absolute()) if files.is_local else spec.cache,
         samples_from=_whole(spec.samples_from),
         calibration=_whole(spec.calibration),
