@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from logitcache.errors import InvalidSettings
-from logitcache.losses.objective import KLPositions
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
 from logitcache.storage.data_sets import name_of
@@ -48,7 +47,7 @@ class CaptureSettings(Settings):
         at_most=4096,
     )
 
-    kl_positions: KLPositions = option(
+    kl_positions: Literal["supervised", "all"] = option(
         "supervised",
         "Capture the supervised positions, or all of each sample that has some, for train --kl-positions all.",
     )

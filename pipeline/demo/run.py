@@ -12,6 +12,7 @@ Trains and evaluates nothing itself, and must not print: it reports through `on_
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.errors import TrainingFailed
-from logitcache.events import OnMessage
 from logitcache.models.settings import LoadSettings
 from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
@@ -65,7 +65,7 @@ class DemoSettings:
     )
 
 
-def run_demo(out: Path, settings: DemoSettings, on_message: OnMessage) -> Sweep:
+def run_demo(out: Path, settings: DemoSettings, on_message: Callable[[str], None]) -> Sweep:
     """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns what the sweep came to.
 
     Raises `TrainingFailed` where the folder holds something else, or a run fails or is done by another process now,
@@ -118,7 +118,7 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
     return replace(config, runs=tuple(sorted(config.runs, key=lambda run: settings.seeds.index(run.settings["seed"]))))
 
 
-def fill_cache(config: SweepConfig, settings: DemoSettings, on_message: OnMessage) -> LogitCache:
+def fill_cache(config: SweepConfig, settings: DemoSettings, on_message: Callable[[str], None]) -> LogitCache:
     """The cache that the demo's runs are trained with."""
     assert config.data is not None
     started = perf_counter()

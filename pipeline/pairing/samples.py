@@ -4,11 +4,12 @@ Owns how many tokens a sample has, and what is said of rows that were cut, for e
 models.
 """
 
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.rows import NamedRows
 from logitcache.data.samples import Sample, make_samples
-from logitcache.events import OnMessage
 from logitcache.storage import LogitCache, data_samples
 
 from .targets import said_of, samples_named
@@ -23,7 +24,7 @@ def samples_for(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
     max_length: int | None = None,
-    on_message: OnMessage = lambda _: None,
+    on_message: Callable[[str], None] = lambda _: None,
 ) -> list[Sample]:
     """The samples of rows, or without rows those of the cache's data sets.
 

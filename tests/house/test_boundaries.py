@@ -101,8 +101,8 @@ PACKAGES = {
     "losses": {"errors", "settings"},
     "data": {"errors", "storage"},
     "models": {"errors", "settings", "storage"},
-    "pairing": {"data", "errors", "events", "losses", "models", "settings", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "losses", "models", "pairing", "settings", "storage"},
+    "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "storage"),
@@ -128,7 +128,7 @@ PACKAGES = {
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "models", "storage"},
-    "demo": {"capture", "errors", "events", "models", "reports", "storage", "sweeps"},
+    "demo": {"capture", "errors", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 
