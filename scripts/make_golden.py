@@ -1,4 +1,4 @@
-"""Write the golden caches of format version 1, which every later reader must read: tests/golden, and tests/golden_draws
+"""Write the golden caches of format version 2, which every later reader must read: tests/golden, and tests/golden_draws
 with draws from the tail, of the feature `tail-samples`.
 
     python scripts/make_golden.py [--replace] [--draws] [folder]
@@ -39,11 +39,11 @@ GROUPS = (np.arange(VOCAB) % NUM_GROUPS).astype(np.uint8)
 PRECISIONS = {"exact": 0.0, "fine": 1 / 64}
 CACHES = {f"{store}{'' if p == 'fine' else '-' + p}": (store, p) for p in PRECISIONS for store in ("zarr", "arrow")}
 
-README = """# Golden caches of format version 1{title}
+README = """# Golden caches of format version 2{title}
 
 Written once by `python scripts/make_golden.py{option}` with
 {versions}.
-They are never written again for version 1, since caches of users cannot be either: what
+They are never written again for version 2, since caches of users cannot be either: what
 `tests/storage/test_golden.py` finds wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes
 their bytes; other versions of the codecs may write the same numbers as other bytes.
 

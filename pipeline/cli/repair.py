@@ -8,20 +8,31 @@ from .common import CachePath, config_option
 @click.command(short_help="Drop damaged shards, so that precompute makes only those again.")
 @config_option
 @click.argument("path", type=CachePath(), metavar="DIR")
-def repair(path: str) -> None:
+@click.option(
+    "--manifest-from",
+    type=CachePath(),
+    metavar="DIR",
+    help="Another cache of this base and capture, whose manifest is written where this one's is lost.",
+)
+def repair(path: str, manifest_from: str | None) -> None:
     """Drop every damaged shard of a cache. Then run the same precompute command again: it makes only those.
 
     Until it has run, the cache is incomplete and refused by readers. Nothing else may write to the cache meanwhile.
+    What a finished cache does not list, such as another base's shard, is dropped too.
     """
     from logitcache.storage import repair as drop
 
-    report = drop(path)
+    report = drop(path, manifest_from)
+    if report.wrote_manifest:
+        click.echo(f"wrote manifest.json again, as it is in {manifest_from}")
     for unit in report.dropped:
         click.echo(f"dropped shard {unit}")
+    shards = f"{len(report.dropped):,} shard{'s' * (len(report.dropped) != 1)}"
     if not report.is_incomplete:
-        click.echo(f"{path} is intact; nothing was changed.")
+        unlisted = f"{shards} dropped that its contents do not list"
+        click.echo(f"{path} is intact; {unlisted if report.dropped else 'nothing was changed'}.")
         return
-    what = f"{len(report.dropped):,} damaged shard{'s' * (len(report.dropped) != 1)} dropped"
+    what = f"{shards} dropped, damaged or not its own"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(

@@ -201,7 +201,7 @@ def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data
     flip_byte(shard / "logprobs.arrow")
     message = refused(3, *train_line(tiny_model, bad, tmp_path / "o"))
     assert "`logitcache repair` to drop it, and precompute again" in message
-    assert "1 damaged shard dropped" in done("repair", bad).out
+    assert "1 shard dropped" in done("repair", bad).out
     refused(5, "inspect", bad)
     precompute(tiny_model, data, bad, *SHARDS)
     assert cache_bytes(bad) == cache_bytes(cache)
@@ -209,7 +209,7 @@ def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data
 
 def test_a_cache_of_a_later_format_is_1(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
     later = copy_of(cache, tmp_path / "c")
-    manifest = replace(read_manifest(open_files(later)), format_version=2)
+    manifest = replace(read_manifest(open_files(later)), format_version=3)
     (later / "manifest.json").write_bytes(to_bytes(manifest))
     with unchanged(later):
         for line in (["inspect", later], ["verify", later], precompute_line(tiny_model, data, later)):

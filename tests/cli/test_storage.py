@@ -164,7 +164,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
     }
     percentiles = ["1%", "5%", "25%", "50%", "75%", "95%", "99%"]
     assert list(found["kept_mass"]) == percentiles == list(found["num_alternatives"])
-    assert (found["format_version"], found["reader_features"]) == (1, [])
+    assert (found["format_version"], found["reader_features"]) == (2, [])
 
 
 def test_percentiles_of_inspect_are_those_of_the_records(cache: Path) -> None:
@@ -733,7 +733,7 @@ def test_a_cache_that_a_writer_made_at_a_url_can_be_inspected(memory_url: str) -
     write_cache(memory_url, "zarr", SHARDS, make_manifest("zarr", precision="fine"))
     found = facts(memory_url)
     assert found["contents"]["num_samples"] == sum(map(len, SHARDS)) and found["contents"]["num_shards"] == len(SHARDS)
-    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 1\n")
+    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 2\n")
     assert done("verify", memory_url).out.startswith(f"{memory_url} is intact: {len(SHARDS)} shards, ")
     assert done("repair", memory_url).out == f"{memory_url} is intact; nothing was changed.\n"
 
@@ -753,7 +753,7 @@ def test_every_verb_takes_a_url(
     name = fs.find("/cli-test/cache/shards", withdirs=False)[-1]
     fs.pipe_file(name, fs.cat_file(name)[:-1] + b"!")
     assert logitcache("verify", memory_url).status == 3
-    assert "1 damaged shard dropped" in done("repair", memory_url).out
+    assert "1 shard dropped" in done("repair", memory_url).out
     refused(5, "inspect", memory_url)
     done(*line)
     assert cache_bits(memory_url) == cache_bits(local)
@@ -853,7 +853,7 @@ def test_a_job_whose_shards_are_moved_to_a_larger_disk_goes_on(
     assert "done" in done("status", mine).out
     done(*train_line(tiny_model, mine, tmp_path / "adapter"))
     flip_byte(shard_folders(mine)[0] / "logprobs.arrow")
-    assert "1 damaged shard dropped" in done("repair", mine).out
+    assert "1 shard dropped" in done("repair", mine).out
     precompute(tiny_model, data, mine, *ALONE)
     done("prune", mine, "--data", half, "--model", tiny_model)
     assert "is intact" in done("verify", mine).out and (mine / "shards").is_symlink()

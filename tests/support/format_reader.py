@@ -53,6 +53,7 @@ MANIFEST = {
 CONTENTS = {"manifest": str, "num_samples": int, "index": FILE, "shards": [{"unit": str, "checksum": str}]}
 COMMIT = {
     "unit": str,
+    "identity": str,
     "num_samples": int,
     "num_positions": int,
     "num_tokens": int,
@@ -119,11 +120,19 @@ def read_listed(folder: Path, listed: dict[str, Any]) -> bytes:
     return data
 
 
+def identity_of(body: dict[str, Any]) -> str:
+    """What the records of a cache with this manifest carry."""
+    flat = {"store": body["store"]}
+    for group in ("model", "tokenizer", "capture"):
+        flat |= {group: None} if body[group] is None else {f"{group}.{name}": x for name, x in body[group].items()}
+    return digest(canonical(flat))
+
+
 def check_manifest(body: dict[str, Any]) -> None:
     capture, vocab = body["capture"], body["model"]["vocab_size"]
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
     groups, features = capture["num_tail_groups"], body["reader_features"]
-    require(body["format_version"] == 1, "another format version")
+    require(body["format_version"] == 2, "another format version")
     known = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
     require(set(features) <= known, "an unknown reader feature")
     remainder = "tail_from_remainder" in capture
@@ -201,6 +210,7 @@ class Cache:
             require(digest(data) == listed["checksum"], f"commit record of {listed['unit']}: checksum")
             commit = read_json(data, COMMIT, f"commit record of {listed['unit']}")
             require(commit["unit"] == listed["unit"], "the commit record is of another shard")
+            require(commit["identity"] == identity_of(self.manifest), "the commit record is of another cache")
             samples = list(self._shard(commit))
             index = self.index[self.index["shard"] == number]
             expected = [(len(s.token_ids), len(s.positions), s.num_tokens_cut) for s in samples]
@@ -223,6 +233,7 @@ class Cache:
         unit = b"".join(
             np.ascontiguousarray(columns[c]).tobytes() for c in ("sample_ids", "num_positions", "positions")
         )
+        unit = bytes.fromhex(commit["identity"]) + unit
         require(digest(unit) == commit["unit"], "the unit does not belong to these samples")
         token, row = 0, 0
         for i in range(commit["num_samples"]):
