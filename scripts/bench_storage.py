@@ -88,7 +88,7 @@ def size_of(
     for_groups = made if num_groups else None
     settings = manifest(store, precision, top_k, for_groups, min_mass)
     table, columns = sample_table(kept), encode(record, settings.capture)
-    _, files = pack_shard(settings, "0" * 32, table, columns, 0.0)
+    _, files = pack_shard(settings, table, columns, 0.0)
     total = sum(map(len, files.values()))
     # what is left without the rows: the sample table, and a fixed part
     alone = sum(len(data) for name, data in files.items() if name.split("/")[0] in TABLE_FILES)
@@ -171,7 +171,7 @@ def encode_speed(settings: Manifest, whole: list[CachedSample]) -> float:
             for i in range(0, len(whole), 4)
         ]
         columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        pack_shard(settings, "0" * 32, sample_table(whole), columns, 0.0)
+        pack_shard(settings, sample_table(whole), columns, 0.0)
 
     return len(whole) * SAMPLE_TOKENS / median_seconds(once)
 

@@ -25,13 +25,21 @@ from support import storage_faults_crowds as crowds  # noqa: E402
 from support import storage_faults_damage as damage  # noqa: E402
 from support import storage_faults_hostile as hostile  # noqa: E402
 from support import storage_faults_locks as locks  # noqa: E402
+from support import storage_faults_strangers as strangers  # noqa: E402
 from support import storage_faults_writers as writers  # noqa: E402
 from support.storage_faults import STORES, Counts, Seen, Tally, grouped  # noqa: E402
 
 DEFAULT_OUT = ROOT / "docs" / "benchmarks" / "faults.csv"
 LONG = Counts(flips=5000, kills=200, rounds=100, mutations=3000, stride=1, jobs=90)
 QUICK = Counts(flips=300, kills=10, rounds=6, mutations=100, stride=23, jobs=6)
-FAULTS = (*damage.FAULTS, *writers.FAULTS, *crowds.FAULTS, *locks.FAULTS, *hostile.FAULTS)
+FAULTS = (
+    *damage.FAULTS,
+    *strangers.FAULTS,
+    *writers.FAULTS,
+    *crowds.FAULTS,
+    *locks.FAULTS,
+    *hostile.FAULTS,
+)
 COLUMNS = ("fault", "store", "cases", "refused", "without_effect", "wrong_numbers", "remark")
 
 

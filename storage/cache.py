@@ -8,6 +8,7 @@ tokens of the whole cache, once (4 bytes a token in memory).
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from numpy.typing import NDArray
 
 from .backend import corrupt
 from .data_sets import DataSet, read_data_set
-from .errors import CorruptCache, IncompleteCache, NotACache, PositionNotCaptured, SampleNotCached
+from .errors import CorruptCache, IdentityMismatch, IncompleteCache, NotACache, PositionNotCaptured, SampleNotCached
 from .files import Files, how_missing, open_files
 from .identity import digest, sample_id
 from .index import SampleIndex, npy_header
 from .layout import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, commit_path, commit_units, shard_path
-from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, from_bytes, read_bytes, read_json
+from .manifest import (
+    MAX_VOCAB_SIZE,
+    Contents,
+    DataSetEntry,
+    Manifest,
+    ShardCommit,
+    from_bytes,
+    read_bytes,
+    read_json,
+)
 from .records import BaseLogprobs, CachedSample, narrow, unite
 from .shard import OpenShard, StoredSample, checked_record
 
@@ -129,6 +139,10 @@ class LogitCache:
         shards = self.shards() if keys is None else self.shards_of(keys)
         return frozenset(shard.commit.chat_template for shard in shards) - {""}
 
+    def is_captured_again(self, key: bytes) -> bool:
+        """Whether the sample of this id stands in the cache more than once, with other positions or the same."""
+        return len(self._index.find(key)) > 1
+
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""
         return self._samples([int(self._index.distinct[index])])[0]
@@ -233,7 +247,7 @@ class LogitCache:
     def _shard(self, number: int) -> OpenShard:
         shard = self._open.get(number)
         if shard is None:
-            commit = read_commit(self._files, self._contents, number)
+            commit = read_commit(self._files, self.manifest.identity_digest, self._contents, number)
             found = self._index.counts(number)
             if found != (commit.num_samples, commit.num_positions, commit.num_tokens):
                 raise corrupt(f"{self.path}/{self._contents.index.name}", "its counts are not those of the shards")
@@ -364,6 +378,12 @@ class LogitCache:
 def read_manifest(files: Files) -> Manifest:
     """The manifest of the cache in this folder. Raises `NotACache` where there is none."""
     if not files.exists(MANIFEST):
+        if committed := len(commit_units(files.names(SHARDS))):
+            raise NotACache(
+                f"opening {files.root}: expected {MANIFEST}, found {committed} committed shards and none: nothing else "
+                "says what they are of. Run the same `logitcache precompute`, which writes it again, or `logitcache "
+                "repair --manifest-from` another cache of that base and capture."
+            )
         found = f"no {MANIFEST} in it" if files.names("") else "no such folder, or an empty one"
         raise NotACache(
             f"opening {files.root}: expected a logit cache, found {found}. Make one with `logitcache precompute`."
@@ -389,9 +409,18 @@ def stored_token_groups(path: str | Path) -> NDArray[np.uint8] | None:
     """uint8 [V], the partition that a cache at this path was begun with, finished or not; None where there is none."""
     files = open_files(path)
     if not files.exists(MANIFEST):
-        return None
+        return _lost_token_groups(files)
     manifest = read_manifest(files)
     return read_token_groups(files, manifest) if manifest.capture.num_tail_groups else None
+
+
+def _lost_token_groups(files: Files) -> NDArray[np.uint8] | None:
+    """The partition of a cache that lost its manifest, whose records will say whether it is theirs."""
+    if not commit_units(files.names(SHARDS)) or not files.exists(TOKEN_GROUPS):
+        return None
+    data, overhead = files.read(TOKEN_GROUPS, 2 * MAX_VOCAB_SIZE), len(npy_header(np.dtype("u1"), 0))
+    is_partition = data[:overhead] == npy_header(np.dtype("u1"), max(0, len(data) - overhead))
+    return np.frombuffer(data, dtype=np.uint8, offset=overhead) if is_partition else None
 
 
 def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
@@ -410,17 +439,53 @@ def read_token_groups(files: Files, manifest: Manifest) -> NDArray[np.uint8]:
     return groups
 
 
-def read_commit(files: Files, contents: Contents, number: int) -> ShardCommit:
-    """The commit record of a shard that the contents list."""
+def read_commit(files: Files, identity: str, contents: Contents, number: int) -> ShardCommit:
+    """`read_record` of a shard that the contents list, with the checksum that they say."""
     entry = contents.shards[number]
-    name = commit_path(entry.unit)
-    data, where = read_bytes(files, name), f"{files.root}/{name}"
-    if digest(data) != entry.checksum:
-        raise corrupt(where, f"expected checksum {entry.checksum}, found {digest(data)}")
-    commit = from_bytes(ShardCommit, data, where)
-    if commit.unit != entry.unit:
-        raise corrupt(where, f"expected unit {entry.unit}, found {commit.unit}")
+    commit, checksum = read_record(files, identity, entry.unit)
+    if checksum != entry.checksum:
+        where = f"{files.root}/{commit_path(entry.unit)}"
+        raise corrupt(where, f"expected checksum {entry.checksum}, found {checksum}")
     return commit
+
+
+def read_record(files: Files, identity: str, unit: str) -> tuple[ShardCommit, str]:
+    """The commit record of a unit and its checksum. identity: `Manifest.identity_digest` of the cache.
+
+    Raises `CorruptCache` where it is missing or damaged, of another unit, or of a cache of another identity.
+    """
+    name = commit_path(unit)
+    data, where = read_bytes(files, name), f"{files.root}/{name}"
+    commit = from_bytes(ShardCommit, data, where)
+    if commit.identity != identity:
+        fact = f"{where}: expected identity {identity}, found {commit.identity}, of another base or capture"
+        raise CorruptCache(
+            f"reading {fact}. Its shard answers for another cache, and is not read. Run `logitcache repair`, which "
+            "drops it, and then the same command again.",
+            fact,
+        )
+    if commit.unit != unit:
+        raise corrupt(where, f"expected unit {unit}, found {commit.unit}")
+    return commit, digest(data)
+
+
+def check_lost_manifest(files: Files, manifest: Manifest) -> None:
+    """Raise `IdentityMismatch` unless this could be the manifest that a cache lost: its records are of that identity.
+
+    A record that cannot be read says nothing, but some must say it.
+    """
+    expected, found = manifest.identity_digest, ""
+    for unit in commit_units(files.names(SHARDS)):
+        with suppress(CorruptCache):
+            found = read_json(ShardCommit, files, commit_path(unit)).identity
+            if found != expected:
+                break
+    if found != expected:
+        found = f"{commit_path(unit)} of identity {found}" if found else "no commit record that can be read"
+        raise IdentityMismatch(
+            f"writing {files.root}/{MANIFEST} again: expected shards of identity {expected}, that of what is to be "
+            f"written, found {found}. Nothing was changed. Use the base and the settings that the cache was made with."
+        )
 
 
 def _as_tokens(token_ids: NDArray[np.integer]) -> NDArray[np.uint32]:

@@ -22,8 +22,8 @@ _DAMAGED = "expected a JSON object, found a damaged or half-written file"
 
 def envelope(body: Any) -> bytes:
     """Canonical JSON of {"body", "checksum"}; the checksum is `digest` of the canonical body."""
-    canonical = _canonical(body)
-    return b'{"body":' + canonical + b',"checksum":"' + digest(canonical).encode() + b'"}\n'
+    inside = canonical(body)
+    return b'{"body":' + inside + b',"checksum":"' + digest(inside).encode() + b'"}\n'
 
 
 def body_of(data: bytes) -> Any:
@@ -31,7 +31,7 @@ def body_of(data: bytes) -> Any:
     try:
         found = json.loads(data)
         body, checksum = found["body"], found["checksum"]
-        right = digest(_canonical(body))
+        right = digest(canonical(body))
         intact = data == envelope(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"expected the JSON this program writes, found {error!r}") from error
@@ -45,7 +45,7 @@ def body_of(data: bytes) -> Any:
 
 def checksum_of(fields: dict[str, Any]) -> str:
     """The checksum that `sealed` puts to these fields."""
-    return digest(_canonical(_plain(fields), allow_nan=True))
+    return digest(canonical(_plain(fields), allow_nan=True))
 
 
 def sealed(fields: dict[str, Any], indent: int | None = 2) -> bytes:
@@ -86,7 +86,8 @@ def unsealed(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def _canonical(value: object, allow_nan: bool = False) -> bytes:
+def canonical(value: object, allow_nan: bool = False) -> bytes:
+    """Canonical JSON: ASCII, sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=allow_nan).encode()
 
 

@@ -56,7 +56,7 @@ def take_inventory(path: str | Path) -> Inventory:
         vocab_size = manifest.model.vocab_size
         sizes[TOKEN_GROUPS] = len(npy_header(np.dtype("u1"), vocab_size)) + vocab_size
     for number, entry in enumerate(contents.shards):
-        commit = read_commit(files, contents, number)
+        commit = read_commit(files, manifest.identity_digest, contents, number)
         sizes |= {shard_path(commit.folder, file.name): file.size for file in commit.files}
         sizes[commit_path(entry.unit)] = len(read_bytes(files, commit_path(entry.unit)))
     return Inventory(manifest, contents, sizes)

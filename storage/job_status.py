@@ -9,23 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import read_manifest
+from .cache import read_manifest, read_record
 from .data_sets import Runs, packed_runs, unpacked_runs
 from .errors import CorruptCache
 from .files import Files, open_files
 from .identity import digest
-from .layout import (
-    CONTENTS,
-    SHARDS,
-    commit_path,
-    commit_unit,
-    is_worker_part,
-    worker_name,
-    worker_of,
-    worker_part_name,
-)
+from .layout import CONTENTS, SHARDS, commit_unit, is_worker_part, worker_name, worker_of, worker_part_name
 from .leftovers import find_leftovers
-from .manifest import Contents, Manifest, ShardCommit, from_bytes, read_json, to_bytes
+from .manifest import Contents, Manifest, from_bytes, read_json, to_bytes
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
 
@@ -143,7 +134,7 @@ def status(path: str | Path) -> Status:
     files = open_files(path)
     manifest = read_manifest(files)
     times = {unit: when for name, when in files.times(SHARDS).items() if (unit := commit_unit(name)) is not None}
-    commits = {unit: read_json(ShardCommit, files, commit_path(unit)) for unit in sorted(times)}
+    commits = {unit: read_record(files, manifest.identity_digest, unit)[0] for unit in sorted(times)}
     known = sorted((when, commits[unit].num_tokens) for unit, when in times.items() if when is not None)
     listed = set(_listed(files))
     return Status(

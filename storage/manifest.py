@@ -6,17 +6,18 @@ read here is checked before anything is allocated or opened. Must not know where
 """
 
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
 from .checked_json import MAX_JSON_BYTES as MAX_JSON_BYTES
-from .checked_json import body_of, envelope
+from .checked_json import body_of, canonical, envelope
 from .configs import ConfigDifferences, as_spelt, check_config_text
 from .encoding import PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
-from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest_json
+from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest, digest_json
 from .layout import MANIFEST, data_file_name, shard_folder
 
 FORMAT_VERSION = 2
@@ -45,7 +46,7 @@ _LATER_FIELDS: dict[type, dict[str, Any]] = {
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
 
 _QUANTIZATION = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
-_UNIT = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 T = TypeVar("T")
@@ -76,11 +77,21 @@ class Manifest:
         """`identity.differing` of two caches. Empty: the same cache."""
         return differing(self._identity(), other._identity(), here, there, configs)
 
+    @cached_property
+    def identity_digest(self) -> str:
+        """`digest` of the identity: what commit records carry, so that no other base's shard is taken for this one's.
+
+        Caches without `differences` have records of one digest unless two spellings of an identity agree.
+        """
+        return digest(canonical(self._identity()))
+
     def _identity(self) -> dict[str, object]:
+        """What `differences` compares, flat; without what is not in the JSON either, so that a digest stays what it is
+        when fields are added."""
         flat: dict[str, object] = {"store": self.store}
         for group in ("model", "tokenizer", "capture"):
             value = getattr(self, group)
-            flat |= {f"{group}.{k}": v for k, v in asdict(value).items()} if value else {group: None}
+            flat |= {f"{group}.{k}": v for k, v in _plain(value).items()} if value else {group: None}
         return flat
 
 
@@ -102,6 +113,8 @@ class ShardCommit:
     """What makes a shard exist: counts, files with sizes and checksums, and what its store needs for reading."""
 
     unit: str
+    #: `Manifest.identity_digest` of the cache that it was made for.
+    identity: str
     num_samples: int
     num_positions: int
     num_tokens: int
@@ -228,6 +241,12 @@ def _corrupt(where: str, what: str) -> CorruptCache:
 
 def _check_version(body: dict[str, Any], where: str) -> None:
     version, unknown = body.get("format_version"), set(body.get("reader_features", ())) - READER_FEATURES
+    if version == 1:
+        raise UnsupportedFormat(
+            f"reading {where}: expected format version {FORMAT_VERSION}, found version 1. Its shards do not say which "
+            "base and capture they are of, so that another's could be taken for its own; nothing was read. Run the "
+            "same `logitcache precompute` into a new folder."
+        )
     if version != FORMAT_VERSION or unknown:
         found = f"features {sorted(unknown)}" if unknown else f"version {version}"
         raise UnsupportedFormat(
@@ -346,6 +365,8 @@ def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
 
 def _check_commit(commit: ShardCommit) -> None:
     _check_unit(commit.unit)
+    if not _DIGEST.fullmatch(commit.identity):
+        raise ValueError(f"identity: expected 32 hexadecimal digits, found {commit.identity!r:.80}")
     counts = (commit.num_samples, commit.num_positions, commit.num_tokens)
     if not all(1 <= n < 2**32 for n in counts) or not 0 <= commit.num_tokens_cut < 2**40:
         raise ValueError(f"counts: expected 1 to 2^32, found {counts}")
@@ -353,7 +374,7 @@ def _check_commit(commit: ShardCommit) -> None:
         raise ValueError(f"counts: expected fewer positions than tokens in every sample, found {counts}")
     if not 0 <= commit.kept_mass <= commit.num_positions * 1.001:
         raise ValueError(f"kept_mass: expected 0 to the number of positions, found {commit.kept_mass}")
-    if commit.chat_template and not _UNIT.fullmatch(commit.chat_template):
+    if commit.chat_template and not _DIGEST.fullmatch(commit.chat_template):
         raise ValueError(f"chat_template: expected 32 hexadecimal digits or none, found {commit.chat_template!r:.80}")
     _check_files(commit.files)
     for offset, length, crc in (block for blocks in commit.blocks.values() for block in blocks):
@@ -381,5 +402,5 @@ def _check_data_set(entry: DataSetEntry) -> None:
 
 
 def _check_unit(unit: str) -> None:
-    if not _UNIT.fullmatch(unit):
+    if not _DIGEST.fullmatch(unit):
         raise ValueError(f"unit: expected 32 hexadecimal digits, found {unit!r:.80}")

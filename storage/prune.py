@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import read_commit, read_contents, read_manifest
+from .cache import read_commit, read_contents, read_manifest, read_record
 from .data_sets import known_data_sets, read_data_set, remove_data_set, write_data_set
 from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
@@ -22,10 +22,10 @@ from .identity import digest
 from .job_status import remove_records
 from .layout import commit_path, shard_path
 from .leftovers import remove_leftovers
-from .manifest import WRITER_FEATURES, Manifest, ShardCommit, read_json, to_bytes
+from .manifest import WRITER_FEATURES, Manifest, ShardCommit, to_bytes
 from .repack import Part, Pick, Source, pack
 from .shard import OpenShard
-from .writer import committed_units, pack_shard, publish_shard, unit_id, without_tokens, write_contents
+from .writer import committed_units, pack_shard, publish_shard, without_tokens, write_contents
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,10 @@ def _prune_data_sets(files: Files, wanted: Collection[bytes]) -> None:
 
 def _plan(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> _Plan:
     contents, plan = read_contents(files), _Plan()
-    commits = [read_commit(files, contents, number) for number in range(len(contents.shards))]
+    identity = manifest.identity_digest
+    commits = [read_commit(files, identity, contents, number) for number in range(len(contents.shards))]
     unlisted = set(committed_units(files)) - {commit.unit for commit in commits}  # of writers that were interrupted
-    commits += [read_json(ShardCommit, files, commit_path(unit)) for unit in sorted(unlisted)]
+    commits += [read_record(files, identity, unit)[0] for unit in sorted(unlisted)]
     for commit in commits:
         plan.commits[commit.unit] = commit
         _plan_shard(plan, commit, Source(_open(files, manifest, commit)), wanted)
@@ -199,8 +200,7 @@ def _open(files: Files, manifest: Manifest, commit: ShardCommit) -> OpenShard:
 
 
 def _commit(files: Files, manifest: Manifest, part: Part) -> ShardCommit:
-    unit = unit_id(part.table)
-    commit, data = pack_shard(manifest, unit, part.table, part.columns, part.kept_mass, part.chat_template)
+    commit, data = pack_shard(manifest, part.table, part.columns, part.kept_mass, part.chat_template)
     return publish_shard(files, commit, data)
 
 

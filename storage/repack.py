@@ -62,18 +62,16 @@ class Source:
 
     def take(self, picks: Sequence[Pick]) -> Part:
         """These samples with these rows, checked. Raises `CorruptCache`."""
-        samples = []
-        for pick in picks:
-            sample = self._samples[pick.row]
-            if sample_id(sample.token_ids) != self.table.sample_ids[pick.row].tobytes():
-                name = self.table.sample_ids[pick.row].tobytes().hex()
-                raise corrupt(self._shard.files.where, f"the tokens of sample {name} are not those of its id")
-            samples.append(StoredSample(sample.token_ids, sample.positions[pick.rows]))
-        numbers = [pick.row for pick in picks]
+        samples = self._picked(picks)
         wanted = np.concatenate([self._places[p.row].positions.start + p.rows for p in picks])
         columns = self._shard.reader.rows(_runs(wanted))
         record = self._shard.record(columns, samples)
-        table = SampleTable(
+        return Part(self.table_of(picks), columns, float(record.kept_mass().sum()), self.chat_template)
+
+    def table_of(self, picks: Sequence[Pick]) -> SampleTable:
+        """The sample table of what `take` gives, which reads no rows."""
+        samples, numbers = self._picked(picks), [pick.row for pick in picks]
+        return SampleTable(
             sample_ids=self.table.sample_ids[numbers],
             num_tokens=np.array([len(s.token_ids) for s in samples], dtype="<u4"),
             num_positions=np.array([len(s.positions) for s in samples], dtype="<u4"),
@@ -81,7 +79,16 @@ class Source:
             token_ids=np.concatenate([s.token_ids for s in samples]),
             positions=np.concatenate([s.positions for s in samples]),
         )
-        return Part(table, columns, float(record.kept_mass().sum()), self.chat_template)
+
+    def _picked(self, picks: Sequence[Pick]) -> list[StoredSample]:
+        samples = []
+        for pick in picks:
+            sample = self._samples[pick.row]
+            if sample_id(sample.token_ids) != self.table.sample_ids[pick.row].tobytes():
+                name = self.table.sample_ids[pick.row].tobytes().hex()
+                raise corrupt(self._shard.files.where, f"the tokens of sample {name} are not those of its id")
+            samples.append(StoredSample(sample.token_ids, sample.positions[pick.rows]))
+        return samples
 
 
 def pack(picks: Iterable[tuple[Source, Pick]], max_positions: int) -> Iterator[Part]:

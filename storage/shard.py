@@ -4,16 +4,17 @@ Must not know how shards are found or committed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .arrow_backend import ArrowBackend
 from .backend import Backend, Memory, ShardFiles, corrupt
 from .encoding import PRECISIONS, Columns, SamplePlace, SampleTable, decode, mass_tolerance
 from .errors import InvalidRecord
 from .files import Files
+from .identity import digest
 from .manifest import Manifest, ShardCommit
 from .records import BaseLogprobs, check_rows
 from .zarr_backend import ZarrBackend
@@ -48,14 +49,22 @@ class OpenShard:
         self.reader = BACKENDS[manifest.store].open(self.files, manifest.capture)
 
     def table(self) -> SampleTable:
-        """All samples, with the counts of the commit."""
+        """All samples, with the counts of the commit, in the order that its unit names."""
         table = self.reader.table()
         counts = (len(table), int(table.num_positions.sum()), int(table.num_tokens.sum()))
         lengths = (len(table.positions), len(table.token_ids))
         commit = self.commit
         if counts[1:] != lengths or counts != (commit.num_samples, commit.num_positions, commit.num_tokens):
             raise corrupt(self.files.where, f"the sample table counts {counts}, its commit says otherwise")
+        if unit_id(commit.identity, table) != commit.unit:
+            raise corrupt(self.files.where, f"the samples are not those of unit {commit.unit}")
         return table
+
+    def commit_for(self, identity: str) -> ShardCommit:
+        """The commit record of the very files in a cache of this identity digest: the same where that is its own."""
+        if identity == self.commit.identity:
+            return self.commit
+        return replace(self.commit, identity=identity, unit=unit_id(identity, self.table()))
 
     def samples(self, places: Sequence[SamplePlace]) -> list[StoredSample]:
         """Tokens and positions of these samples."""
@@ -84,6 +93,18 @@ class OpenShard:
     def record(self, columns: Columns, samples: Sequence[StoredSample]) -> BaseLogprobs:
         """The checked record of these samples' rows, one after the other. Raises `CorruptCache`."""
         return checked_record(columns, samples, self._manifest, self.files.where)
+
+
+def unit_id(identity: str, table: SampleTable) -> str:
+    """The name of a shard: a hash of whose it is, of its samples and their positions; so repeated work meets itself."""
+    return unit_of(identity, table.sample_ids.tobytes(), table.num_positions, table.positions)
+
+
+def unit_of(identity: str, sample_ids: bytes, num_positions: ArrayLike, positions: NDArray[np.int32]) -> str:
+    """`unit_id` of a table with these columns, all ids and all positions one after the other."""
+    counts = np.ascontiguousarray(num_positions, dtype="<u4").tobytes()
+    packed = np.ascontiguousarray(positions, dtype="<i4").tobytes()
+    return digest(bytes.fromhex(identity) + sample_ids + counts + packed)
 
 
 def checked_record(columns: Columns, samples: Sequence[StoredSample], manifest: Manifest, where: str) -> BaseLogprobs:

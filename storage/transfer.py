@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from .cache import LogitCache
 from .configs import ConfigDifferences, as_spelt
 from .data_sets import kept_apart
-from .encoding import PRECISIONS, Columns, SampleTable, decode, encode
+from .encoding import PRECISIONS, decode, encode
 from .errors import IdentityMismatch, IncompleteCache
-from .files import is_unfinished, name_file, open_files
-from .identity import sample_id
-from .layout import CONTENTS, MANIFEST, SHARDS, commit_units, temporary_name
+from .files import is_unfinished, name_file
+from .identity import CaptureIdentity, sample_id
+from .layout import CONTENTS, temporary_name
 from .manifest import STORES, Manifest
-from .records import BaseLogprobs, CachedSample, concatenate
-from .repack import Pick, Source, pack
-from .shard import OpenShard
-from .writer import CacheWriter
+from .records import CachedSample, concatenate
+from .repack import Part, Pick, Source, pack
+from .shard import OpenShard, unit_id
+from .writer import CacheWriter, committed_units
 
 SAMPLES_A_ROW_GROUP = 64
 _LISTS, _FLOATS = pa.list_(pa.uint32()), pa.list_(pa.float32())
@@ -54,10 +54,11 @@ _PARQUET_DRAWS = (
 def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDifferences = as_spelt) -> LogitCache:
     """A cache with the shards of all sources, byte for byte. A shard that several of them hold is taken once.
 
+    Where two spellings of an identity agree, and so two digests of it, a record is written again with the target's.
+
     sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
     gains. All data sets are kept; where two of one name differ, the later one is called `name (2)`. configs: how the
-    configs of the bases are compared; where one is spelt otherwise than in the target's manifest, rows are copied as
-    they are stored, into shards of the target's identity. Raises `IdentityMismatch` with what differs before anything
+    configs of the bases are compared. Raises `IdentityMismatch` with what differs before anything
     is written, and what reading and writing raise.
     """
     if not sources:
@@ -73,41 +74,72 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
                 "`logitcache convert` changes store and precision."
             )
     with CacheWriter(target, first.manifest, first.token_groups(), configs) as writer:
-        there = [LogitCache.open(target)] if open_files(target).exists(CONTENTS) else []
+        there = [LogitCache.open(target)] if writer.files.exists(CONTENTS) else []
         if not there:
-            _check_own(target, caches)
+            _check_own(writer, caches)
         data_sets = [cache.data_set(entry) for cache in (*there, *caches) for entry in cache.data_sets]
         for cache in caches:
-            is_as_spelt = not cache.manifest.differences(writer.manifest)
-            for shard in cache.shards():
-                if is_as_spelt:
-                    writer.adopt(shard.commit, {f.name: shard.files.file(f.name) for f in shard.commit.files})
+            for moved in _moves(cache, writer.manifest):
+                if moved.picks is None:
+                    writer.adopt(moved.shard)
                 else:
-                    table, columns, _ = _checked_rows(shard)
-                    writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
+                    part = Source(moved.shard).take(moved.picks)
+                    writer.commit_columns(part.table, part.columns, part.kept_mass, part.chat_template)
         writer.finalize(kept_apart(data_sets))
     return LogitCache.open(target)
 
 
-def _checked_rows(shard: OpenShard) -> tuple[SampleTable, Columns, BaseLogprobs]:
-    """All of a shard as it is stored, and decoded: checked, also where the columns are taken as they are."""
-    table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
-    return table, columns, shard.record(columns, shard.all_samples(table))
-
-
-def _check_own(target: str | Path, sources: Sequence[LogitCache]) -> None:
+def _check_own(writer: CacheWriter, sources: Sequence[LogitCache]) -> None:
     """A target that is not finished may be new or what an earlier run of this left; not a job of somebody else's."""
-    files = open_files(target)
-    if not files.exists(MANIFEST):
-        return
-    units = set(commit_units(files.names(SHARDS)))
-    theirs = units - {shard.commit.unit for cache in sources for shard in cache.shards()}
+    theirs = set(committed_units(writer.files))
+    if theirs:
+        theirs -= {moved.unit(writer.manifest) for cache in sources for moved in _moves(cache, writer.manifest)}
     if theirs:
         raise IncompleteCache(
-            f"writing to {target}: expected a new folder or what this command left there, found a cache with "
+            f"writing to {writer.path}: expected a new folder or what this command left there, found a cache with "
             f"{len(theirs)} shards of its own. It would look finished, or be mixed. Nothing was changed. Choose "
             "another folder; `logitcache merge` joins finished caches."
         )
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A shard on its way into another cache: whole, or only some rows of it."""
+
+    shard: OpenShard
+    picks: list[Pick] | None
+
+    def unit(self, manifest: Manifest) -> str:
+        """Its name there."""
+        if self.picks is None:
+            return self.shard.commit_for(manifest.identity_digest).unit
+        return unit_id(manifest.identity_digest, Source(self.shard).table_of(self.picks))
+
+
+def _moves(cache: LogitCache, manifest: Manifest) -> Iterator[_Move]:
+    """The shards of a cache for one with this manifest, in their order.
+
+    Of rows that several shards hold those in the first count. That order is of the units, which have other names, and
+    so another order, where the identity is another one: there what an earlier shard holds is left out of later ones.
+    """
+    is_same = cache.manifest.identity_digest == manifest.identity_digest
+    taken: dict[bytes, list[NDArray[np.int32]]] = {}
+    for shard in cache.shards():
+        if is_same:
+            yield _Move(shard, None)
+            continue
+        samples = list(Source(shard).samples())
+        rows = [
+            np.flatnonzero(~np.isin(positions, np.concatenate([[-1], *taken.get(key, ())])))
+            for key, positions in samples
+        ]
+        for key, positions in samples:
+            if cache.is_captured_again(key):
+                taken.setdefault(key, []).append(positions)
+        if all(len(left) == len(positions) for left, (_, positions) in zip(rows, samples, strict=True)):
+            yield _Move(shard, None)
+        elif picks := [Pick(row, left) for row, left in enumerate(rows) if len(left)]:
+            yield _Move(shard, picks)
 
 
 def converted(manifest: Manifest, store: str, precision: str) -> Manifest:
@@ -141,14 +173,27 @@ def convert(
     capture = cache.manifest.capture
     manifest = converted(cache.manifest, store or cache.manifest.store, precision or capture.precision)
     with CacheWriter(target, manifest, cache.token_groups()) as writer:
-        _check_own(target, [cache])
-        for shard in cache.shards():
-            table, columns, record = _checked_rows(shard)
-            if manifest.capture.precision != capture.precision:
-                columns = encode(record, manifest.capture)
-            writer.commit_columns(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
+        _check_own(writer, [cache])
+        for moved in _moves(cache, manifest):
+            part = _whole(moved.shard) if moved.picks is None else Source(moved.shard).take(moved.picks)
+            _commit_converted(writer, part, capture)
         writer.finalize([cache.data_set(entry) for entry in cache.data_sets])
     return LogitCache.open(target)
+
+
+def _whole(shard: OpenShard) -> Part:
+    """All of a shard, its rows checked."""
+    table, columns = shard.table(), shard.reader.rows([slice(0, shard.commit.num_positions)])
+    shard.record(columns, shard.all_samples(table))
+    return Part(table, columns, shard.commit.kept_mass, shard.commit.chat_template)
+
+
+def _commit_converted(writer: CacheWriter, part: Part, theirs: CaptureIdentity) -> None:
+    """Commit rows that were checked, as they are stored or at the writer's coarser precision."""
+    columns, capture = part.columns, writer.manifest.capture
+    if theirs.precision != capture.precision:
+        columns = encode(decode(columns, part.table.positions, part.label_ids, theirs), capture)
+    writer.commit_columns(part.table, columns, part.kept_mass, part.chat_template)
 
 
 @dataclass(frozen=True)
@@ -193,14 +238,10 @@ def copy_samples(
     whose bytes are not those that were committed, and what `CacheWriter.commit_columns` raises.
     """
     check_same_capture(writer.manifest, source, writer.configs)
-    theirs, capture = source.manifest.capture, writer.manifest.capture
     copied: dict[bytes, int] = {}
     for part in pack(_wanted_picks(source, wanted), max_positions):
-        table, columns = part.table, part.columns
-        if theirs.precision != capture.precision:
-            columns = encode(decode(columns, table.positions, part.label_ids, theirs), capture)
-        writer.commit_columns(table, columns, part.kept_mass, part.chat_template)
-        for key, num_positions in zip(table.sample_ids, table.num_positions.tolist(), strict=True):
+        _commit_converted(writer, part, source.manifest.capture)
+        for key, num_positions in zip(part.table.sample_ids, part.table.num_positions.tolist(), strict=True):
             copied[key.tobytes()] = copied.get(key.tobytes(), 0) + num_positions
     return Copied(len(copied), sum(copied.values()))
 

@@ -4,21 +4,32 @@ Owns the full check; `LogitCache` checks the same things for what it reads. What
 is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .cache import read_commit, read_contents, read_manifest, read_token_groups
+from .cache import check_lost_manifest, read_commit, read_contents, read_manifest, read_record, read_token_groups
 from .data_sets import known_data_sets, read_data_set, record_name, record_of
 from .encoding import SampleTable
-from .errors import CorruptCache, IncompleteCache, LinkRefused
+from .errors import CorruptCache, IdentityMismatch, IncompleteCache, LinkRefused, NotACache
 from .files import Files, open_files
-from .identity import sample_id
+from .identity import digest, sample_id
 from .index import SampleIndex, index_file
 from .job_status import record_names
-from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_data_record, is_index, shard_path
+from .layout import (
+    CONTENTS,
+    MANIFEST,
+    SHARDS,
+    TOKEN_GROUPS,
+    commit_path,
+    commit_units,
+    is_data_record,
+    shard_path,
+)
 from .leftovers import remove_leftovers
-from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, read_json, to_bytes
+from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, read_bytes, read_json, to_bytes
 from .shard import OpenShard
 
 
@@ -63,7 +74,7 @@ class RepairReport:
 
     #: Units of shards.
     dropped: tuple[str, ...]
-    #: Whether the cache has to be finished by precompute again.
+    #: Whether readers refuse the cache until precompute has finished it again.
     is_incomplete: bool
     #: Names of what killed writers had left, and of the folders of dropped shards: all of it is removed.
     leftovers: tuple[str, ...] = ()
@@ -73,6 +84,8 @@ class RepairReport:
     data_sets: tuple[str, ...] = ()
     #: Records of data sets that were lost and are written again, as the contents have them.
     num_records_restored: int = 0
+    #: Whether the manifest was lost, and is written again.
+    wrote_manifest: bool = False
 
 
 def verify(path: str | Path) -> VerifyReport:
@@ -83,17 +96,18 @@ def verify(path: str | Path) -> VerifyReport:
     """
     files = open_files(path)
     manifest, contents = read_manifest(files), read_contents(files)
+    identity = manifest.identity_digest
     problems: list[Problem] = []
     commits: list[ShardCommit] = []
     tables: list[SampleTable | None] = []
     try:
-        files.names(SHARDS)
+        committed = commit_units(files.names(SHARDS))
     except LinkRefused as error:  # of all shards at once
         return VerifyReport(0, 0, 0, 0, (_unread(error),))
     for number, entry in enumerate(contents.shards):
         table = None
         try:
-            commit = read_commit(files, contents, number)
+            commit = read_commit(files, identity, contents, number)
             commits.append(commit)
             found, table = _verify_shard(files, manifest, commit)
             problems += found
@@ -102,6 +116,7 @@ def verify(path: str | Path) -> VerifyReport:
         except LinkRefused as error:
             problems.append(_unread(error, entry.unit))
         tables.append(table)
+    problems += _verify_unlisted(files, identity, set(committed) - {entry.unit for entry in contents.shards})
     checks = (
         partial(_verify_index, files, contents, tables),
         partial(_verify_data_sets, files, contents),
@@ -121,51 +136,127 @@ def verify(path: str | Path) -> VerifyReport:
     )
 
 
-def repair(path: str | Path) -> RepairReport:
-    """Drop every shard that is bad, and where there is one the contents, so that precompute makes only those again.
+def repair(path: str | Path, manifest_from: str | Path | None = None) -> RepairReport:
+    """Drop every shard that is bad, and where a listed one is the contents, so that precompute makes only those again.
 
-    What killed writers left is removed. No other process may write to the cache, on any machine: on this one, one that
-    does is found, and `OSError` (EBUSY) raised. Until precompute has run, readers see an incomplete cache and no
-    wrong one. Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad;
-    `LinkRefused`, and nothing is dropped, where anything that it would read or remove is a symbolic link that is not
-    followed.
+    Bad is what is damaged, what is of another identity than the manifest, and, where the contents can be read and are
+    of this manifest, what they do not list: they are the evidence of what was committed. Nothing is dropped where no
+    shard at all is of the manifest's identity, or where shards/ is a link to a folder with another cache's. What killed
+    writers left is removed.
+
+    manifest_from: another cache, whose manifest is written where this one's is lost, damaged or a stranger's; it must
+    be of the identity of every record. No other process may write to the cache, on any machine: on this one, one that
+    does is found, and `OSError` (EBUSY) raised. Until precompute has run, readers see an incomplete cache and no wrong
+    one. Raises `NotACache`, `UnsupportedFormat`, and `CorruptCache` where the manifest itself is bad;
+    `IdentityMismatch` where manifest and shards do not belong together; `LinkRefused`, and nothing is dropped, where
+    anything that it would read or remove is a symbolic link that is not followed.
     """
     files = open_files(path)
-    manifest = read_manifest(files)
+    lost = None if manifest_from is None else _lost_manifest(files, manifest_from)
+    manifest = lost or read_manifest(files)
     with files.exclusive():
+        if lost is not None:
+            check_lost_manifest(files, lost)
+            files.replace(MANIFEST, to_bytes(lost))
+            _keep_contents(files, lost)
         report = _repair(files, manifest)
-        return replace(report, leftovers=remove_leftovers(files))
+        return replace(report, wrote_manifest=lost is not None, leftovers=remove_leftovers(files))
+
+
+def _lost_manifest(files: Files, manifest_from: str | Path) -> Manifest | None:
+    """The manifest to be written; None where the cache has one of that identity."""
+    other = read_manifest(open_files(manifest_from))
+    check_lost_manifest(files, other)
+    try:
+        own = read_manifest(files)
+    except (CorruptCache, NotACache):
+        return other
+    return None if own.identity_digest == other.identity_digest else other
+
+
+def _keep_contents(files: Files, manifest: Manifest) -> None:
+    """Contents that list these very records are those of the manifest that was lost: they name the one that is there
+    now. Others are left to be dropped."""
+    try:
+        contents = replace(read_json(Contents, files, CONTENTS), manifest=digest(read_bytes(files, MANIFEST)))
+        for number in range(len(contents.shards)):
+            read_commit(files, manifest.identity_digest, contents, number)
+    except CorruptCache:
+        return
+    files.replace(CONTENTS, to_bytes(contents))
 
 
 def _repair(files: Files, manifest: Manifest) -> RepairReport:
     restored = _restore_records(files)
-    dropped = []
+    listed = _listed(files)
+    units = commit_units(files.names(SHARDS))
+    _check_some_own(files, manifest.identity_digest, units)
     tables: dict[str, SampleTable | None] = {}
-    for unit in commit_units(files.names(SHARDS)):
+    for unit in units:
         try:
-            commit = read_json(ShardCommit, files, commit_path(unit))
+            commit, checksum = read_record(files, manifest.identity_digest, unit)
             problems, table = _verify_shard(files, manifest, commit)
-            if commit.unit == unit and not problems:
+            if not problems and (listed is None or listed.get(unit) == checksum):
                 tables[unit] = table
-                continue
         except CorruptCache:
             pass
-        dropped.append(unit)
+    dropped = [unit for unit in units if unit not in tables]
     lost_partition = bool(_verify_partition(files, manifest))
     lost_data = _bad_records(files)
-    if not dropped and not lost_partition and not lost_data and _has_good_contents(files, tables):
+    is_whole = not lost_partition and not lost_data and _has_good_contents(files, manifest.identity_digest, tables)
+    if is_whole and not dropped:
         return RepairReport((), False, num_records_restored=restored)
     gone = record_names(files)  # first: who had finished has something to do again
-    gone += [name for name in files.names("") if name == CONTENTS or is_index(name)]
-    gone += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
     gone += [commit_path(unit) for unit in dropped]
     gone += lost_data
-    for name in gone:
+    last = [] if is_whole else [CONTENTS]  # as long as a shard is there that they do not list, they are the evidence
+    last += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
+    for name in (*gone, *last):
         files.exists(name)  # before anything is removed: it raises where that is a link
-    files.remove(*(name for name in gone if not is_index(name)))  # which go after the contents that name them
+    files.remove(*gone)
+    files.remove(*last)  # the index, which they name, is left over then
     left = tuple(entry.name for entry in known_data_sets(files))
     return RepairReport(
-        tuple(dropped), True, num_data_sets_dropped=len(lost_data), data_sets=left, num_records_restored=restored
+        tuple(dropped),
+        not is_whole,
+        num_data_sets_dropped=len(lost_data),
+        data_sets=left,
+        num_records_restored=restored,
+    )
+
+
+def _listed(files: Files) -> dict[str, str] | None:
+    """The checksums of the records by unit, as the contents say; None where they are lost, damaged or a stranger's."""
+    try:
+        return {entry.unit: entry.checksum for entry in read_contents(files).shards}
+    except (CorruptCache, IncompleteCache):
+        return None
+
+
+def _check_some_own(files: Files, identity: str, units: Sequence[str]) -> None:
+    """Raise `IdentityMismatch` where the manifest may be the stranger, or the shards another cache's: not for one that
+    came into a cache, which is dropped."""
+    found = {}
+    for unit in units:
+        with suppress(CorruptCache):
+            found[unit] = read_json(ShardCommit, files, commit_path(unit)).identity
+    others = [unit for unit in found if found[unit] != identity]
+    is_link = files.is_local and Path(files.root, SHARDS).is_symlink()
+    if not others or (len(others) < len(found) and not is_link):
+        return
+    facts = (
+        f"repairing {files.root}: expected shards of identity {identity}, that of its {MANIFEST}, found "
+        f"{len(others):,} of {len(found):,} of another base or capture, {commit_path(others[0])} of identity "
+        f"{found[others[0]]}"
+    )
+    if is_link:
+        raise IdentityMismatch(
+            f"{facts}. {SHARDS}/ is a symbolic link, and they may be another cache's that links to the same folder. "
+            "Nothing was changed. Give each cache a folder of its own: copy what is its own there."
+        )
+    raise IdentityMismatch(
+        f"{facts}. Either the shards or the {MANIFEST} came from another cache. Nothing was changed. Use the {SHARDS}/ "
+        f"that belongs to it, or its own {MANIFEST} (--manifest-from another cache of that base and capture)."
     )
 
 
@@ -173,14 +264,28 @@ def _unread(error: LinkRefused, shard: str = "") -> Problem:
     return Problem(shard, None, error.fact, error.reason)
 
 
-def _has_good_contents(files: Files, tables: dict[str, SampleTable | None]) -> bool:
-    if not files.exists(CONTENTS):
-        return False
+def _verify_unlisted(files: Files, identity: str, units: Collection[str]) -> list[Problem]:
+    """Records that no reader looks at, and the next writer would: of interrupted writers, or of a stranger."""
+    problems = []
+    for unit in sorted(units):
+        try:
+            read_record(files, identity, unit)
+        except CorruptCache as error:
+            problems.append(Problem(unit, None, error.fact))
+        except LinkRefused as error:
+            problems.append(_unread(error, unit))
+    return problems
+
+
+def _has_good_contents(files: Files, identity: str, tables: dict[str, SampleTable | None]) -> bool:
+    """Whether readers find all that the contents list, as it was committed."""
     try:
         contents = read_contents(files)
-        for number in range(len(contents.shards)):
-            read_commit(files, contents, number)
-    except CorruptCache:
+        for number, entry in enumerate(contents.shards):
+            read_commit(files, identity, contents, number)
+            if entry.unit not in tables:
+                return False
+    except (CorruptCache, IncompleteCache):
         return False
     if _verify_data_sets(files, contents):
         return False

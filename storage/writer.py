@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .backend import Memory, corrupt
-from .cache import read_manifest, read_token_groups
+from .cache import check_lost_manifest, read_manifest, read_record, read_token_groups
 from .captured_index import Captured
 from .configs import ConfigDifferences, as_spelt
 from .data_sets import DataSet, known_data_sets, record_of, write_data_set
@@ -52,7 +52,7 @@ from .manifest import (
     to_bytes,
 )
 from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
-from .shard import BACKENDS, OpenShard
+from .shard import BACKENDS, OpenShard, unit_id, unit_of
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ class CacheWriter:
     token_groups: uint8 [V], the tail group of each token, exactly where the manifest has tail groups. configs: how the
     base's config is compared with that of a cache which is there; where they agree, the manifest there is the one that
     counts, however its config is spelt. Use as a context manager. Raises `IdentityMismatch` where the folder holds
-    another cache (which is left as it is),
-    `NotACache` where it holds other files, `UnsupportedFormat`, `OSError`.
+    another cache (which is left as it is), `NotACache` where it holds other files, `UnsupportedFormat`, `OSError`. A
+    manifest that was lost is written again where the commit records are of its identity.
     """
 
     def __init__(
@@ -128,10 +128,11 @@ class CacheWriter:
 
     @property
     def is_final(self) -> bool:
-        """Whether the contents list every committed shard and every data set, and their index is there."""
-        if not self._files.exists(CONTENTS):
+        """Whether the contents are of this manifest and list every data set and every committed shard as it is, as far
+        as this writer has read them, and their index is there."""
+        contents = self._contents()
+        if contents is None or self._changed(contents):
             return False
-        contents = read_json(Contents, self._files, CONTENTS)
         listed = [e.unit for e in contents.shards], contents.data_sets
         return listed == (self._units(), known_data_sets(self._files)) and self._files.exists(contents.index.name)
 
@@ -157,7 +158,8 @@ class CacheWriter:
     def is_committed(self, samples: Sequence[tuple[bytes, NDArray[np.int32]]]) -> bool:
         """Whether some writer has committed a shard of exactly these samples and positions, in this order."""
         ids, positions = zip(*samples, strict=True)
-        unit = unit_of(b"".join(ids), [len(p) for p in positions], np.concatenate(positions))
+        counts = [len(p) for p in positions]
+        unit = unit_of(self._identity, b"".join(ids), counts, np.concatenate(positions))
         return self._files.exists(commit_path(unit))
 
     def commit(self, samples: Sequence[CachedSample], chat_template: str = "") -> ShardCommit:
@@ -180,10 +182,10 @@ class CacheWriter:
         self, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
     ) -> ShardCommit:
         """`commit` of rows that are encoded at this cache's precision and checked: those of another cache."""
-        unit = unit_id(table)
+        unit = unit_id(self._identity, table)
         if self._files.exists(commit_path(unit)):
             return self._read_commit(unit)
-        commit, files = pack_shard(self.manifest, unit, table, columns, kept_mass, chat_template)
+        commit, files = pack_shard(self.manifest, table, columns, kept_mass, chat_template)
         won = self._publish(commit, files)
         if won is commit:
             self._tables[unit] = digest(to_bytes(commit)), without_tokens(table)
@@ -191,28 +193,55 @@ class CacheWriter:
             self._captured.add(unit, table)
         return won
 
-    def adopt(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
-        """Commit a shard of another cache of the same identity and store, byte for byte."""
+    def adopt(self, shard: OpenShard) -> ShardCommit:
+        """Commit a shard of another cache whose identity does not differ: its files byte for byte, and its record too,
+        or one with this cache's digest of that identity."""
+        commit = shard.commit_for(self._identity)
         if self._files.exists(commit_path(commit.unit)):
             return self._read_commit(commit.unit)
-        return self._publish(commit, files)
+        return self._publish(commit, {file.name: shard.files.file(file.name) for file in commit.files})
 
     def finalize(self, data_sets: Sequence[DataSet] = ()) -> Contents:
         """Make the committed shards the contents of the cache, in one atomic step.
 
         data_sets: each in place of the one of its name; those of other names stay. The record and the files of every
         shard are looked at first, also of those that were written here. Where another writer commits meanwhile it is
-        done again, so that whoever is last lists everything. Raises `CorruptCache`.
+        done again, so that whoever is last lists everything. Raises `CorruptCache` for a shard that cannot be listed:
+        damaged, of another identity, or not the one of its name that the contents of before list.
         """
         for data_set in data_sets:
             write_data_set(self._files, data_set)
         while True:
             units, known = self._units(), known_data_sets(self._files)
             self._tables |= self._of_each(units, self._table_now)
+            self._check_listed()
             contents = write_contents(self._files, {unit: self._tables[unit] for unit in units}, known)
             if (self._units(), known_data_sets(self._files)) == (units, known):
                 break
         return contents
+
+    def _contents(self) -> Contents | None:
+        """What the cache was finished with; None where it was not, or with another manifest."""
+        if not self._files.exists(CONTENTS):
+            return None
+        contents = read_json(Contents, self._files, CONTENTS)
+        return contents if contents.manifest == digest(read_bytes(self._files, MANIFEST)) else None
+
+    def _changed(self, contents: Contents) -> list[ShardEntry]:
+        """Shards whose records are not those that were listed, of those that this writer has read."""
+        read = self._tables
+        return [e for e in contents.shards if e.unit in read and read[e.unit][0] != e.checksum]
+
+    def _check_listed(self) -> None:
+        """The contents of before are evidence of what was committed: they are not replaced where records changed."""
+        contents = self._contents()
+        for entry in self._changed(contents) if contents is not None else ():
+            found, where = self._tables[entry.unit][0], f"{self.path}/{commit_path(entry.unit)}"
+            raise corrupt(where, f"expected checksum {entry.checksum}, as {CONTENTS} says, found {found}")
+
+    @property
+    def _identity(self) -> str:
+        return self.manifest.identity_digest
 
     def _units(self) -> list[str]:
         return committed_units(self._files)
@@ -240,8 +269,7 @@ class CacheWriter:
         return known if known is not None and known[0] == checksum else (checksum, without_tokens(shard.table()))
 
     def _look_at(self, unit: str) -> tuple[str, OpenShard]:
-        data = read_bytes(self._files, commit_path(unit))
-        commit = from_bytes(ShardCommit, data, f"{self.path}/{commit_path(unit)}")
+        commit, checksum = read_record(self._files, self._identity, unit)
         self._chat_templates.add(commit.chat_template)
         shard = OpenShard(self._files, self.manifest, commit, shard_path(commit.folder))
         sizes = self._files.sizes(shard_path(commit.folder))
@@ -249,7 +277,7 @@ class CacheWriter:
             if sizes.get(file.name) != file.size:
                 found = f"found {sizes[file.name]}" if file.name in sizes else "the file is missing"
                 raise corrupt(f"{shard.files.where}/{file.name}", f"expected {file.size} bytes, {found}")
-        return digest(data), shard
+        return checksum, shard
 
     def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
         """The rows of all samples in order, a few thousand at once. Raises `InvalidRecord`."""
@@ -277,7 +305,7 @@ class CacheWriter:
         return won
 
     def _read_commit(self, unit: str) -> ShardCommit:
-        return read_json(ShardCommit, self._files, commit_path(unit))
+        return read_record(self._files, self._identity, unit)[0]
 
 
 def publish_shard(files: Files, commit: ShardCommit, data: Mapping[str, bytes]) -> ShardCommit:
@@ -286,7 +314,7 @@ def publish_shard(files: Files, commit: ShardCommit, data: Mapping[str, bytes]) 
     files.publish(folder, data)
     if files.create(commit_path(commit.unit), to_bytes(commit)):
         return commit
-    winner = read_json(ShardCommit, files, commit_path(commit.unit))
+    winner, _ = read_record(files, commit.identity, commit.unit)
     if winner.folder != commit.folder:
         files.remove(folder)
     return winner
@@ -326,24 +354,15 @@ def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:
             raise InvalidRecord(f"the samples up to {where}: a row keeps less than {min_mass} of the non-target mass.")
 
 
-def unit_id(table: SampleTable) -> str:
-    """The name of a shard: a hash of its samples and their positions, so that repeated work meets itself."""
-    return unit_of(table.sample_ids.tobytes(), table.num_positions, table.positions)
-
-
-def unit_of(sample_ids: bytes, num_positions: ArrayLike, positions: NDArray[np.int32]) -> str:
-    """`unit_id` of a table with these columns, all ids and all positions one after the other."""
-    counts = np.ascontiguousarray(num_positions, dtype="<u4").tobytes()
-    return digest(sample_ids + counts + np.ascontiguousarray(positions, dtype="<i4").tobytes())
-
-
 def pack_shard(
-    manifest: Manifest, unit: str, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
+    manifest: Manifest, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
 ) -> tuple[ShardCommit, dict[str, bytes]]:
     """The files of a shard and its commit record, decoded again and compared. Raises `CorruptCache`."""
+    unit = unit_id(manifest.identity_digest, table)
     files, blocks = BACKENDS[manifest.store].write(table, columns, manifest.capture)
     commit = ShardCommit(
         unit=unit,
+        identity=manifest.identity_digest,
         num_samples=len(table),
         num_positions=int(table.num_positions.sum()),
         num_tokens=int(table.num_tokens.sum()),
@@ -396,7 +415,9 @@ def _matching_manifest(files: Files, manifest: Manifest, configs: ConfigDifferen
     names = {name for name in files.names("") if not name.endswith(UNFINISHED)}
     inside = files.names(SHARDS)
     if not files.exists(MANIFEST):  # asked last: another writer may be making the cache
-        if names - {SHARDS, LOCK, TOKEN_GROUPS} or inside:
+        if commit_units(inside):
+            check_lost_manifest(files, manifest)
+        elif names - {SHARDS, LOCK, TOKEN_GROUPS} or inside:
             raise NotACache(
                 f"writing to {files.root}: expected an empty folder or a cache, found other files. "
                 "Nothing was changed. Choose another folder."

@@ -11,7 +11,7 @@ from logitcache.data.samples import Sample, check_samples_left
 from logitcache.storage import CachedSample
 from logitcache.storage.encoding import encode, sample_table
 from logitcache.storage.records import concatenate
-from logitcache.storage.writer import pack_shard, unit_id
+from logitcache.storage.writer import pack_shard
 
 from .plan import Counts, count
 from .worker import JobSpec, Loaded, Share, check_num_shards, plans
@@ -87,5 +87,5 @@ def _measure(loaded: Loaded, batches: Sequence[Sequence[Sample]]) -> tuple[float
         cached += loaded.cache_spec.stored(zip(batch, records, strict=True))
     table = sample_table(cached)
     columns = encode(concatenate([c.logprobs for c in cached]), manifest.capture)
-    commit, files = pack_shard(manifest, unit_id(table), table, columns, 0.0)
+    commit, files = pack_shard(manifest, table, columns, 0.0)
     return sum(map(len, files.values())) / commit.num_positions, commit.num_positions, tokens / seconds

@@ -8,15 +8,24 @@ from .common import CachePath, config_option
 @click.command(short_help="Drop damaged shards, so that precompute makes only those again.")
 @config_option
 @click.argument("path", type=CachePath(), metavar="DIR")
-def repair(path: str) -> None:
+@click.option(
+    "--manifest-from",
+    type=CachePath(),
+    metavar="DIR",
+    help="Another cache of this base and capture, whose manifest is written where this one's is lost.",
+)
+def repair(path: str, manifest_from: str | None) -> None:
     """Drop every damaged shard of a cache. Then run the same precompute command again: it makes only those.
 
-    Until it has run, the cache is incomplete and refused by readers. What killed writers left is removed too. Nothing
-    else may write to the cache meanwhile, on any machine: a writer on this one is found, one on another may not be.
+    Until it has run, the cache is incomplete and refused by readers. What killed writers left is removed too, and what
+    a finished cache does not list, such as another base's shard. Nothing else may write to the cache meanwhile, on any
+    machine: a writer on this one is found, one on another may not be.
     """
     from logitcache.storage import repair as drop
 
-    report = drop(path)
+    report = drop(path, manifest_from)
+    if report.wrote_manifest:
+        click.echo(f"wrote manifest.json again, as it is in {manifest_from}")
     for unit in report.dropped:
         click.echo(f"dropped shard {unit}")
     if report.leftovers:
@@ -24,13 +33,16 @@ def repair(path: str) -> None:
         click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
     if report.num_records_restored:
         click.echo(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
+    shards = f"{len(report.dropped):,} shard{'s' * (len(report.dropped) != 1)}"
     if not report.is_incomplete:
-        changed = "only that was changed" if report.leftovers or report.num_records_restored else "nothing was changed"
-        click.echo(f"{path} is intact; {changed}.")
+        changed = report.leftovers or report.num_records_restored or report.wrote_manifest
+        unchanged = "only that was changed" if changed else "nothing was changed"
+        unlisted = f"{shards} dropped that its contents do not list"
+        click.echo(f"{path} is intact; {unlisted if report.dropped else unchanged}.")
         return
     if report.num_data_sets_dropped:
         click.echo(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")
-    what = f"{len(report.dropped):,} damaged shard{'s' * (len(report.dropped) != 1)} dropped"
+    what = f"{shards} dropped, damaged or not its own"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(

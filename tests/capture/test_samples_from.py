@@ -192,8 +192,8 @@ def test_shards_are_of_bounded_size_across_those_of_the_source(tmp_path: Path, s
     assert stored(tmp_path / "a") == by_tokens(flat(shards))
     copy(tmp_path / "b", tmp_path / "one", wanted_of(flat(shards)))
     assert shard_sizes(tmp_path / "one") == [310]
-    order = flat([shard for _, shard in sorted((unit_of(s), s) for s in shards)])
-    assert [s.commit.unit for s in LogitCache.open(tmp_path / "one").shards()] == [unit_of(order)]
+    order = flat([shard for _, shard in sorted((unit_of(s, store), s) for s in shards)])
+    assert [s.commit.unit for s in LogitCache.open(tmp_path / "one").shards()] == [unit_of(order, store)]
 
 
 @pytest.mark.parametrize("num_commits", range(5))
@@ -305,7 +305,7 @@ def test_a_damaged_source_is_an_error_and_what_came_before_is_whole(tmp_path: Pa
     """Each file of a shard in turn; a file that reading does not need (Zarr's own metadata) may be anything."""
     write_cache(tmp_path / "b", store, THREE)
     wanted, num_refused = wanted_of(flat(THREE)), 0
-    files = [p for p in (tmp_path / "b" / "shards").glob(f"{unit_of(THREE[1])}-*/**/*") if p.is_file()]
+    files = [p for p in (tmp_path / "b" / "shards").glob(f"{unit_of(THREE[1], store)}-*/**/*") if p.is_file()]
     for number, file in enumerate(files):
         data = file.read_bytes()
         flipped = bytes([*data[: len(data) // 3], data[len(data) // 3] ^ 1, *data[len(data) // 3 + 1 :]])

@@ -116,9 +116,9 @@ def test_whole_shards_are_untouched_and_nothing_is_left_behind(path: Path, store
     stays = [*THREE[0], THREE[1][1]]
     report = prune(path, ids(stays))
     after = lasting(path)
-    whole = {name: data for name, data in before.items() if name.startswith(f"shards/{unit_of(THREE[0])}")}
+    whole = {name: data for name, data in before.items() if name.startswith(f"shards/{unit_of(THREE[0], store)}")}
     assert whole and whole.items() <= after.items()
-    assert units(path) == sorted([unit_of(THREE[0]), unit_of([THREE[1][1]])])
+    assert units(path) == sorted([unit_of(THREE[0], store), unit_of([THREE[1][1]], store)])
     assert after == lasting(write_cache(path.with_name("at once"), store, [THREE[0], [THREE[1][1]]]))
     sizes = [sum(len(d) for n, d in files.items() if n.count("/") > 1) for files in (before, after)]
     assert report.num_bytes == sizes[0] - sizes[1]
@@ -129,10 +129,10 @@ def test_leftovers_of_several_shards_are_packed_together(path: Path, store: str)
     shards = [[every_position(rng, 11), every_position(rng, 21)] for _ in range(7)]  # 10 and 20 positions
     write_cache(path, store, shards)
     stays = [shard[0] for shard in shards]
-    order = sorted(shards, key=unit_of)
+    order = sorted(shards, key=lambda shard: unit_of(shard, store))
     prune(path, ids(stays))
     expected = [[shard[0] for shard in part] for part in (order[:3], order[3:6], order[6:])]
-    assert units(path) == sorted(map(unit_of, expected))
+    assert units(path) == sorted(unit_of(part, store) for part in expected)
     assert stored(path) == by_tokens(stays) and verify(path).is_intact
 
 
@@ -242,7 +242,7 @@ def test_what_an_interrupted_writer_left_does_not_come_before_what_is_listed(pat
     whole = every_position(np.random.default_rng(76), 25)
     listed = captures(whole, [[2, 3, 4]])[0]
     others = (make_sample(np.random.default_rng(n), 0, positions=[3, 7], token_ids=whole.token_ids) for n in range(99))
-    left = next(sample for sample in others if unit_of([sample]) < unit_of([listed]))
+    left = next(sample for sample in others if unit_of([sample], store) < unit_of([listed], store))
     write_cache(path, store, [[listed], THREE[0]])
     with CacheWriter(path, make_manifest(store)) as writer:
         writer.commit([left])
@@ -272,7 +272,7 @@ def test_of_rows_that_are_committed_already_the_commit_is_taken_whole(path: Path
         writer.commit([theirs])
     prune(path, ids([mine]))
     assert stored(path) == by_tokens([theirs])
-    assert verify(path).is_intact and units(path) == [unit_of([mine])]
+    assert verify(path).is_intact and units(path) == [unit_of([mine], store)]
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_what_cannot_be_pruned_is_refused_and_unchanged(path: Path, store: str) 
 
 def test_a_damaged_shard_is_refused_before_readers_see_a_change(path: Path, store: str) -> None:
     write_cache(path, store, THREE)
-    for file in (path / "shards").glob(f"{unit_of(THREE[1])}-*/**/*"):
+    for file in (path / "shards").glob(f"{unit_of(THREE[1], store)}-*/**/*"):
         if file.is_file() and file.suffix != ".json":
             data = bytearray(file.read_bytes())
             data[len(data) // 3] ^= 1

@@ -754,7 +754,7 @@ def test_every_verb_takes_a_url(
     name = fs.find("/cli-test/cache/shards", withdirs=False)[-1]
     fs.pipe_file(name, fs.cat_file(name)[:-1] + b"!")
     assert logitcache("verify", memory_url).status == 3
-    assert "1 damaged shard dropped" in done("repair", memory_url).out
+    assert "1 shard dropped" in done("repair", memory_url).out
     refused(5, "inspect", memory_url)
     done(*line)
     assert cache_bits(memory_url) == cache_bits(local)
@@ -854,7 +854,7 @@ def test_a_job_whose_shards_are_moved_to_a_larger_disk_goes_on(
     assert "done" in done("status", mine).out
     done(*train_line(tiny_model, mine, tmp_path / "adapter"))
     flip_byte(shard_folders(mine)[0] / "logprobs.arrow")
-    assert "1 damaged shard dropped" in done("repair", mine).out
+    assert "1 shard dropped" in done("repair", mine).out
     precompute(tiny_model, data, mine, *ALONE)
     done("prune", mine, "--data", half, "--model", tiny_model)
     assert "is intact" in done("verify", mine).out and (mine / "shards").is_symlink()

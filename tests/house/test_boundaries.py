@@ -29,7 +29,9 @@ STORAGE_ROOMS = {
     "arrow_sizes": set(),
     "zarr_backend": {"backend", "encoding", "identity", "manifest"},
     "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
-    "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
+    "shard": {
+        *("arrow_backend", "backend", "encoding", "errors", "files", "identity", "manifest", "records", "zarr_backend"),
+    },
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
     "data_sets": {"backend", "files", "identity", "index", "layout", "manifest"},
     "data_samples": {"cache", "data_sets", "errors", "identity", "manifest", "shard"},

@@ -11,6 +11,7 @@ import pytest
 from support import storage_faults_crowds as crowds
 from support import storage_faults_damage as damage
 from support import storage_faults_hostile as hostile
+from support import storage_faults_strangers as strangers
 from support import storage_faults_writers as writers
 from support.storage_faults import (
     SAME,
@@ -29,7 +30,7 @@ from logitcache.storage import cache as cache_module
 from logitcache.storage.shard import checked_record as checked
 
 COUNTS = Counts(flips=150, kills=4, rounds=3, mutations=60, stride=61, jobs=3)
-FAULTS = (*damage.FAULTS, *writers.FAULTS, *crowds.FAULTS, *hostile.FAULTS)
+FAULTS = (*damage.FAULTS, *strangers.FAULTS, *writers.FAULTS, *crowds.FAULTS, *hostile.FAULTS)
 SEES_NOTHING_WRONG = {"crowds", "meeting_writers"}
 """Faults after which the cache must be whole, so that nothing is to be refused."""
 

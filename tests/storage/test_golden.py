@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support.format_reader import Sample, open_cache
-from support.storage_samples import NO_TOKEN
+from support.format_reader import FormatError, Sample, open_cache
+from support.storage_samples import NO_TOKEN, refused, tree
 
 from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
     CacheWriter,
     LogitCache,
+    UnsupportedFormat,
     data_samples,
     export_parquet,
+    merge,
+    repair,
     sample_id,
     verify,
 )
 from logitcache.storage.data_sets import positions_of
+from logitcache.storage.job_status import status
 
 FOLDERS = [Path(__file__).resolve().parents[1] / name for name in ("golden", "golden_draws")]
 CACHES = {"zarr": "fine", "arrow": "fine", "zarr-exact": "exact", "arrow-exact": "exact"}
@@ -33,6 +37,8 @@ ERRORS = {
 }
 """Of alternatives, draws; label, tail; tail groups."""
 NOT_SUMMED = {"SHA256SUMS", "README.md", ".gitattributes"}
+
+VERSION_1 = FOLDERS[0].with_name("golden_v1")
 
 every_folder = pytest.mark.parametrize("golden", FOLDERS, ids=lambda folder: folder.name)
 every_cache = pytest.mark.parametrize("name", CACHES)
@@ -209,3 +215,23 @@ def test_writer_goes_on_with_a_golden_cache(golden: Path, name: str, tmp_path: P
         if tokens != (1, 2, 3):
             assert_rows(cached, rows.pop(tokens), CACHES[name])
     assert not rows
+
+
+@pytest.mark.parametrize("name", ["zarr", "arrow"])
+def test_a_cache_of_version_1_is_refused_by_name_and_left_as_it_is(name: str, tmp_path: Path) -> None:
+    """By every way in; the message says which version and the one thing to do."""
+    path, own = Path(shutil.copytree(VERSION_1 / name, tmp_path / "old")), LogitCache.open(FOLDERS[0] / name)
+    for call in (
+        lambda: LogitCache.open(path),
+        lambda: verify(path),
+        lambda: repair(path),
+        lambda: status(path),
+        lambda: merge([path], tmp_path / "merged"),
+        lambda: CacheWriter(path, own.manifest, own.token_groups()),
+    ):
+        message = refused(UnsupportedFormat, "unsupported-format", call)
+        assert f"{path}/manifest.json" in message and "found version 1" in message
+        assert "`logitcache precompute` into a new folder" in message
+    assert tree(path) == tree(VERSION_1 / name)
+    with pytest.raises(FormatError):
+        open_cache(path)

@@ -65,6 +65,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
         ["0", 8, 0],
     ],
     ("commit", ("unit",)): ["0" * 32, "../../x", "A" * 32, "", None, 5, "0" * 32 + "\n"],
+    ("commit", ("identity",)): ["0" * 32, "../../x", "A" * 32, "", None, 5, "0" * 32 + "\n"],
     ("contents", ("shards", 0, "unit")): ["0" * 32, "../../x", "A" * 32, "", None, 5, "0" * 32 + "\n"],
     ("contents", ("shards", 0, "checksum")): [None, 5, [], "0" * 32],
     ("contents", ("shards",)): [None, {}, "x", 5, [], [None], [[]], [{}]],
@@ -101,7 +102,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],
-    ("manifest", ("format_version",)): [True, 1.0],
+    ("manifest", ("format_version",)): [2.0],
 }
 
 
@@ -193,7 +194,8 @@ def test_an_absurdly_large_manifest_is_not_read(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("format_version", 3), ("format_version", 1), ("reader_features", ["int8"])]
+    ("field", "value"),
+    [("format_version", 3), ("format_version", 1), ("format_version", 0), ("reader_features", ["int8"])],
 )
 def test_an_unknown_format_is_refused_by_readers_and_writers(
     written: Path, store: str, field: str, value: object

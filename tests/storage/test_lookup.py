@@ -238,7 +238,7 @@ def test_where_captures_overlap_the_first_shard_of_the_contents_counts(path: Pat
     parts = [legal(part) for part in parts]
     write_cache(path, store, [[part] for part in parts])
     cache = LogitCache.open(path)
-    first = {unit_of([part]): part for part in parts}
+    first = {unit_of([part], store): part for part in parts}
     order = [first[shard.commit.unit].logprobs for shard in cache.shards()]
     expected = [next(r.take(np.array([t])) for r in order if t < len(r)) for t in range(max(map(len, order)))]
     found = cache.lookup(whole.token_ids)

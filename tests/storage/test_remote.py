@@ -373,7 +373,7 @@ def test_every_damaged_file_is_refused_and_can_be_repaired(url: str, store: str,
     """test_storage_faults damages every byte of a local cache; here what a store answers for each kind of damage."""
     write_cache(url, store, SHARDS)
     before, expected = lasting(root(url)), cache_bits(url)
-    first = unit_of(SHARDS[0])
+    first = unit_of(SHARDS[0], store)
     data_files = [name for name in before if name.startswith(f"shards/{first}-")]
     largest = sorted(data_files, key=lambda name: len(before[name]))[-2:]
     index = next(name for name in before if name.startswith("index-"))

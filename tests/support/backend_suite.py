@@ -87,9 +87,9 @@ class BackendTests:
         """A finished cache of SHARDS, to be left as it is."""
         return write_cache(tmp_path_factory.mktemp("pristine") / "cache", store, SHARDS)
 
-    def largest_file(self, path: Path, shard: Sequence[CachedSample]) -> Path:
+    def largest_file(self, path: Path, shard: Sequence[CachedSample], store: str) -> Path:
         """Of the shard with these samples, among those that lookups read."""
-        (folder,) = (p for p in (path / "shards").glob(f"{unit_of(shard)}-*") if p.is_dir())
+        (folder,) = (p for p in (path / "shards").glob(f"{unit_of(shard, store)}-*") if p.is_dir())
         files = [p for p in folder.rglob("*") if p.is_file() and p.name not in self.unread]
         return max(files, key=lambda p: p.stat().st_size)
 
@@ -239,15 +239,15 @@ class BackendTests:
         self, written: Path, store: str
     ) -> None:
         before, whole = lasting(written), cache_bits(written)
-        data = self.largest_file(written, SHARDS[0])
+        data = self.largest_file(written, SHARDS[0], store)
         data.write_bytes(bytes(data.stat().st_size))
         cache = LogitCache.open(written)
         assert "logitcache repair" in refused(CorruptCache, "corrupt", lambda: cache.lookup(SHARDS[0][0].token_ids))
         assert record_bits(cache.lookup(SHARDS[1][0].token_ids)) == record_bits(SHARDS[1][0].logprobs)
         refused(CorruptCache, "corrupt", lambda: cache_bits(written))
-        assert {problem.shard for problem in verify(written).problems} == {unit_of(SHARDS[0])}
+        assert {problem.shard for problem in verify(written).problems} == {unit_of(SHARDS[0], store)}
         report = repair(written)
-        assert report.dropped == (unit_of(SHARDS[0]),) and report.is_incomplete
+        assert report.dropped == (unit_of(SHARDS[0], store),) and report.is_incomplete
         assert "after 1 committed shards" in refused(IncompleteCache, "incomplete", lambda: LogitCache.open(written))
         write_cache(written, store, SHARDS)
         assert lasting(written) == before
@@ -275,9 +275,9 @@ class BackendTests:
         with CacheWriter(path, make_manifest(store)) as writer:
             for shard in SHARDS:
                 writer.commit(shard)
-        self.largest_file(path, SHARDS[1]).unlink()
-        (path / "shards" / f"{unit_of(SHARDS[0])}.json").write_bytes(b"{")
-        assert set(repair(path).dropped) == {unit_of(shard) for shard in SHARDS}
+        self.largest_file(path, SHARDS[1], store).unlink()
+        (path / "shards" / f"{unit_of(SHARDS[0], store)}.json").write_bytes(b"{")
+        assert set(repair(path).dropped) == {unit_of(shard, store) for shard in SHARDS}
         assert len(cache_bits(write_cache(path, store, SHARDS))) == 5
 
     @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ class BackendTests:
 
     def test_an_uncommitted_shard_folder_does_not_exist(self, written: Path, store: str) -> None:
         before = cache_bits(written)
-        orphan = written / "shards" / f"{unit_of(make_shards(15, [[9]])[0])}-{'0' * 16}"
+        orphan = written / "shards" / f"{unit_of(make_shards(15, [[9]])[0], store)}-{'0' * 16}"
         orphan.mkdir()
         (orphan / "half").write_bytes(b"x")
         assert cache_bits(written) == before

@@ -61,6 +61,7 @@ CONTENTS = {
 RUNS = np.dtype([("sample_id", "<u8", 2), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
 COMMIT = {
     "unit": str,
+    "identity": str,
     "num_samples": int,
     "num_positions": int,
     "num_tokens": int,
@@ -152,6 +153,14 @@ def read_data_set(folder: Path, entry: dict[str, Any]) -> dict[bytes, dict[int, 
     return found
 
 
+def identity_of(body: dict[str, Any]) -> str:
+    """What the records of a cache with this manifest carry."""
+    flat = {"store": body["store"]}
+    for group in ("model", "tokenizer", "capture"):
+        flat |= {group: None} if body[group] is None else {f"{group}.{name}": x for name, x in body[group].items()}
+    return digest(canonical(flat))
+
+
 def check_manifest(body: dict[str, Any]) -> None:
     capture, vocab = body["capture"], body["model"]["vocab_size"]
     require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
@@ -241,6 +250,7 @@ class Cache:
             require(digest(data) == listed["checksum"], f"commit record of {listed['unit']}: checksum")
             commit = read_json(data, COMMIT, f"commit record of {listed['unit']}")
             require(commit["unit"] == listed["unit"], "the commit record is of another shard")
+            require(commit["identity"] == identity_of(self.manifest), "the commit record is of another cache")
             samples = list(self._shard(commit))
             index = self.index[self.index["shard"] == number]
             expected = [(len(s.token_ids), len(s.positions), s.num_tokens_cut) for s in samples]
@@ -263,6 +273,7 @@ class Cache:
         unit = b"".join(
             np.ascontiguousarray(columns[c]).tobytes() for c in ("sample_ids", "num_positions", "positions")
         )
+        unit = bytes.fromhex(commit["identity"]) + unit
         require(digest(unit) == commit["unit"], "the unit does not belong to these samples")
         token, row = 0, 0
         for i in range(commit["num_samples"]):

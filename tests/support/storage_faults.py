@@ -4,9 +4,10 @@ A case is a cache to which something was done. It is *refused* (`CacheError`), o
 what was written), or *wrong*: a number, token or position differs, or a writer that reported success lost what it had
 committed. Anything else that should not be (an exception of another kind, a crash, an unclear message, verify calling
 intact what cannot be read) is a *defect*. The faults are in storage_faults_damage (files altered and exchanged),
-storage_faults_writers (writers that die and fail), storage_faults_crowds (several at once), storage_faults_locks (that
-see no lock of one another) and storage_faults_hostile (well sealed caches that lie); the drivers are
-tests/storage/test_faults.py, test_locks_off.py and scripts/fault_suite.py.
+storage_faults_strangers (files of another cache), storage_faults_writers (writers that die and fail),
+storage_faults_crowds (several at once), storage_faults_locks (that see no lock of one another) and
+storage_faults_hostile (well sealed caches that lie); the drivers are tests/storage/test_faults.py, test_locks_off.py
+and scripts/fault_suite.py.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ def _values() -> list[Case]:
         ("commit", "num_tokens_cut"): (-1, 2**40, 2**63, 1.5),
         ("commit", "kept_mass"): (-1.0, 1e9, float("inf"), float("nan"), 1),
         ("commit", "unit"): ("0" * 32, "../x", None),
+        ("commit", "identity"): ("0" * 32, "../x", None),
         ("commit", "files.0.name"): NAMES,
         ("commit", "files.0.size"): (2**31, 2**40, 2**49, 2**50, -1, 1.5),
         ("commit", "files.0.checksum"): ("0" * 32, 7),

@@ -73,7 +73,11 @@ def body_of(path: Path, file: str) -> Any:
     if file == "commit":
         unit = body_of(path, "contents")["shards"][0]["unit"]
         return json.loads((path / "shards" / f"{unit}.json").read_bytes())["body"]
-    return json.loads((path / f"{file}.json").read_bytes())["body"]
+    return body_of_bytes((path / f"{file}.json").read_bytes())
+
+
+def body_of_bytes(data: bytes) -> Any:
+    return json.loads(data)["body"]
 
 
 def assign(body: Any, keys: Sequence[str | int], value: object) -> None:

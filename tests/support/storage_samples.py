@@ -7,6 +7,7 @@ rounding to float32. Nothing here uses the code under test beyond its data class
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from logitcache.storage import (
     ModelIdentity,
     TokenizerIdentity,
 )
+from logitcache.storage.manifest import to_bytes
 
 STORES = ("zarr", "arrow")
 NO_TOKEN = 2**32 - 1
@@ -270,12 +272,23 @@ def refused(error: type[CacheError], reason: str, call: Callable[[], object]) ->
     return str(caught.value)
 
 
-def unit_of(samples: Sequence[CachedSample]) -> str:
-    """The unit of a shard of these samples, from docs/format.md."""
+def identity_of(manifest: Manifest) -> str:
+    """The identity of a cache with this manifest, from docs/format.md."""
+    body = json.loads(to_bytes(manifest))["body"]
+    flat = {"store": body["store"]}
+    for group in ("model", "tokenizer", "capture"):
+        fields = body[group]
+        flat |= {group: None} if fields is None else {f"{group}.{name}": value for name, value in fields.items()}
+    return blake(json.dumps(flat, sort_keys=True, separators=(",", ":")).encode())
+
+
+def unit_of(samples: Sequence[CachedSample], store: str) -> str:
+    """The unit of a shard of these samples in a cache of `make_manifest(store)`, from docs/format.md."""
+    identity = bytes.fromhex(identity_of(make_manifest(store)))
     ids = b"".join(hashlib.blake2b(s.token_ids.astype("<u4").tobytes(), digest_size=16).digest() for s in samples)
     counts = np.array([len(s.logprobs.positions) for s in samples], dtype="<u4")
     positions = np.concatenate([s.logprobs.positions for s in samples]).astype("<i4")
-    return blake(ids + counts.tobytes() + positions.tobytes())
+    return blake(identity + ids + counts.tobytes() + positions.tobytes())
 
 
 def in_processes(method: str, call: Callable[..., object], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
