@@ -192,11 +192,14 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     units = commit_units(files.names(SHARDS))
     _check_some_own(files, manifest.identity_digest, units)
     tables: dict[str, SampleTable | None] = {}
+    unlisted = {unit for unit in units if listed is not None and unit not in listed}
     for unit in units:
         try:
             commit, checksum = read_record(files, manifest.identity_digest, unit)
             problems, table = _verify_shard(files, manifest, commit)
-            if not problems and (listed is None or listed.get(unit) == checksum):
+            if listed is not None and listed.get(unit) != checksum:
+                unlisted.add(unit)
+            elif not problems:
                 tables[unit] = table
         except CorruptCache:
             pass
@@ -206,15 +209,18 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     is_whole = not lost_partition and not lost_data and _has_good_contents(files, manifest.identity_digest, tables)
     if is_whole and not dropped:
         return RepairReport((), False, num_records_restored=restored)
-    gone = record_names(files)  # first: who had finished has something to do again
-    gone += [commit_path(unit) for unit in dropped]
-    gone += lost_data
-    last = [] if is_whole else [CONTENTS]  # as long as a shard is there that they do not list, they are the evidence
-    last += [TOKEN_GROUPS] if lost_partition else []  # a writer, who is given it, makes it again
-    for name in (*gone, *last):
+    strange = [unit for unit in dropped if unit in unlisted]
+    steps = (
+        record_names(files),  # who had finished has something to do again
+        [commit_path(unit) for unit in strange],  # as long as one is there the contents are the evidence against it
+        [] if is_whole else [CONTENTS],  # whose index is left over then
+        [*(commit_path(unit) for unit in dropped if unit not in unlisted), *lost_data],
+        [TOKEN_GROUPS] if lost_partition else [],  # a writer, who is given it, makes it again
+    )
+    for name in (name for step in steps for name in step):
         files.exists(name)  # before anything is removed: it raises where that is a link
-    files.remove(*gone)
-    files.remove(*last)  # the index, which they name, is left over then
+    for step in steps:
+        files.remove(*step)
     left = tuple(entry.name for entry in known_data_sets(files))
     return RepairReport(
         tuple(dropped),
