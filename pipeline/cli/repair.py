@@ -27,12 +27,12 @@ def repair(path: str, manifest_from: str | None) -> None:
         click.echo(f"wrote manifest.json again, as it is in {manifest_from}")
     for unit in report.dropped:
         click.echo(f"dropped shard {unit}")
-    shards = f"{len(report.dropped):,} shard{'s' * (len(report.dropped) != 1)}"
+    shards = f"shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.is_incomplete:
-        unlisted = f"{shards} dropped that its contents do not list"
+        unlisted = f"{len(report.dropped):,} {shards} that its contents do not list"
         click.echo(f"{path} is intact; {unlisted if report.dropped else 'nothing was changed'}.")
         return
-    what = f"{shards} dropped, damaged or not its own"
+    what = f"{len(report.dropped):,} bad {shards}"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(

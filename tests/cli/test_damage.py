@@ -201,7 +201,7 @@ def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data
     flip_byte(shard / "logprobs.arrow")
     message = refused(3, *train_line(tiny_model, bad, tmp_path / "o"))
     assert "`logitcache repair` to drop it, and precompute again" in message
-    assert "1 shard dropped" in done("repair", bad).out
+    assert "1 bad shard dropped" in done("repair", bad).out
     refused(5, "inspect", bad)
     precompute(tiny_model, data, bad, *SHARDS)
     assert cache_bytes(bad) == cache_bytes(cache)
