@@ -235,7 +235,7 @@ def _plain(value: Any) -> Any:
 def _corrupt(where: str, what: str) -> CorruptCache:
     return CorruptCache(
         f"reading {where}: {what}. Nothing in it can be trusted. Run `logitcache repair` and the same precompute "
-        f"again; where {MANIFEST} itself is damaged, restore it from a copy, or precompute into a new folder."
+        f"again; where {MANIFEST} itself is damaged, remove it, and the same precompute alone writes it again."
     )
 
 

@@ -33,16 +33,16 @@ def repair(path: str, manifest_from: str | None) -> None:
         click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
     if report.num_records_restored:
         click.echo(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
-    shards = f"{len(report.dropped):,} shard{'s' * (len(report.dropped) != 1)}"
+    shards = f"shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.is_incomplete:
         changed = report.leftovers or report.num_records_restored or report.wrote_manifest
         unchanged = "only that was changed" if changed else "nothing was changed"
-        unlisted = f"{shards} dropped that its contents do not list"
+        unlisted = f"{len(report.dropped):,} {shards} that its contents do not list"
         click.echo(f"{path} is intact; {unlisted if report.dropped else unchanged}.")
         return
     if report.num_data_sets_dropped:
         click.echo(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")
-    what = f"{shards} dropped, damaged or not its own"
+    what = f"{len(report.dropped):,} bad {shards}"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
     click.echo(

@@ -272,7 +272,7 @@ def test_what_a_finished_worker_said_does_not_outlive_its_shards(
     cache = tmp_path / "c"
     precompute(tiny_model, data, cache, *SMALL, *share(0, 2))
     flip_byte(next(p for p in sorted(shard_folders(cache)[0].iterdir()) if p.stat().st_size > 500))
-    assert "1 shard dropped" in done("repair", cache).out
+    assert "1 bad shard dropped" in done("repair", cache).out
     precompute(tiny_model, data, cache, *SMALL, *share(1, 2))
     with pytest.raises(IncompleteCache):
         LogitCache.open(cache)

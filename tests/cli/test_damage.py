@@ -201,10 +201,49 @@ def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data
     flip_byte(shard / "logprobs.arrow")
     message = refused(3, *train_line(tiny_model, bad, tmp_path / "o"))
     assert "`logitcache repair` to drop it, and precompute again" in message
-    assert "1 shard dropped" in done("repair", bad).out
+    assert "1 bad shard dropped" in done("repair", bad).out
     refused(5, "inspect", bad)
     precompute(tiny_model, data, bad, *SHARDS)
     assert cache_bytes(bad) == cache_bytes(cache)
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_the_same_precompute_writes_a_lost_manifest_again_and_no_other_one_does(
+    groups: int, tmp_path: Path, tiny_model: Path, other_model: Path, data: Path
+) -> None:
+    line = [*SHARDS, "--tail-groups", groups]
+    precompute(tiny_model, data, tmp_path / "c", *line)
+    before = cache_bytes(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    with unchanged(tmp_path / "c"):
+        assert "`logitcache precompute`, which writes it again" in refused(2, "inspect", tmp_path / "c")
+        for model, more in ((other_model, line), (tiny_model, [*line, "--top-k", 7])):
+            message = refused(4, *precompute_line(model, data, tmp_path / "c", *more))
+            assert "manifest.json again: expected shards of identity " in message
+    precompute(tiny_model, data, tmp_path / "c", *line)
+    assert cache_bytes(tmp_path / "c") == before
+
+
+def test_a_shard_of_another_base_never_answers(
+    tmp_path: Path, tiny_model: Path, other_model: Path, data: Path, cache: Path
+) -> None:
+    """Before, precompute listed it after repair, and verify called the cache intact."""
+    precompute(other_model, data, tmp_path / "other", *SHARDS)
+    mixed = copy_of(cache, tmp_path / "c")
+    (record, *_), (folder, *_) = commits(tmp_path / "other"), shard_folders(tmp_path / "other")
+    shutil.copy(record, mixed / "shards")
+    shutil.copytree(folder, mixed / "shards" / folder.name)
+    commits(mixed)[0].unlink()
+    assert record.name in refused(3, *precompute_line(tiny_model, data, mixed, *SHARDS))
+    assert record.stem in logitcache("verify", mixed).out
+    assert f"dropped shard {record.stem}" in done("repair", mixed).out
+    precompute(tiny_model, data, mixed, *SHARDS)
+    assert cache_bytes(mixed) == cache_bytes(cache)
+    shutil.rmtree(mixed / "shards")
+    shutil.copytree(tmp_path / "other" / "shards", mixed / "shards")
+    with unchanged(mixed):
+        assert record.name in refused(4, "repair", mixed)
+    refused(3, *precompute_line(tiny_model, data, mixed, *SHARDS))
 
 
 def test_a_cache_of_a_later_format_is_1(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:

@@ -53,7 +53,7 @@ def _values() -> list[Case]:
         ("manifest", "capture.num_tail_samples"): (0, 1, 4096, 4097, *HUGE),
         ("manifest", "capture.tail_partition"): ("", "0" * 32, 7),
         ("manifest", "store"): ("parquet", "../zarr", 1, None),
-        ("manifest", "format_version"): (0, 1, 3, True, 1.0, "1", None),
+        ("manifest", "format_version"): (0, 1, 3, True, 2.0, "2", None),
         ("manifest", "reader_features"): (["new"], ["tail-groups", "new"], [], "tail-groups", [["x"]], [1, "x"], None),
         ("manifest", "tokenizer"): (1, {}, {"fingerprint": 1}),
         ("manifest", "model.config"): ("", "{", "[]", '{"b":1,"a":1}', '{"a": 1}', "[" * 10_000, "9" * 5000, 7),
