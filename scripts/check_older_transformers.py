@@ -63,9 +63,8 @@ def measure() -> int:
 def losses(folder: Path) -> Iterator[tuple[str, float, float]]:
     """Name of a trainer, and its first logged loss both ways."""
     from support.plug_ins import make_sft
-    from support.tiny_runs import make_cache, make_samples
+    from support.tiny_runs import make_cache, make_samples, moved_adapter
     from training.test_normalisation import SilentAboutLosses, trainer_over
-    from training.test_plug_in import moved_adapter
     from transformers import PrinterCallback, Trainer
     from transformers.utils import logging
 

@@ -25,7 +25,9 @@ from support.storage_samples import (
     make_shards,
     record_bits,
     refused,
+    stored,
     tree,
+    uneven_shards,
     unit_of,
     write_cache,
 )
@@ -78,10 +80,6 @@ def copy(
     return copied
 
 
-def stored(path: Path | str) -> dict[bytes, tuple[object, ...]]:
-    return by_tokens(list(LogitCache.open(path).samples()))
-
-
 def shard_sizes(path: Path | str) -> list[int]:
     return sorted(shard.commit.num_positions for shard in LogitCache.open(path).shards())
 
@@ -93,12 +91,8 @@ def shard_sizes(path: Path | str) -> list[int]:
 @pytest.mark.parametrize("precision", MAX_ERRORS)
 @pytest.mark.parametrize("kind", ["plain", "groups", "draws"])
 def test_samples_come_bit_for_bit(tmp_path: Path, store: str, target_store: str, precision: str, kind: str) -> None:
-    rng = np.random.default_rng(82)
     groups, num_draws = GROUPS if kind == "groups" else None, 7 if kind == "draws" else 0
-    shards = [
-        [make_sample(rng, n, token_groups=groups, num_draws=num_draws) for n in shard]
-        for shard in ([300, 2, 40, 700], [30, 9], [12])
-    ]
+    shards = uneven_shards(82, groups, num_draws)
 
     def manifest(where: str) -> Manifest:
         return make_manifest(where, precision=precision, token_groups=groups, num_draws=num_draws)

@@ -38,7 +38,9 @@ from support.storage_samples import (
     make_shards,
     record_bits,
     refused,
+    stored,
     tree,
+    uneven_shards,
     unit_of,
     write_cache,
 )
@@ -72,11 +74,6 @@ def ids(samples: Sequence[CachedSample]) -> set[bytes]:
     return {sample_id(s.token_ids) for s in samples}
 
 
-def stored(path: Path | str) -> dict[bytes, tuple[object, ...]]:
-    """Every sample of a cache with all its bits, by its tokens."""
-    return by_tokens(list(LogitCache.open(path).samples()))
-
-
 def only(found: dict[bytes, tuple[object, ...]], samples: Sequence[CachedSample]) -> dict[bytes, tuple[object, ...]]:
     """Of a cache's samples these."""
     return {s.token_ids.tobytes(): found[s.token_ids.tobytes()] for s in samples}
@@ -92,12 +89,8 @@ def units(path: Path | str) -> list[str]:
 @pytest.mark.parametrize("precision", MAX_ERRORS)
 @pytest.mark.parametrize("kind", ["plain", "groups", "draws"])
 def test_what_stays_is_the_same_bit_for_bit(path: Path, store: str, precision: str, kind: str) -> None:
-    rng = np.random.default_rng(72)
     groups, num_draws = GROUPS if kind == "groups" else None, 7 if kind == "draws" else 0
-    shards = [
-        [make_sample(rng, n, token_groups=groups, num_draws=num_draws) for n in shard]
-        for shard in ([300, 2, 40, 700], [30, 9], [12])
-    ]
+    shards = uneven_shards(72, groups, num_draws)
     manifest = make_manifest(store, precision=precision, token_groups=groups, num_draws=num_draws)
     write_cache(path, store, shards, manifest, groups)
     before = stored(path)

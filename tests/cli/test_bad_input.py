@@ -13,6 +13,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.cli_fixtures import SHARDS
+from support.cli_fixtures import cache as cache
+from support.cli_fixtures import caches as caches
+from support.cli_fixtures import data as data
 from support.cli_harness import (
     ROWS,
     Edit,
@@ -27,7 +31,6 @@ from support.cli_harness import (
     precompute_line,
     refused,
     shard_folders,
-    text_data,
     train_line,
     unchanged,
 )
@@ -40,28 +43,6 @@ from logitcache.storage.arrow_backend import ArrowBackend
 from logitcache.storage.zarr_backend import ZarrBackend
 
 WriteRows = Callable[..., Path]
-SHARDS = ["--shard-positions", 60, "--batch-tokens", 64]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text rows of growing length."""
-    return text_data(tmp_path_factory.mktemp("bad-data"))
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data: Path) -> dict[str, Path]:
-    """A finished cache of `data` in each store, of several shards, to be read only."""
-    folder = tmp_path_factory.mktemp("bad-cache")
-    for store in ("zarr", "arrow"):
-        precompute(tiny_model, data, folder / store, *SHARDS, "--store", store)
-    return {store: folder / store for store in ("zarr", "arrow")}
-
-
-@pytest.fixture(scope="module")
-def cache(caches: dict[str, Path]) -> Path:
-    """The one in the Arrow store."""
-    return caches["arrow"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.cli_fixtures import SHARDS
+from support.cli_fixtures import cache as cache
+from support.cli_fixtures import caches as caches
+from support.cli_fixtures import data as data
 from support.cli_harness import (
     Edit,
     cache_bytes,
@@ -22,7 +26,6 @@ from support.cli_harness import (
     precompute_line,
     refused,
     shard_folders,
-    text_data,
     train_line,
     unchanged,
     unit_of,
@@ -34,28 +37,6 @@ from logitcache.storage.files import open_files
 from logitcache.storage.manifest import to_bytes
 
 WriteRows = Callable[..., Path]
-SHARDS = ["--shard-positions", 60, "--batch-tokens", 64]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text rows of growing length."""
-    return text_data(tmp_path_factory.mktemp("damage-data"))
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data: Path) -> dict[str, Path]:
-    """A finished cache of `data` in each store, of several shards, to be read only."""
-    folder = tmp_path_factory.mktemp("damage-cache")
-    for store in ("zarr", "arrow"):
-        precompute(tiny_model, data, folder / store, *SHARDS, "--store", store)
-    return {store: folder / store for store in ("zarr", "arrow")}
-
-
-@pytest.fixture(scope="module")
-def cache(caches: dict[str, Path]) -> Path:
-    """The one in the Arrow store."""
-    return caches["arrow"]
 
 
 @pytest.mark.parametrize("store", ["zarr", "arrow"])

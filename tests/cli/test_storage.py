@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.cli_fixtures import data as data
 from support.cli_harness import (
     Edit,
     cache_bytes,
@@ -46,6 +47,7 @@ from support.storage_samples import (
     make_manifest,
     make_sample,
     record_bits,
+    stored,
     within,
     write_cache,
 )
@@ -54,12 +56,6 @@ from logitcache.storage import LogitCache, sample_id
 
 ALONE = ["--shard-positions", 60, "--batch-tokens", 1]
 """Several shards, and every sample a batch of its own: so its record does not depend on what is beside it."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text rows of growing length."""
-    return text_data(tmp_path_factory.mktemp("storage-data"))
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +90,6 @@ def memory_url() -> Iterator[str]:
     """A prefix of memory://, emptied afterwards."""
     yield "memory://cli-test/cache"
     fsspec.filesystem("memory").rm("/cli-test", recursive=True)
-
-
-def samples_of(path: Path | str) -> dict[bytes, tuple[object, ...]]:
-    """The samples of a cache with all their bits, by their tokens."""
-    return by_tokens(list(LogitCache.open(path).samples()))
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -471,7 +462,7 @@ def test_merged_parts_are_the_whole(
         outcome = done("merge", tmp_path / "c", *sources)
     assert outcome.out.startswith(f"Merged {len(names)} caches: {tmp_path / 'c'} holds 12 samples, ")
     assert outcome.err == ""
-    assert samples_of(tmp_path / "c") == samples_of(cache)
+    assert stored(tmp_path / "c") == stored(cache)
     assert len(commits(tmp_path / "c")) == len({p.name for source in sources for p in commits(source)})
     done("verify", tmp_path / "c")
     with unchanged(tmp_path / "c"):  # again, and precompute finds all there
@@ -491,7 +482,7 @@ def test_a_cache_gains_from_another(tmp_path: Path, cache: Path, parts: dict[str
     with unchanged(parts["second"]):
         outcome = done("merge", mine, parts["second"])
     assert f"{mine} holds 12 samples, {facts(cache)['contents']['num_positions']} positions in " in outcome.out
-    assert samples_of(mine) == samples_of(cache)
+    assert stored(mine) == stored(cache)
     done("verify", mine)
 
 
@@ -552,7 +543,7 @@ def test_a_damaged_source_is_3_and_makes_no_cache(
     refused(5, "inspect", tmp_path / "c")
     shutil.copytree(cache, bad, dirs_exist_ok=True)  # restored from a copy, the same command goes on
     done(*line)
-    assert samples_of(tmp_path / "c") == samples_of(cache)
+    assert stored(tmp_path / "c") == stored(cache)
     done("verify", tmp_path / "c")
 
 

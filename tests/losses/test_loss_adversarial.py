@@ -1,8 +1,6 @@
 """What a hostile reading of the loss, the trainer and the checks found: each a run that was silently other than it
 said, or that ended in a traceback nobody can use."""
 
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from support.breadth import some_of
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_base, make_cache, make_samples
+from support.two_processes import in_two_processes
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from logitcache.capture.settings import CaptureSettings
@@ -95,20 +94,12 @@ def capture_of(path: Path, model: Any, samples: Sequence[Sample], **settings: An
 # The loss of a step, and what is logged of it
 
 
-def _ddp_worker(rank: int, port: int, folder: str, head: dict[str, Any], queue: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    try:
-        model = adapted(**head) if head else make_model()
-        cache = LogitCache.open(Path(folder) / "c")
-        trainer_of(Path(folder) / "o", make_samples(), cache, model=model, max_steps=2).train()
-        queue.put("trained")
-    except Exception as error:  # whatever it is: the parent asserts
-        queue.put(f"{type(error).__name__}: {error}")
-    queue.close()
-    queue.join_thread()
-    os._exit(0)  # the other process may hang in a collective
+def _train(_rank: int, folder: str, head: dict[str, Any]) -> int:
+    model = adapted(**head) if head else make_model()
+    cache = LogitCache.open(Path(folder) / "c")
+    trainer = trainer_of(Path(folder) / "o", make_samples(), cache, model=model, max_steps=2)
+    trainer.train()
+    return int(trainer.state.global_step)
 
 
 SAVED_HEAD = pytest.param({"modules_to_save": ["lm_head"]}, id="saved lm_head")
@@ -119,21 +110,7 @@ FULL = pytest.param({}, id="full training")
 def test_two_processes_train_a_head_with_the_trainers_defaults(head: dict[str, Any], tmp_path: Path) -> None:
     """DDP looks for unused parameters in what its forward returns, which is before the head."""
     make_cache(tmp_path / "c", make_samples())
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_ddp_worker, args=(r, port, str(tmp_path), head, queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found = queue.get(timeout=120)
-    if found == "trained":
-        found = queue.get(timeout=120)
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    assert found == "trained"
+    assert in_two_processes(_train, str(tmp_path), head) == [2, 2]
 
 
 def test_the_log_of_a_stream_that_ends_is_the_loss(cached: Cached, tmp_path: Path) -> None:

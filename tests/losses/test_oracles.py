@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from support.oracle_cases import SCALES, cases, make_logits, rng_of
 from support.oracles import (
     PAD_ID,
     FloatArray,
@@ -29,27 +30,13 @@ from support.oracles import (
 )
 
 SHAPES = [(1, 2), (4, 2), (3, 3), (5, 7), (2, 13)]
-SCALES = ["plain", "peaked", "label", "other"]
 RECORD_ORACLES = [masked_kl_bucket_oracle, masked_kl_renormalize_oracle, full_kl_bucket_oracle]
 
-cases = pytest.mark.parametrize("scale", SCALES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 
 
 def make(shape: tuple[int, int], scale: str) -> tuple[FloatArray, FloatArray, IntArray]:
-    """b, z, labels. plain: order 1; peaked: within +-60; label, other: one token at 60, the rest near -58."""
-    rng = np.random.default_rng([*shape, SCALES.index(scale)])
-    n, v = shape
-    labels = rng.integers(0, v, n)
-    b, z = rng.normal(size=(2, n, v)) * 1.5
-    if scale == "peaked":
-        b, z = rng.uniform(-60, 60, size=(2, n, v))
-    if scale in ("label", "other"):
-        peak = labels if scale == "label" else (labels + 1) % v
-        for x in (b, z):
-            x -= 58
-            x[np.arange(n), peak] = 60
-    return b, z, labels
+    return make_logits(rng_of(shape, scale), shape, scale)
 
 
 def ks(v: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.oracle_cases import cases, make_logits, rng_of
 from support.oracles import (
     PAD_ID,
     FloatArray,
@@ -41,31 +42,16 @@ from support.oracles_forms import (
 )
 
 SHAPES = [(4, 2), (3, 3), (5, 7), (2, 13)]
-SCALES = ["plain", "peaked", "label", "other"]
 GROUPS = 3
 
 forms = pytest.mark.parametrize("form", FORMS, ids="/".join)
-cases = pytest.mark.parametrize("scale", SCALES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 
 
 def make(shape: tuple[int, int], scale: str) -> tuple[FloatArray, FloatArray, IntArray, IntArray]:
-    """b, z, labels, token_groups. plain: order 1; peaked: within +-60; label, other: one token at 60.
-
-    In the last two the rest is near -58. Group 1 of 3 has no token; a small tail leaves others empty too.
-    """
-    rng = np.random.default_rng([*shape, SCALES.index(scale)])
-    n, v = shape
-    labels = rng.integers(0, v, n)
-    b, z = rng.normal(size=(2, n, v)) * 1.5
-    if scale == "peaked":
-        b, z = rng.uniform(-60, 60, size=(2, n, v))
-    if scale in ("label", "other"):
-        peak = labels if scale == "label" else (labels + 1) % v
-        for x in (b, z):
-            x -= 58
-            x[np.arange(n), peak] = 60
-    return b, z, labels, rng.choice([0, 2], size=v)
+    """b, z, labels, token_groups. Group 1 of 3 has no token; a small tail leaves others empty too."""
+    rng = rng_of(shape, scale)
+    return *make_logits(rng, shape, scale), rng.choice([0, 2], size=shape[1])
 
 
 def make_record(b: FloatArray, labels: IntArray, k: int, token_groups: IntArray, draws: int = 5) -> FormsRecord:

@@ -1,9 +1,6 @@
 """A trained output head gets the gradient of what it computes with, or training is refused; never none in silence."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support import sharded_head_rank
 from support.tiny_model import make_model
 from support.tiny_runs import make_cache, make_samples
+from support.two_processes import run_under_torchrun
 from torch import nn
 
 from logitcache.data.batches import pad_samples
@@ -24,7 +22,6 @@ from logitcache.losses.formulas import Objective
 from logitcache.pairing.targets import with_targets
 from logitcache.training.batch_loss import batch_loss
 
-TESTS = Path(__file__).resolve().parents[1]
 PLAIN = Objective("none", tokens_per_loss_chunk=5)
 # what PEFT says of tied weights; the gradient of both uses is asserted here
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -208,16 +205,7 @@ def test_no_position_is_no_reason_to_refuse() -> None:
 def test_a_head_sharded_on_its_own_is_refused_or_right(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c", make_samples(8))
     expected = sharded_head_rank.step(cache, 0, 1, None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "support" / "sharded_head_rank.py"), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_under_torchrun("sharded_head_rank.py", tmp_path)
     for rank in range(2):
         results = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert results.keys() == sharded_head_rank.LAYOUTS.keys()

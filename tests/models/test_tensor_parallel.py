@@ -1,8 +1,5 @@
 """Tensor parallel: a model divided over two processes gives the records of the whole one, to float noise."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +10,15 @@ from support.breadth import some_of
 from support.tensor_parallel_rank import COLUMNS
 from support.tiny_model import make_model
 from support.tiny_runs import make_samples
+from support.two_processes import run_under_torchrun
 
 from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.errors import InputNotFound, UnsupportedModel
-from logitcache.models import tensor_parallel as ranks
+from logitcache.models import tensor_parallel
 from logitcache.models.loading import find_model, load_base
 from logitcache.models.tensor_parallel import agreed, leads
 
-TESTS = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
@@ -32,16 +29,7 @@ TIED = pytest.param({"tie_word_embeddings": True, "attention_bias": True}, id="t
 @pytest.mark.parametrize("config", some_of([PLAIN, TIED], 1))
 def test_two_ranks_capture_what_one_process_does(config: dict[str, Any], tmp_path: Path) -> None:
     make_model(**config).save_pretrained(tmp_path / "m")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "support" / "tensor_parallel_rank.py"), str(tmp_path / "m"), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_under_torchrun("tensor_parallel_rank.py", tmp_path / "m", tmp_path)
     model = load_base(find_model(str(tmp_path / "m")), "float32", CPU).model
     groups = token_groups(model, 4)
     records = capture(model, make_samples(12), 16, torch.from_numpy(groups.copy()))
@@ -65,7 +53,7 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UnsupportedModel, match="num_key_value_heads are 2, which 4 does not divide"):
         load_base(source, "float32", CPU, tensor_parallel=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks, "DistributedConfig", lambda: None)  # that of transformers 5.0 has no sizes
+    monkeypatch.setattr(tensor_parallel, "DistributedConfig", lambda: None)  # that of transformers 5.0 has no sizes
     with pytest.raises(UnsupportedModel, match="this transformers does not divide models"):
         load_base(source, "float32", CPU, tensor_parallel=True)
     assert not torch.distributed.is_initialized()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support import format_reader
@@ -21,6 +21,7 @@ from support.storage_samples import (
     NO_TOKEN,
     TOP_K,
     VOCAB,
+    assert_round_trip,
     captures,
     every_position,
     make_groups,
@@ -33,6 +34,7 @@ from support.storage_samples import (
     within,
     write_cache,
 )
+from support.storage_strategies import many, relaxed, seeds
 
 from logitcache.storage import (
     BaseLogprobs,
@@ -48,7 +50,7 @@ from logitcache.storage import (
     verify,
 )
 from logitcache.storage.backend import rows_per_block
-from logitcache.storage.encoding import columns_of, decode, encode, sample_table
+from logitcache.storage.encoding import encode, sample_table
 from logitcache.storage.manifest import to_bytes
 from logitcache.storage.records import concatenate
 from logitcache.storage.statistics import describe
@@ -56,9 +58,6 @@ from logitcache.storage.statistics import describe
 pytest_plugins = ["support.storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-seeds = st.integers(0, 2**32 - 1)
-relaxed = settings(deadline=None, max_examples=10, database=None)
-many = settings(deadline=None, max_examples=100, database=None)
 PRECISIONS = tuple(MAX_ERRORS)
 NUM_DRAWS = 4
 
@@ -85,14 +84,7 @@ def test_every_draw_comes_back_within_its_bound(
     tokens = rng.integers(0, vocab, size=31, dtype=np.uint32)
     given_ = make_record(rng, tokens, np.arange(30, dtype=np.int32), vocab, top_k, groups, num_draws)
     manifest = make_manifest("zarr", vocab, top_k, precision=precision, token_groups=groups, num_draws=num_draws)
-    columns = encode(given_, manifest.capture)
-    assert [(n, c.dtype.str, c.shape) for n, c in columns.items()] == [
-        (c.name, c.dtype, c.shape(30)) for c in columns_of(manifest.capture)
-    ]
-    found = decode(columns, given_.positions, given_.label_ids, manifest.capture)
-    within(found, given_, MAX_ERRORS[precision])
-    again = encode(found, manifest.capture)  # what was rounded once does not move again
-    assert {n: c.tobytes() for n, c in again.items()} == {n: c.tobytes() for n, c in columns.items()}
+    assert_round_trip(given_, manifest.capture)
 
 
 @relaxed

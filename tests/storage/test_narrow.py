@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.storage_samples import (
@@ -29,6 +29,7 @@ from support.storage_samples import (
     within,
     write_cache,
 )
+from support.storage_strategies import many, relaxed, seeds
 
 from logitcache.storage import BaseLogprobs, CachedSample, LogitCache, verify
 from logitcache.storage.records import check_rows, concatenate, keep_mass, narrow
@@ -36,9 +37,6 @@ from logitcache.storage.records import check_rows, concatenate, keep_mass, narro
 pytest_plugins = ["support.storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-seeds = st.integers(0, 2**32 - 1)
-relaxed = settings(deadline=None, max_examples=10, database=None)
-many = settings(deadline=None, max_examples=100, database=None)
 Floats = NDArray[np.float64]
 FLOAT32 = 1e-3
 """Nats that rounding to float32 costs, thousands of nats down."""

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.storage_samples import (
@@ -24,6 +24,7 @@ from support.storage_samples import (
     NO_TOKEN,
     TOP_K,
     VOCAB,
+    assert_round_trip,
     every_position,
     make_groups,
     make_manifest,
@@ -35,17 +36,14 @@ from support.storage_samples import (
     within,
     write_cache,
 )
+from support.storage_strategies import many, relaxed, seeds
 
 from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, InvalidRecord, LogitCache, sample_id, verify
-from logitcache.storage.encoding import columns_of, decode, encode
 from logitcache.storage.records import keep_mass
 
 pytest_plugins = ["support.storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-seeds = st.integers(0, 2**32 - 1)
-relaxed = settings(deadline=None, max_examples=10, database=None)
-many = settings(deadline=None, max_examples=100, database=None)
 COARSE = ("fine", "compact")
 
 
@@ -92,14 +90,7 @@ def test_every_number_comes_back_within_its_bound(
     tokens = rng.integers(0, vocab, size=num_rows + 1, dtype=np.uint32)
     given_ = make_record(rng, tokens, np.arange(num_rows, dtype=np.int32), vocab, top_k, groups)
     capture = make_manifest("zarr", vocab, top_k, precision=precision, token_groups=groups).capture
-    columns = encode(given_, capture)
-    assert [(n, c.dtype.str, c.shape) for n, c in columns.items()] == [
-        (c.name, c.dtype, c.shape(num_rows)) for c in columns_of(capture)
-    ]
-    found = decode(columns, given_.positions, given_.label_ids, capture)
-    within(found, given_, MAX_ERRORS[precision])
-    again = encode(found, capture)  # what was rounded once does not move again
-    assert {n: c.tobytes() for n, c in again.items()} == {n: c.tobytes() for n, c in columns.items()}
+    assert_round_trip(given_, capture)
 
 
 @relaxed

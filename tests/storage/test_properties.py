@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.storage_samples import by_tokens, make_manifest, make_record, make_sample, record_bits, write_cache
+from support.storage_strategies import relaxed, seeds
 
 from logitcache.storage import CachedSample, LogitCache, SampleNotCached, sample_id, verify
 from logitcache.storage.encoding import SampleTable
@@ -20,8 +21,6 @@ from logitcache.storage.index import SampleIndex, index_file
 pytest_plugins = ["support.storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-seeds = st.integers(0, 2**32 - 1)
-relaxed = settings(deadline=None, max_examples=10, database=None)
 many = settings(deadline=None, max_examples=200, database=None)
 
 

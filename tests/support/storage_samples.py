@@ -1,7 +1,8 @@
 """Random valid samples and manifests for the tests of storage/, and what they compare caches with.
 
 A record is made from the float64 softmax of random logits, so that its partition of the vocabulary is exact up to the
-rounding to float32. Nothing here uses the code under test beyond its data classes, `CacheWriter` and `LogitCache`.
+rounding to float32. What makes them uses nothing of the code under test but its data classes, `CacheWriter` and
+`LogitCache`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from logitcache.storage import (
     ModelIdentity,
     TokenizerIdentity,
 )
+from logitcache.storage.encoding import columns_of, decode, encode
 from logitcache.storage.manifest import to_bytes
 
 STORES = ("zarr", "arrow")
@@ -203,6 +205,15 @@ SHARDS = make_shards(1, [[30, 2, 9], [17, 40]])
 """What the fixtures `pristine` and `written` hold."""
 
 
+def uneven_shards(seed: int, token_groups: NDArray[np.uint8] | None, num_draws: int) -> list[list[CachedSample]]:
+    """Three shards of samples of very different lengths: of four, of two and of one."""
+    rng = np.random.default_rng(seed)
+    return [
+        [make_sample(rng, n, token_groups=token_groups, num_draws=num_draws) for n in shard]
+        for shard in ([300, 2, 40, 700], [30, 9], [12])
+    ]
+
+
 def write_cache(
     path: AnyPath,
     store: str,
@@ -241,6 +252,11 @@ def cache_bits(path: Path | str) -> list[tuple[object, ...]]:
 def by_tokens(samples: Sequence[CachedSample]) -> dict[bytes, tuple[object, ...]]:
     """The bits of samples by their tokens, for comparisons that leave the order free."""
     return {s.token_ids.tobytes(): sample_bits(s) for s in samples}
+
+
+def stored(path: Path | str) -> dict[bytes, tuple[object, ...]]:
+    """Every sample of a cache with all its bits, by its tokens."""
+    return by_tokens(list(LogitCache.open(path).samples()))
 
 
 def tree(path: Path | str) -> dict[str, bytes]:
@@ -296,6 +312,18 @@ def in_processes(method: str, call: Callable[..., object], jobs: Sequence[tuple[
     with multiprocessing.get_context(method).Pool(len(jobs)) as pool:
         results = [pool.apply_async(call, job) for job in jobs]
         return [result.get(timeout=120) for result in results]  # a dead worker fails instead of hanging
+
+
+def assert_round_trip(record: BaseLogprobs, capture: CaptureIdentity) -> None:
+    """Encoded, a record has the columns of the format, comes back `within` its bounds, and does not move again."""
+    columns = encode(record, capture)
+    assert [(n, c.dtype.str, c.shape) for n, c in columns.items()] == [
+        (c.name, c.dtype, c.shape(len(record))) for c in columns_of(capture)
+    ]
+    found = decode(columns, record.positions, record.label_ids, capture)
+    within(found, record, MAX_ERRORS[capture.precision])
+    again = encode(found, capture)  # what was rounded once
+    assert {n: c.tobytes() for n, c in again.items()} == {n: c.tobytes() for n, c in columns.items()}
 
 
 def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: float | None = None) -> None:

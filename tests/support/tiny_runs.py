@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from numpy.typing import NDArray
+from peft import PeftModel
 from support.tiny_model import make_model
 
 from logitcache.adapters.attach import AdapterSettings, attach
@@ -47,17 +50,23 @@ def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitC
     return LogitCache.open(path)
 
 
+def moved_adapter(**config: Any) -> PeftModel:
+    """The tiny model with an adapter that does not start as identity; config: changes of the model's."""
+    torch.manual_seed(0)
+    model = attach(make_model(**config), AdapterSettings(rank=4, alpha=8), "tiny")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def make_trainer(
     out: Path, samples: Sequence[Sample], cache: LogitCache | None, objective: Objective, **changes: Any
 ) -> CachedKLTrainer:
     """A trainer whose adapter does not start as identity, so that the KL has a gradient at once."""
     from logitcache.training.run import trainer_arguments
 
-    torch.manual_seed(0)
-    model = attach(make_model(), AdapterSettings(rank=4, alpha=8), "tiny")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = moved_adapter()
     args = trainer_arguments(out, TrainSettings(lr=1e-2, max_steps=1), torch.device("cpu"))
     args.save_strategy = "no"
     for name, value in changes.items():
@@ -88,6 +97,24 @@ def gradients_after_one_step(trainer: CachedKLTrainer) -> dict[str, torch.Tensor
     trainer.args.max_grad_norm = 0.0
     trainer.train()
     return found
+
+
+Step = tuple[dict[str, NDArray[np.float32]], dict[str, float]]
+"""Of a first step: the gradients before clipping, by parameter, and what was logged."""
+
+
+def step_of(trainer: CachedKLTrainer) -> Step:
+    found = gradients_after_one_step(trainer)
+    return {name: gradient.numpy() for name, gradient in found.items()}, trainer.state.log_history[0]
+
+
+def assert_same_step(found: Step, expected: Step, logged: Sequence[str]) -> None:
+    """Equal gradients, and equal values of these names in the log, up to the order of sums in float32."""
+    assert found[0].keys() == expected[0].keys()
+    for name, gradient in expected[0].items():
+        np.testing.assert_allclose(found[0][name], gradient, rtol=1e-5, atol=1e-5)
+    for name in logged:
+        assert found[1][name] == pytest.approx(expected[1][name], rel=1e-5)
 
 
 def run(base: Base, samples: Sequence[Sample], cache: LogitCache | None, out: Path, **settings: Any) -> Any:

@@ -5,10 +5,7 @@ Runs with older versions of transformers and PEFT too: scripts/check_older_trans
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +16,7 @@ import torch
 from support.tensor_parallel_training_rank import found_in
 from support.tiny_model import make_model
 from support.tiny_runs import gradients_after_one_step, make_cache, make_samples
+from support.two_processes import run_under_torchrun
 from transformers import Trainer, TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings, attach
@@ -31,7 +29,6 @@ from logitcache.training.penalties import Penalty
 from logitcache.training.run import TrainSettings, trainer_arguments
 from logitcache.training.trainer import CachedKL, check_supported
 
-TESTS = Path(__file__).resolve().parents[1]
 WEIGHT = 2.0
 
 Cached = tuple[list[Sample], LogitCache]
@@ -267,16 +264,7 @@ def test_a_loss_that_is_not_finite_is_told_as_such(cached: Cached, tmp_path: Pat
 
 def run_two_ranks(folder: Path) -> list[dict[str, Any]]:
     """What `tensor_parallel_training_rank` wrote on each of two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, str(TESTS / "support" / "tensor_parallel_training_rank.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_under_torchrun("tensor_parallel_training_rank.py", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,17 @@ from peft import LoraConfig, get_peft_model
 from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, settings_of
 from support.breadth import some_of
 from support.tiny_model import make_model
-from support.tiny_runs import gradients_after_one_step, make_base, make_cache, make_samples, make_trainer
+from support.tiny_runs import (
+    Step,
+    assert_same_step,
+    gradients_after_one_step,
+    make_base,
+    make_cache,
+    make_samples,
+    make_trainer,
+    step_of,
+)
+from support.two_processes import in_two_processes
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -372,40 +381,16 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
         assert log["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def _ddp_worker(rank: int, port: int, folder: str, queue: Any) -> None:
-    import os
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def _step_of_a_rank(_rank: int, folder: str) -> Step:
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = make_trainer(Path(folder), make_samples(), None, Objective("none"), **sizes)
-    found = gradients_after_one_step(with_penalty(trainer, "ewc", 5.0))
-    if rank == 0:
-        queue.put(({k: v.numpy() for k, v in found.items()}, trainer.state.log_history[0]))
-    torch.distributed.barrier()  # a process that leaves while the other still talks to it aborts
-    torch.distributed.destroy_process_group()
+    return step_of(with_penalty(trainer, "ewc", 5.0))
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_samples(), None, Objective("none"), per_device_train_batch_size=16)
-    expected = gradients_after_one_step(with_penalty(trainer, "ewc", 5.0))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_ddp_worker, args=(r, port, str(tmp_path), queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found, log = queue.get(timeout=120)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
-    for name, gradient in expected.items():
-        np.testing.assert_allclose(found[name], gradient.numpy(), rtol=1e-5, atol=1e-5)
-    for key in ("loss", "ce", "penalty"):
-        assert log[key] == pytest.approx(trainer.state.log_history[0][key], rel=1e-5)
+    expected = step_of(with_penalty(trainer, "ewc", 5.0))
+    assert_same_step(in_two_processes(_step_of_a_rank, str(tmp_path))[0], expected, ("loss", "ce", "penalty"))
 
 
 def test_a_penalty_and_label_smoothing_are_two_baselines(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset
 from peft import (
     IA3Config,
-    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -42,7 +41,7 @@ from support.plug_ins import (
 )
 from support.plug_ins import cached as cached
 from support.tiny_model import make_model, make_tokenizer, text_rows
-from support.tiny_runs import V, gradients_after_one_step, make_cache, make_samples, make_trainer
+from support.tiny_runs import V, gradients_after_one_step, make_cache, make_samples, make_trainer, moved_adapter
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -52,7 +51,6 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.cli import run
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
@@ -72,16 +70,6 @@ WEIGHT = 2.0
 
 # TRL's SFTConfig sets gradient_checkpointing, whose name transformers 5.23 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def moved_adapter(**config: Any) -> PeftModel:
-    """An adapter that does not start as identity: that of `make_trainer`."""
-    torch.manual_seed(0)
-    model = attach(make_model(**config), AdapterSettings(rank=4, alpha=8), "tiny")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 # Layouts

@@ -1,7 +1,6 @@
 """Training: normalisation over batches and processes, alignment, and equality with an online implementation."""
 
 import json
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_model import make_model
-from support.tiny_runs import V, gradients_after_one_step, make_base, make_cache, make_samples, make_trainer, run
+from support.tiny_runs import (
+    Step,
+    V,
+    assert_same_step,
+    gradients_after_one_step,
+    make_base,
+    make_cache,
+    make_samples,
+    make_trainer,
+    run,
+    step_of,
+)
+from support.two_processes import in_two_processes
 from torch.utils.data import DataLoader
 
 from logitcache.adapters.attach import AdapterSettings, attach
@@ -54,12 +65,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def _ddp_worker(rank: int, port: int, folder: str, queue: Any) -> None:
-    import os
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def _step_of_a_rank(_rank: int, folder: str) -> Step:
     samples = make_samples()
     trainer = make_trainer(
         Path(folder) / "out",
@@ -68,34 +74,15 @@ def _ddp_worker(rank: int, port: int, folder: str, queue: Any) -> None:
         Objective(weight=2.0),
         per_device_train_batch_size=8,
     )
-    found = gradients_after_one_step(trainer)
-    if rank == 0:
-        queue.put(({k: v.numpy() for k, v in found.items()}, trainer.state.log_history[0]))
-    torch.distributed.barrier()  # a process that leaves while the other still talks to it aborts
-    torch.distributed.destroy_process_group()
+    return step_of(trainer)
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     samples = make_samples()
     cache = make_cache(tmp_path / "c", samples)
     trainer = make_trainer(tmp_path / "one", samples, cache, Objective(weight=2.0), per_device_train_batch_size=16)
-    expected = gradients_after_one_step(trainer)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_ddp_worker, args=(r, port, str(tmp_path), queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found, log = queue.get(timeout=120)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
-    for name, gradient in expected.items():
-        np.testing.assert_allclose(found[name], gradient.numpy(), rtol=1e-5, atol=1e-5)
-    for key in ("loss", "ce", "kl"):
-        assert log[key] == pytest.approx(trainer.state.log_history[0][key], rel=1e-5)
+    expected = step_of(trainer)
+    assert_same_step(in_two_processes(_step_of_a_rank, str(tmp_path))[0], expected, ("loss", "ce", "kl"))
 
 
 def online_losses(samples: Sequence[Sample], order: Sequence[Sequence[int]], weight: float, lr: float) -> list[float]:

@@ -18,6 +18,7 @@ from support.breadth import some_of
 from support.cli_harness import copy_of, edit_json, flip_byte, snapshot, unchanged
 from support.tiny_model import make_model
 from support.tiny_runs import make_base, make_cache, make_samples
+from support.two_processes import in_two_processes
 from transformers import TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
@@ -510,10 +511,7 @@ def test_a_part_that_is_not_seen_makes_no_whole_checkpoint(
         run_folder.check_shared(out)
 
 
-def _rank(rank: int, port: int, folder: str, queue: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str) -> tuple[list[str], list[str]]:
     cache, out = LogitCache.open(Path(folder) / "cache"), Path(folder) / "o"
     go(cache, Path(folder) / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -530,25 +528,12 @@ def _rank(rank: int, port: int, folder: str, queue: Any) -> None:
     with pytest.raises(TrainingFailed, match="it holds a run"):  # on both, or one waits for ever
         go(cache, out, resume=False)
     go(cache, out)  # finished
-    queue.put((rank, sorted(listed), told))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return sorted(listed), told
 
 
 def test_two_processes_go_on_from_what_is_whole_for_both(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", make_samples())
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_rank, args=(r, port, str(tmp_path), queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    found = {rank: (listed, told) for rank, listed, told in (queue.get(timeout=240) for _ in workers)}
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    found = in_two_processes(_rank, str(tmp_path))
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found[0][0])
     assert "checkpoint-3 was left: rng_state_1.pth is not what was written." in found[0][1] and found[1][1] == []
     assert ends(tmp_path / "o") == ends(tmp_path / "whole")
