@@ -164,7 +164,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
     }
     percentiles = ["1%", "5%", "25%", "50%", "75%", "95%", "99%"]
     assert list(found["kept_mass"]) == percentiles == list(found["num_alternatives"])
-    assert (found["format_version"], found["reader_features"]) == (1, [])
+    assert (found["format_version"], found["reader_features"]) == (2, [])
 
 
 def test_percentiles_of_inspect_are_those_of_the_records(cache: Path) -> None:

@@ -65,6 +65,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
         ["0", 8, 0],
     ],
     ("commit", ("unit",)): ["0" * 32, "../../x", "A" * 32, "", None, 5, "0" * 32 + "\n"],
+    ("commit", ("chat_template",)): ["x", "A" * 32, "0" * 33, "0" * 32 + "\n", None, 5, []],
     ("contents", ("shards", 0, "unit")): ["0" * 32, "../../x", "A" * 32, "", None, 5, "0" * 32 + "\n"],
     ("contents", ("shards", 0, "checksum")): [None, 5, [], "0" * 32],
     ("contents", ("shards",)): [None, {}, "x", 5, [], [None], [[]], [{}]],
@@ -80,6 +81,8 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "max_length")): [-1, 0, 1, *WRONG_TYPES],
     ("manifest", ("model",)): [None, [], "x", {}],
     ("manifest", ("model", "quantization")): ["", "4bit", "../4bit", "4" * 33, "4bit\n", *WRONG_TYPES],
+    ("manifest", ("model", "config")): ["", "{", "[]", '{"a": 1}', '{"b":1,"a":1}', "[" * 10_000, *WRONG_TYPES[:3]],
+    ("manifest", ("model", "tf32")): [0, 1, None, "true", []],
     ("manifest", ("tokenizer",)): [[], "x", {}, 5],
     ("manifest", ("created_with",)): [None, [], "x", {"a": 5}, {"a": {}}],
     ("manifest", ("model_name",)): [None, 5, []],
@@ -101,7 +104,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],
-    ("manifest", ("format_version",)): [True, 1.0],
+    ("manifest", ("format_version",)): [2.0],
 }
 
 
@@ -149,7 +152,7 @@ def test_missing_and_extra_fields_are_refused(written: Path, file: str) -> None:
         b"[1]",
         b"5",
         b'"x"',
-        b'{"format_version":1}',
+        b'{"format_version":2}',
         b"true",
         b"NaN",
         b"1e999",
