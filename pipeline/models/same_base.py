@@ -51,9 +51,9 @@ def base_differences(
 def described_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], model: str) -> list[str]:
     """Which parts of two descriptions of jobs, in JSON, differ; of the part `model`, an identity, which fields."""
     said = [name for name in mine if name != model and mine[name] != theirs.get(name)]
-    ours, other = mine[model], theirs.get(model)
-    if not isinstance(other, dict):
-        return [model, *said]
+    ours, other = mine.get(model), theirs.get(model)
+    if not isinstance(ours, dict) or not isinstance(other, dict):
+        return said if ours == other else [model, *said]
     return [*(f"{model} {part}" for part in differing(ours, other, configs=config_differences)), *said]
 
 

@@ -19,7 +19,7 @@ from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.errors import NotTheBase, UnsupportedModel
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, tokenizer_identity
-from logitcache.models.same_base import config_differences
+from logitcache.models.same_base import config_differences, described_differences
 from logitcache.pairing import step_zero
 from logitcache.pairing.targets import samples_of
 from logitcache.pairing.view import CacheView
@@ -388,6 +388,18 @@ def test_configs_differ_by_what_they_are_loaded_as() -> None:
     assert found.keys() >= {"rope_parameters.factor", "rope_parameters.rope_type"}
     assert config_differences(text_of(), text_of(not_of_llama=1)).keys() == {"not_of_llama"}
     assert "model_type" in config_differences(text_of(), config_text({"model_type": "mistral"}))
+
+
+def test_a_description_of_a_job_differs_in_the_fields_of_its_model() -> None:
+    model = {"weights": "w", "config": text_of()}
+    mine = {"settings": 1, "model": model}
+    assert not described_differences(mine, {**mine, "model": {**model, "config": text_of(rms_norm_eps=1e-6)}}, "model")
+    other = {"settings": 2, "model": {**model, "config": text_of(rms_norm_eps=1e-3)}}
+    assert described_differences(mine, other, "model") == [
+        "model config.rms_norm_eps: 1e-06 here, 0.001 there",
+        "settings",
+    ]
+    assert described_differences(mine, {"settings": 1}, "model") == ["model"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"model_type":7}', '{"model_type":"no such"}', "[" * 100_000])
