@@ -101,7 +101,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],
-    ("manifest", ("format_version",)): [True, 1.0],
+    ("manifest", ("format_version",)): [2.0],
 }
 
 
