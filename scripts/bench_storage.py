@@ -226,7 +226,7 @@ def write_index(path: Path, num_samples: int) -> None:
     index, data = index_file([table(int(count)) for count in counts])
     files.replace(index.name, data)
     entries = tuple(ShardEntry(f"{i:032x}", "0" * 32) for i in range(num_shards))
-    files.replace(CONTENTS, to_bytes(Contents(digest(files.read(MANIFEST)), num_samples, index, entries)))
+    files.replace(CONTENTS, to_bytes(Contents(digest(files.read(MANIFEST)), num_samples, index, entries, ())))
 
 
 def opening() -> Iterator[Speed]:

@@ -84,7 +84,7 @@ def entry_bytes() -> float:
 
     def size(num: int) -> int:
         entry, index = ShardEntry("0" * 32, "0" * 32), StoredFile(index_name("0" * 32), 2**32, "0" * 32)
-        return len(to_bytes(Contents("0" * 32, 2**27, index, (entry,) * num)))
+        return len(to_bytes(Contents("0" * 32, 2**27, index, (entry,) * num, ())))
 
     return (size(1001) - size(1)) / 1000
 

@@ -58,7 +58,7 @@ def test_names_and_what_is_in_memory_make_the_bytes_of_the_command_line(
     line = ["precompute", "--model", base.source.name, "--data", data, "--cache", tmp_path / "cli", "--top-k", 8]
     done(*line, "--max-length", 32, "--batch-tokens", 64, "--shard-positions", 40, *flags)
     named = precompute(base.source.name, data, tmp_path / "named", settings)
-    held = precompute(base, samples, tmp_path / "held", settings)
+    held = precompute(base, samples, tmp_path / "held", settings, data_name=str(data))
     assert named.is_final and named == held  # truncation is counted for samples in memory too
     expected = cache_bytes(tmp_path / "cli")
     assert len([name for name in expected if name.startswith("shards/") and name.endswith(".json")]) >= 3
@@ -69,7 +69,7 @@ def test_samples_in_memory_are_cut_into_windows_as_rows_are(
     tmp_path: Path, base: Base, data: Path, samples: list[Sample]
 ) -> None:
     precompute(base, data, tmp_path / "rows", SMALL, window_rows=5)
-    precompute(base, samples, tmp_path / "samples", SMALL, window_rows=5)
+    precompute(base, samples, tmp_path / "samples", SMALL, window_rows=5, data_name=str(data))
     precompute(base, samples, tmp_path / "whole", SMALL)
     assert cache_bytes(tmp_path / "samples") == cache_bytes(tmp_path / "rows") != cache_bytes(tmp_path / "whole")
     assert len(LogitCache.open(tmp_path / "samples")) == len(LogitCache.open(tmp_path / "whole"))

@@ -547,7 +547,7 @@ def test_prune_leaves_the_samples_of_the_data(
     assert facts(cache)["contents"]["num_samples"] == 5
     with unchanged(cache):
         assert "nothing was changed" in done(*line).out
-        assert "Cached 0 positions" in precompute(tiny_model, part, cache, *ALONE).out
+    assert "Cached 0 positions" in precompute(tiny_model, part, cache, *ALONE).out
 
 
 def test_prune_cuts_as_the_cache_was_cut(tmp_path: Path, tiny_model: Path) -> None:

@@ -340,8 +340,8 @@ def test_precompute_takes_every_kind_of_row(
 @pytest.mark.parametrize("kind", ROWS)
 def test_parquet_gives_what_jsonl_gives(kind: str, tmp_path: Path, tiny_model: Path, write_rows: WriteRows) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS[kind]), tmp_path / "data.parquet")
-    precompute(tiny_model, tmp_path / "data.parquet", tmp_path / "a")
-    precompute(tiny_model, write_rows(ROWS[kind]), tmp_path / "b")
+    precompute(tiny_model, tmp_path / "data.parquet", tmp_path / "a", "--data-name", "rows")
+    precompute(tiny_model, write_rows(ROWS[kind]), tmp_path / "b", "--data-name", "rows")
     assert cache_bytes(tmp_path / "a") == cache_bytes(tmp_path / "b")
 
 
@@ -353,8 +353,8 @@ def test_a_folder_gives_the_rows_of_its_files(tmp_path: Path, tiny_model: Path, 
     write_rows(ROWS["completion"], "many/c.json")
     pq.write_table(pa.Table.from_pylist(ROWS["messages"]), folder / "b.parquet")
     (folder / "README.md").write_text("not data", encoding="utf-8")
-    precompute(tiny_model, folder, tmp_path / "a")
-    precompute(tiny_model, write_rows(rows), tmp_path / "b")
+    precompute(tiny_model, folder, tmp_path / "a", "--data-name", "rows")
+    precompute(tiny_model, write_rows(rows), tmp_path / "b", "--data-name", "rows")
     assert cache_bytes(tmp_path / "a") == cache_bytes(tmp_path / "b")
 
 
