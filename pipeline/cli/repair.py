@@ -19,10 +19,10 @@ def repair(path: str) -> None:
     report = drop(path)
     for unit in report.dropped:
         click.echo(f"dropped shard {unit}")
-    if report.leftovers:
-        num = len(report.leftovers)
-        click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
     if not report.is_incomplete:
+        if report.leftovers:
+            num = len(report.leftovers)
+            click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
         click.echo(f"{path} is intact; {'only that was removed' if report.leftovers else 'nothing was changed'}.")
         return
     what = f"{len(report.dropped):,} damaged shard{'s' * (len(report.dropped) != 1)} dropped"
