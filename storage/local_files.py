@@ -96,7 +96,7 @@ class LocalFiles:
         folder, base = _parted(name)
         with opened(self._path, folder) as at:
             with _written(at, base, data) as temporary:
-                created = name_first(at, temporary, base, self.root)
+                created = name_first(at, temporary, base, f"{self.root}/{folder}".rstrip("/"))
                 if not created:
                     self._check_plain(at, name)
             sync_folder(at, self.root)  # also for the loser, whose next file may name the winner's

@@ -110,7 +110,8 @@ class CacheWriter:
 
     def close(self) -> None:
         """Cease to be a writer. What is committed stays."""
-        self._leave()
+        leave, self._leave = self._leave, lambda: None
+        leave()
 
     def abandon(self) -> None:
         """Cease when the process ends, and not before: a thread of it may still be writing."""

@@ -28,17 +28,18 @@ def repair(path: str, manifest_from: str | None) -> None:
         click.echo(f"wrote manifest.json again, as it is in {manifest_from}")
     for unit in report.dropped:
         click.echo(f"dropped shard {unit}")
-    if report.leftovers:
-        num = len(report.leftovers)
-        click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
     if report.num_records_restored:
         click.echo(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
     shards = f"shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.is_incomplete:
-        changed = report.leftovers or report.num_records_restored or report.wrote_manifest
-        unchanged = "only that was changed" if changed else "nothing was changed"
+        if report.leftovers:
+            num = len(report.leftovers)
+            click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
+        more = report.num_records_restored or report.wrote_manifest
+        changed = "changed" if more else "removed"
+        changed = f"only that was {changed}" if more or report.leftovers else "nothing was changed"
         unlisted = f"{len(report.dropped):,} {shards} that its contents do not list"
-        click.echo(f"{path} is intact; {unlisted if report.dropped else unchanged}.")
+        click.echo(f"{path} is intact; {unlisted if report.dropped else changed}.")
         return
     if report.num_data_sets_dropped:
         click.echo(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")

@@ -26,6 +26,7 @@ from support.cli_harness import (
     precompute_line,
     refused,
     shard_folders,
+    snapshot,
     train_line,
     unchanged,
     unit_of,
@@ -225,6 +226,20 @@ def test_a_shard_of_another_base_never_answers(
     with unchanged(mixed):
         assert record.name in refused(4, "repair", mixed)
     refused(3, *precompute_line(tiny_model, data, mixed, *SHARDS))
+
+
+def test_what_a_killed_worker_left_is_counted_by_status_and_removed_by_repair(cache: Path, tmp_path: Path) -> None:
+    mine = copy_of(cache, tmp_path / "c")
+    names = [f"contents.json.{'0' * 32}.new", f"shards/{'0' * 32}-{'1' * 16}"]
+    assert "left over" not in done("status", mine).out
+    (mine / names[0]).write_bytes(b"half")
+    (mine / names[1]).mkdir()
+    assert "left over    2 files or folders" in done("status", mine).out
+    assert json.loads(done("status", mine, "--json").out)["leftovers"] == names
+    said = done("repair", mine).out
+    assert "removed 2 files or folders" in said and "is intact; only that was removed" in said
+    assert snapshot(mine).keys() - {"writer.lock"} == snapshot(cache).keys() - {"writer.lock"}
+    assert "nothing was changed" in done("repair", mine).out and "left over" not in done("status", mine).out
 
 
 def test_a_cache_of_a_later_format_is_1(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:

@@ -176,8 +176,10 @@ def test_a_claim_that_was_left_at_a_shard_is_listed_and_removed_by_repair(
         unit = writer.commit(SHARDS[0]).unit
     claim = f"shards/{unit}.json.{'0' * 32}.new"
     (path / "shards" / f"{unit}.json").rename(path / claim)
-    with CacheWriter(path, make_manifest(store)) as writer, pytest.raises(OSError, match="remove this one"):
-        writer.commit(SHARDS[0])
+    with CacheWriter(path, make_manifest(store)) as writer:
+        with pytest.raises(OSError, match="remove this one") as refusal:
+            writer.commit(SHARDS[0])
+        assert refusal.value.filename == f"{path}/{claim}"
     refused(IncompleteCache, "incomplete", lambda: LogitCache.open(path))
     assert claim in status(path).leftovers and claim in repair(path).leftovers
     assert len(cache_bits(write_cache(path, store, SHARDS))) == 5

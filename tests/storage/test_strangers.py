@@ -256,7 +256,9 @@ def test_where_two_spellings_of_an_identity_agree_the_targets_digest_is_written(
 ) -> None:
     """Of one rule that compares more loosely than bytes; files stay as they are, records get the other name."""
     mine, theirs = SHARDS[:1], make_shards(8, [[12], [30, 4]])
-    spelt = replace(make_manifest(store), model=replace(make_manifest(store).model, config='{"model_type":"tiny","spelt":true}'))
+    spelt = replace(
+        make_manifest(store), model=replace(make_manifest(store).model, config='{"model_type":"tiny","spelt":true}')
+    )
     write_cache(tmp_path / "a", store, mine)
     write_cache(tmp_path / "b", store, theirs, spelt)
     refused(IdentityMismatch, "identity-mismatch", lambda: merge([tmp_path / "a", tmp_path / "b"], tmp_path / "no"))
