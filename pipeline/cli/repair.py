@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option
+from .common import CachePath, config_option, say
 
 
 @click.command(short_help="Drop damaged shards, so that precompute makes only those again.")
@@ -17,14 +17,14 @@ def repair(path: str) -> None:
 
     report = drop(path)
     for unit in report.dropped:
-        click.echo(f"dropped shard {unit}")
+        say(f"dropped shard {unit}")
     if not report.is_incomplete:
-        click.echo(f"{path} is intact; nothing was changed.")
+        say(f"{path} is intact; nothing was changed.")
         return
     what = f"{len(report.dropped):,} damaged shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
-    click.echo(
+    say(
         f"{path}: {what}. The cache is incomplete now: run the command that made it again (`logitcache precompute`, "
         "merge or convert), which makes only what is missing."
     )

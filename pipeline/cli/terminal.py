@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import click
-
 from .common import note, progress_bar
 
 
@@ -47,7 +45,7 @@ class Console:
         """An event: a line of JSON, or for a person what they should know."""
         if self._as_json:
             line = {"time": round(time.time(), 3), "event": name, **facts}
-            click.echo(json.dumps(line), err=True)
+            note(json.dumps(line))
         elif name == "window" and self._bar is not None:
             self._bar.total = (self._bar.total or 0) + int(str(facts["tokens"]))
             self._bar.refresh()

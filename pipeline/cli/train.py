@@ -8,7 +8,7 @@ import click
 
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
-from .common import CachePath, config_option, note, quiet_libraries
+from .common import CachePath, config_option, note, quiet_libraries, say
 from .options import as_usage, options_of, was_given
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def train(
         note if speaks else lambda _: None,
     )
     if speaks:
-        click.echo(_summary(report, out))
+        say(_summary(report, out))
 
 
 def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) -> None:

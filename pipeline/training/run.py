@@ -39,6 +39,7 @@ from logitcache.data.rows import Row, read_rows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.errors import InputNotFound, TrainingFailed
 from logitcache.events import OnMessage
+from logitcache.file_list import FILES
 from logitcache.json_files import line_of, read_lines
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device, is_spread, offloaded_parts
@@ -57,6 +58,7 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
+from logitcache.storage.plain_text import shown, without_secrets
 from logitcache.training import run_folder
 
 from .full_weights import computes_in_bfloat16, save_whole, unfreeze
@@ -455,7 +457,7 @@ def _describe(job: _Job) -> dict[str, Any]:
     """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
     base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
     return {
-        "model": {"name": base.source.name, **asdict(base.identity)},
+        "model": {"name": without_secrets(base.source.name), **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
         "data": {
             "num_samples": len(samples),
@@ -492,8 +494,14 @@ def data_fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def _report_of(result: dict[str, Any]) -> TrainReport:
-    step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
-    return TrainReport(**{**result, "step_zero": step_zero})
+    try:
+        step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
+        return TrainReport(**{**result, "step_zero": step_zero})
+    except (KeyError, TypeError) as error:
+        raise TrainingFailed(
+            "reading what a finished run came to: expected what `logitcache train` wrote, found "
+            f"{shown(result)}. Restore its {FILES} from a copy, or train again with another --out."
+        ) from error
 
 
 def _peak_memory(devices: Sequence[torch.device]) -> int:
