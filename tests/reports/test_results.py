@@ -218,6 +218,6 @@ def test_csv_keeps_any_text(folder: Path, tmp_path: Path) -> None:
 def test_text_is_no_formula_and_numbers_stay_numbers(tmp_path: Path, name: str) -> None:
     write_sweep(tmp_path, [Method(name.strip(), {}, -0.5, -0.1)], lrs=(1e-3,), seeds=(0,))
     write_csv(read_sweep(tmp_path), tmp_path / "results.csv")
-    (row,) = csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8"))
+    (row,) = csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines())
     assert row["method"] == f"'{name.strip()}"
     assert float(row["learning_nats"]) < 0 and float(row["forgetting_nats"]) < 0
