@@ -15,6 +15,13 @@ from typing import Any
 from logitcache.errors import UnreadableSweep
 from logitcache.storage.checked_json import MAX_JSON_BYTES, sealed, unsealed
 from logitcache.storage.files import replace_file
+from logitcache.storage.plain_text import one_line, shown
+
+MAX_COUNT = 2**53
+"""Beyond it two counts may be one number."""
+
+MAX_LINE_BYTES = 2**20
+"""Of a line of a log, which has some hundred."""
 
 ADVICE = "No report was written. Restore the file, or remove the run's folder and run the sweep again."
 
@@ -41,15 +48,15 @@ def read_lines(path: Path, unfinished: bool) -> Iterator[dict[str, Any]]:
     unfinished: the last line may be one that was being written, and is left out: it has no line break, and is not a
     whole object with something behind it.
     """
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest and not (unfinished and _is_cut_off(rest)):
-        lines.append(rest)
-    for number, line in enumerate(lines, 1):
-        try:
-            yield unsealed(line)
-        except ValueError as error:
-            shown = line[:40].decode(errors="replace")
-            raise ValueError(f"expected JSON in line {number} with its checksum, found {shown!r}") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if unfinished and not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and _is_cut_off(line):
+                return
+            try:
+                yield unsealed(line.removesuffix(b"\n"))
+            except ValueError as error:
+                start = shown(line[:40].decode(errors="replace"))
+                raise ValueError(f"expected JSON in line {number} with its checksum, found {start}") from error
 
 
 def _is_cut_off(line: bytes) -> bool:
@@ -79,7 +86,7 @@ class CheckedJson:
 
     def wrong(self, key: str, expected: str, found: str | None = None) -> UnreadableSweep:
         """The refusal of a value."""
-        said = repr(self.values.get(key, "nothing"))[:80] if found is None else found
+        said = shown(self.values.get(key, "nothing")) if found is None else one_line(found, 200)
         return UnreadableSweep(
             f"reading {self.path}: expected {expected} at {self.where}{key}, found {said}. {self.advice}"
         )
@@ -88,24 +95,28 @@ class CheckedJson:
         """This object, of which no other fields are known."""
         unknown = sorted(self.values.keys() - set(names))
         if unknown:
-            raise self.wrong(unknown[0], "no such field")
+            raise self.wrong(shown(unknown[0]).strip("'"), "no such field", "one")
         return self
 
-    def number(self, key: str) -> float:
-        """A finite number."""
+    def number(self, key: str, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> float:
+        """A finite number, within bounds."""
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise self.wrong(key, "a finite number")
+        if not least <= value <= most:
+            raise self.wrong(key, f"a number from {least:g} to {most:g}")
         return float(value)
 
-    def number_or_none(self, key: str) -> float | None:
+    def number_or_none(
+        self, key: str, least: float = -sys.float_info.max, most: float = sys.float_info.max
+    ) -> float | None:
         """The same, or None where it is null or absent."""
-        return None if self.values.get(key) is None else self.number(key)
+        return None if self.values.get(key) is None else self.number(key, least, most)
 
     def whole(self, key: str) -> int:
         """A count: 0, 1, 2, ..."""
         number = self.number(key)
-        if number < 0 or number != int(number):
+        if not 0 <= number <= MAX_COUNT or number != int(number):
             raise self.wrong(key, "a count")
         return int(number)
 

@@ -2,19 +2,17 @@
 derived from it.
 
 Owns the check at construction: type, finiteness, bounds, choices, then the rules between fields. Command-line options,
-keys of `--config`, the fields of a sweep and docs/reference.md are made of `settings_of`. Also the one YAML reader,
-which refuses a key that stands twice. Ground floor: must not know any job, nor import torch or click.
+keys of `--config`, the fields of a sweep and docs/reference.md are made of `settings_of`. Ground floor: must not know
+any job, nor import torch or click.
 """
 
 import math
 import numbers
 import os
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import yaml
 
 from logitcache.errors import InvalidSettings
 
@@ -107,7 +105,7 @@ class Setting:
 
     def wrong(self, value: object) -> str:
         """What is said of a value that it cannot have."""
-        return f"{self.key}: expected {self.expected}, found {value!r}"
+        return f"{self.key}: expected {self.expected}, found {value!r:.200}"
 
     def checked(self, value: object) -> Any:
         """The value as its plain type, or `InvalidSettings`: a whole number is a number, true is neither."""
@@ -154,7 +152,7 @@ class Setting:
 
     def _wrong(self, value: object) -> InvalidSettings:
         return InvalidSettings(
-            f"setting {self.owner.__name__}.{self.name}: expected {self.expected}, found {value!r}. Nothing was "
+            f"setting {self.owner.__name__}.{self.name}: expected {self.expected}, found {value!r:.200}. Nothing was "
             f"started. Give another {self.name}."
         )
 
@@ -238,9 +236,9 @@ def line_settings(*owners: type[Settings]) -> Iterator[Setting]:
 
 def check_known(found: Mapping[str, Any], known: list[str] | tuple[str, ...], where: str) -> None:
     """Raise `InvalidSettings` for a key that is not known, naming those that are."""
-    unknown = sorted(str(name) for name in found if name not in known)
+    unknown = sorted(f"{name!r:.80}" for name in found if name not in known)
     if unknown:
-        raise InvalidSettings(f"{where}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
+        raise InvalidSettings(f"{where}: unknown key {unknown[0]}. Known keys: {', '.join(sorted(known))}.")
 
 
 def _plain(bound: float) -> str:
@@ -262,25 +260,3 @@ def _choices_of(hint: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which takes the last of two values of one key; this one refuses the key."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping, each of whose keys stands once."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
-            if name in seen:
-                raise yaml.MarkedYAMLError(
-                    "reading a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(name)
-        return node
-
-
-def load_yaml(text: str) -> Any:
-    """What a YAML text says. Raises `yaml.YAMLError` where it is none, or a mapping has a key twice."""
-    return yaml.load(text, _Loader)  # a SafeLoader

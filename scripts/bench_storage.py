@@ -64,7 +64,7 @@ def manifest(store: str, precision: str, top_k: int, groups: Rows | None = None,
         num_groups = groups.tail_group_logprobs.shape[1]
         capture = replace(capture, num_tail_groups=num_groups, tail_partition=partition)
         features = (TAIL_GROUPS,)
-    model = ModelIdentity("w" * 32, '{"model_type":"test"}', VOCABULARY_SIZE, "float32", "sdpa")
+    model = ModelIdentity("a" * 32, '{"model_type":"test"}', VOCABULARY_SIZE, "float32", "sdpa")
     return Manifest(store, model, None, capture, "synthetic teacher", {}, features)
 
 

@@ -19,7 +19,7 @@ from .files import Files, how_missing
 from .identity import digest
 from .index import npy_header
 from .layout import data_file_name, data_record_name, is_data_record
-from .manifest import MAX_NAME, DataSetEntry, StoredFile, read_json, to_bytes
+from .manifest import MAX_DATA_SET_NAME, DataSetEntry, StoredFile, read_json, to_bytes
 
 DTYPE = np.dtype([("sample_id", "<u8", (2,)), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
 """A run: positions of a sample that follow one another, and whether cross-entropy counts there (1) or not (0)."""
@@ -75,9 +75,9 @@ def name_of(text: str) -> str:
     """
     plain = text if "://" not in text else _USER.sub("://", text).split("?", 1)[0]
     shown = "".join(c if c.isprintable() else "?" for c in plain)
-    if shown == plain and 1 <= len(plain) <= MAX_NAME:
+    if shown == plain and 1 <= len(plain) <= MAX_DATA_SET_NAME:
         return plain
-    return f"{shown[-(MAX_NAME - _TAG) :]}#{digest(plain.encode(errors='surrogatepass'))[: _TAG - 1]}"
+    return f"{shown[-(MAX_DATA_SET_NAME - _TAG) :]}#{digest(plain.encode(errors='surrogatepass'))[: _TAG - 1]}"
 
 
 def runs_of(
@@ -216,7 +216,7 @@ def kept_apart(data_sets: Iterable[DataSet]) -> list[DataSet]:
         while name in kept and not np.array_equal(kept[name].runs, found.runs):
             number += 1
             suffix = f" ({number})"
-            name = found.name[: MAX_NAME - len(suffix)] + suffix
+            name = found.name[: MAX_DATA_SET_NAME - len(suffix)] + suffix
         kept[name] = DataSet(name, found.runs)
     return list(kept.values())
 

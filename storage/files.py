@@ -15,6 +15,7 @@ from .errors import NotACache
 from .layout import is_unfinished
 from .local_files import NOT_PLAIN, LocalFiles, name_file, replace_file, sync_path
 from .object_files import ObjectFiles
+from .plain_text import without_secrets
 
 __all__ = [
     "Files",
@@ -42,6 +43,7 @@ class Files(Protocol):
     """
 
     root: str
+    """For people: of a URL without its password and its query."""
     is_local: bool
     """Whether they are a folder of this machine, whose `root` is its path, and which may have locks."""
 
@@ -115,7 +117,9 @@ def open_files(path: str | Path) -> Files:
     protocol, separator, rest = text.partition("://")
     protocol = protocol.lower()
     if _NOT_A_URL.match(text) or (separator and protocol in ("file", "local") and not rest.startswith("/")):
-        raise NotACache(f"opening {text}: expected a folder or a URL such as s3://bucket/cache or file:///folder.")
+        raise NotACache(
+            f"opening {without_secrets(text)}: expected a folder or a URL such as s3://bucket/cache or file:///folder."
+        )
     if not separator:
         return LocalFiles(Path(text).expanduser())
     return LocalFiles(Path(rest)) if protocol in ("file", "local") else ObjectFiles(f"{protocol}://{rest}")

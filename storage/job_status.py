@@ -6,7 +6,7 @@ rate come from the commit records and the times of their files.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .cache import read_manifest, read_record
@@ -16,9 +16,14 @@ from .files import Files, open_files
 from .identity import digest
 from .layout import CONTENTS, SHARDS, commit_unit, is_worker_part, worker_name, worker_of, worker_part_name
 from .leftovers import find_leftovers
-from .manifest import Contents, Manifest, from_bytes, read_json, to_bytes
+from .manifest import MAX_JSON_BYTES, Contents, Manifest, from_bytes, read_json, to_bytes
+from .plain_text import one_line, shown
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+MAX_SENTENCE = 1000
+"""Characters of what a worker says of a unit."""
+
+_MOST = 2**53
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,9 @@ class Status:
 
 
 def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
-    """Say how worker `index` of `num` is."""
-    files.replace(worker_name(index, num), to_bytes(record))
+    """Say how worker `index` of `num` is; of what failed, what may be said to others."""
+    said = tuple(one_line(failure, MAX_SENTENCE) for failure in record.failures)
+    files.replace(worker_name(index, num), to_bytes(replace(record, failures=said)))
 
 
 def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
@@ -99,10 +105,10 @@ def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
         worker = worker_of(name)
         if worker:
             try:
-                data = files.read(name)
+                data = files.read(name, MAX_JSON_BYTES)
             except FileNotFoundError:  # the last worker removes them
                 continue
-            found[worker] = from_bytes(WorkerRecord, data, f"{files.root}/{name}")
+            found[worker] = _record(data, f"{files.root}/{name}")
     return dict(sorted(found.items()))
 
 
@@ -116,6 +122,20 @@ def write_part(files: Files, index: int, num: int, runs: Runs) -> str:
 def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
     """What a worker that has finished answers for. Raises `CorruptCache`."""
     return unpacked_runs(files, worker_part_name(index, num), record.num_runs, record.part_checksum)
+
+
+def _record(data: bytes, where: str) -> WorkerRecord:
+    """What a worker wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
+    record = from_bytes(WorkerRecord, data, where)
+    numbers = {name: value for name, value in asdict(record).items() if isinstance(value, (int, float))}
+    wrong = [name for name, value in numbers.items() if not (-1 if name == "num_windows" else 0) <= value <= _MOST]
+    wrong += [] if record.state in (RUNNING, FINISHED, FAILED, STOPPED) else ["state"]
+    if wrong:
+        raise CorruptCache(
+            f"reading {where}: expected what a worker says of itself, found {shown(getattr(record, wrong[0]))} for "
+            f"{wrong[0]}. It decides nothing of the cache. Remove the file."
+        )
+    return record
 
 
 def record_names(files: Files) -> list[str]:

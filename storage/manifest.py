@@ -19,6 +19,7 @@ from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
 from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest, digest_json
 from .layout import MANIFEST, data_file_name, shard_folder
+from .plain_text import one_line, shown
 
 FORMAT_VERSION = 2
 TAIL_GROUPS = "tail-groups"
@@ -34,7 +35,7 @@ MAX_VOCAB_SIZE = 2**24 - 1
 MAX_TOP_K = 2**18
 MAX_TAIL_GROUPS = 256
 MAX_TAIL_SAMPLES = 4096
-MAX_DATA_SETS, MAX_NAME = 256, 200
+MAX_DATA_SETS, MAX_DATA_SET_NAME = 256, 200
 """Of a cache; and characters of the name of each."""
 MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
@@ -45,8 +46,16 @@ _LATER_FIELDS: dict[type, dict[str, Any]] = {
 }
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
 
+MAX_NAME = 64
+"""Characters of a dtype, an attention, a feature, and the name of a package."""
+MAX_TEXT = 1000
+"""Characters of what is for people."""
+MAX_PACKAGES = 32
+"""Entries of `created_with`."""
+
+_SHORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _./:@+-]*")
 _QUANTIZATION = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+_DIGITS = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 T = TypeVar("T")
@@ -150,7 +159,7 @@ class ShardEntry:
 class DataSetEntry:
     """A data set that a cache was filled with: its name, as it was given, and the file of its samples and positions."""
 
-    #: Printable, `MAX_NAME` characters at most, without what a URL says to its server alone.
+    #: Printable, `MAX_DATA_SET_NAME` characters at most, without what a URL says to its server alone.
     name: str
     file: StoredFile
     #: Different token sequences.
@@ -248,7 +257,7 @@ def _check_version(body: dict[str, Any], where: str) -> None:
             "same `logitcache precompute` into a new folder."
         )
     if version != FORMAT_VERSION or unknown:
-        found = f"features {sorted(unknown)}" if unknown else f"version {version}"
+        found = f"features {shown(sorted(unknown))}" if unknown else f"version {shown(version)}"
         raise UnsupportedFormat(
             f"reading {where}: expected format version {FORMAT_VERSION} with features among "
             f"{sorted(READER_FEATURES)}, found {found}. Its numbers could be misread. Install a newer logitcache."
@@ -260,7 +269,7 @@ def _build(cls: type[T], body: Any) -> T:
     later = _LATER_FIELDS.get(cls, {})
     kinds = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
     if not isinstance(body, dict) or not kinds.keys() - later.keys() <= body.keys() <= kinds.keys():
-        found = sorted(body) if isinstance(body, dict) else type(body).__name__
+        found = shown(sorted(body)) if isinstance(body, dict) else type(body).__name__
         raise ValueError(f"expected the fields {sorted(kinds)}, found {found}")
     value = cls(**{name: _convert(kinds[name], found, name) for name, found in body.items()})
     for name in body.keys() & later.keys():
@@ -276,16 +285,16 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if getattr(kind, "__origin__", None) is tuple:
         parts = get_args(kind)
         if not isinstance(value, list) or (parts[-1] is not Ellipsis and len(parts) != len(value)):
-            raise ValueError(f"{name}: expected a list like {kind}, found {value!r:.80}")
+            raise ValueError(f"{name}: expected a list like {kind}, found {shown(value)}")
         return tuple(_convert(parts[0], v, name) for v in value)
     if getattr(kind, "__origin__", None) is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{name}: expected an object, found {value!r:.80}")
+            raise ValueError(f"{name}: expected an object, found {shown(value)}")
         return {key: _convert(get_args(kind)[1], v, name) for key, v in value.items()}
     if hasattr(kind, "__dataclass_fields__"):
         return _build(kind, value)
     if type(value) is not kind:
-        raise ValueError(f"{name}: expected {kind.__name__}, found {value!r:.80}")
+        raise ValueError(f"{name}: expected {kind.__name__}, found {shown(value)}")
     return value
 
 
@@ -303,9 +312,10 @@ def features_of(capture: CaptureIdentity, model: ModelIdentity | None = None) ->
 def _check_bounds(value: object) -> None:
     if isinstance(value, Manifest):
         if value.store not in STORES:
-            raise ValueError(f"store: expected one of {STORES}, found {value.store!r:.80}")
+            raise ValueError(f"store: expected one of {STORES}, found {shown(value.store)}")
         if not 2 <= value.model.vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"model.vocab_size: expected 2 to {MAX_VOCAB_SIZE}, found {value.model.vocab_size}")
+            raise ValueError(f"model.vocab_size: expected 2 to {MAX_VOCAB_SIZE}, found {shown(value.model.vocab_size)}")
+        _check_texts(value)
         _check_capture(value.capture, value.model.vocab_size)
         if (value.capture.num_tail_groups > 0) != (TAIL_GROUPS in value.reader_features):
             raise ValueError(f"reader_features: expected {TAIL_GROUPS!r} exactly where there are tail groups")
@@ -317,16 +327,18 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"reader_features: expected {QUANTIZED_BASE!r} exactly where the base was quantised")
         check_config_text(value.model.config)
         if value.model.quantization and not _QUANTIZATION.fullmatch(value.model.quantization):
-            raise ValueError(f"model.quantization: expected a short name, found {value.model.quantization!r:.80}")
+            raise ValueError(f"model.quantization: expected a short name, found {shown(value.model.quantization)}")
     if isinstance(value, ShardCommit):
         _check_commit(value)
     if isinstance(value, Contents):
         for entry in value.shards:
             _check_unit(entry.unit)
+            _check_digits("checksum", entry.checksum)
+        _check_digits("manifest", value.manifest)
         if len({entry.unit for entry in value.shards}) != len(value.shards):
             raise ValueError("a shard is listed twice")
         if not 0 <= value.num_samples < 2**32:
-            raise ValueError(f"num_samples: expected 0 to 2^32, found {value.num_samples}")
+            raise ValueError(f"num_samples: expected 0 to 2^32, found {shown(value.num_samples)}")
         _check_files((value.index,))
         for data_set in value.data_sets:
             _check_data_set(data_set)
@@ -339,25 +351,25 @@ def _check_bounds(value: object) -> None:
 
 def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
     if not 1 <= capture.top_k < min(vocab_size, MAX_TOP_K):
-        raise ValueError(f"capture.top_k: expected 1 to V - 1, below {MAX_TOP_K}, found {capture.top_k}")
-    if capture.max_length < 2:
-        raise ValueError(f"capture.max_length: expected at least 2, found {capture.max_length}")
+        raise ValueError(f"capture.top_k: expected 1 to V - 1, below {MAX_TOP_K}, found {shown(capture.top_k)}")
+    if not 2 <= capture.max_length < 2**32:
+        raise ValueError(f"capture.max_length: expected 2 to 2^32, found {shown(capture.max_length)}")
     if not 0 < capture.min_mass <= 1:
-        raise ValueError(f"capture.min_mass: expected more than 0 and at most 1, found {capture.min_mass}")
+        raise ValueError(f"capture.min_mass: expected more than 0 and at most 1, found {shown(capture.min_mass)}")
     if capture.precision not in PRECISIONS:
-        raise ValueError(f"capture.precision: expected one of {list(PRECISIONS)}, found {capture.precision!r:.80}")
+        raise ValueError(f"capture.precision: expected one of {list(PRECISIONS)}, found {shown(capture.precision)}")
     precision = PRECISIONS[capture.precision]
     least, most = (precision.max_error, MAX_ERROR) if precision else (0, 0)
     if not least <= capture.max_error <= most:
-        raise ValueError(f"capture.max_error: expected {least} to {most} nats, found {capture.max_error}")
+        raise ValueError(f"capture.max_error: expected {least} to {most} nats, found {shown(capture.max_error)}")
     if not 0 <= capture.num_tail_groups <= MAX_TAIL_GROUPS or capture.num_tail_groups == 1:
-        raise ValueError(f"capture.num_tail_groups: expected 0, or 2 to 256, found {capture.num_tail_groups}")
+        raise ValueError(f"capture.num_tail_groups: expected 0, or 2 to 256, found {shown(capture.num_tail_groups)}")
     if bool(capture.tail_partition) != (capture.num_tail_groups > 0):
         raise ValueError("capture.tail_partition: expected exactly where there are tail groups")
     if not 0 <= capture.num_tail_samples <= MAX_TAIL_SAMPLES:
         raise ValueError(
             f"capture.num_tail_samples: expected 1 to {MAX_TAIL_SAMPLES}, or no such field, "
-            f"found {capture.num_tail_samples}"
+            f"found {shown(capture.num_tail_samples)}"
         )
     if capture.tail_from_remainder and (capture.num_tail_groups or capture.num_tail_samples):
         raise ValueError("capture.tail_from_remainder: expected neither groups of such a tail nor draws from it")
@@ -365,17 +377,16 @@ def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
 
 def _check_commit(commit: ShardCommit) -> None:
     _check_unit(commit.unit)
-    if not _DIGEST.fullmatch(commit.identity):
-        raise ValueError(f"identity: expected 32 hexadecimal digits, found {commit.identity!r:.80}")
+    _check_digits("identity", commit.identity)
     counts = (commit.num_samples, commit.num_positions, commit.num_tokens)
     if not all(1 <= n < 2**32 for n in counts) or not 0 <= commit.num_tokens_cut < 2**40:
-        raise ValueError(f"counts: expected 1 to 2^32, found {counts}")
+        raise ValueError(f"counts: expected 1 to 2^32, found {shown(counts)}")
     if not commit.num_positions + commit.num_samples <= commit.num_tokens:
-        raise ValueError(f"counts: expected fewer positions than tokens in every sample, found {counts}")
+        raise ValueError(f"counts: expected fewer positions than tokens in every sample, found {shown(counts)}")
     if not 0 <= commit.kept_mass <= commit.num_positions * 1.001:
-        raise ValueError(f"kept_mass: expected 0 to the number of positions, found {commit.kept_mass}")
-    if commit.chat_template and not _DIGEST.fullmatch(commit.chat_template):
-        raise ValueError(f"chat_template: expected 32 hexadecimal digits or none, found {commit.chat_template!r:.80}")
+        raise ValueError(f"kept_mass: expected 0 to the number of positions, found {shown(commit.kept_mass)}")
+    if commit.chat_template:
+        _check_digits("chat_template", commit.chat_template)
     _check_files(commit.files)
     for offset, length, crc in (block for blocks in commit.blocks.values() for block in blocks):
         if not 0 <= offset < 2**50 or not 0 < length < 2**31 or not 0 <= crc < 2**32:
@@ -386,21 +397,55 @@ def _check_files(files: tuple[StoredFile, ...]) -> None:
     for file in files:
         plain = len(file.name) < 256 and _FILE_NAME.fullmatch(file.name) and not {".", ".."} & set(file.name.split("/"))
         if not plain or not 0 <= file.size < 2**50:
-            raise ValueError(f"file {file.name!r:.80}: expected a plain name inside its folder and a sane size")
+            raise ValueError(f"file {shown(file.name)}: expected a plain name inside its folder and a sane size")
+        _check_digits("checksum", file.checksum)
     if len({file.name for file in files}) != len(files):
         raise ValueError("a file is listed twice")
 
 
 def _check_data_set(entry: DataSetEntry) -> None:
-    if not 1 <= len(entry.name) <= MAX_NAME or not entry.name.isprintable():
-        raise ValueError(f"data set: expected a printable name of 1 to {MAX_NAME} characters, found {entry.name!r:.80}")
+    name = entry.name
+    if not name or name != one_line(name, MAX_DATA_SET_NAME):
+        raise ValueError(
+            f"data set: expected a name of 1 to {MAX_DATA_SET_NAME} printable characters, found {shown(name)}"
+        )
     if entry.file.name != data_file_name(entry.file.checksum):
-        raise ValueError(f"data set: expected a file named by its checksum, found {entry.file.name!r:.80}")
+        raise ValueError(f"data set: expected a file named by its checksum, found {shown(entry.file.name)}")
     _check_files((entry.file,))
     if not 1 <= entry.num_samples <= entry.num_runs <= entry.num_positions < 2**40:
-        raise ValueError(f"data set {entry.name!r}: expected as many samples as runs and positions, or fewer")
+        raise ValueError(f"data set {shown(name)}: expected as many samples as runs and positions, or fewer")
 
 
 def _check_unit(unit: str) -> None:
-    if not _DIGEST.fullmatch(unit):
-        raise ValueError(f"unit: expected 32 hexadecimal digits, found {unit!r:.80}")
+    _check_digits("unit", unit)
+
+
+def _check_digits(name: str, found: str) -> None:
+    if not _DIGITS.fullmatch(found):
+        raise ValueError(f"{name}: expected 32 hexadecimal digits, found {shown(found)}")
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """What is in no list of this program: fingerprints are digits, and the rest is short and can be printed."""
+    model, tokenizer = manifest.model, manifest.tokenizer
+    fingerprints = {"model.weights": model.weights}
+    if tokenizer is not None:
+        fingerprints |= {f"tokenizer.{name}": value for name, value in asdict(tokenizer).items()}
+    if manifest.capture.tail_partition:
+        fingerprints["capture.tail_partition"] = manifest.capture.tail_partition
+    for name, value in fingerprints.items():
+        _check_digits(name, value)
+    names = {"model.dtype": model.dtype, "model.attention": model.attention}
+    names |= {f"writer_features {i}": feature for i, feature in enumerate(manifest.writer_features)}
+    names |= {f"created_with {i}": package for i, package in enumerate(manifest.created_with)}
+    for name, value in names.items():
+        if len(value) > MAX_NAME or not _SHORT_NAME.fullmatch(value):
+            raise ValueError(f"{name}: expected a name of at most {MAX_NAME} plain characters, found {shown(value)}")
+    if len(manifest.created_with) > MAX_PACKAGES or len(manifest.writer_features) > MAX_PACKAGES:
+        raise ValueError(f"created_with, writer_features: expected at most {MAX_PACKAGES} entries of each")
+    for name, value in {"model_name": manifest.model_name, **manifest.created_with}.items():
+        if value != one_line(value, MAX_TEXT):
+            raise ValueError(
+                f"{name}: expected at most {MAX_TEXT} characters that can be printed, without a password, "
+                f"found {shown(value)}"
+            )

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import fsspec
 
 from .errors import CacheError, NotACache
+from .plain_text import without_secrets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +35,7 @@ def _as_os_error(method: Callable[P, R]) -> Callable[P, R]:
             raise
         except Exception as error:  # any client, any class
             where = getattr(args[0], "root", None)
-            raise OSError(errno.EIO, f"{type(error).__name__}: {error}", where) from error
+            raise OSError(errno.EIO, without_secrets(f"{type(error).__name__}: {error}"), where) from error
 
     return told
 
@@ -45,17 +46,17 @@ class ObjectFiles:
     is_local: bool = False
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self._url, self.root = root, without_secrets(root)
         self._connect()  # now, so that a wrong URL is told at once
 
     def _connect(self) -> tuple[Any, str]:
         """fsspec keeps one instance a process, and makes another after a fork."""
         try:
-            fs, path = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+            fs, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         except (ImportError, ValueError, TypeError, AttributeError) as error:
             raise NotACache(
-                f"opening {self.root}: expected a folder or a URL that fsspec knows, found that it does not ({error}). "
-                "Install the package for it, or use another path."
+                f"opening {self.root}: expected a folder or a URL that fsspec knows, found that it does not "
+                f"({without_secrets(str(error))}). Install the package for it, or use another path."
             ) from error
         return fs, path.rstrip("/")
 

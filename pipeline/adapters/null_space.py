@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from logitcache.storage import CorruptCache, sample_id
 from logitcache.storage.checked_json import checksum_of
 from logitcache.storage.files import is_unfinished, replace_file
 from logitcache.storage.identity import digest, digest_json
+from logitcache.storage.plain_text import one_line, shown
 
 from .covariances import InputGroup, input_covariances, input_groups, spread
 from .settings import NullSpaceSettings as NullSpaceSettings
@@ -164,10 +166,11 @@ class NullSpace:
                 for i, g in enumerate(body["inputs"])
             )
             rest = {k: v for k, v in body.items() if k not in ("format_version", "tensors", "inputs", "created_with")}
+            _check_types(rest)
             return cls(spaces=spaces, **rest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise CorruptCache(
-                f"opening null space {str(folder)!r}: {error}. It cannot be trusted. Make it again."
+                f"opening null space {str(folder)!r}: {one_line(str(error), 300)}. It cannot be trusted. Make it again."
             ) from error
 
     def _tensors(self) -> bytes:
@@ -185,6 +188,16 @@ class NullSpace:
             "tensors": digest(tensors),
             "created_with": {name: version(name) for name in ("logitcache", "torch", "transformers")},
         }
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Raise ValueError where a manifest has something else in a field than a null space, whoever wrote it."""
+    kinds = {"rank": int, "num_samples": int, "num_tokens": int, "settings": dict}
+    for name, value in fields.items():
+        if type(value) is not kinds.get(name, str):
+            raise ValueError(f"{name}: expected another kind of value, found {shown(value)}")
+    if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype):
+        raise ValueError(f"dtype: expected one of torch's, found {shown(fields['dtype'])}")
 
 
 def compute_null_space(

@@ -68,7 +68,17 @@ def _body(folder: Path) -> dict[str, Any] | None:
         body = read_checked(folder / FILES)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return body if body.keys() == {"format", "files", "about"} and body["format"] == FORMAT else None
+    files, about = body.get("files"), body.get("about")
+    if body.keys() != {"format", "files", "about"} or body["format"] != FORMAT:
+        return None
+    known = isinstance(files, dict) and all(_is_entry(name, entry) for name, entry in files.items())
+    return body if known and isinstance(about, dict) else None
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    """Whether a file is below the folder, and has a size and a checksum."""
+    inside = name.isprintable() and not name.startswith("/") and not {"", ".", ".."} & {*name.split("/")}
+    return inside and isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)
 
 
 def _measure(path: Path) -> tuple[int, int]:

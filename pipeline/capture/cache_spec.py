@@ -19,7 +19,8 @@ from logitcache.models.same_base import config_differences
 from logitcache.storage import BaseLogprobs, CachedSample, CacheWriter, CaptureIdentity, Manifest, ModelIdentity
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
-from logitcache.storage.manifest import features_of
+from logitcache.storage.manifest import MAX_TEXT, features_of
+from logitcache.storage.plain_text import one_line
 from logitcache.storage.records import keep_mass
 
 from .settings import CaptureSettings
@@ -80,7 +81,7 @@ def cache_spec(
             num_tail_samples=settings.tail_samples,
             tail_from_remainder=bool(engine),
         ),
-        model_name=model_name,
+        model_name=one_line(model_name, MAX_TEXT),
         created_with={name: version(name) for name in [*PACKAGES, *([engine] if engine else [])]},
     )
     manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))

@@ -5,8 +5,11 @@ tokenizer or data; 5 cache incomplete; 130 interrupted; 143 stopped by SIGTERM. 
 a verb runs.
 """
 
+import io
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -35,6 +38,7 @@ from logitcache.storage import (
 )
 
 from .calibrate import calibrate
+from .common import note, say_lines
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -73,6 +77,9 @@ STATUSES: dict[type[Exception], int] = {
 }
 """Exit status by class; every other refusal is 1."""
 
+_LINES = re.compile(r"\s*\n\s*")
+"""A refusal is one line, whatever it quotes."""
+
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="logitcache")
@@ -93,8 +100,12 @@ for _verb in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb and exit with its status."""
-    status = run(arguments)
+    """Run a verb and exit with its status. A defect of this program shows its traceback, as everything: escaped."""
+    try:
+        status = run(arguments)
+    except Exception:
+        say_lines(traceback.format_exc().rstrip(), err=True)
+        status = 1
     if status in (130, 143):  # at once: a thread may still be writing, and what it leaves is no harm
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,26 +118,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         status = cli.main(args=arguments, prog_name="logitcache", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        told = io.StringIO()
+        error.show(told)
+        say_lines(told.getvalue().rstrip("\n"), err=True)
         return error.exit_code
     except Terminated:
-        click.echo("logitcache: stopped by SIGTERM. What was committed is kept; the same command goes on.", err=True)
+        note("logitcache: stopped by SIGTERM. What was committed is kept; the same command goes on.")
         return 143
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
+        note(
             "logitcache: interrupted. What was committed is kept; run the same command again to go on "
-            "(train: with --resume).",
-            err=True,
+            "(train: with --resume)."
         )
         return 130
     except (CacheError, PipelineError) as error:
-        click.echo(f"logitcache: {error}", err=True)
+        note(f"logitcache: {_LINES.sub(' ', str(error))}")
         return STATUSES.get(type(error), 1)
     except Exception as error:
-        told = _tell(error)
-        if told is None:
+        failure = _tell(error)
+        if failure is None:
             raise  # a defect of this program: its traceback is what a report of it needs
-        click.echo(f"logitcache: {told}", err=True)
+        note(f"logitcache: {failure}")
         return 1
     return status if isinstance(status, int) else 0
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options
+from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options, say
 
 if TYPE_CHECKING:
     from logitcache.capture.calibration import Calibration, HeldRecords, Run
@@ -120,11 +120,11 @@ def calibrate(
         records = job.records_of(started[1], chosen, batch_tokens)
     calibration = job.Calibration(run, reference, top_k, job.compare(expected, records), rounding)
     for line in _lines(calibration):
-        click.echo(line)
+        say(line)
     job.check_bounds(calibration)
     if held is None:
         job.write_calibration(out, calibration)
-    click.echo("Within the bounds." if held is not None else f"Within the bounds: {out}")
+    say("Within the bounds." if held is not None else f"Within the bounds: {out}")
 
 
 def _held(path: str, num_positions: int) -> "HeldRecords":

@@ -16,7 +16,9 @@ import click
 import yaml
 
 from logitcache.models.settings import LoadSettings
-from logitcache.settings import line_settings, load_yaml
+from logitcache.settings import line_settings
+from logitcache.storage.plain_text import escaped, safe, shown
+from logitcache.yaml_files import read_yaml
 
 from .options import options_of, settings_from
 
@@ -99,9 +101,9 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is None:
         return
     try:
-        loaded = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{path} is not YAML ({' '.join(str(error).split())}).", ctx) from error
+        loaded = read_yaml(path)
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"{path} is not YAML ({error}).", ctx) from error
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
@@ -111,12 +113,12 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     given = {str(key).replace("_", "-"): value for key, value in loaded.items()}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        raise click.UsageError(f"{path}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.", ctx)
+        raise click.UsageError(f"{path}: unknown key {shown(unknown[0])}. Known keys: {', '.join(sorted(known))}.", ctx)
     if len({known[key] for key in given}) < len(loaded):
         raise click.UsageError(f"{path}: expected each key once, found one under two spellings.", ctx)
     nested = [key for key, value in given.items() if isinstance(value, (dict, list)) or value is None]
     if nested:
-        raise click.UsageError(f"{path}: expected one plain value for {nested[0]!r}.", ctx)
+        raise click.UsageError(f"{path}: expected one plain value for {shown(nested[0])}.", ctx)
     # as text, as on the line: else 8.5 would be a whole number, and true a 1
     ctx.default_map = {**(ctx.default_map or {}), **{known[key]: str(value) for key, value in given.items()}}
 
@@ -163,9 +165,19 @@ def progress_bar(description: str, total: int | None, silent: bool = False) -> A
     return tqdm(total=total, desc=description, unit=" tokens", unit_scale=True, disable=hidden, leave=True)
 
 
-def note(text: str) -> None:
+def say(line: str) -> None:
+    """A line of a result, on stdout."""
+    say_lines(escaped(line))
+
+
+def note(line: str) -> None:
     """A line for the person at the terminal, on stderr; results go to stdout."""
-    click.echo(text, err=True)
+    say_lines(escaped(line), err=True)
+
+
+def say_lines(text: str, err: bool = False) -> None:
+    """Lines. All that this program prints goes through here: escaped, and without the secrets of URLs."""
+    click.echo(safe(text), err=err)
 
 
 def human_bytes(count: float) -> str:

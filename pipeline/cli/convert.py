@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from .common import CachePath, config_option, human_bytes, say
 
 
 @click.command(short_help="Copy a cache into another store or a coarser precision.")
@@ -31,7 +31,7 @@ def convert(source: str, target: str, store: str | None, precision: str | None) 
         raise click.UsageError(str(error)) from error
     cache = copy(source, target, store, precision)
     capture = cache.manifest.capture
-    click.echo(
+    say(
         f"Converted {cache.num_positions:,} positions to {target}: {cache.manifest.store}, {capture.precision} (within "
         f"{capture.max_error:g} nats), {human_bytes(cache.num_bytes)}."
     )

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import click
 
-from .common import config_option, note, quiet_libraries
+from .common import config_option, note, quiet_libraries, say, say_lines
 
 
 @click.command(short_help="Show the effect on a small embedded model.")
@@ -32,10 +32,10 @@ def demo(out: Path) -> None:
         sweep = run_demo(out, DemoSettings(), note)
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
-    click.echo("\n" + table(summary_rows(sweep)) + "\n")
+    say_lines("\n" + table(summary_rows(sweep)) + "\n")
     for sentence in relative_sentences(sweep):
-        click.echo(sentence)
-    click.echo(
+        say(sentence)
+    say(
         "\nCross-entropies in nats a token on held-out text, means over seeds ± half the range. "
         f"{perf_counter() - started:.0f} s in all.\nReport: {out / 'report.md'}  Picture: {out / 'frontier.png'}"
     )

@@ -21,6 +21,7 @@ from .common import (
     note,
     quiet_libraries,
     runtime_options,
+    say_lines,
     token_bar,
 )
 from .options import was_given
@@ -171,7 +172,7 @@ def evaluate(
                 max(1, batch_tokens // max_length),
             )
         found["tasks"] = [score.as_dict() for score in scores]
-    click.echo(json.dumps(found, indent=2) if as_json else table(evaluation_rows(results, prevented, scores)))
+    say_lines(json.dumps(found, indent=2) if as_json else table(evaluation_rows(results, prevented, scores)))
 
 
 def _check_usage(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from .common import CachePath, config_option, human_bytes, say
 
 
 @click.command(short_help="Write a cache as Parquet, for pandas, DuckDB or a data set viewer.")
@@ -22,4 +22,4 @@ def export(path: str, kind: str, out: Path) -> None:
         num_rows = export_parquet(path, out)
     except FileExistsError as error:
         raise click.UsageError(f"{out} exists. Choose another file, or remove it.") from error
-    click.echo(f"Wrote {num_rows:,} samples to {out} ({kind}, {human_bytes(out.stat().st_size)}).")
+    say(f"Wrote {num_rows:,} samples to {out} ({kind}, {human_bytes(out.stat().st_size)}).")

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from logitcache.storage.plain_text import safe
+
+from .common import CachePath, config_option, human_bytes, say, say_lines
 
 
 @click.command(short_help="Print what a cache holds and what it belongs to.")
@@ -39,14 +41,16 @@ def inspect(path: str, as_json: bool, plot: Path | None, max_positions: int) -> 
     facts = _facts(cache, statistics)
     if plot is not None:
         from logitcache.reports.plots import plot_cache
+        from logitcache.reports.results import without_folders
 
-        plot_cache(statistics, cache.num_positions, f"{facts['model_name']}: {path}", plot)
+        plot_cache(statistics, cache.num_positions, safe(without_folders(f"{facts['model_name']}: {path}")), plot)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        say_lines(json.dumps(facts, indent=2))
         return
-    click.echo("\n".join([*_identity_lines(path, facts), *_contents_lines(facts)]))
+    for line in [*_identity_lines(path, facts), *_contents_lines(facts)]:
+        say(line)
     if plot is not None:
-        click.echo(f"  picture      {plot}")
+        say(f"  picture      {plot}")
 
 
 def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:

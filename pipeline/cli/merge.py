@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from .common import CachePath, config_option, human_bytes, say
 
 
 @click.command(short_help="Join caches of one base and one capture.")
@@ -16,7 +16,7 @@ def merge(target: str, sources: tuple[str, ...]) -> None:
 
     cache = join(sources, target, config_differences)
     what = "1 cache" if len(sources) == 1 else f"{len(sources):,} caches"
-    click.echo(
+    say(
         f"Merged {what}: {target} holds {len(cache):,} samples, {cache.num_positions:,} positions in "
         f"{cache.num_shards:,} shards, {human_bytes(cache.num_bytes)}."
     )

@@ -13,6 +13,7 @@ from .common import (
     note,
     quiet_libraries,
     runtime_options,
+    say,
     token_bar,
 )
 from .options import options_of, settings_from
@@ -52,7 +53,7 @@ def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **value
     result.save(out)
     for finding in result.findings():
         note(finding)
-    click.echo(
+    say(
         f"Kept {settings.rank} directions of each of {len(result.spaces)} inputs of {len(result.directions)} layers, "
         f"from {result.num_tokens:,} tokens in {passes} {'pass' if passes == 1 else 'passes'}: {out}"
     )

@@ -9,7 +9,7 @@ from logitcache.capture.settings import CaptureSettings, JobSpec
 from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
-from .common import CachePath, config_option, human_bytes, quiet_libraries
+from .common import CachePath, config_option, human_bytes, quiet_libraries, say
 from .options import FiniteFloat, options_of, settings_from
 from .terminal import Console, terminated_softly
 
@@ -157,8 +157,8 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
     if cost_per_hour is not None:
         lines.append(("cost", f"{hours * cost_per_hour:,.2f} at {cost_per_hour:g} an hour and worker"))
     for name, value in lines:
-        click.echo(f"{name:8}{value}")
-    click.echo("Nothing was written.")
+        say(f"{name:8}{value}")
+    say("Nothing was written.")
 
 
 def _hours(hours: float) -> str:
@@ -186,6 +186,4 @@ def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: C
     already = f" {report.num_samples_found:,} samples were there already." if report.num_samples_found else ""
     already += f" {report.num_samples_copied:,} were copied from {spec.samples_from}." if spec.samples_from else ""
     waits = "" if report.is_final else " Other workers are not done; the last one finishes the cache."
-    click.echo(
-        f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {spec.cache}.{already}{waits}"
-    )
+    say(f"Cached {report.num_positions:,} positions of {report.num_samples:,} samples in {spec.cache}.{already}{waits}")

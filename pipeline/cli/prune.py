@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option, human_bytes, note, quiet_libraries
+from .common import CachePath, config_option, human_bytes, note, quiet_libraries, say
 
 
 @click.command(short_help="Remove the samples that are not in the data any more.")
@@ -37,7 +37,7 @@ def prune(path: str, data: str, model: str | None, dry_run: bool) -> None:
     num_missing = len(found.sample_ids) - report.num_samples_kept
     note(f"{found.num_rows:,} rows: {len(found.sample_ids):,} distinct samples, {num_missing:,} of them not in {path}.")
     if not report.num_samples and not report.num_shards_dropped + report.num_shards_rewritten:
-        click.echo(f"{path} holds no sample that is not in the data; nothing was changed.")
+        say(f"{path} holds no sample that is not in the data; nothing was changed.")
         return
     total = report.num_samples + report.num_samples_kept
     shards = (
@@ -46,8 +46,6 @@ def prune(path: str, data: str, model: str | None, dry_run: bool) -> None:
     )
     what = f"{report.num_samples:,} of {total:,} samples, {report.num_positions:,} positions"
     if dry_run:
-        click.echo(
-            f"Would remove {what}, about {human_bytes(report.num_bytes)} from {path}: {shards}. Nothing was written."
-        )
+        say(f"Would remove {what}, about {human_bytes(report.num_bytes)} from {path}: {shards}. Nothing was written.")
         return
-    click.echo(f"Removed {what}, {human_bytes(report.num_bytes)} from {path}: {shards}.")
+    say(f"Removed {what}, {human_bytes(report.num_bytes)} from {path}: {shards}.")

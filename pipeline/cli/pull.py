@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option, human_bytes, quiet_hub
+from .common import CachePath, config_option, human_bytes, quiet_hub, say
 
 
 @click.command(short_help="Fetch a cache from the Hugging Face Hub, and verify it.")
@@ -25,7 +25,7 @@ def pull(repo_id: str, cache: str, revision: str | None) -> None:
     except FileExistsError as error:
         raise click.UsageError(str(error.strerror)) from error
     report = pulled.report
-    click.echo(
+    say(
         f"{f'Pulled {repo_id} to {cache}' if pulled.is_new else f'{cache} holds {repo_id} already'}, commit "
         f"{pulled.commit}: {report.num_samples:,} samples, {report.num_positions:,} positions in {report.num_shards:,} "
         f"shards, {human_bytes(report.num_bytes)}, all verified."

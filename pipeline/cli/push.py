@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option, human_bytes, note, quiet_hub
+from .common import CachePath, config_option, human_bytes, note, quiet_hub, say, say_lines
 
 
 @click.command(short_help="Put a cache on the Hugging Face Hub, with a data card.")
@@ -60,17 +60,15 @@ def push(
         if not licence.ids:
             note(f"The licence of the {whose} is not known, and the card says so. --{flag}-license says which it is.")
     if report is None:
-        click.echo(upload.card)
+        say_lines(upload.card)
         for name, size in sizes.items():
-            click.echo(f"{size:14,}  {name}")
-        click.echo(
-            f"Would push {len(sizes):,} files, {human_bytes(sum(sizes.values()))}, to {repo_id}. Nothing was sent."
-        )
+            say(f"{size:14,}  {name}")
+        say(f"Would push {len(sizes):,} files, {human_bytes(sum(sizes.values()))}, to {repo_id}. Nothing was sent.")
         return
     if report.is_public:
         note("The repository is public: anyone can read the cache, and its text by the token ids.")
     new = sum(sizes[name] for name in report.new_files)
-    click.echo(
+    say(
         f"Pushed {cache} to {report.url}, commit {report.commit}: {len(sizes):,} files, "
         f"{human_bytes(sum(sizes.values()))}, of which {len(report.new_files):,} were new ({human_bytes(new)})."
     )

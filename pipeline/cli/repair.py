@@ -2,7 +2,7 @@
 
 import click
 
-from .common import CachePath, config_option
+from .common import CachePath, config_option, say
 
 
 @click.command(short_help="Drop damaged shards, so that precompute makes only those again.")
@@ -25,28 +25,28 @@ def repair(path: str, manifest_from: str | None) -> None:
 
     report = drop(path, manifest_from)
     if report.wrote_manifest:
-        click.echo(f"wrote manifest.json again, as it is in {manifest_from}")
+        say(f"wrote manifest.json again, as it is in {manifest_from}")
     for unit in report.dropped:
-        click.echo(f"dropped shard {unit}")
+        say(f"dropped shard {unit}")
     if report.num_records_restored:
-        click.echo(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
+        say(f"wrote {report.num_records_restored:,} records of data sets again, as the contents have them")
     shards = f"shard{'s' * (len(report.dropped) != 1)} dropped"
     if not report.is_incomplete:
         if report.leftovers:
             num = len(report.leftovers)
-            click.echo(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
+            say(f"removed {num:,} file{'s' * (num != 1)} or folder{'s' * (num != 1)} that nothing names")
         more = report.num_records_restored or report.wrote_manifest
         changed = "changed" if more else "removed"
         changed = f"only that was {changed}" if more or report.leftovers else "nothing was changed"
         unlisted = f"{len(report.dropped):,} {shards} that its contents do not list"
-        click.echo(f"{path} is intact; {unlisted if report.dropped else changed}.")
+        say(f"{path} is intact; {unlisted if report.dropped else changed}.")
         return
     if report.num_data_sets_dropped:
-        click.echo(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")
+        say(f"dropped {report.num_data_sets_dropped:,} damaged data sets, whose names are lost with them")
     what = f"{len(report.dropped):,} bad {shards}"
     if not report.dropped:
         what = "no shard is damaged; its list of contents is missing or was damaged, and is dropped"
-    click.echo(
+    say(
         f"{path}: {what}. The cache is incomplete now: run the command that made it again (`logitcache precompute`, "
         "merge or convert), which makes only what is missing."
         + (f" Its data sets: {', '.join(map(repr, report.data_sets))}." if report.data_sets else "")

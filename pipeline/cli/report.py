@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import config_option, quiet_libraries
+from .common import config_option, quiet_libraries, say, say_lines
 
 
 @click.command(short_help="What a sweep came to: report.html, report.md, results.csv and pictures.")
@@ -28,7 +28,9 @@ def report(folder: Path, out: Path | None) -> None:
 
     written = write_sweep_report(folder, folder if out is None else out)
     if written.rows:
-        click.echo("Most learning within a budget of forgetting, nats a token, means over seeds:\n")
-        click.echo(table(written.rows) + "\n")
-    click.echo("\n".join(written.sentences))
-    click.echo("\nWrote " + "  ".join(str(path) for path in written.files))
+        say("Most learning within a budget of forgetting, nats a token, means over seeds:")
+        say_lines("\n" + table(written.rows) + "\n")
+    for sentence in written.sentences:
+        say(sentence)
+    say("")
+    say("Wrote " + "  ".join(str(path) for path in written.files))

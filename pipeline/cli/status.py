@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from logitcache.storage.plain_text import one_line
+
+from .common import CachePath, config_option, human_bytes, say
 
 if TYPE_CHECKING:
     from logitcache.storage.job_status import Status, WorkerRecord
@@ -27,29 +29,29 @@ def status(cache: str, as_json: bool) -> None:
 
     found = read(cache)
     if as_json:
-        click.echo(json.dumps(_facts(cache, found)))
+        say(json.dumps(_facts(cache, found)))
         return
     state = "finished" if found.is_final else "not finished"
-    click.echo(f"{cache}: {state}, of {found.manifest.model_name}")
-    click.echo(
+    say(f"{cache}: {state}, of {found.manifest.model_name}")
+    say(
         f"  done         {found.num_shards:,} units: {found.num_samples:,} samples, {found.num_tokens:,} tokens, "
         f"{found.num_positions:,} positions, {human_bytes(found.num_bytes)}"
     )
     if found.tokens_per_second is not None:
-        click.echo(f"  throughput   {found.tokens_per_second:,.0f} tokens/s, from the first commit to the last")
+        say(f"  throughput   {found.tokens_per_second:,.0f} tokens/s, from the first commit to the last")
     left = _seconds_left(found)
     if left is not None and not found.is_final:
-        click.echo(f"  time left    about {_duration(left)}, at that rate")
+        say(f"  time left    about {_duration(left)}, at that rate")
     for (index, num), worker in found.workers.items():
-        click.echo(f"  worker {index} of {num}: {_worker_line(worker)}")
+        say(f"  worker {index} of {num}: {_worker_line(worker)}")
         for failure in worker.failures:
-            click.echo(f"    failed: {failure}")
+            say(f"    failed: {one_line(failure)}")
     if found.leftovers:
-        click.echo(
+        say(
             f"  left over    {len(found.leftovers):,} files or folders (--json names them), of killed writers, or what "
             "live ones are at"
         )
-        click.echo("               `logitcache repair` removes them: run it when no writer is alive on any machine")
+        say("               `logitcache repair` removes them: run it when no writer is alive on any machine")
 
 
 def _worker_line(worker: "WorkerRecord") -> str:

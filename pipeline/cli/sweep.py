@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import note, quiet_libraries, runtime_options
+from .common import note, quiet_libraries, runtime_options, say, say_lines
 
 if TYPE_CHECKING:
     from logitcache.sweeps.config import RunSpec
@@ -53,8 +53,8 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
         rows = [["method", *varied, "state"]]
         for run, state in zip(asked.runs, states, strict=True):
             rows.append([run.method, *(_shown(run.settings[n]) for n in varied), state])
-        click.echo(table(rows))
-        click.echo(f"{len(asked.runs):,} runs, {states.count('finished'):,} of them finished. Nothing was done.")
+        say_lines(table(rows))
+        say(f"{len(asked.runs):,} runs, {states.count('finished'):,} of them finished. Nothing was done.")
         return
     left = sum(state not in ("finished", *(() if retry_failed else ("failed",))) for state in states)
     note(f"{len(asked.runs):,} runs, {left:,} of them to do.")
@@ -71,12 +71,12 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
         what = ", ".join(f"{name} {_shown(spec.settings[name])}" for name in axes[spec.method]) or "one setting"
         for sentence in done.told:
             note(f"{spec.name}: {sentence}")
-        click.echo(f"{number}/{left} {spec.method} ({what}): {_outcome(done)}")
+        say(f"{number}/{left} {spec.method} ({what}): {_outcome(done)}")
     measure_cost(prepared)
     failed = sum(state_of(out / RUNS / run.name) == "failed" for run in asked.runs)
     finished = sum(state_of(out / RUNS / run.name) == "finished" for run in asked.runs)
-    click.echo(f"{finished:,} of {len(asked.runs):,} runs finished, {failed:,} failed: {out / SWEEP}")
-    click.echo(f"Next: logitcache report {out}")
+    say(f"{finished:,} of {len(asked.runs):,} runs finished, {failed:,} failed: {out / SWEEP}")
+    say(f"Next: logitcache report {out}")
 
 
 def _varied(runs: "Sequence[RunSpec]") -> list[str]:

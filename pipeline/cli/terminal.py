@@ -9,8 +9,6 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-import click
-
 from logitcache.events import BatchHalved, Event, ShardFailed, WindowPlanned
 
 from .common import note, progress_bar
@@ -49,8 +47,7 @@ class Console:
     def on_event(self, event: Event) -> None:
         """An event: a line of JSON, or for a person what they should know."""
         if self._as_json:
-            line = {"time": round(time.time(), 3), "event": event.name, **asdict(event)}
-            click.echo(json.dumps(line), err=True)
+            note(json.dumps({"time": round(time.time(), 3), "event": event.name, **asdict(event)}))
         elif isinstance(event, WindowPlanned) and self._bar is not None:
             self._bar.total = (self._bar.total or 0) + event.tokens
             self._bar.refresh()

@@ -114,7 +114,7 @@ def train(
 
     report = run(job, resume, [TrainBar("train")], tell, say)
     if speaks:
-        click.echo(_summary(report, out))
+        say(_summary(report, out))
 
 
 def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) -> None:

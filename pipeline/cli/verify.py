@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import click
 
-from .common import CachePath, config_option, human_bytes
+from .common import CachePath, config_option, human_bytes, say, say_lines
 
 
 @click.command(short_help="Read every byte of a cache and check it.")
@@ -23,21 +23,21 @@ def verify(path: str, as_json: bool) -> int:
     report = check(path)
     status = 0 if report.is_intact else 3 if report.is_corrupt else 2
     if as_json:
-        click.echo(json.dumps({"intact": report.is_intact, **asdict(report)}, indent=2))
+        say_lines(json.dumps({"intact": report.is_intact, **asdict(report)}, indent=2))
         return status
     for problem in report.problems:
         sample = f", sample {problem.sample}" if problem.sample else ""
-        click.echo(f"shard {problem.shard}{sample}: {problem.what}" if problem.shard else problem.what)
+        say(f"shard {problem.shard}{sample}: {problem.what}" if problem.shard else problem.what)
     read = (
         f"{report.num_shards:,} shards, {report.num_samples:,} samples, {report.num_positions:,} positions, "
         f"{human_bytes(report.num_bytes)}"
     )
     if report.is_intact:
-        click.echo(f"{path} is intact: {read}.")
+        say(f"{path} is intact: {read}.")
         return 0
     links = sum(p.reason == LinkRefused.reason for p in report.problems)
     if links:
-        click.echo(
+        say(
             f"{path} was not read whole: {links:,} symbolic link{'s are' if links > 1 else ' is'} not followed. "
             "A link may stand at the cache's root and at its shards/, and lead to a folder of this cache alone; put "
             "what others lead to in their place. Until then repair changes nothing."
@@ -45,7 +45,7 @@ def verify(path: str, as_json: bool) -> int:
     if report.is_corrupt:
         problems = [p for p in report.problems if p.reason != LinkRefused.reason]
         shards = {p.shard for p in problems if p.shard}
-        click.echo(
+        say(
             f"{path} is corrupt: {len(problems):,} problems in {len(shards):,} of {read}. "
             "Restore them from a copy; or run `logitcache repair`, which drops them, and precompute again."
         )

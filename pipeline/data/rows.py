@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache.errors import InputNotFound, InvalidData
+from logitcache.storage.plain_text import one_line, without_secrets
 
 Row = dict[str, Any]
 """One row as its file has it, by the names of its columns."""
@@ -28,6 +29,9 @@ IGNORED = -100
 """The label of a token that is none."""
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+
+MAX_ROW_BYTES = 2**23
+"""Of a line of JSONL: parsed, what somebody makes up takes 20 times that."""
 
 COUNTED_BYTES = 2**30
 """Of local files, up to which they are read beforehand: their lines counted, their checksums made."""
@@ -116,14 +120,18 @@ def _files(data: str) -> list[str] | None:
     if path.is_dir():
         files = sorted(str(p) for p in path.iterdir() if p.suffix in _SUFFIXES)
         if not files:
-            raise InputNotFound(f"reading data {data!r}: expected *.jsonl or *.parquet in this folder, found none.")
+            raise InputNotFound(
+                f"reading data {_named(data)}: expected *.jsonl or *.parquet in this folder, found none."
+            )
         return files
     if path.is_file():
         if path.suffix not in _SUFFIXES:
-            raise InputNotFound(f"reading data {data!r}: expected a .jsonl or .parquet file, found {path.suffix!r}.")
+            raise InputNotFound(
+                f"reading data {_named(data)}: expected a .jsonl or .parquet file, found {path.suffix!r}."
+            )
         return [str(path)]
     if path.suffix in _SUFFIXES:
-        raise InputNotFound(f"reading data {data!r}: no such file. Check the path.")
+        raise InputNotFound(f"reading data {_named(data)}: no such file. Check the path.")
     return None
 
 
@@ -132,12 +140,14 @@ def _remote_files(data: str) -> list[str]:
         fs, root = fsspec.core.url_to_fs(data)
         names = [root] if fs.isfile(root) else sorted(fs.ls(root, detail=False))
     except FileNotFoundError as error:
-        raise InputNotFound(f"reading data {data!r}: no such file or folder. Check the URL.") from error
+        raise InputNotFound(f"reading data {_named(data)}: no such file or folder. Check the URL.") from error
     except Exception as error:  # each client raises its own
-        raise InputNotFound(f"reading data {data!r}: the store did not give it ({error}). Check the URL.") from error
+        raise InputNotFound(
+            f"reading data {_named(data)}: the store did not give it ({one_line(str(error), 400)}). Check the URL."
+        ) from error
     files = [fs.unstrip_protocol(name) for name in names if name.endswith(_SUFFIXES)]
     if not files:
-        raise InputNotFound(f"reading data {data!r}: expected *.jsonl or *.parquet there, found none.")
+        raise InputNotFound(f"reading data {_named(data)}: expected *.jsonl or *.parquet there, found none.")
     return files
 
 
@@ -150,16 +160,21 @@ def _rows_of(files: Sequence[str], wanted: Wanted) -> Iterator[Unparsed]:
             number += 1
             yield unparsed
         if number == first:
-            raise InvalidData(f"reading {file}: the file holds no rows.")
+            raise InvalidData(f"reading {without_secrets(file)}: the file holds no rows.")
 
 
 def _jsonl_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
     with _open(file) as f:
         number = first
-        for at, line in enumerate(f, 1):
+        name = without_secrets(file)
+        for at, line in enumerate(iter(lambda: f.readline(MAX_ROW_BYTES + 1), b""), 1):
+            if len(line) > MAX_ROW_BYTES:
+                raise InvalidData(
+                    f"reading {name}: line {at} has more than {MAX_ROW_BYTES:,} bytes. One row a line is expected; "
+                    "divide one that is so long."
+                )
             if line.strip():
-                where = f"{file}:{at}"
-                yield where, (_Line(file, at, line) if wanted(number) else None)
+                yield f"{name}:{at}", (_Line(name, at, line) if wanted(number) else None)
                 number += 1
 
 
@@ -174,7 +189,7 @@ class _Line:
             row = json.loads(self.text)
         except (ValueError, RecursionError) as error:
             raise InvalidData(
-                f"reading {self.file}: line {self.number} is not JSON ({error}). Repair the line."
+                f"reading {self.file}: line {self.number} is not JSON ({one_line(str(error), 200)}). Repair the line."
             ) from error
         if not isinstance(row, dict):
             raise InvalidData(
@@ -185,6 +200,7 @@ class _Line:
 
 def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
     """Row groups without a wanted row are not read."""
+    name = without_secrets(file)
     try:
         with _open(file) as f:
             parquet = pq.ParquetFile(f)
@@ -195,13 +211,14 @@ def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
                     read = parquet.iter_batches(batch_size=1024, row_groups=[group])
                     rows = (row for batch in read for row in batch.to_pylist())
                     for number, row in enumerate(rows, start + 1):
-                        yield f"{file}, row {number}", _Parsed(row)
+                        yield f"{name}, row {number}", _Parsed(row)
                 else:
                     for number in range(start + 1, stop + 1):
-                        yield f"{file}, row {number}", None
+                        yield f"{name}, row {number}", None
                 start = stop
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InvalidData(f"reading {file}: it is not a readable Parquet file ({error}).") from error
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        said = one_line(str(error), 200)
+        raise InvalidData(f"reading {name}: it is not a readable Parquet file ({said}).") from error
 
 
 @dataclass(frozen=True)
@@ -218,12 +235,16 @@ def _hub_rows(name: str, streaming: bool) -> Iterator[Unparsed]:
     try:
         dataset: Any = load_dataset(name, split="train", streaming=streaming)
     except Exception as error:  # the hub client raises many kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 400)
         raise InputNotFound(
             f"reading data {name!r}: no such file or folder, and the hub did not give it ({line}). "
             "Check the path, or the network."
         ) from error
-    return ((f"{name}, row {i}", _Parsed(dict(row))) for i, row in enumerate(dataset, 1))
+    return ((f"{without_secrets(name)}, row {i}", _Parsed(dict(row))) for i, row in enumerate(dataset, 1))
+
+
+def _named(data: str) -> str:
+    return repr(without_secrets(data))
 
 
 def _open(file: str) -> Any:

@@ -6,8 +6,6 @@ model in memory). Must not train.
 Shapes: N positions of a batch, V vocabulary, D documents.
 """
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +48,9 @@ from logitcache.pairing.view import AnyCache, CacheView
 from logitcache.storage import LogitCache, ModelIdentity, sample_id
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
+from logitcache.storage.plain_text import one_line
 
+from .against import read_plain
 from .metrics import Comparison, Metrics, comparison_of
 
 Values = dict[str, Tensor]
@@ -84,7 +84,8 @@ def check_adapter(folder: str, base: Base) -> None:
         return
     try:
         trained_on = read_checked(run)["model"]
-        name, identity = str(trained_on["name"]), {key: str(trained_on[key]) for key in ("weights", "config")}
+        name = one_line(str(trained_on["name"]), 200)
+        identity = {key: str(trained_on[key]) for key in ("weights", "config")}
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(
             f"loading adapter {folder!r}: its run.json does not say which model it was trained on. "
@@ -235,31 +236,17 @@ def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) 
     prior, base: what it must have been measured on and against. Raises `InvalidData` where it is no such file,
     `NotComparable` where it is of another base or of other prior text.
     """
-    where = f"comparing with {path}"
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, theirs = found["model"], found["prior"]
-        identity = {key: str(model[key]) for key in ("weights", "config")}
-        samples, drift = theirs["samples"], theirs["drift_percent"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidData(
-            f"{where}: expected what `logitcache evaluate --json` prints, with prior text, found something else "
-            f"({type(error).__name__}: {first_line(error)}). Evaluate the plain adapter again with --json."
-        ) from error
-    if isinstance(drift, bool) or not isinstance(drift, (int, float)) or not math.isfinite(drift):
-        raise InvalidData(
-            f"{where}: expected the drift of an adapter, found {drift}. Evaluate the plain adapter with --adapter."
-        )
-    said = "; ".join(base_differences(identity, base))
+    found = read_plain(Path(path))
+    said = "; ".join(base_differences({"weights": found.weights, "config": found.config}, base))
     differs = [f"base ({said})"] if said else []
-    if samples != samples_fingerprint(prior):
+    if found.samples != samples_fingerprint(prior):
         differs.append("prior text (tokens, or which of them are supervised)")
     if differs:
         raise NotComparable(
-            f"{where}: it is of another {' and another '.join(differs)}. A ratio of the two drifts would mean nothing. "
-            "Evaluate both adapters with the same --model and prior text."
+            f"comparing with {path}: it is of another {' and another '.join(differs)}. A ratio of the two drifts would "
+            "mean nothing. Evaluate both adapters with the same --model and prior text."
         )
-    return float(drift)
+    return found.percent
 
 
 @torch.inference_mode()

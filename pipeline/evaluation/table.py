@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from logitcache.storage.plain_text import escaped
+
 from .metrics import Comparison, Metrics, TaskScore
 
 _METRICS: list[tuple[str, str, float, str, Callable[[Metrics], float]]] = [
@@ -14,6 +16,7 @@ _METRICS: list[tuple[str, str, float, str, Callable[[Metrics], float]]] = [
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equal length as aligned text: the first is the heading, the first column is left-aligned."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:

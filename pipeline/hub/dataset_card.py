@@ -11,19 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load_from_cache
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
 
 from logitcache.models.same_base import config_differences
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.configs import config_text, read_config
 from logitcache.storage.identity import digest, weights_fingerprint
-from logitcache.storage.manifest import MAX_NAME
+from logitcache.storage.manifest import MAX_DATA_SET_NAME
+from logitcache.storage.plain_text import without_secrets
+from logitcache.yaml_files import MAX_CHARS as MAX_YAML_CHARS
+from logitcache.yaml_files import load_yaml
 
 UNKNOWN = "unknown: ask who made it"
 CARD = "README.md"
 
+MAX_CHARS, MAX_LICENCES = 200, 10
+"""Of what others named, and of a list of licences."""
+
+_FRONT = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -63,7 +72,7 @@ def public_name(model_name: str, base_model: str | None) -> str:
     if _downloaded(model_name) is not None:
         return model_name
     last = re.split(r"[/\\]", model_name.rstrip("/\\"))[-1]
-    return re.sub(r"[^\w.+ -]", "_", last) or "unnamed"
+    return re.sub(r"[^\w.+ -]", "_", without_secrets(last))[:MAX_CHARS] or "unnamed"
 
 
 def public_data_names(names: Sequence[str]) -> dict[str, str]:
@@ -74,11 +83,11 @@ def public_data_names(names: Sequence[str]) -> dict[str, str]:
     said: dict[str, str] = {}
     for name in names:
         last = name if is_hub_id(name) and not Path(name).exists() else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-        plain, number = last[-MAX_NAME:] or "unnamed", 1
+        plain, number = last[-MAX_DATA_SET_NAME:] or "unnamed", 1
         public = plain
         while public in said.values():
             number += 1
-            public = f"{plain[: MAX_NAME - 9]} ({number})"
+            public = f"{plain[: MAX_DATA_SET_NAME - 9]} ({number})"
         said[name] = public
     return said
 
@@ -94,7 +103,7 @@ def model_licence(manifest: Manifest) -> Licence:
     if folder is None or not (folder / CARD).is_file():
         return Licence()
     try:
-        card = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+        card = _front_matter(head_of(folder / CARD))
         if not card.get("license") or config_differences(manifest.model.config, config_text(read_config(folder))):
             return Licence()
         if weights_fingerprint(folder) != manifest.model.weights:
@@ -106,10 +115,7 @@ def model_licence(manifest: Manifest) -> Licence:
 
 def licences_in(card: str) -> tuple[Licence, Licence]:
     """Of the base and of the data, as an earlier card of a cache says; unknown where it is no such card."""
-    try:
-        front = DatasetCard(card, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:
-        return Licence(), Licence()
+    front = _front_matter(card)
     ours = front.get("logitcache")
     if not isinstance(ours, dict):
         return Licence(), Licence()
@@ -138,7 +144,7 @@ def make_card(cache: LogitCache, repo_id: str, name: str, model: Licence, data: 
 
 def _introduction(name: str) -> list[str]:
     return [
-        f"# Logit cache of {name}",
+        f"# Logit cache of {_marked(name)}",
         "",
         "What a base model predicts at every position of a text: the log-probability of the label, of the most",
         "probable other tokens, and of the rest together. A LoRA adapter or a student can be trained against it",
@@ -156,11 +162,11 @@ def _table(cache: LogitCache, name: str) -> list[str]:
     if capture.min_mass < 1:
         alternatives += f" at most: the fewest with {100 * capture.min_mass:g} % of the mass beside the label's"
     kept = sum(commit.kept_mass for commit in commits) / max(positions, 1)
-    held = f" on {_one_line(model.quantization)} weights" if model.quantization else ""
+    held = f" on {_cell(model.quantization)} weights" if model.quantization else ""
     held += " with TF32" if model.tf32 else ""
     templates = ", ".join(f"`{found}`" for found in sorted({commit.chat_template for commit in commits} - {""}))
     rows = [
-        ("base model", f"{name}, run in {_one_line(model.dtype)}{held} with {_one_line(model.attention)} attention"),
+        ("base model", f"{_marked(name)}, run in {_cell(model.dtype)}{held} with {_cell(model.attention)} attention"),
         ("width of the logits", f"{model.vocab_size:,}"),
         ("fingerprint of the weights", f"`{model.weights}`"),
         ("fingerprint of the configuration", f"`{digest(model.config.encode())}`"),
@@ -183,7 +189,7 @@ def _table(cache: LogitCache, name: str) -> list[str]:
     ]
     features = ", ".join(manifest.reader_features + manifest.writer_features)
     rows += [("features of the format", features)] if features else []
-    made = ", ".join(f"{_one_line(k)} {_one_line(v)}" for k, v in sorted(manifest.created_with.items()))
+    made = ", ".join(f"{_cell(k)} {_cell(v)}" for k, v in sorted(manifest.created_with.items()))
     return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in [*rows, ("made with", made)]), ""]
 
 
@@ -238,12 +244,13 @@ def _size_category(count: int) -> str:
 
 def _licence(found: object, front: dict[str, Any]) -> Licence:
     """An identifier or a list of them, with the name and the link that the front matter has for another licence."""
-    ids = tuple(str(entry) for entry in (found if isinstance(found, list) else [found]))
-    if not all(is_licence(entry) for entry in ids):
+    listed = found if isinstance(found, list) else [found]
+    ids = tuple(entry for entry in listed if isinstance(entry, str))
+    if len(ids) < len(listed) or len(ids) > MAX_LICENCES or not all(is_licence(entry) for entry in ids):
         return Licence()
     if "other" not in ids:
         return Licence(ids)
-    return Licence(ids, _one_line(front.get("license_name", "")), _link(front.get("license_link", "")))
+    return Licence(ids, _cell(front.get("license_name", "")), _link(front.get("license_link", "")))
 
 
 def _downloaded(model_name: str) -> Path | None:
@@ -254,11 +261,32 @@ def _downloaded(model_name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _one_line(value: object) -> str:
-    """Text that cannot leave its cell of a table."""
-    return re.sub(r"[^\w.+ /-]", "_", str(value))
+def _cell(value: object) -> str:
+    """Text of others that cannot leave its cell of a table."""
+    return re.sub(r"[^\w.+ /-]", "_", str(value)[:MAX_CHARS])
+
+
+def _marked(text: str) -> str:
+    """Text in which Markdown finds no markup: of what `_cell` and `public_name` leave, signs around words."""
+    return re.sub(r"(?<!\w)_|_(?!\w)|^[+-](?=\s)", r"\\\g<0>", text)
 
 
 def _link(value: object) -> str:
     """A link that everybody can follow, else nothing: a card beside the weights may name a file beside it."""
-    return str(value) if re.fullmatch(r"https://[\w./%-]+", str(value)) else ""
+    return str(value) if re.fullmatch(r"https://[A-Za-z0-9._~/%-]{1,200}", str(value)) else ""
+
+
+def head_of(path: Path) -> str:
+    """As much of a card as is read: its front matter is at its start."""
+    with path.open("rb") as file:
+        return file.read(4 * MAX_YAML_CHARS).decode(errors="replace")
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    """What a card of anybody says between its first two lines of ---; nothing where that is no YAML."""
+    found = _FRONT.match(card[: 2 * MAX_YAML_CHARS])
+    try:
+        front = load_yaml(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from logitcache.storage import LinkRefused
+from logitcache.storage.checked_json import check_density
 from logitcache.storage.files import LocalFiles, is_unfinished
 
 PARTIAL = ".pulling"
@@ -22,6 +23,9 @@ PARTIAL = ".pulling"
 
 MARKER = ".logitcache-pull.json"
 """Says that `pull` made the folder, and which names it may have written there; gone when the folder has its name."""
+
+MAX_MARKER_BYTES = 2**25
+"""Of the marker: 80 bytes a file, of which a cache has two a shard."""
 
 _FORMAT = "logitcache pull 1"
 _NOTES = ".cache/huggingface"
@@ -124,9 +128,13 @@ def _behind_link(repo_id: str, target: Path) -> Path:
 def _read_marker(folder: Path) -> frozenset[str] | None:
     """The names in the marker; None where there is none. Raises `LinkRefused`, ValueError where it is no pull's."""
     try:
-        found = json.loads(LocalFiles(folder).read(MARKER))
+        data = LocalFiles(folder).read(MARKER, MAX_MARKER_BYTES)
+        check_density(data)
+        found = json.loads(data) if len(data) <= MAX_MARKER_BYTES else None
     except FileNotFoundError:
         return None
+    except RecursionError as error:
+        raise ValueError(f"{folder / MARKER}: expected the names of a pull") from error
     names = found.get("names") if isinstance(found, dict) and found.get("format") == _FORMAT else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{folder / MARKER}: expected the names of a pull")

@@ -48,6 +48,7 @@ from logitcache.storage.manifest import MAX_JSON_BYTES, Contents, Manifest, read
 from .dataset_card import (
     CARD,
     Licence,
+    head_of,
     is_hub_id,
     licences_in,
     make_card,
@@ -124,10 +125,10 @@ def prepare(
 ) -> Upload:
     """Read every byte of a cache, check it, and write its card. Nothing is sent, and no network is used.
 
-    model, data: licences; without them, those of a card that was pulled with the cache, and of the base the one beside
-    its weights. base_model: the hub id of the base, where the manifest does not have it. Raises `InputNotFound` for
-    names that the Hub cannot have, what opening a cache raises, `CorruptCache` where a byte is wrong, OSError where
-    somebody writes to it.
+    model, data: licences; without them, of the base the one beside its weights. A README.md in the cache's folder is of
+    whoever the cache was pulled from, and is not read. base_model: the hub id of the base, where the manifest does not
+    have it. Raises `InputNotFound` for names that the Hub cannot have, what opening a cache raises, `CorruptCache`
+    where a byte is wrong, OSError where somebody writes to it.
     """
     for name in (repo_id, base_model or repo_id):
         if not is_hub_id(name):
@@ -154,7 +155,7 @@ def prepare(
     upload = Upload(repo_id, cache, inventory, files, name, model or Licence(), data or Licence())
     if model is None:
         upload = replace(upload, model=model_licence(inventory.manifest))
-    return _with_licences(upload, root / CARD)
+    return upload
 
 
 def send(
@@ -320,7 +321,7 @@ def _with_licences(upload: Upload, card: Path) -> Upload:
     """What is not known, from an earlier card of the cache."""
     if not card.is_file() or (upload.model.ids and upload.data.ids):
         return upload
-    model, data = licences_in(card.read_text(encoding="utf-8", errors="replace"))
+    model, data = licences_in(head_of(card))
     return replace(
         upload, model=upload.model if upload.model.ids else model, data=upload.data if upload.data.ids else data
     )

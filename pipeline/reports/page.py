@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from logitcache.evaluation.table import markdown_table
+from logitcache.storage.plain_text import escaped
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def as_html(blocks: Sequence[Block]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -111,7 +112,7 @@ def _markdown(block: Block) -> str:
 
 def _plain(text: str) -> str:
     """Text on one line in which Markdown finds no markup."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+    return _MARKUP.sub(r"\\\g<0>", escaped(" ".join(text.split())))
 
 
 def _line(text: str) -> str:
@@ -148,4 +149,4 @@ def _row(row: Sequence[str], num_text: int, tag: str) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(" ".join(text.split()))
+    return escape(escaped(" ".join(text.split())))

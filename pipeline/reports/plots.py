@@ -61,7 +61,7 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
         axes.scatter(xs, ys, s=20, color=style.colour, linewidths=0, label=method, **look)
     _frontier_axes(axes)
     axes.annotate("no forgetting", (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.margins(0.18)
     axes.legend(frameon=False, title="small: one seed; large: mean over seeds")
     _save(figure, path)
@@ -154,7 +154,7 @@ def plot_cache(statistics: Statistics, num_positions: int, title: str, path: Pat
     for axes in (mass, count, size):
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
 

@@ -7,7 +7,8 @@ none. Takes no means (that is `pareto`), makes no pictures, and must not import 
 import csv
 import io
 import json
-import math
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import ADVICE, CheckedJson, read_lines
 from logitcache.storage.files import replace_file
+from logitcache.storage.plain_text import escaped, one_line, shown
 from logitcache.sweeps.config import FIELDS
 
 SWEEP, RUNS, RESULT, FAILED, RUN, LOG = (
@@ -26,8 +28,16 @@ FORMAT = 1
 AXES = FIELDS
 """Settings that every run has, in the order of the columns; None where one does not apply."""
 
+MAX_NAME = 500
+"""Characters of the name of a method, a run, a setting."""
+
+MAX_NATS, MAX_LOGGED, MAX_SECONDS = 1e6, 1e30, 1e12
+"""Of a mean over text; of a line of a log, where a run may have diverged; of any time."""
+
 SAME_TEXT_NATS = 0.01
 """How far the untouched base's cross-entropy may differ between runs of a sweep: rounding on other machines."""
+
+_ABSOLUTE = re.compile(r"(?:file|local)://(?=/)|(?<![^\s'\"(\[=,:])(?<!:/)~?/(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 
 Scalar = str | int | float | bool | None
 Status = Literal["finished", "failed", "in progress", "not evaluated", "not started"]
@@ -149,6 +159,8 @@ def read_sweep(folder: Path) -> Sweep:
     if head.values.get("format") != FORMAT:
         raise head.wrong("format", f"{FORMAT}")
     methods = tuple(head.texts("methods"))
+    if any(method != one_line(method, MAX_NAME) for method in methods):
+        raise head.wrong("methods", f"names of at most {MAX_NAME} characters that can be shown")
     plans = [_plan(part.only(("name", "method", "settings")), methods) for part in head.parts("runs")]
     names = [name for name, _, _ in plans]
     seen: dict[str, str] = {}
@@ -160,10 +172,10 @@ def read_sweep(folder: Path) -> Sweep:
     _check_same_text(runs)
     return Sweep(
         folder=folder,
-        model=head.text("model"),
-        cache=None if head.values.get("cache") is None else head.text("cache"),
-        new=head.text("new"),
-        prior=head.text("prior"),
+        model=_place(head.text("model")),
+        cache=None if head.values.get("cache") is None else _place(head.text("cache")),
+        new=_place(head.text("new")),
+        prior=_place(head.text("prior")),
         num_train_tokens=head.whole("num_train_tokens"),
         num_train_positions=head.whole("num_train_positions"),
         methods=methods,
@@ -172,22 +184,35 @@ def read_sweep(folder: Path) -> Sweep:
     )
 
 
+def _place(name: str) -> str:
+    """A path, URL or hub id as a page shows it to others: of a path that is absolute the last part, no secret."""
+    return without_folders(one_line(name, 500))
+
+
+def without_folders(text: str) -> str:
+    """A text in which of every absolute path only the last part is left."""
+    return _ABSOLUTE.sub("", _ABSOLUTE.sub("", text))
+
+
 def _settings(part: CheckedJson) -> dict[str, Scalar]:
     values = part.part("settings").values
     odd = [key for key, v in values.items() if not (v is None or isinstance(v, (str, int, float, bool)))]
-    odd += [key for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    odd += [key for key, v in values.items() if isinstance(v, (int, float)) and not abs(v) <= sys.float_info.max]
+    odd += [
+        key for key, v in values.items() if key != one_line(key, MAX_NAME) or (isinstance(v, str) and len(v) > 1000)
+    ]
     if odd:
-        raise part.wrong("settings", f"one plain value for {odd[0]}")
+        raise part.wrong("settings", f"one plain value for {one_line(odd[0], MAX_NAME)}", shown(values[odd[0]]))
     return {**dict.fromkeys(AXES), **values}
 
 
 def _plan(part: CheckedJson, methods: tuple[str, ...]) -> tuple[str, str, dict[str, Scalar]]:
     """Name, method and settings of a run that sweep.json lists."""
     name, method, settings = part.text("name"), part.text("method"), _settings(part)
-    if Path(name).name != name or "\\" in name or name == "..":
+    if Path(name).name != name or "\\" in name or name == ".." or name != one_line(name, MAX_NAME):
         raise part.wrong("name", "the name of a folder")
     if method not in methods:
-        raise part.wrong("method", f"one of {', '.join(methods)}")
+        raise part.wrong("method", f"one of {', '.join(methods)[:200]}")
     if settings["seed"] is None:
         raise part.wrong("settings", "a seed")
     return name, method, settings
@@ -202,7 +227,7 @@ def _check_is(part: CheckedJson, name: str, method: str, settings: dict[str, Sca
     differs = [key for key, value in settings.items() if own.get(key) != value]
     if differs:
         key = differs[0]
-        raise part.wrong(f"settings.{key}", f"{settings[key]!r}, as in {SWEEP}", repr(own.get(key)))
+        raise part.wrong(f"settings.{key}", f"{shown(settings[key])}, as in {SWEEP}", shown(own.get(key)))
 
 
 def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar]) -> Run:
@@ -212,7 +237,7 @@ def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar])
         outcome = RunOutcome(
             new=_held_out(result.part("new")),
             prior=_held_out(result.part("prior")),
-            seconds=result.number("seconds"),
+            seconds=result.number("seconds", 0, MAX_SECONDS),
             num_steps=result.whole("num_steps"),
             num_tokens=result.whole("num_tokens"),
             peak_memory_bytes=result.whole("peak_memory_bytes"),
@@ -222,7 +247,7 @@ def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar])
         failure = CheckedJson.of(folder / FAILED)
         _check_is(failure, name, method, settings)
         step = None if failure.values.get("step") is None else failure.whole("step")
-        error = " ".join(failure.text("error").split())
+        error = without_folders(one_line(failure.text("error")))
         return Run(name, method, settings, "failed", None, error, step, _curve(folder / LOG, whole=False))
     status: Status = "not started"
     if (folder / RUN).exists():
@@ -252,15 +277,15 @@ def _held_out(part: CheckedJson) -> HeldOut:
         raise after.wrong("num_positions", f"{before.whole('num_positions')}, as before")
     return HeldOut(
         num_positions=before.whole("num_positions"),
-        ce_before=before.number("ce_nats"),
-        ce_after=after.number("ce_nats"),
-        perplexity_before=before.number("perplexity"),
-        perplexity_after=after.number("perplexity"),
-        accuracy_before=before.number("token_accuracy"),
-        accuracy_after=after.number("token_accuracy"),
-        kl_nats=part.number_or_none("kl_nats"),
-        base_ce_nats=part.number_or_none("base_ce_nats"),
-        agreement=part.number_or_none("agreement"),
+        ce_before=before.number("ce_nats", 0, MAX_NATS),
+        ce_after=after.number("ce_nats", 0, MAX_NATS),
+        perplexity_before=before.number("perplexity", 0),
+        perplexity_after=after.number("perplexity", 0),
+        accuracy_before=before.number("token_accuracy", 0, 1),
+        accuracy_after=after.number("token_accuracy", 0, 1),
+        kl_nats=part.number_or_none("kl_nats", -MAX_NATS, MAX_NATS),
+        base_ce_nats=part.number_or_none("base_ce_nats", -MAX_NATS, MAX_NATS),
+        agreement=part.number_or_none("agreement", 0, 1),
         drift_percent=part.number_or_none("drift_percent"),
     )
 
@@ -268,9 +293,9 @@ def _held_out(part: CheckedJson) -> HeldOut:
 def _cost(part: CheckedJson) -> Cost:
     return Cost(
         run=part.text("run"),
-        step_seconds=part.number("step_seconds"),
-        live_extra_seconds=part.number("live_extra_seconds_a_step"),
-        capture_seconds=part.number("capture_seconds"),
+        step_seconds=part.number("step_seconds", 0, MAX_SECONDS),
+        live_extra_seconds=part.number("live_extra_seconds_a_step", 0, MAX_SECONDS),
+        capture_seconds=part.number("capture_seconds", 0, MAX_SECONDS),
     )
 
 
@@ -284,7 +309,8 @@ def _curve(path: Path, whole: bool) -> tuple[CurvePoint, ...]:
     except ValueError as error:
         raise UnreadableSweep(f"reading {path}: {error}. {ADVICE}") from error
     for entry in entries:
-        point = CurvePoint(entry.whole("step"), entry.number("ce"), entry.number_or_none("kl"))
+        kl = entry.number_or_none("kl", -MAX_LOGGED, MAX_LOGGED)
+        point = CurvePoint(entry.whole("step"), entry.number("ce", -MAX_LOGGED, MAX_LOGGED), kl)
         points[point.step] = point
     return tuple(points[step] for step in sorted(points))
 
@@ -352,8 +378,17 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     extra = setting_names(sweep)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names[:cut], *extra, *names[cut:]])
+    writer.writerow([_cell(name) for name in [*names[:cut], *extra, *names[cut:]]])
     for run in sweep.runs:
         cells = [COLUMNS[name][1](run) for name in names]
-        writer.writerow([*cells[:cut], *(run.settings.get(key) for key in extra), *cells[cut:]])
+        row = [*cells[:cut], *(run.settings.get(key) for key in extra), *cells[cut:]]
+        writer.writerow([_cell(value) for value in row])
     replace_file(path, text.getvalue().encode())
+
+
+def _cell(value: Scalar) -> Scalar:
+    """Text as text: a spreadsheet would take what begins with one of these signs for a formula, and run it."""
+    if not isinstance(value, str):
+        return value
+    text = escaped(value)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text

@@ -216,7 +216,7 @@ def _or_dash(value: float | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{round(100 * share) + 0:d} %"
+    return "-" if share is None else f"{round(100 * share) + 0:d} %" if abs(share) < 1e6 else f"{100 * share:.2g} %"
 
 
 def _signed(value: float | None, unit: str) -> str:

@@ -6,6 +6,7 @@ refused here, before anything is trained. Must not load models or train.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import yaml
 
 from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
-from logitcache.settings import Setting, Settings, line_settings, load_yaml, option
+from logitcache.settings import Setting, Settings, line_settings, option
 from logitcache.storage.identity import digest_json
+from logitcache.storage.plain_text import one_line, shown
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
+from logitcache.yaml_files import read_yaml
 
 SETTINGS = run_settings("objective", "adapter", "training")
 FIELDS = tuple(SETTINGS)
@@ -44,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
 """Where a sweep names none. The weights of L2-SP and EWC have other units than that of a KL: sweep them."""
 
 MAX_RUNS = 10_000
+MAX_METHOD = 200
+"""Characters of a method's name."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,11 @@ class SweepConfig:
 def read_config(path: Path) -> SweepConfig:
     """A sweep from a YAML file. Raises `InvalidData`, `InputNotFound`, with the key that is wrong."""
     try:
-        loaded = load_yaml(path.read_text(encoding="utf-8"))
+        loaded = read_yaml(path)
     except OSError as error:
         raise InputNotFound(f"reading {path}: {error.strerror or error}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidData(f"reading {path}: it is not YAML ({' '.join(str(error).split())}).") from error
+    except yaml.YAMLError as error:
+        raise InvalidData(f"reading {path}: it is not YAML ({error}).") from error
     return make_config(loaded, str(path))
 
 
@@ -133,9 +138,9 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
     _refuse_unknown(top, known, origin)
     for name in ("model", "cache", "new", "prior"):
         if not isinstance(top.get(name), str):
-            raise InvalidData(f"reading {origin}: expected {name}, a path, found {top.get(name)!r}.")
+            raise InvalidData(f"reading {origin}: expected {name}, a path, found {shown(top.get(name))}.")
     if top.get("data") is not None and not isinstance(top["data"], str):
-        raise InvalidData(f"reading {origin}: expected data, a path, found {top['data']!r}.")
+        raise InvalidData(f"reading {origin}: expected data, a path, found {shown(top['data'])}.")
     shared = {name: _checked(s, top[name], origin) for name, s in SHARED.items() if name in top}
     grid = _axes(_mapping(top.get("grid", {}), f"{origin}, grid", "fields and their values"), f"{origin}, grid")
     named = top.get("methods", METHODS)
@@ -144,11 +149,14 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
         raise InvalidData(f"reading {origin}: expected at least one method, found none: there is nothing to train.")
     runs: list[RunSpec] = []
     for method, fields in methods.items():
-        where = f"{origin}, method {method!r}"
+        where = f"{origin}, method {shown(method)}"
+        if not isinstance(method, str) or not method.strip() or method != one_line(method, MAX_METHOD):
+            raise InvalidData(f"reading {where}: expected a name of at most {MAX_METHOD} characters that can be shown.")
         own = _axes(_mapping(fields or {}, where, "fields and their values"), where)
         if "weight" in own and own.get("regularizer") == ["none"]:
             raise InvalidData(f"reading {where}: weight with regularizer none: there is no regulariser to weigh.")
-        runs += _runs(str(method), {**{"lr": list(LEARNING_RATES)}, **grid, **own}, shared, where)
+        runs += _runs(method, {**{"lr": list(LEARNING_RATES)}, **grid, **own}, shared, where)
+        _check_count(len(runs), origin)
     _check_distinct(runs, origin)
     paths = {name: top[name] for name in ("model", "cache", "new", "prior")}
     return SweepConfig(**paths, data=top.get("data"), shared=shared, runs=tuple(runs))
@@ -158,10 +166,9 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
     count = 1
     for values in axes.values():
         count *= len(values)
-    if count > MAX_RUNS:
-        raise InvalidData(f"reading {where}: {count:,} runs are more than {MAX_RUNS:,}. Leave out some values.")
+    _check_count(count, where)
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
-    runs: list[RunSpec] = []
+    runs: dict[str, RunSpec] = {}  # a grid's weights are one run without a regulariser
     for chosen in itertools.product(*axes.values()):
         settings = {**defaults, **dict(zip(axes, chosen, strict=True))}
         regularizer = settings["regularizer"]
@@ -170,9 +177,14 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
         if regularizer == "none":
             settings |= {"weight": 0.0, "kl_budget": None}
         settings = _complete(settings, shared, where)
-        if all(earlier.settings != settings for earlier in runs):  # a grid's weights are one run without a regulariser
-            runs.append(RunSpec(_name(method, settings), method, settings))
-    return runs
+        runs.setdefault(digest_json(settings), RunSpec(_name(method, settings), method, settings))
+    return list(runs.values())
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MAX_RUNS:
+        found = f"{count:,}" if count < 10**30 else shown(count)
+        raise InvalidData(f"reading {where}: {found} runs are more than {MAX_RUNS:,}. Leave out some values.")
 
 
 def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -202,9 +214,10 @@ def _axes(fields: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
     for name, values in axes.items():
         if not values:
             raise InvalidData(f"reading {where}: {name} has no values, so there is nothing to train. Give one or more.")
-        repeated = [v for i, v in enumerate(values) if v in values[:i]]
+        plain = [v for v in values if v is None or isinstance(v, (str, int, float))]  # others are refused by the field
+        repeated = [v for v, times in Counter(plain).items() if times > 1]
         if repeated:
-            raise InvalidData(f"reading {where}: {name} has {repeated[0]!r} twice.")
+            raise InvalidData(f"reading {where}: {name} has {shown(repeated[0])} twice.")
     return axes
 
 
@@ -215,9 +228,9 @@ def _mapping(value: Any, where: str, what: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    unknown = sorted(str(name) for name in found if name not in known)
+    unknown = sorted(shown(name) for name in found if name not in known)
     if unknown:
-        raise InvalidData(f"reading {where}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
+        raise InvalidData(f"reading {where}: unknown key {unknown[0]}. Known keys: {', '.join(sorted(known))}.")
 
 
 def _check_distinct(runs: list[RunSpec], origin: str) -> None:

@@ -27,7 +27,7 @@ from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
-from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, is_file_failure
+from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, UnreadableSweep, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.events import OnMessage
 from logitcache.json_files import CheckedJson, read_lines, write_checked
@@ -40,14 +40,18 @@ from logitcache.pairing.targets import digests_of
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
+from logitcache.storage.plain_text import one_line, safe, without_secrets
 from logitcache.training.description import data_fingerprint
 from logitcache.training.run import train
 from logitcache.training.run_folder import LOG, RUN, clear
 
-from .config import RunSpec, SweepConfig, read_config
+from .config import MAX_METHOD, RunSpec, SweepConfig, read_config
 
 SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json", "runs", "probe"
 VERSION = 1
+MAX_ERROR = 2000
+"""Characters of the error of a run that are kept."""
+
 COST_BATCHES = 9
 """Of the training data, by which the cost of a live base is measured."""
 
@@ -226,11 +230,11 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
 
 
 def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(str(error), MAX_ERROR) or type(error).__name__
     folder.mkdir(parents=True, exist_ok=True)
     failure = {"name": spec.name, "method": spec.method, "settings": spec.settings, "error": said}
     if not isinstance(error, (PipelineError, CacheError)):
-        failure["traceback"] = "".join(traceback.format_exception(error))
+        failure["traceback"] = safe("".join(traceback.format_exception(error)))
     write_checked(folder / FAILED, {**failure, "step": _last_step(folder)})
     return Done(spec, None, None, None, said)
 
@@ -243,8 +247,9 @@ def _only_this_run(error: Exception) -> bool:
 def _last_step(folder: Path) -> int | None:
     """The last step that was logged; None where there is none, or the log is damaged."""
     try:
-        return max((int(entry["step"]) for entry in read_lines(folder / LOG, unfinished=True)), default=None)
-    except (FileNotFoundError, ValueError):
+        lines = enumerate(read_lines(folder / LOG, unfinished=True), 1)
+        return max((CheckedJson(folder / LOG, v, f"line {i}, ").whole("step") for i, v in lines), default=None)
+    except (FileNotFoundError, ValueError, UnreadableSweep):
         return None
 
 
@@ -276,13 +281,13 @@ def _description(
     """What decides every run's result besides its own settings."""
     return {
         "format": VERSION,
-        "model": config.model,
+        "model": without_secrets(config.model),
         "identity": asdict(base.identity),
-        "cache": config.cache,
+        "cache": without_secrets(config.cache),
         "contents": cache.contents_checksum,
         "data": data_fingerprint(samples),
         "data_sets": digests_of(cache) if config.data is None else None,
-        **{name: getattr(config, name) for name in texts},
+        **{name: without_secrets(getattr(config, name)) for name in texts},
         "texts": {name: data_fingerprint(text) for name, text in texts.items()},
         "pairing": config.common.pairing.plain(),
         "probe_top_k": config.probe.top_k(base.identity.vocab_size),
@@ -328,7 +333,10 @@ def _stored(out: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = CheckedJson.of(path, "It is not what `logitcache sweep` wrote. Restore the file, or choose another --out.")
-    found.parts("runs")
+    for run in found.parts("runs"):
+        name = run.text("name")
+        if Path(name).name != name or run.text("method") != one_line(run.text("method"), MAX_METHOD):
+            raise run.wrong("name", "the name of a folder, and of a method")
     return found.values
 
 

@@ -22,6 +22,7 @@ from logitcache.models.quantization import quantization_of
 from logitcache.pairing.targets import digests_of
 from logitcache.storage import sample_id
 from logitcache.storage.identity import digest, digest_json
+from logitcache.storage.plain_text import without_secrets
 
 from .job import Job
 
@@ -32,7 +33,7 @@ def describe(job: Job) -> dict[str, Any]:
     """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
     base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
     return {
-        "model": {"name": base.source.name, **asdict(base.identity)},
+        "model": {"name": without_secrets(base.source.name), **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
         "data": {
             "num_samples": len(samples),

@@ -30,6 +30,7 @@ from transformers import (
 
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
+from logitcache.adapters.saved_files import FILES
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InputNotFound
@@ -45,6 +46,7 @@ from logitcache.pairing.samples import samples_for
 from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
+from logitcache.storage.plain_text import shown
 
 from . import run_folder
 from .description import describe
@@ -269,8 +271,14 @@ def trainer_arguments(
 
 
 def _report_of(result: dict[str, Any]) -> TrainReport:
-    step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
-    return TrainReport(**{**result, "step_zero": step_zero})
+    try:
+        step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
+        return TrainReport(**{**result, "step_zero": step_zero})
+    except (KeyError, TypeError) as error:
+        raise TrainingFailed(
+            "reading what a finished run came to: expected what `logitcache train` wrote, found "
+            f"{shown(result)}. Restore its {FILES} from a copy, or train again with another --out."
+        ) from error
 
 
 def _peak_memory(devices: Sequence[torch.device]) -> int:

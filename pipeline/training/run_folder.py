@@ -132,8 +132,11 @@ def look(out: Path, description: Json) -> Found:
     if not (out / FILES).exists() and (run or {}).get("status") != "finished":
         return _to_go_on(out, description, said)
     fault = fault_of(out)
+    about = about_of(out) or {}
+    if fault is None and not all(isinstance(about.get(name), dict) for name in ("run", "result")):
+        fault = f"{FILES} does not say what came out"
     if fault is None:
-        return Found(result=(about_of(out) or {})["result"], said=tuple(said))
+        return Found(result=about["result"], said=tuple(said))
     found = _to_go_on(out, description, [*said, f"The finished run is damaged: {fault}."])
     if found.checkpoint is None:
         raise TrainingFailed(
@@ -248,7 +251,7 @@ def _to_go_on(out: Path, description: Json, said: Sequence[str]) -> Found:
     told, checkpoints = list(said), _checkpoints(out)
     for path in checkpoints:
         fault = fault_of(path)
-        if fault is None and _differs(description, (about_of(path) or {})["run"]):
+        if fault is None and _differs(description, (about_of(path) or {}).get("run") or {}):
             fault = "it is of another run"
         if fault is None:
             return Found(path, said=(*told, f"Going on from {path.name}."))
@@ -261,7 +264,7 @@ def _recorded(out: Path) -> Json | None:
     """The description that the newest list keeps; None where there is no list that can be read."""
     for folder in (out, *_checkpoints(out), out / CHECKPOINTS / START):
         about = about_of(folder)
-        if about is not None:
+        if about is not None and isinstance(about.get("run"), dict):
             run: Json = about["run"]
             return run
     return None

@@ -88,7 +88,7 @@ def test_other_positions_are_no_comparison() -> None:
 
 
 def calibration(dtype: str = "float32", rounding: float = 0.0, **found: float) -> Calibration:
-    identity = ModelIdentity("w", "c", 260, dtype, "vllm")
+    identity = ModelIdentity("a" * 32, "c" * 32, 260, dtype, "vllm")
     same: dict[str, Any] = dict.fromkeys(Differences.__dataclass_fields__, 0.0)
     same |= {"num_samples": 10, "num_positions": 1000, "mean_overlap": 1.0} | found
     engine, reference = Run("vllm", "0.33.0", identity), Run("transformers", "5", replace(identity, dtype="float32"))

@@ -304,7 +304,7 @@ def test_cache_says_where_its_tail_is_from_and_trains(
 @pytest.mark.parametrize("more", [{"num_tail_samples": 4}, {"num_tail_groups": 2, "tail_partition": "0" * 32}])
 def test_neither_groups_nor_draws_of_such_a_tail(more: dict[str, Any]) -> None:
     capture = CaptureIdentity(8, 100, tail_from_remainder=True, **more)
-    manifest = Manifest("zarr", ModelIdentity("w", "{}", 260, "float32", "vllm"), None, capture, "", {})
+    manifest = Manifest("zarr", ModelIdentity("a" * 32, "{}", 260, "float32", "vllm"), None, capture, "", {})
     data = to_bytes(replace(manifest, reader_features=features_of(capture)))
     with pytest.raises(CorruptCache, match="neither groups of such a tail nor draws"):
         from_bytes(Manifest, data, "here")
@@ -319,7 +319,9 @@ def test_tails_that_vllm_cannot_give_are_refused() -> None:
 
 def test_field_is_not_written_where_it_is_false() -> None:
     """So the bytes of other caches are what they were."""
-    manifest = Manifest("zarr", ModelIdentity("w", "{}", 260, "float32", "sdpa"), None, CaptureIdentity(8, 100), "", {})
+    manifest = Manifest(
+        "zarr", ModelIdentity("a" * 32, "{}", 260, "float32", "sdpa"), None, CaptureIdentity(8, 100), "", {}
+    )
     assert b"tail_from_remainder" not in to_bytes(manifest)
     stated = replace(manifest, capture=replace(manifest.capture, tail_from_remainder=True))
     for odd in (stated, replace(manifest, reader_features=("tail-from-remainder",))):

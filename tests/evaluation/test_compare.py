@@ -51,7 +51,7 @@ def make_samples(count: int = 7, seed: int = 0) -> list[Sample]:
 def make_cache(
     path: Path, samples: Sequence[Sample], top_k: int, precision: str = "exact", model: Any = None, **more: Any
 ) -> LogitCache:
-    identity = ModelIdentity("weights", "{}", V, "float32", "sdpa")
+    identity = ModelIdentity("a" * 32, "{}", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), model or make_model(), identity)
     settings = CaptureSettings(top_k=top_k, max_length=64, precision=precision, **more)
     precompute(base, samples, path, settings)
@@ -172,7 +172,7 @@ def test_a_small_cache_is_the_bucket_and_a_lower_bound(tmp_path: Path, more: dic
 
 
 def make_grouped_cache(path: Path, samples: Sequence[Sample], top_k: int) -> LogitCache:
-    identity = ModelIdentity("weights", "{}", V, "float32", "sdpa")
+    identity = ModelIdentity("a" * 32, "{}", V, "float32", "sdpa")
     base = Base(Source("tiny", Path("tiny")), make_model(), identity)
     settings = CaptureSettings(top_k=top_k, max_length=64, precision="exact", tail_groups=4)
     precompute(base, samples, path, settings)

@@ -169,3 +169,12 @@ def test_a_licence_is_an_identifier(text: str, tmp_path: Path, hub: Hub) -> None
     cache = write_cache(tmp_path / "cache", "arrow", SHARDS)
     assert "expected an identifier" in refused(2, "push", cache, REPO, "--model-license", text)
     assert hub.requests == []
+
+
+def test_the_card_in_the_folder_of_a_cache_is_not_trusted(cache: Path, hub: Hub) -> None:
+    """Whoever the cache was pulled from wrote it: a licence that it states is not passed on."""
+    front = "logitcache: {model_license: [mit], data_license: [cc0-1.0]}"
+    (cache / "README.md").write_text(f"---\n{front}\n---\n# Of a stranger\n", encoding="utf-8")
+    done("push", cache, REPO)
+    said = hub.files(REPO)["README.md"].decode()
+    assert "mit" not in card_of(hub).data.license and "cc0-1.0" not in said and "Of a stranger" not in said

@@ -28,6 +28,7 @@ from logitcache.models.loading import Base, Source, tokenizer_identity
 from logitcache.pairing.identity_checks import PairingRules, check_identity, check_tokens
 from logitcache.pairing.vocab_cut import VocabCut, cut_columns
 from logitcache.storage import IdentityMismatch, LogitCache, ModelIdentity
+from logitcache.storage.identity import digest
 from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.full_weights import unfreeze
 from logitcache.training.run import TrainSettings, trainer_arguments
@@ -57,10 +58,10 @@ def student_of(vocab_size: int = V, **config: Any) -> Any:
     return unfreeze(make_model(seed=0, vocab_size=vocab_size, **config))
 
 
-def base_of(model: Any, weights: str = "teacher") -> Base:
+def base_of(model: Any, name: str = "teacher") -> Base:
     width = model.get_output_embeddings().weight.shape[0]
-    config = f'{{"model_type":"{weights}"}}'
-    return Base(Source(weights, Path(weights)), model, ModelIdentity(weights, config, width, "float32", "sdpa"))
+    weights, config = digest(name.encode()), f'{{"model_type":"{name}"}}'
+    return Base(Source(name, Path(name)), model, ModelIdentity(weights, config, width, "float32", "sdpa"))
 
 
 def cache_of(path: Path, teacher: Any, kept: Kept, precision: str = "exact", tokenizer: Any = None) -> LogitCache:

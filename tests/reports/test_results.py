@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.cli_harness import edit_sealed
-from support.sweep_folders import write_sweep
+from support.sweep_folders import Method, write_sweep
 
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import line_of
@@ -212,3 +212,12 @@ def test_csv_keeps_any_text(folder: Path, tmp_path: Path) -> None:
     write_csv(read_sweep(folder), tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as f:
         assert [row["error"] for row in csv.DictReader(f) if row["error"]] == [" ".join(said.split())]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@x", " =1"])
+def test_text_is_no_formula_and_numbers_stay_numbers(tmp_path: Path, name: str) -> None:
+    write_sweep(tmp_path, [Method(name.strip(), {}, -0.5, -0.1)], lrs=(1e-3,), seeds=(0,))
+    write_csv(read_sweep(tmp_path), tmp_path / "results.csv")
+    (row,) = csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines())
+    assert row["method"] == f"'{name.strip()}"
+    assert float(row["learning_nats"]) < 0 and float(row["forgetting_nats"]) < 0

@@ -22,9 +22,10 @@ from logitcache.errors import InvalidData, InvalidSettings, PipelineError
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
-from logitcache.settings import Setting, Settings, line_settings, load_yaml, option, settings_of
+from logitcache.settings import Setting, Settings, line_settings, option, settings_of
 from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings, make_config
 from logitcache.training.settings import PenaltySettings, RunSettings, TrainSettings, run_settings
+from logitcache.yaml_files import load_yaml
 
 CLASSES: tuple[type[Settings], ...] = (
     *(TrainSettings, PenaltySettings, AdapterSettings, Objective, PairingRules, LoadSettings, CaptureSettings),

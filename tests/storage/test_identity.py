@@ -78,7 +78,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
     assert tokenizer is not None
     return {
         "store": replace(base, store="arrow" if store == "zarr" else "zarr"),
-        "model.weights": replace(base, model=replace(model, weights="x" * 32)),
+        "model.weights": replace(base, model=replace(model, weights="0" * 32)),
         "model.config": replace(base, model=replace(model, config='{"model_type":"other"}')),
         "model.vocab_size": replace(base, model=replace(model, vocab_size=VOCAB + 1)),
         "model.dtype": replace(base, model=replace(model, dtype="float32")),
@@ -86,7 +86,7 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "model.quantization": quantized(base),
         "model.tf32": replace(base, model=replace(model, tf32=True)),
         "tokenizer": replace(base, tokenizer=None),
-        "tokenizer.fingerprint": replace(base, tokenizer=replace(tokenizer, fingerprint="x" * 32)),
+        "tokenizer.fingerprint": replace(base, tokenizer=replace(tokenizer, fingerprint="0" * 32)),
         "capture.top_k": replace(base, capture=replace(base.capture, top_k=TOP_K + 1)),
         "capture.max_length": replace(base, capture=replace(base.capture, max_length=4097)),
         "capture.min_mass": replace(base, capture=replace(base.capture, min_mass=0.5)),

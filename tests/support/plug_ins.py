@@ -136,6 +136,6 @@ def make_exact_cache(path: Path, model: Any, samples: Sequence[Sample]) -> Logit
     """Every alternative in float32, so that nothing is left for the tail."""
     vocab_size = model.config.vocab_size
     settings = CaptureSettings(top_k=vocab_size - 1, max_length=64, precision="exact")
-    base = Base(Source("tiny", path), model, ModelIdentity("weights", "{}", vocab_size, "float32", "sdpa"))
+    base = Base(Source("tiny", path), model, ModelIdentity("a" * 32, "{}", vocab_size, "float32", "sdpa"))
     precompute(base, samples, path, settings)
     return LogitCache.open(path)

@@ -164,7 +164,7 @@ def lacks(message: str, path: Path) -> dict[str, str]:
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 
-def manifest_for(store: str, precision: str = "exact", groups: bool = False, weights: str = "w" * 32) -> Manifest:
+def manifest_for(store: str, precision: str = "exact", groups: bool = False, weights: str = "a" * 32) -> Manifest:
     capture = CaptureIdentity(
         top_k=TOP_K,
         max_length=4096,

@@ -65,8 +65,8 @@ def make_manifest(
     features["tail-from-remainder"] = tail_from_remainder
     return Manifest(
         store=store,
-        model=ModelIdentity("w" * 32, '{"model_type":"test"}', vocab_size, "bfloat16", "sdpa"),
-        tokenizer=TokenizerIdentity("t" * 32),
+        model=ModelIdentity("a" * 32, '{"model_type":"test"}', vocab_size, "bfloat16", "sdpa"),
+        tokenizer=TokenizerIdentity("7" * 32),
         capture=CaptureIdentity(
             top_k=top_k,
             max_length=4096,

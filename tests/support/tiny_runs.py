@@ -28,7 +28,7 @@ V = 260
 
 def make_base() -> Base:
     """The tiny base as `load_base` would give it."""
-    identity = ModelIdentity("weights", "{}", V, "float32", "sdpa")
+    identity = ModelIdentity("a" * 32, "{}", V, "float32", "sdpa")
     return Base(Source("tiny", Path("tiny")), make_model(), identity)
 
 
