@@ -1,7 +1,7 @@
 """Read every byte of a cache and say which shards and samples are bad; drop what is bad.
 
-Owns the full check; `LogitCache` checks the same things for what it reads. What a symbolic link keeps from being read
-is not bad: it is named, and `repair` changes nothing while there is one.
+Owns the full check, of which `shard_check` has the shards; `LogitCache` checks the same things for what it reads. What
+a symbolic link keeps from being read is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,11 @@ from .cache import read_commit, read_contents, read_manifest, read_token_groups
 from .encoding import SampleTable
 from .errors import CorruptCache, LinkRefused
 from .files import Files, open_files
-from .identity import sample_id
 from .index import SampleIndex, index_file
 from .job_status import record_names
-from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_index, shard_path
+from .layout import CONTENTS, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_index
 from .manifest import Contents, Manifest, ShardCommit, read_json
-from .shard import OpenShard
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something bad."""
-
-    #: "": none in particular.
-    shard: str
-    #: None: the whole shard.
-    sample: str | None
-    #: What is wrong, in words.
-    what: str
-    #: That of the error that a reader gets, `corrupt` or `link-refused`.
-    reason: str = CorruptCache.reason
+from .shard_check import Problem, check_shard
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def verify(path: str | Path) -> VerifyReport:
         try:
             commit = read_commit(files, contents, number)
             commits.append(commit)
-            found, table = _verify_shard(files, manifest, commit)
+            found, table = check_shard(files, manifest, commit)
             problems += found
         except CorruptCache as error:
             problems.append(Problem(entry.unit, None, error.fact))
@@ -125,7 +110,7 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     for unit in commit_units(files.names(SHARDS)):
         try:
             commit = read_json(ShardCommit, files, commit_path(unit))
-            problems, table = _verify_shard(files, manifest, commit)
+            problems, table = check_shard(files, manifest, commit)
             if commit.unit == unit and not problems:
                 tables[unit] = table
                 continue
@@ -180,29 +165,3 @@ def _verify_index(files: Files, contents: Contents, tables: list[SampleTable | N
     if len(readable) == len(tables) and index_file(readable)[0] != contents.index:
         return [Problem("", None, f"{contents.index.name} is not the index of these shards")]
     return []
-
-
-def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:
-    try:
-        shard = OpenShard(files, manifest, commit, shard_path(commit.folder))
-    except CorruptCache as error:
-        return [Problem(commit.unit, None, error.fact)], None
-    problems = []
-    for file in commit.files:
-        try:
-            shard.files.file(file.name)
-        except CorruptCache as error:
-            problems.append(Problem(commit.unit, None, error.fact))
-    try:
-        table = shard.table()
-    except CorruptCache as error:
-        return [*problems, Problem(commit.unit, None, error.fact)], None
-    for row, place in enumerate(table.places()):
-        name = bytes(table.sample_ids[row])
-        if sample_id(table.token_ids[place.tokens]) != name:
-            problems.append(Problem(commit.unit, name.hex(), "the tokens are not those of the sample id"))
-        try:
-            shard.record(shard.columns([place]), shard.samples([place]))
-        except CorruptCache as error:
-            problems.append(Problem(commit.unit, name.hex(), error.fact))
-    return problems, table

@@ -29,7 +29,8 @@ STORAGE_ROOMS = {
     "arrow_backend": {"arrow_sizes", "backend", "encoding", "identity", "manifest"},
     "shard": {"arrow_backend", "backend", "encoding", "errors", "files", "manifest", "records", "zarr_backend"},
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
-    "cache": {"backend", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
+    "prefixes": set(),
+    "cache": {"backend", "errors", "files", "identity", "index", "layout", "manifest", "prefixes", "records", "shard"},
     "captured_index": {"encoding", "identity"},
     "job_status": {"cache", "errors", "files", "layout", "manifest"},
     "writer": {
@@ -46,9 +47,8 @@ STORAGE_ROOMS = {
         "records",
         "shard",
     },
-    "verify": {
-        *("cache", "encoding", "errors", "files", "identity", "index", "job_status", "layout", "manifest", "shard"),
-    },
+    "shard_check": {"backend", "encoding", "errors", "files", "identity", "layout", "manifest", "shard"},
+    "verify": {"cache", "encoding", "errors", "files", "index", "job_status", "layout", "manifest", "shard_check"},
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
