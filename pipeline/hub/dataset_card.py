@@ -14,6 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load
 
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.identity import config_fingerprint, weights_fingerprint
+from logitcache.storage.model_check import read_model_check
 
 UNKNOWN = "unknown: ask who made it"
 CARD = "README.md"
@@ -158,6 +159,10 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         ("checksum of the contents", f"`{cache.contents_checksum}`"),
         ("format", f"version {manifest.format_version}, {manifest.store} store"),
     ]
+    check = read_model_check(cache)
+    if check is not None:
+        said = f"{check.sentence()}; of contents `{check.contents}` and model `{check.model}`"
+        rows.append(("captured again by the base", said))
     features = ", ".join(manifest.reader_features + manifest.writer_features)
     rows += [("features of the format", features)] if features else []
     made = ", ".join(f"{_one_line(k)} {_one_line(v)}" for k, v in sorted(manifest.created_with.items()))

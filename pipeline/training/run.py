@@ -57,6 +57,7 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.files import replace_file
 from logitcache.storage.identity import digest, digest_json
+from logitcache.storage.model_check import read_model_check
 from logitcache.training import run_folder
 
 from .full_weights import computes_in_bfloat16, save_whole, unfreeze
@@ -457,6 +458,7 @@ def _describe(job: _Job) -> dict[str, Any]:
     return {
         "model": {"name": base.source.name, **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
+        "against_model": _describe_check(cache),
         "data": {
             "num_samples": len(samples),
             "num_tokens": sum(len(s.token_ids) for s in samples),
@@ -472,6 +474,12 @@ def _describe(job: _Job) -> dict[str, Any]:
         "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
+
+
+def _describe_check(cache: LogitCache | None) -> dict[str, Any] | None:
+    """What `verify --against-model` found of these very contents, where it was asked."""
+    check = None if cache is None else read_model_check(cache)
+    return None if check is None else {"within": check.is_within, "ratio": check.ratio, **asdict(check)}
 
 
 def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:

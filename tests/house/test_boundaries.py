@@ -49,6 +49,7 @@ STORAGE_ROOMS = {
     },
     "shard_check": {"backend", "encoding", "errors", "files", "identity", "layout", "manifest", "shard"},
     "verify": {"cache", "encoding", "errors", "files", "index", "job_status", "layout", "manifest", "shard_check"},
+    "model_check": {"cache", "errors", "files", "identity", "layout", "manifest"},
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",
