@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
-from logitcache.capture.settings import CaptureSettings, JobSpec, VllmSettings
+from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
@@ -21,7 +21,7 @@ from logitcache.training.settings import PenaltySettings, RunSettings, TrainSett
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
     *(Objective, PenaltySettings, AdapterSettings, TrainSettings, PairingRules, LoadSettings, RunSettings),
-    *(CaptureSettings, JobSpec, VllmSettings, NullSpaceSettings, ProbeSettings),
+    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, ProbeSettings),
 )
 
 HEAD = """# Reference

@@ -30,6 +30,9 @@ _SLACK = 2**16
 _ONE_THREAD = pa.ipc.IpcReadOptions(use_threads=False)
 """For a batch of this size threads cost more than they save."""
 
+_ONLY_TOKENS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=[1])
+"""Unpacks the buffers of one column of `samples.arrow`, which is most of the time that its small batches take."""
+
 _SAMPLES_SCHEMA = pa.schema(
     {
         "sample_id": pa.binary(16),
@@ -69,8 +72,7 @@ class ArrowReader:
         self._sample_bytes = 4 * (commit.num_tokens + commit.num_positions) + _SLACK
 
     def table(self) -> SampleTable:
-        num_blocks = -(-self._files.commit.num_samples // SAMPLES_PER_BLOCK)
-        samples = pa.Table.from_batches(self._sample_batches(range(num_blocks)), _SAMPLES_SCHEMA).combine_chunks()
+        samples = pa.Table.from_batches(self._all_samples(), _SAMPLES_SCHEMA).combine_chunks()
         tokens, positions = (samples[name].combine_chunks() for name in ("token_ids", "positions"))
         ids = b"".join(samples["sample_id"].to_pylist())
         return SampleTable(
@@ -81,6 +83,10 @@ class ArrowReader:
             token_ids=tokens.flatten().to_numpy(),
             positions=positions.flatten().to_numpy(),
         )
+
+    def token_ids(self) -> NDArray[np.uint32]:
+        lists = [batch.column("token_ids").flatten().to_numpy() for batch in self._all_samples(_ONLY_TOKENS)]
+        return np.concatenate(lists)
 
     def samples(self, places: Sequence[SamplePlace]) -> list[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
         wanted = sorted({p.row // SAMPLES_PER_BLOCK for p in places})
@@ -112,33 +118,50 @@ class ArrowReader:
             found |= {column: round(sizes[name] * size / total) for column, size in alone.items()}
         return found
 
-    def _sample_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
+    def _all_samples(self, options: pa.ipc.IpcReadOptions = _ONE_THREAD) -> list[pa.RecordBatch]:
+        return self._sample_batches(range(-(-self._files.commit.num_samples // SAMPLES_PER_BLOCK)), options)
+
+    def _sample_batches(
+        self, wanted: Sequence[int], options: pa.ipc.IpcReadOptions = _ONE_THREAD
+    ) -> list[pa.RecordBatch]:
         parts = self._files.blocks(SAMPLES, SAMPLES, list(wanted))
         rows = [min(SAMPLES_PER_BLOCK, self._files.commit.num_samples - i * SAMPLES_PER_BLOCK) for i in wanted]
-        return [self._decode(d, _SAMPLES_SCHEMA, n, self._sample_bytes) for d, n in zip(parts, rows, strict=True)]
+        return self._decode(parts, _SAMPLES_SCHEMA, rows, self._sample_bytes, options)
 
     def _row_batches(self, wanted: Sequence[int]) -> list[pa.RecordBatch]:
         parts = self._files.blocks(LOGPROBS, LOGPROBS, list(wanted))
         rows = [min(self._rows, self._files.commit.num_positions - i * self._rows) for i in wanted]
-        return [self._decode(d, self._schema, n, self._row_bytes) for d, n in zip(parts, rows, strict=True)]
+        return self._decode(parts, self._schema, rows, self._row_bytes)
 
-    def _decode(self, data: bytes, schema: pa.Schema, num_rows: int, most: int) -> pa.RecordBatch:
+    def _decode(
+        self,
+        parts: Sequence[bytes],
+        schema: pa.Schema,
+        num_rows: Sequence[int],
+        most: int,
+        options: pa.ipc.IpcReadOptions = _ONE_THREAD,
+    ) -> list[pa.RecordBatch]:
+        """Record batches of so many rows each, as one stream: opening one for each takes longer than reading it."""
+        batches = []
         try:
-            check_sizes(data, _num_buffers(schema), most)
-            with pa.ipc.open_stream(_schema_message(schema) + data, options=_ONE_THREAD) as stream:
-                batch = stream.read_next_batch()
-            batch.validate(full=True)
-            _check_batch(batch, schema, num_rows)
+            for data in parts:
+                check_sizes(data, _num_buffers(schema), most)
+            with pa.ipc.open_stream(b"".join([_schema_message(schema), *parts]), options=options) as stream:
+                for rows in num_rows:
+                    batch = stream.read_next_batch()
+                    batch.validate(full=True)
+                    _check_batch(batch, rows)
+                    batches.append(batch)
         except (pa.ArrowException, ValueError, OSError, StopIteration, MemoryError) as error:
             raise corrupt(self._files.where, f"a record batch is not as the manifest says ({error})") from error
-        return batch
+        return batches
 
 
-def _check_batch(batch: pa.RecordBatch, schema: pa.Schema, num_rows: int) -> None:
+def _check_batch(batch: pa.RecordBatch, num_rows: int) -> None:
     """Raise ValueError unless a batch has the rows, the widths and the values that it must have."""
     if batch.num_rows != num_rows:
         raise ValueError(f"expected {num_rows} rows, found {batch.num_rows}")
-    for field, column in zip(schema, batch.columns, strict=True):
+    for field, column in zip(batch.schema, batch.columns, strict=True):
         values = column.values if hasattr(column, "values") else column
         if column.null_count or values.null_count:
             raise ValueError(f"{field.name} has nulls")

@@ -6,17 +6,21 @@ the Arrow format specifies it (Message.fbs, a flatbuffer).
 
 import struct
 
-_MESSAGE_HEADER, _RECORD_BATCH_BUFFERS = 2, 2
+_MESSAGE_HEADER, _MESSAGE_BODY_LENGTH, _RECORD_BATCH_BUFFERS = 2, 3, 2
 
 
 def check_sizes(data: bytes, num_buffers: int, most: int) -> None:
-    """Raise ValueError unless an encapsulated record batch has so many buffers, which state `most` bytes at most."""
+    """Raise ValueError unless this is one encapsulated record batch, and nothing else, of so many buffers, which state
+    `most` bytes at most."""
     try:
         marker, metadata_length = struct.unpack_from("<Ii", data)
         if marker != 0xFFFFFFFF:
             raise ValueError("it does not begin as an Arrow message")
         body = 8 + metadata_length
         message = 8 + struct.unpack_from("<I", data, 8)[0]
+        (body_length,) = struct.unpack_from("<q", data, _field(data, message, _MESSAGE_BODY_LENGTH))
+        if body + body_length != len(data):
+            raise ValueError(f"it is {len(data)} bytes, and says that it is {body + body_length}")
         header = _indirect(data, _field(data, message, _MESSAGE_HEADER))
         vector = _indirect(data, _field(data, header, _RECORD_BATCH_BUFFERS))
         (count,) = struct.unpack_from("<I", data, vector)

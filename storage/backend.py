@@ -16,7 +16,7 @@ from .encoding import Columns, SamplePlace, SampleTable
 from .errors import CorruptCache
 from .files import Files, how_missing
 from .identity import CaptureIdentity, digest
-from .manifest import Block, ShardCommit
+from .manifest import Block, ShardCommit, StoredFile
 
 ROWS_PER_BLOCK, ENTRIES_PER_BLOCK = 256, 2**20
 """Positions in one compressed block, which is what is read at least; fewer where K + M is in the thousands."""
@@ -37,6 +37,10 @@ class ShardReader(Protocol):
 
     def table(self) -> SampleTable:
         """The samples of the shard."""
+        ...
+
+    def token_ids(self) -> NDArray[np.uint32]:
+        """The tokens of all samples, one after the other: of the table what a search by tokens needs."""
         ...
 
     def samples(self, places: Sequence[SamplePlace]) -> list[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
@@ -90,16 +94,30 @@ class ShardFiles:
 
     def file(self, name: str) -> bytes:
         """A whole file, compared with its committed checksum."""
-        expected = next((f for f in self.commit.files if f.name == name), None)
-        if expected is None:
-            raise corrupt(f"{self.where}/{name}", "the file is not part of the commit")
-        data = self._reading(name, lambda: self._files.read(self._prefix + name, expected.size))
+        data = self.whole(name)
+        self.compare(name, data)
+        return data
+
+    def whole(self, name: str) -> bytes:
+        """A whole file, not compared; of one that is longer than was committed, a byte more than that."""
+        size = self._committed(name).size
+        return self._reading(name, lambda: self._files.read(self._prefix + name, size))
+
+    def compare(self, name: str, data: bytes) -> None:
+        """Raise `CorruptCache` unless this is the committed content of a file."""
+        expected = self._committed(name)
         if len(data) != expected.size:
             found = "more" if len(data) > expected.size else str(len(data))
             raise corrupt(f"{self.where}/{name}", f"expected {expected.size} bytes, found {found}")
-        if digest(data) != expected.checksum:
-            raise corrupt(f"{self.where}/{name}", f"expected checksum {expected.checksum}, found {digest(data)}")
-        return data
+        checksum = digest(data)
+        if checksum != expected.checksum:
+            raise corrupt(f"{self.where}/{name}", f"expected checksum {expected.checksum}, found {checksum}")
+
+    def _committed(self, name: str) -> StoredFile:
+        found = next((f for f in self.commit.files if f.name == name), None)
+        if found is None:
+            raise corrupt(f"{self.where}/{name}", "the file is not part of the commit")
+        return found
 
     def check_blocks(self, counts: Mapping[str, int]) -> None:
         """That every stream has as many blocks as the counts of the commit need, before anything of their size is."""

@@ -3,13 +3,14 @@
 Owns the way from content to record. Every answer is checked on the way out: the tokens of a hit are compared one by
 one, the bytes with their checksums, the rows with their invariants. Must not write.
 Trade-off: the index is read at open (32 bytes a sample), everything else on lookup; only a miss, or a prefix, reads the
-tokens of the whole cache, once (4 bytes a token in memory).
+tokens of the whole cache, once (4 bytes a token in memory). Threads need no lock, which a fork could leave held: what
+is kept for later is put in place whole, by whoever was last.
 """
 
-from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby, islice, takewhile
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .manifest import (
     read_bytes,
     read_json,
 )
+from .prefixes import Prefixes
 from .records import BaseLogprobs, CachedSample, narrow, unite
 from .shard import OpenShard, StoredSample, checked_record
 
@@ -44,7 +46,8 @@ SAMPLES_A_READ = 64
 
 
 class LogitCache:
-    """A finished cache, open for reading. Safe to use in forked and spawned processes.
+    """A finished cache, open for reading. One may be used by several threads at once, and in forked and spawned
+    processes.
 
     >>> cache = LogitCache.open("cache/")                      # doctest: +SKIP
     >>> record = cache.lookup(token_ids)                       # doctest: +SKIP
@@ -53,8 +56,8 @@ class LogitCache:
     def __init__(self, files: Files, manifest: Manifest, contents: Contents, index: SampleIndex) -> None:
         self.path, self.manifest = files.root, manifest
         self._files, self._contents, self._index = files, contents, index
-        self._open: dict[int, OpenShard] = {}
-        self._sorted: list[tuple[bytes, int]] | None = None
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._prefixes: Prefixes | None = None
         self._token_groups: NDArray[np.uint8] | None = None
 
     @classmethod
@@ -76,7 +79,7 @@ class LogitCache:
                 contents = newer
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_sorted": None, "_token_groups": None}
+        return self.__dict__ | {"_open": OrderedDict(), "_prefixes": None, "_token_groups": None}
 
     def __len__(self) -> int:
         """Number of different samples."""
@@ -142,6 +145,10 @@ class LogitCache:
     def is_captured_again(self, key: bytes) -> bool:
         """Whether the sample of this id stands in the cache more than once, with other positions or the same."""
         return len(self._index.find(key)) > 1
+
+    def sample_id(self, index: int) -> bytes:
+        """The id of the sample with this index, without reading it."""
+        return self._index.sample_id(int(self._index.distinct[index]))
 
     def sample(self, index: int) -> CachedSample:
         """The sample with this index, 0 to len - 1, in an order that the contents fix."""
@@ -252,9 +259,9 @@ class LogitCache:
             if found != (commit.num_samples, commit.num_positions, commit.num_tokens):
                 raise corrupt(f"{self.path}/{self._contents.index.name}", "its counts are not those of the shards")
             shard = OpenShard(self._files, self.manifest, commit, shard_path(commit.folder))
-            while len(self._open) >= MAX_OPEN_SHARDS:
-                self._open.pop(next(iter(self._open)))
             self._open[number] = shard
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
         return shard
 
     def _by_shard(self, numbers: Sequence[int]) -> Iterator[tuple[OpenShard, list[int]]]:
@@ -349,20 +356,23 @@ class LogitCache:
         return sorted(number for captures in samples for number in captures)
 
     def _find_prefix(self, tokens: NDArray[np.uint32]) -> list[int]:
-        """All cached samples that start with these tokens: in lexicographic order they follow one another."""
-        if self._sorted is None:
-            keys = (_sort_key(stored.token_ids) for stored in self.stored_samples())
-            self._sorted = sorted(zip(keys, self._index.distinct.tolist(), strict=True))
-        if not self._sorted:
+        """The first captures of all cached samples that start with these tokens."""
+        prefixes = self._prefixes
+        if prefixes is None:
+            prefixes = self._prefixes = self._all_prefixes()
+        if not len(prefixes):
             raise SampleNotCached(f"looking up a sample of {len(tokens)} tokens in {self.path}: it holds no samples.")
-        wanted = _sort_key(tokens)
-        at = bisect_left(self._sorted, wanted, key=lambda entry: entry[0])
-        matches = [number for _, number in takewhile(lambda e: e[0].startswith(wanted), self._sorted[at:])]
+        matches = prefixes.starting_with(tokens)
         if matches:
-            return matches
-        key, number = max(self._sorted[max(at - 1, 0) : at + 1], key=lambda entry: _common(entry[0], wanted))
-        shared = _common(key, wanted)
-        raise SampleNotCached(self._departure(tokens, shared, number))
+            return [int(self._index.distinct[place]) for place in matches]
+        place, shared = prefixes.nearest(tokens)
+        raise SampleNotCached(self._departure(tokens, shared, int(self._index.distinct[place])))
+
+    def _all_prefixes(self) -> Prefixes:
+        """Reads the tokens of every shard."""
+        parts = [shard.token_ids() for shard in self.shards()]
+        token_ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+        return Prefixes(token_ids, *self._index.tokens_of_distinct())
 
     def _departure(self, tokens: NDArray[np.uint32], shared: int, number: int) -> str:
         nearest = self._stored([number])[number].token_ids
@@ -493,16 +503,3 @@ def _as_tokens(token_ids: NDArray[np.integer]) -> NDArray[np.uint32]:
     if array.ndim != 1 or array.dtype.kind not in "iu" or np.any((array < 0) | (array >= 2**32)):
         raise ValueError(f"token_ids: expected a 1-D array of integers in [0, 2^32), found {array.dtype} {array.shape}")
     return array.astype(np.uint32)
-
-
-def _sort_key(tokens: NDArray[np.uint32]) -> bytes:
-    """Bytes whose order is the lexicographic order of the tokens."""
-    return tokens.astype(">u4").tobytes()
-
-
-def _common(a: bytes, b: bytes) -> int:
-    """Number of tokens two keys share at their start."""
-    n = min(len(a), len(b)) // 4
-    x, y = np.frombuffer(a, ">u4", count=n), np.frombuffer(b, ">u4", count=n)
-    differs = np.flatnonzero(x != y)
-    return int(differs[0]) if len(differs) else n

@@ -5,7 +5,6 @@ bounds, and the records data-<hash of the name>.json by which writers know the d
 whoever finalises last lists all that are there, as with shards. Must not know rows of data, nor the records of shards.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,13 +19,13 @@ from .identity import digest
 from .index import npy_header
 from .layout import data_file_name, data_record_name, is_data_record
 from .manifest import MAX_DATA_SET_NAME, DataSetEntry, StoredFile, read_json, to_bytes
+from .plain_text import one_line, without_secrets
 
 DTYPE = np.dtype([("sample_id", "<u8", (2,)), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
 """A run: positions of a sample that follow one another, and whether cross-entropy counts there (1) or not (0)."""
 
 Runs = NDArray[Any]
 
-_USER = re.compile(r"://[^/]*@")
 _TAG = 9
 """Characters of what tells apart two names that had to be made printable or short."""
 
@@ -69,15 +68,13 @@ class DataSet:
 
 
 def name_of(text: str) -> str:
-    """What a data set is called that was given as this path, URL or hub id: printable and bounded, without secrets.
-
-    A URL loses user and password, and what follows "?", where signatures stand.
-    """
-    plain = text if "://" not in text else _USER.sub("://", text).split("?", 1)[0]
-    shown = "".join(c if c.isprintable() else "?" for c in plain)
+    """What a data set is called that was given as this path, URL or hub id: on one line, bounded, without secrets."""
+    plain = without_secrets(text)
+    shown = one_line(plain)
     if shown == plain and 1 <= len(plain) <= MAX_DATA_SET_NAME:
         return plain
-    return f"{shown[-(MAX_DATA_SET_NAME - _TAG) :]}#{digest(plain.encode(errors='surrogatepass'))[: _TAG - 1]}"
+    tag = digest(plain.encode(errors="surrogatepass"))[: _TAG - 1]
+    return f"{shown[-(MAX_DATA_SET_NAME - _TAG) :].lstrip()}#{tag}"
 
 
 def runs_of(
@@ -216,7 +213,7 @@ def kept_apart(data_sets: Iterable[DataSet]) -> list[DataSet]:
         while name in kept and not np.array_equal(kept[name].runs, found.runs):
             number += 1
             suffix = f" ({number})"
-            name = found.name[: MAX_DATA_SET_NAME - len(suffix)] + suffix
+            name = found.name[: MAX_DATA_SET_NAME - len(suffix)].rstrip() + suffix
         kept[name] = DataSet(name, found.runs)
     return list(kept.values())
 

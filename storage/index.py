@@ -110,6 +110,11 @@ class SampleIndex:
         )
         return SamplePlace(number - first, tokens, positions)
 
+    def tokens_of_distinct(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the tokens of each different sample begin among those of all shards, and how many they are."""
+        starts = self._token_starts
+        return starts[self.distinct], starts[self.distinct + 1] - starts[self.distinct]
+
     def counts(self, shard: int) -> tuple[int, int, int]:
         """Samples, positions and tokens of a shard, for comparison with its commit."""
         first, last = self.first_rows[shard], self.first_rows[shard + 1]

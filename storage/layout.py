@@ -13,6 +13,9 @@ MANIFEST, CONTENTS, TOKEN_GROUPS, SHARDS = "manifest.json", "contents.json", "to
 LOCK = "writer.lock"
 """The writers' lock, on a local disk."""
 
+AGAINST_MODEL = "against-model.json"
+"""What `verify --against-model` found; it decides nothing."""
+
 UNFINISHED = ".new"
 """What the name of a file or folder ends in until it is whole."""
 

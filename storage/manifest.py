@@ -430,7 +430,7 @@ def _check_texts(manifest: Manifest) -> None:
     model, tokenizer = manifest.model, manifest.tokenizer
     fingerprints = {"model.weights": model.weights}
     if tokenizer is not None:
-        fingerprints |= {f"tokenizer.{name}": value for name, value in asdict(tokenizer).items()}
+        fingerprints["tokenizer.fingerprint"] = tokenizer.fingerprint
     if manifest.capture.tail_partition:
         fingerprints["capture.tail_partition"] = manifest.capture.tail_partition
     for name, value in fingerprints.items():

@@ -149,6 +149,14 @@ def narrow(record: BaseLogprobs, top_k: int, token_groups: NDArray[np.uint8] | N
     )
 
 
+def keep_first(
+    record: BaseLogprobs, num_kept: NDArray[np.integer], token_groups: NDArray[np.uint8] | None = None
+) -> BaseLogprobs:
+    """The record with the first so many alternatives of each row, [P]; what is dropped moves into the tail."""
+    dropped = np.arange(record.num_alternatives) >= num_kept[:, None]
+    return _into_tail(record, dropped, token_groups) if dropped.any() else record
+
+
 def _into_tail(
     record: BaseLogprobs, dropped: NDArray[np.bool_], token_groups: NDArray[np.uint8] | None
 ) -> BaseLogprobs:

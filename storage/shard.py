@@ -66,6 +66,13 @@ class OpenShard:
             return self.commit
         return replace(self.commit, identity=identity, unit=unit_id(identity, self.table()))
 
+    def token_ids(self) -> NDArray[np.uint32]:
+        """The tokens of all samples, one after the other, as many as the commit counts."""
+        token_ids = self.reader.token_ids()
+        if len(token_ids) != self.commit.num_tokens:
+            raise corrupt(self.files.where, f"it holds {len(token_ids)} tokens, its commit says otherwise")
+        return token_ids
+
     def samples(self, places: Sequence[SamplePlace]) -> list[StoredSample]:
         """Tokens and positions of these samples."""
         found = [self._stored(*pair) for pair in self.reader.samples(places)]
@@ -108,11 +115,20 @@ def unit_of(identity: str, sample_ids: bytes, num_positions: ArrayLike, position
 
 
 def checked_record(columns: Columns, samples: Sequence[StoredSample], manifest: Manifest, where: str) -> BaseLogprobs:
-    """Rows as they are stored -> a record whose rows are distributions. Raises `CorruptCache`."""
-    capture = manifest.capture
+    """`checked_rows` of these samples, one after the other."""
     positions = np.concatenate([s.positions for s in samples])
-    labels = np.concatenate([s.label_ids for s in samples])
-    record = decode(columns, positions, labels, capture)
+    return checked_rows(columns, positions, np.concatenate([s.label_ids for s in samples]), manifest, where)
+
+
+def checked_rows(
+    columns: Columns, positions: NDArray[np.int32], label_ids: NDArray[np.uint32], manifest: Manifest, where: str
+) -> BaseLogprobs:
+    """Rows as they are stored -> a record whose rows are distributions. Raises `CorruptCache`.
+
+    positions int32 [P], label_ids uint32 [P], of one sample or of several.
+    """
+    capture = manifest.capture
+    record = decode(columns, positions, label_ids, capture)
     precision = PRECISIONS[capture.precision]
     group_error = precision.max_group_error + precision.max_error if precision else 0.0
     draw_error = capture.max_error + 0.5 / precision.scalars if precision else 0.0

@@ -1,7 +1,7 @@
 """Read every byte of a cache and say which shards and samples are bad; drop what is bad.
 
-Owns the full check; `LogitCache` checks the same things for what it reads. What a symbolic link keeps from being read
-is not bad: it is named, and `repair` changes nothing while there is one.
+Owns the full check, of which `shard_check` has the shards; `LogitCache` checks the same things for what it reads. What
+a symbolic link keeps from being read is not bad: it is named, and `repair` changes nothing while there is one.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,36 +15,13 @@ from .data_sets import known_data_sets, read_data_set, record_name, record_of
 from .encoding import SampleTable
 from .errors import CorruptCache, IdentityMismatch, IncompleteCache, LinkRefused, NotACache
 from .files import Files, open_files
-from .identity import digest, sample_id
+from .identity import digest
 from .index import SampleIndex, index_file
 from .job_status import record_names
-from .layout import (
-    CONTENTS,
-    MANIFEST,
-    SHARDS,
-    TOKEN_GROUPS,
-    commit_path,
-    commit_units,
-    is_data_record,
-    shard_path,
-)
+from .layout import CONTENTS, MANIFEST, SHARDS, TOKEN_GROUPS, commit_path, commit_units, is_data_record
 from .leftovers import remove_leftovers
 from .manifest import Contents, DataSetEntry, Manifest, ShardCommit, read_bytes, read_json, to_bytes
-from .shard import OpenShard
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something bad."""
-
-    #: "": none in particular.
-    shard: str
-    #: None: the whole shard.
-    sample: str | None
-    #: What is wrong, in words.
-    what: str
-    #: That of the error that a reader gets, `corrupt` or `link-refused`.
-    reason: str = CorruptCache.reason
+from .shard_check import Problem, check_shard
 
 
 @dataclass(frozen=True)
@@ -109,7 +86,7 @@ def verify(path: str | Path) -> VerifyReport:
         try:
             commit = read_commit(files, identity, contents, number)
             commits.append(commit)
-            found, table = _verify_shard(files, manifest, commit)
+            found, table = check_shard(files, manifest, commit)
             problems += found
         except CorruptCache as error:
             problems.append(Problem(entry.unit, None, error.fact))
@@ -196,7 +173,7 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     for unit in units:
         try:
             commit, checksum = read_record(files, manifest.identity_digest, unit)
-            problems, table = _verify_shard(files, manifest, commit)
+            problems, table = check_shard(files, manifest, commit)
             if listed is not None and listed.get(unit) != checksum:
                 unlisted.add(unit)
             elif not problems:
@@ -362,29 +339,3 @@ def _bad_records(files: Files) -> list[str]:
             pass
         bad.append(name)
     return bad
-
-
-def _verify_shard(files: Files, manifest: Manifest, commit: ShardCommit) -> tuple[list[Problem], SampleTable | None]:
-    try:
-        shard = OpenShard(files, manifest, commit, shard_path(commit.folder))
-    except CorruptCache as error:
-        return [Problem(commit.unit, None, error.fact)], None
-    problems = []
-    for file in commit.files:
-        try:
-            shard.files.file(file.name)
-        except CorruptCache as error:
-            problems.append(Problem(commit.unit, None, error.fact))
-    try:
-        table = shard.table()
-    except CorruptCache as error:
-        return [*problems, Problem(commit.unit, None, error.fact)], None
-    for row, place in enumerate(table.places()):
-        name = bytes(table.sample_ids[row])
-        if sample_id(table.token_ids[place.tokens]) != name:
-            problems.append(Problem(commit.unit, name.hex(), "the tokens are not those of the sample id"))
-        try:
-            shard.record(shard.columns([place]), shard.samples([place]))
-        except CorruptCache as error:
-            problems.append(Problem(commit.unit, name.hex(), error.fact))
-    return problems, table

@@ -82,6 +82,9 @@ class ZarrReader:
         read["sample_ids"] = np.ascontiguousarray(read["sample_ids"]).view(np.uint8).reshape(-1, 16)
         return SampleTable(**read)
 
+    def token_ids(self) -> NDArray[np.uint32]:
+        return self._read(TABLE_COLUMNS[4], [slice(0, self._lengths["token_ids"])], _TABLE_BLOCK)
+
     def samples(self, places: Sequence[SamplePlace]) -> list[tuple[NDArray[np.uint32], NDArray[np.int32]]]:
         tokens, positions = [p.tokens for p in places], [p.positions for p in places]
         all_tokens = self._read(TABLE_COLUMNS[4], tokens, _TABLE_BLOCK)

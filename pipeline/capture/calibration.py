@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample, distinct
@@ -19,15 +18,13 @@ from logitcache.models.loading import Base
 from logitcache.models.same_base import base_differences, base_of
 from logitcache.pairing.identity_checks import check_identity
 from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
-from logitcache.storage.identity import differing
-from logitcache.storage.records import NO_TOKEN
+from logitcache.storage.identity import differing, digest
+from logitcache.storage.model_check import MIN_OVERLAP as MIN_OVERLAP
 
+from .differences import differences
 from .teacher import Teacher
 
 MIN_POSITIONS = 1000
-
-MIN_OVERLAP = 0.8
-"""Mean share of the kept alternatives that both engines keep: where they share nothing, nothing differs either."""
 
 ADVICE = "Nothing was cached. Run `logitcache calibrate` again."
 
@@ -123,23 +120,27 @@ def choose(samples: Sequence[Sample], num_positions: int, where: str) -> list[Sa
     return chosen
 
 
-def choose_cached(cache: LogitCache, num_positions: int) -> HeldRecords:
-    """Samples of a cache with at least so many positions in all, drawn at random with a fixed seed.
+def choose_cached(cache: LogitCache, num_positions: int, at_least: int | None = None) -> HeldRecords:
+    """Samples of a cache with so many positions in all or a few more, drawn by the content of sample and cache.
 
-    Raises `NotCalibrated` where it holds fewer, and what reading a cache raises.
+    So whoever changes a cache cannot know beforehand which of its samples will be looked at. at_least: positions, by
+    default as many as are asked for. Raises `NotCalibrated` where it holds fewer, and what reading a cache raises.
     """
+    contents = bytes.fromhex(cache.contents_checksum)
+    order = sorted(range(len(cache)), key=lambda i: digest(contents + cache.sample_id(i)))
     samples, records, count = [], [], 0
-    for i in np.random.default_rng(0).permutation(len(cache)):
+    for i in order:
         if count >= num_positions:
             break
-        held = cache.sample(int(i))
+        held = cache.sample(i)
         supervised = np.zeros(len(held.token_ids), dtype=np.bool_)
         supervised[held.logprobs.positions + 1] = True
         samples.append(Sample(held.token_ids, supervised, f"sample {i} of {cache.path}"))
         records.append(held.logprobs)
         count += len(held.logprobs)
-    if count < num_positions:
-        raise _too_few(str(cache.path), num_positions, count)
+    least = num_positions if at_least is None else at_least
+    if count < least:
+        raise _too_few(str(cache.path), least, count)
     return HeldRecords(cache, samples, records)
 
 
@@ -155,20 +156,18 @@ def records_of(teacher: Teacher, samples: Sequence[Sample], batch_tokens: int) -
 
 def compare(reference: Sequence[BaseLogprobs], engine: Sequence[BaseLogprobs]) -> Differences:
     """The differences of two engines' records of the same positions. Raises ValueError where they are of others."""
-    labels, alternatives, tails, overlaps, kls = zip(
-        *(_differences(a, b) for a, b in zip(reference, engine, strict=True)), strict=True
-    )
-    label, alternative = np.concatenate(labels), np.concatenate(alternatives)
-    kl = np.concatenate(kls)
+    parts = [differences(a, b) for a, b in zip(reference, engine, strict=True)]
+    label, alternative = np.concatenate([p.label for p in parts]), np.concatenate([p.alternatives for p in parts])
+    kl = np.concatenate([p.kl for p in parts])
     return Differences(
-        num_samples=len(labels),
+        num_samples=len(parts),
         num_positions=len(label),
         max_label_nats=float(label.max()),
         mean_label_nats=float(label.mean()),
         max_alternative_nats=float(alternative.max(initial=0)),
         mean_alternative_nats=float(alternative.mean()) if len(alternative) else 0.0,
-        max_tail_mass=float(np.concatenate(tails).max()),
-        mean_overlap=float(np.concatenate(overlaps).mean()),
+        max_tail_mass=float(np.concatenate([p.tail_mass for p in parts]).max()),
+        mean_overlap=float(np.concatenate([p.overlap for p in parts]).mean()),
         max_kl_nats=float(kl.max()),
         mean_kl_nats=float(kl.mean()),
     )
@@ -282,46 +281,3 @@ def _identity(part: CheckedJson) -> ModelIdentity:
     texts = {name: part.text(name) for name in ("weights", "config", "dtype", "attention")}
     quantization, tf32 = part.text_or_empty("quantization"), part.switch("tf32")
     return ModelIdentity(vocab_size=part.whole("vocab_size"), quantization=quantization, tf32=tf32, **texts)
-
-
-def _differences(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], ...]:
-    """Of label [P], of shared alternatives [number of them], of the tail's mass [P]; overlap [P]; KL(a || b) [P]."""
-    if not (np.array_equal(a.positions, b.positions) and np.array_equal(a.label_ids, b.label_ids)):
-        raise ValueError("comparing records: expected the same positions and labels in both")
-    of_a, of_b = _shared(a, b)
-    same_a, same_b = of_a > -np.inf, of_b > -np.inf
-    both = same_a & same_b
-    label_a, label_b = a.label_logprobs.astype(np.float64), b.label_logprobs.astype(np.float64)
-    kept = np.minimum((a.alternative_ids != NO_TOKEN).sum(axis=1), (b.alternative_ids != NO_TOKEN).sum(axis=1))
-    overlap = both.sum(axis=1) / np.maximum(kept, 1)
-    of_a, of_b = np.where(both, of_a, -np.inf), np.where(both, of_b, -np.inf)
-    outcomes = []
-    for record, label, shared in ((a, label_a, of_a), (b, label_b, of_b)):
-        masses = np.exp(record.alternative_logprobs.astype(np.float64))
-        unshared = np.exp(record.tail_logprobs.astype(np.float64)) + masses.sum(axis=1) - np.exp(shared).sum(axis=1)
-        unshared = np.maximum(unshared, 0)
-        outcomes.append(np.concatenate([np.exp(label)[:, None], np.exp(shared), unshared[:, None]], axis=1))
-    tail = np.abs(np.exp(a.tail_logprobs.astype(np.float64)) - np.exp(b.tail_logprobs.astype(np.float64)))
-    return np.abs(label_a - label_b), np.abs(of_a[both] - of_b[both]), tail, overlap, _kl(*outcomes)
-
-
-def _shared(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log-probabilities of a's alternatives, [P, K], by a and by b; -inf where b does not keep them."""
-    order = np.argsort(b.alternative_ids, axis=1)
-    ids = np.take_along_axis(b.alternative_ids, order, axis=1)
-    logprobs = np.take_along_axis(b.alternative_logprobs, order, axis=1).astype(np.float64)
-    by_b = np.full(a.alternative_ids.shape, -np.inf)
-    for row in range(len(a)):
-        place = np.minimum(np.searchsorted(ids[row], a.alternative_ids[row]), ids.shape[1] - 1)
-        hit = (ids[row, place] == a.alternative_ids[row]) & (a.alternative_ids[row] != NO_TOKEN)
-        by_b[row, hit] = logprobs[row, place[hit]]
-    return a.alternative_logprobs.astype(np.float64), by_b
-
-
-def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL of masses [P, J], each normalised by its sum; 0 log 0 = 0, infinite where q lacks what p has."""
-    p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0)
-    kl: NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0)
-    return kl

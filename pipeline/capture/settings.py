@@ -143,3 +143,15 @@ class JobSpec(Settings):
         held = self.loading
         if self.engine == "vllm" and (held.load_in or held.device_map or held.tensor_parallel):
             raise InvalidSettings("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")
+
+
+@dataclass(frozen=True)
+class AgainstSettings(Settings):
+    """How much of a cache is captured again to hold it against its model."""
+
+    num_positions: int = option(
+        4096, "With --against-model: positions to capture again, or a few more; all, where there are fewer.", at_least=1
+    )
+    batch_tokens: int = option(
+        8192, "With --against-model: tokens in one forward, padding included. Lower it if memory runs out.", at_least=1
+    )

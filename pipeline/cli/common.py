@@ -83,6 +83,11 @@ def runtime_options(function: F) -> F:
     return _loading("dtype", "device")(function)
 
 
+def device_option(function: F) -> F:
+    """--device."""
+    return _loading("device")(function)
+
+
 def device_map_option(function: F) -> F:
     """--device-map."""
     return _loading("device_map")(function)

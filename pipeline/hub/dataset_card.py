@@ -19,6 +19,7 @@ from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.configs import config_text, read_config
 from logitcache.storage.identity import digest, weights_fingerprint
 from logitcache.storage.manifest import MAX_DATA_SET_NAME
+from logitcache.storage.model_check import read_model_check
 from logitcache.storage.plain_text import without_secrets
 from logitcache.yaml_files import MAX_CHARS as MAX_YAML_CHARS
 from logitcache.yaml_files import load_yaml
@@ -187,6 +188,10 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         ("checksum of the contents", f"`{cache.contents_checksum}`"),
         ("format", f"version {manifest.format_version}, {manifest.store} store"),
     ]
+    check = read_model_check(cache)
+    if check is not None:
+        said = f"{check.sentence()}; of contents `{check.contents}` and model `{check.model}`"
+        rows.append(("captured again by the base", said))
     features = ", ".join(manifest.reader_features + manifest.writer_features)
     rows += [("features of the format", features)] if features else []
     made = ", ".join(f"{_cell(k)} {_cell(v)}" for k, v in sorted(manifest.created_with.items()))

@@ -36,6 +36,9 @@ from .settings import LoadSettings
 from .tensor_parallel import dividing
 from .tf32 import tf32_is_on
 
+ATTENTIONS, DTYPES = ("eager", "sdpa"), ("float32", "bfloat16", "float16")
+"""What may be loaded by name: transformers takes other names of an attention for code to be downloaded."""
+
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _DOWNLOADED = [*_TOKENIZER_FILES, "*.safetensors"]
 _PADDING = re.compile(r"(?<![a-z])pad(?![a-z])", re.IGNORECASE)
@@ -176,6 +179,18 @@ def load_base(
 def checkpoint_format(source: Source) -> str:
     """`quantization.stated_format` of the checkpoint."""
     return stated_format(_config(source), source.folder, source.name)
+
+
+def load_as_stated(source: Source, stated: ModelIdentity, device: torch.device) -> Base:
+    """`load_base` in the dtype, format and attention of a cache's base; by default where it states none of those that
+    may be loaded by name. Whether it is that base is not compared."""
+    return load_base(
+        source,
+        stated.dtype if stated.dtype in DTYPES else "auto",
+        device,
+        load_in=stated.quantization if stated.quantization in LOAD_IN else None,
+        attention=stated.attention if stated.attention in ATTENTIONS else None,
+    )
 
 
 def load_as(source: Source, settings: LoadSettings) -> Base:

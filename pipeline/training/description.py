@@ -20,8 +20,9 @@ from logitcache.models.device_map import devices_of
 from logitcache.models.loading import Base
 from logitcache.models.quantization import quantization_of
 from logitcache.pairing.targets import digests_of
-from logitcache.storage import sample_id
+from logitcache.storage import LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
+from logitcache.storage.model_check import read_model_check
 from logitcache.storage.plain_text import without_secrets
 
 from .job import Job
@@ -35,6 +36,7 @@ def describe(job: Job) -> dict[str, Any]:
     return {
         "model": {"name": without_secrets(base.source.name), **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
+        "against_model": _describe_check(cache),
         "data": {
             "num_samples": len(samples),
             "num_tokens": sum(len(s.token_ids) for s in samples),
@@ -51,6 +53,12 @@ def describe(job: Job) -> dict[str, Any]:
         "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
+
+
+def _describe_check(cache: LogitCache | None) -> dict[str, Any] | None:
+    """What `verify --against-model` found of these very contents, where it was asked."""
+    check = None if cache is None else read_model_check(cache)
+    return None if check is None else {"within": check.is_within, "ratio": check.ratio, **asdict(check)}
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:

@@ -33,7 +33,7 @@ from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.adapters.saved_files import FILES
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
-from logitcache.errors import InputNotFound
+from logitcache.errors import InputNotFound, TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device

@@ -43,7 +43,7 @@ CARD = "README.md"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STAGED = "final.new"
-_VARIES = ("versions", "device")
+_VARIES = ("versions", "device", "against_model")
 """Parts of a description in which a resumed run may differ."""
 
 Json = dict[str, Any]

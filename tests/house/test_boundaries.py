@@ -34,9 +34,13 @@ STORAGE_ROOMS = {
         *("arrow_backend", "backend", "encoding", "errors", "files", "identity", "manifest", "records", "zarr_backend"),
     },
     "index": {"backend", "encoding", "files", "identity", "layout", "manifest"},
-    "data_sets": {"backend", "files", "identity", "index", "layout", "manifest"},
+    "data_sets": {"backend", "files", "identity", "index", "layout", "manifest", "plain_text"},
     "data_samples": {"cache", "data_sets", "errors", "identity", "manifest", "shard"},
-    "cache": {"backend", "data_sets", "errors", "files", "identity", "index", "layout", "manifest", "records", "shard"},
+    "prefixes": set(),
+    "cache": {
+        *("backend", "data_sets", "errors", "files", "identity", "index", "layout", "manifest", "prefixes", "records"),
+        "shard",
+    },
     "captured_index": {"encoding", "identity"},
     "leftovers": {"data_sets", "errors", "files", "layout", "manifest"},
     "job_status": {
@@ -58,10 +62,12 @@ STORAGE_ROOMS = {
         "records",
         "shard",
     },
+    "shard_check": {"backend", "encoding", "errors", "files", "identity", "layout", "manifest", "shard"},
     "verify": {
         *("cache", "data_sets", "encoding", "errors", "files", "identity", "index", "job_status", "layout"),
-        *("leftovers", "manifest", "shard"),
+        *("leftovers", "manifest", "shard_check"),
     },
+    "model_check": {"cache", "errors", "files", "identity", "layout", "manifest"},
     "repack": {"backend", "encoding", "identity", "shard"},
     "transfer": {
         "cache",

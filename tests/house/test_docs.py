@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 OF_A_PROTOCOL = {
-    *("write", "open", "table", "rows", "samples", "column_bytes"),
+    *("write", "open", "table", "token_ids", "rows", "samples", "column_bytes"),
     *("read", "read_spans", "exists", "names", "sizes", "times", "create", "replace", "publish", "remove", "join"),
     "convert",
 }

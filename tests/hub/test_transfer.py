@@ -96,9 +96,9 @@ def test_commands_of_the_page_run(tiny_model: Path, tmp_path: Path, hub: Hub, mo
     (tmp_path / "base").symlink_to(tiny_model)
     precompute(Path("base"), text_data(tmp_path), Path("cache"))
     page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "share.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.split()[1:] for line in block.splitlines()]
-    assert [line[0] for line in lines] == ["push", "push", "pull", "train"]
+    blocks = re.findall(r"^```\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.split()[1:] for block in blocks for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["push", "push", "pull", "train", "verify"]
     for line in lines:
         done(*line, *(["--max-steps", 1] if line[0] == "train" else []))
     assert hub.repos["owner/name"].private

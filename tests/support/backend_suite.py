@@ -44,6 +44,7 @@ from logitcache.storage import (
     RepairReport,
     SampleNotCached,
     repair,
+    sample_id,
     verify,
 )
 from logitcache.storage.files import LocalFiles
@@ -123,6 +124,9 @@ class BackendTests:
         assert cache.num_bytes == sum(len(data) for name, data in tree(written / "shards").items() if "/" in name)
         for i, sample in enumerate(samples):
             assert sample_bits(cache.sample(i)) == sample_bits(sample)
+            assert cache.sample_id(i) == sample_id(sample.token_ids)
+        for shard in cache.shards():
+            assert np.array_equal(shard.token_ids(), shard.table().token_ids)
         with pytest.raises(IndexError):
             cache.sample(5)
 
