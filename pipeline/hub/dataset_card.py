@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, try_to_load_from_cache
 
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
+from logitcache.storage.encoding import group_error
 from logitcache.storage.identity import config_fingerprint, weights_fingerprint
 
 UNKNOWN = "unknown: ask who made it"
@@ -149,7 +150,7 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         ("alternatives a position (top_k)", alternatives),
         ("mass kept of what is not the label's", f"{100 * kept:.2f} % on average"),
         ("tail", _tail(capture)),
-        ("precision", f"{capture.precision}; maximum error {capture.max_error:g} nats"),
+        ("precision", f"{capture.precision}; maximum error {capture.max_error:g} nats{_group_error(capture)}"),
         ("positions", f"{positions:,}"),
         ("samples", f"{len(cache):,} of at most {capture.max_length:,} tokens"),
         ("tokens", f"{cache.num_tokens:,}; {sum(c.num_tokens_cut for c in commits):,} more were cut off"),
@@ -170,6 +171,11 @@ def _tail(capture: CaptureIdentity) -> str:
     parts += [f"split into {capture.num_tail_groups} groups of the vocabulary"] if capture.num_tail_groups else []
     parts += [f"{capture.num_tail_samples} draws from it"] if capture.num_tail_samples else []
     return ", ".join(parts)
+
+
+def _group_error(capture: CaptureIdentity) -> str:
+    error = group_error(capture)
+    return f", of tail groups {error:.4g}" if error else ""
 
 
 def _licences(model: Licence, data: Licence) -> list[str]:

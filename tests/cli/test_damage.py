@@ -209,7 +209,7 @@ def test_the_advice_for_a_bad_shard_works(tmp_path: Path, tiny_model: Path, data
 
 def test_a_cache_of_a_later_format_is_1(tmp_path: Path, tiny_model: Path, data: Path, cache: Path) -> None:
     later = copy_of(cache, tmp_path / "c")
-    manifest = replace(read_manifest(open_files(later)), format_version=2)
+    manifest = replace(read_manifest(open_files(later)), format_version=3)
     (later / "manifest.json").write_bytes(to_bytes(manifest))
     with unchanged(later):
         for line in (["inspect", later], ["verify", later], precompute_line(tiny_model, data, later)):

@@ -117,6 +117,7 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
         "max_error": 1 / 64,
         "num_tail_groups": 0,
         "tail_partition": "",
+        "group_steps_per_nat": 0,
         "num_tail_samples": 0,
         "tail_from_remainder": False,
     }
@@ -144,6 +145,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
         "reader_features",
         "writer_features",
         "format_version",
+        "max_group_error",
         "contents",
         "bytes_a_position_by_column",
         "is_sampled",
@@ -164,7 +166,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
     }
     percentiles = ["1%", "5%", "25%", "50%", "75%", "95%", "99%"]
     assert list(found["kept_mass"]) == percentiles == list(found["num_alternatives"])
-    assert (found["format_version"], found["reader_features"]) == (1, [])
+    assert (found["format_version"], found["reader_features"]) == (2, [])
 
 
 def test_percentiles_of_inspect_are_those_of_the_records(cache: Path) -> None:
@@ -733,7 +735,7 @@ def test_a_cache_that_a_writer_made_at_a_url_can_be_inspected(memory_url: str) -
     write_cache(memory_url, "zarr", SHARDS, make_manifest("zarr", precision="fine"))
     found = facts(memory_url)
     assert found["contents"]["num_samples"] == sum(map(len, SHARDS)) and found["contents"]["num_shards"] == len(SHARDS)
-    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 1\n")
+    assert done("inspect", memory_url).out.startswith(f"{memory_url}: zarr cache, format version 2\n")
     assert done("verify", memory_url).out.startswith(f"{memory_url} is intact: {len(SHARDS)} shards, ")
     assert done("repair", memory_url).out == f"{memory_url} is intact; nothing was changed.\n"
 

@@ -15,7 +15,7 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
-from logitcache.errors import InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
+from logitcache.errors import InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.evaluation.compare import Comparison, compare, compare_cached, samples_fingerprint
 from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import samples_of
@@ -292,6 +292,14 @@ def test_what_is_not_cached_is_refused_before_anything_runs(tmp_path: Path, monk
     more = Sample(samples[1].token_ids, np.ones_like(samples[1].supervised), "all of row 1")
     with pytest.raises(PositionNotCaptured, match=r"^all of row 1: .*were not captured"):
         compare_cached(adapted, cache, [samples[0], more])
+
+
+def test_a_cache_without_alternatives_is_refused(tmp_path: Path) -> None:
+    """What the base predicts first is not in it."""
+    samples = make_samples()
+    cache = make_cache(tmp_path / "c", samples, top_k=0)
+    with pytest.raises(NotComparable, match="--top-k 0"):
+        compare_cached(make_adapted(), cache, samples)
 
 
 def test_a_model_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_card_says_what_the_cache_is(cache: Path, hub: Hub) -> None:
     assert rows["samples"] == "5 of at most 4,096 tokens"
     assert rows["tokens"].startswith(f"{sum(len(s.token_ids) for s in samples)}; ")
     assert rows["bytes"].startswith(f"{num_bytes:,}; ")
-    assert rows["format"] == f"version 1, {manifest['store']} store"
+    assert rows["format"] == f"version 2, {manifest['store']} store"
     kept = float(np.mean(np.concatenate([s.logprobs.kept_mass() for s in samples])))
     assert rows["mass kept of what is not the label's"] == f"{100 * kept:.2f} % on average"
     assert f"logitcache pull {REPO} cache/" in card.text and "--model meta/Llama-8B --cache cache/" in card.text

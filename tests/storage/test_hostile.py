@@ -98,10 +98,11 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "precision")): ["", "float", "FINE", "fine", None, 5, [], {}],
     ("manifest", ("capture", "max_error")): [0.1, -0.1, 0, *WRONG_TYPES[:3], [], {}],
     ("manifest", ("capture", "num_tail_groups")): [-1, 1, 2, 257, 10**30, *WRONG_TYPES],
+    ("manifest", ("capture", "group_steps_per_nat")): [-1, 1, 2, 4, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],
-    ("manifest", ("format_version",)): [True, 1.0],
+    ("manifest", ("format_version",)): [2.0],
 }
 
 
@@ -149,7 +150,7 @@ def test_missing_and_extra_fields_are_refused(written: Path, file: str) -> None:
         b"[1]",
         b"5",
         b'"x"',
-        b'{"format_version":1}',
+        b'{"format_version":2}',
         b"true",
         b"NaN",
         b"1e999",
@@ -193,7 +194,8 @@ def test_an_absurdly_large_manifest_is_not_read(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("format_version", 2), ("format_version", 0), ("reader_features", ["int8"])]
+    ("field", "value"),
+    [("format_version", 3), ("format_version", 1), ("format_version", 0), ("reader_features", ["int8"])],
 )
 def test_an_unknown_format_is_refused_by_readers_and_writers(
     written: Path, store: str, field: str, value: object
