@@ -97,7 +97,7 @@ class UnreadableSweep(PipelineError):
 
 
 class NotComparable(PipelineError):
-    """Two evaluations of different bases or data, whose ratio would mean nothing."""
+    """Two evaluations of different bases or data, whose ratio would mean nothing; a cache that none can be made of."""
 
     reason = "not-comparable"
 

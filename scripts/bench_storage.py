@@ -62,7 +62,7 @@ def manifest(store: str, precision: str, top_k: int, groups: Rows | None = None,
     if groups is not None:
         partition = digest(groups.token_groups.tobytes())
         num_groups = groups.tail_group_logprobs.shape[1]
-        capture = replace(capture, num_tail_groups=num_groups, tail_partition=partition)
+        capture = replace(capture, num_tail_groups=num_groups, tail_partition=partition, group_steps_per_nat=1)
         features = (TAIL_GROUPS,)
     model = ModelIdentity("a" * 32, '{"model_type":"test"}', VOCABULARY_SIZE, "float32", "sdpa")
     return Manifest(store, model, None, capture, "synthetic teacher", {}, features)

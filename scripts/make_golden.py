@@ -1,7 +1,8 @@
-"""Write the golden caches of format version 2, which every later reader must read: tests/golden, and tests/golden_draws
-with draws from the tail, of the feature `tail-samples`.
+"""Write the golden caches of format version 2, which every later reader must read: tests/golden; tests/golden_draws
+with draws from the tail, of the feature `tail-samples`, and tail groups in steps of 1/4 nat; tests/golden_label with
+nothing but label and tail.
 
-    python scripts/make_golden.py [--replace] [--draws] [folder]
+    python scripts/make_golden.py [--replace] [--draws | --label] [folder]
 
 They are made once. Once the format is released they are never made again: a reader that cannot read them is wrong.
 expected.json holds the numbers that were given to the writer, so it does not depend on any decoder.
@@ -14,6 +15,7 @@ import hashlib
 import json
 import platform
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,19 +55,31 @@ They are never written again for version 2, since caches of users cannot be eith
 `tests/storage/test_golden.py` finds wrong is wrong in the reader. `SHA256SUMS` (`sha256sum -c SHA256SUMS`) fixes
 their bytes; other versions of the codecs may write the same numbers as other bytes.
 
-`zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, K = 5, two tail groups (even and odd ids),
-two shards, the second as if a chat template had rendered it, a sample captured in both, rows with fewer than K
-alternatives or none, tails and groups of nothing; two data sets that share a sample, one with positions of a prompt at
-which cross-entropy does not count.
+`zarr`, `arrow` are `fine`, `zarr-exact`, `arrow-exact` are `exact`; V = 40, {kept},
+two shards, the second as if a chat template had rendered it, a sample captured in both, {rows};
+two data sets that share a sample, one with positions of a prompt at which cross-entropy does not count.
 `expected.json` holds the tokens and the log-probabilities that were given to the writer, a list of captures for each
 `CacheWriter.commit`; null is -inf, and each alternative is a pair of id and log-probability.
 """
+OF_ALTERNATIVES = {
+    "kept": "K = 5, two tail groups (even and odd ids) in steps of {step} nat",
+    "rows": "rows with fewer than K alternatives or none, tails and groups of nothing",
+}
+OF_LABELS = {"kept": "K = 0, no tail groups", "rows": "tails of nothing"}
 OF_DRAWS = """Each row has six draws from its tail, with replacement (feature `tail-samples`), or none where it has no
 tail. In `expected.json` a draw is a pair of id and log-probability, too.
 """
 
 
-def make_manifest(store: str, precision: str, num_draws: int) -> Manifest:
+def make_manifest(store: str, precision: str, num_draws: int, label_alone: bool) -> Manifest:
+    manifest = _manifest(store, precision, num_draws)
+    if not label_alone:
+        return manifest
+    nothing = {"top_k": 0, "min_mass": 1.0, "num_tail_groups": 0, "tail_partition": "", "group_steps_per_nat": 0}
+    return replace(manifest, capture=replace(manifest.capture, **nothing), reader_features=())
+
+
+def _manifest(store: str, precision: str, num_draws: int) -> Manifest:
     return Manifest(
         store=store,
         model=ModelIdentity("0123456789abcdef" * 2, CONFIG, VOCAB, "bfloat16", "sdpa"),
@@ -78,6 +92,7 @@ def make_manifest(store: str, precision: str, num_draws: int) -> Manifest:
             max_error=PRECISIONS[precision],
             num_tail_groups=NUM_GROUPS,
             tail_partition=hashlib.blake2b(GROUPS.tobytes(), digest_size=16).hexdigest(),
+            group_steps_per_nat=4 if num_draws else 1,
             num_tail_samples=num_draws,
         ),
         model_name="golden/modèle",
@@ -149,6 +164,19 @@ def make_draws(tails: NDArray[np.float64], positions: NDArray[np.int32], num_dra
     return {"tail_sample_ids": ids, "tail_sample_logprobs": logprobs}
 
 
+def without_alternatives(sample: CachedSample) -> CachedSample:
+    """The record of label and tail alone, from the masses of the whole one."""
+    record = sample.logprobs
+    with np.errstate(divide="ignore"):
+        rest = np.exp(record.alternative_logprobs.astype(np.float64)).sum(axis=1) + np.exp(
+            record.tail_logprobs.astype(np.float64)
+        )
+        tail = np.log(rest).astype(np.float32)
+    none = np.zeros((len(record), 0))
+    kept = {"alternative_ids": none.astype(np.uint32), "alternative_logprobs": none.astype(np.float32)}
+    return replace(sample, logprobs=replace(record, **kept, tail_logprobs=tail, tail_group_logprobs=None))
+
+
 def make_shards(num_draws: int) -> list[list[CachedSample]]:
     rng = np.random.default_rng(20240229)
     tokens = [rng.integers(0, VOCAB, size=n, dtype=np.uint32) for n in (24, 18, 2, 30)]
@@ -205,7 +233,7 @@ def numbers(values: NDArray[np.float32]) -> list[Any]:
 def plain(sample: CachedSample) -> dict[str, Any]:
     """What is given to the writer, as plain numbers."""
     record = sample.logprobs
-    assert record.tail_group_logprobs is not None
+    groups = record.tail_group_logprobs
     rows = {
         "token_ids": sample.token_ids.tolist(),
         "num_tokens_cut": sample.num_tokens_cut,
@@ -213,7 +241,7 @@ def plain(sample: CachedSample) -> dict[str, Any]:
         "label_logprobs": numbers(record.label_logprobs),
         "alternatives": pairs(record.alternative_ids, record.alternative_logprobs),
         "tail_logprobs": numbers(record.tail_logprobs),
-        "tail_group_logprobs": numbers(record.tail_group_logprobs),
+        **({} if groups is None else {"tail_group_logprobs": numbers(groups)}),
     }
     if record.tail_sample_ids is None or record.tail_sample_logprobs is None:
         return rows
@@ -230,11 +258,14 @@ def pairs(ids: NDArray[np.uint32], logprobs: NDArray[np.float32]) -> list[list[l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="tests/golden, or tests/golden_draws")
+    parser.add_argument("folder", nargs="?", type=Path, help="tests/golden, tests/golden_draws or tests/golden_label")
     parser.add_argument("--replace", action="store_true", help="only before the format is released")
-    parser.add_argument("--draws", action="store_true", help="with draws from the tail")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--draws", action="store_true", help="with draws from the tail")
+    kinds.add_argument("--label", action="store_true", help="of label and tail alone")
     arguments = parser.parse_args()
-    name = "golden_draws" if arguments.draws else "golden"
+    label = arguments.label
+    name = "golden_draws" if arguments.draws else "golden_label" if label else "golden"
     folder: Path = arguments.folder or Path(__file__).resolve().parents[1] / "tests" / name
     num_draws = NUM_DRAWS if arguments.draws else 0
     if any((folder / name).exists() for name in ("SHA256SUMS", *CACHES)) and not arguments.replace:
@@ -242,17 +273,20 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shards = make_shards(num_draws)
     data_sets = make_data_sets(shards)
+    if label:
+        shards = [[without_alternatives(sample) for sample in shard] for shard in shards]
+    groups = None if label else GROUPS
     for name, (store, precision) in CACHES.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        with CacheWriter(folder / name, make_manifest(store, precision, num_draws), GROUPS) as writer:
+        with CacheWriter(folder / name, make_manifest(store, precision, num_draws, label), groups) as writer:
             for shard, template in zip(shards, TEMPLATES, strict=True):
                 writer.commit(shard, template)
             writer.finalize([packed(data_set) for data_set in data_sets])
         (folder / name / LOCK).unlink(missing_ok=True)
     expected = {
         "vocab_size": VOCAB,
-        "top_k": TOP_K,
-        "token_groups": GROUPS.tolist(),
+        "top_k": 0 if label else TOP_K,
+        "token_groups": None if groups is None else groups.tolist(),
         "shards": [[plain(sample) for sample in shard] for shard in shards],
         "data_sets": data_sets,
     }
@@ -261,7 +295,9 @@ def main() -> None:
     packages = ("numpy", "zarr", "numcodecs", "pcodec", "pyarrow")
     versions = f"Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages)
     title, option = (", with draws from the tail", " --draws") if num_draws else ("", "")
-    text = README.format(versions=versions, title=title, option=option) + (OF_DRAWS if num_draws else "")
+    title, option = (", of label and tail alone", " --label") if label else (title, option)
+    kept = OF_LABELS if label else {n: s.format(step="1/4" if num_draws else "1") for n, s in OF_ALTERNATIVES.items()}
+    text = README.format(versions=versions, title=title, option=option, **kept) + (OF_DRAWS if num_draws else "")
     (folder / "README.md").write_text(text, encoding="utf-8")
     files = [folder / "expected.json", *(p for name in CACHES for p in (folder / name).rglob("*") if p.is_file())]
     sums = sorted((p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files)

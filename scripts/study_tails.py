@@ -19,7 +19,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file
 from itertools import groupby, product
@@ -45,7 +44,6 @@ from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
 from logitcache.models.loading import Base
 from logitcache.pairing.targets import groups_of, sparse_targets
 from logitcache.storage import LogitCache
-from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.statistics import describe
 
 MIN_REST = 1e-4
@@ -57,7 +55,7 @@ MODELS = ((PLAIN, 1), (REFERENCE, 1), (REFERENCE, 10))
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cache keeps of a position; group_steps: a nat, of the groups' shares (1 in precision fine)."""
+    """What a cache keeps of a position; group_steps: a nat, of the groups' shares."""
 
     top_k: int
     tail_groups: int = 0
@@ -65,10 +63,15 @@ class Kept:
     group_steps: int = 1
     tail_samples: int = 0
 
+    def settings(self, max_length: int) -> CaptureSettings:
+        """What captures it."""
+        step = 1 / self.group_steps
+        job = CaptureSettings(self.top_k, max_length, tail_groups=self.tail_groups, tail_samples=self.tail_samples)
+        return replace(job, tail_group_step=step) if self.tail_groups else job
+
     def cache(self, demo: Demo, samples: Sequence[Sample], path: Path) -> LogitCache:
         """Written and opened."""
-        job = CaptureSettings(self.top_k, demo.settings.max_length, tail_groups=self.tail_groups)
-        job = replace(job, tail_samples=self.tail_samples)
+        job = self.settings(demo.settings.max_length)
         return demo.fill(path, samples, job, self.groups(demo.untouched) if self.tail_groups else None)
 
     def groups(self, base: Base) -> NDArray[np.uint8]:
@@ -102,8 +105,7 @@ def forms() -> Iterator[Form]:
         yield from (Form(tail, Kept(k)) for tail in ("bucket", "renormalize", "zero", "zero-renormalized"))
         yield from (Form("groups", Kept(k, count, "k-means")) for count in (16, 32, 64, 128))
         yield from (Form("groups", Kept(k, 64, partition)) for partition in ("random", "id ranges"))
-    for steps in (2, 4):
-        yield from (Form("groups", Kept(k, count, "k-means", steps)) for k in KEPT[:4] for count in (16, 64))
+    yield from (Form("groups", Kept(k, count, "k-means", 4)) for k in KEPT[:4] for count in (16, 64))
     for k in (1, *KEPT):
         yield from (Form("sampled", Kept(k, tail_samples=count)) for count in (8, 16, 32, 64))
 
@@ -253,34 +255,21 @@ def rows_of(
 ) -> Iterator[Line]:
     """The lines of the forms that one cache serves."""
     samples = [sample for probe in next(iter(models.values())) for sample in probe.samples]
-    with group_steps(kept.group_steps):
-        cache = kept.cache(demo, samples, Path(tempfile.mkdtemp(dir=scratch)) / "cache")
-        about = {name: str(value) for name, value in asdict(kept).items()}
-        about["kept_mass"] = f"{describe(cache).kept_mass.mean():.3f}"
-        about["bytes_a_position"] = f"{bytes_a_position(cache):.1f}"
-        for form, (model, probes) in product(group, models.items()):
-            row = {name: f"{value:.4f}" for name, value in measures(probes, form, cache).items()}
-            count = str(sum(len(probe.p_label) for probe in probes))
-            yield {"model": model, "positions": count, "form": str(form), "tail": form.tail} | about | row
-
-
-@contextmanager
-def group_steps(steps: int) -> Iterator[None]:
-    """Precision fine with other steps of the groups' shares: the format has one, and this shows what it costs."""
-    usual = PRECISIONS["fine"]
-    assert usual is not None
-    PRECISIONS["fine"] = replace(usual, groups=steps)
-    try:
-        yield
-    finally:
-        PRECISIONS["fine"] = usual
+    cache = kept.cache(demo, samples, Path(tempfile.mkdtemp(dir=scratch)) / "cache")
+    about = {name: str(value) for name, value in asdict(kept).items()}
+    about["kept_mass"] = f"{describe(cache).kept_mass.mean():.3f}"
+    about["bytes_a_position"] = f"{bytes_a_position(cache):.1f}"
+    for form, (model, probes) in product(group, models.items()):
+        row = {name: f"{value:.4f}" for name, value in measures(probes, form, cache).items()}
+        count = str(sum(len(probe.p_label) for probe in probes))
+        yield {"model": model, "positions": count, "form": str(form), "tail": form.tail} | about | row
 
 
 def front(lines: Sequence[Line], by: str) -> set[str]:
-    """The forms, of those that the format can store, of which none with as few bytes has as high a cosine."""
+    """The forms of which none with as few bytes has as high a cosine."""
     best, found = -1.0, set()
     for line in sorted(lines, key=lambda line: (float(line["bytes_a_position"]), -float(line[by]))):
-        if line["group_steps"] == "1" and float(line[by]) > best:
+        if float(line[by]) > best:
             found.add(line["form"])
             best = float(line[by])
     return found

@@ -24,7 +24,7 @@ ROWS_PER_BLOCK, ENTRIES_PER_BLOCK = 256, 2**20
 
 def rows_per_block(capture: CaptureIdentity) -> int:
     """Positions in one block of a cache with these settings."""
-    return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // (capture.top_k + capture.num_tail_samples)))
+    return max(1, min(ROWS_PER_BLOCK, ENTRIES_PER_BLOCK // max(1, capture.top_k + capture.num_tail_samples)))
 
 
 T = TypeVar("T")

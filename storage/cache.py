@@ -180,7 +180,7 @@ class LogitCache:
 
         token_ids: [n] of a cached sample, or, where there is none of just these, of a causal prefix of cached samples
         (the base's predictions at positions that all have are the same). positions: which ones, in ascending order; by
-        default every captured position whose label is inside token_ids. top_k: alternatives a row, 1 to K, by default
+        default every captured position whose label is inside token_ids. top_k: alternatives a row, 0 to K, by default
         K; the others are in the tail, and in its groups, as in a capture of so many. Raises `SampleNotCached`,
         `PositionNotCaptured`, `CorruptCache`; ValueError for a top_k above K, or below where the cache has draws.
         """
@@ -212,9 +212,9 @@ class LogitCache:
     def _groups_to_narrow(self, top_k: int) -> NDArray[np.uint8] | None:
         """What narrowing needs beside records. Raises ValueError where they cannot be narrowed to this width."""
         capture = self.manifest.capture
-        if not 1 <= top_k <= capture.top_k:
+        if not 0 <= top_k <= capture.top_k:
             raise ValueError(
-                f"looking up {top_k} alternatives in {self.path}: expected 1 to {capture.top_k}, all that it holds. "
+                f"looking up {top_k} alternatives in {self.path}: expected 0 to {capture.top_k}, all that it holds. "
                 "What was not captured cannot be had. Ask for fewer, or precompute with a larger --top-k."
             )
         if top_k < capture.top_k and capture.num_tail_samples:

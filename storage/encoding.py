@@ -3,6 +3,7 @@
 Owns the column names, dtypes, shapes and steps, which docs/format.md specifies. Must not know in which files the
 columns are. Trade-offs: label ids are not stored, since the sample's tokens determine them; alternatives stay in their
 order, so that a row's log-probabilities are small steps down, which compress better than the values (docs/log.md).
+Columns of no width are not stored: without alternatives a row is its label and its tail.
 Shapes: P positions, K alternatives, G tail groups, M draws, S samples.
 """
 
@@ -19,6 +20,8 @@ from .records import MASS_TOLERANCE, NO_TOKEN, BaseLogprobs, CachedSample
 
 Columns = dict[str, NDArray[Any]]
 
+ALTERNATIVES = ("alternative_ids", "alternative_logprobs")
+
 NO_DROP = 2**16 - 1
 """Fills drops where an alternative or a draw is absent. In columns of steps the largest number means -inf."""
 
@@ -31,8 +34,6 @@ class Precision:
     alternatives: int
     #: Of the label's and the tail's.
     scalars: int
-    #: Of the tail groups' shares of the tail.
-    groups: int
 
     @property
     def max_error(self) -> float:
@@ -40,17 +41,20 @@ class Precision:
         return 0.5 / self.alternatives
 
     @property
-    def max_group_error(self) -> float:
-        """Of a tail group's log-probability, in nats: of its share of the tail, and of the tail."""
-        return 0.5 / self.groups + 0.5 / self.scalars
+    def max_scalar_error(self) -> float:
+        """Of the label's or the tail's log-probability, in nats."""
+        return 0.5 / self.scalars
 
 
 PRECISIONS: dict[str, Precision | None] = {
     "exact": None,
-    "fine": Precision(alternatives=32, scalars=1024, groups=1),
-    "compact": Precision(alternatives=16, scalars=1024, groups=1),
+    "fine": Precision(alternatives=32, scalars=1024),
+    "compact": Precision(alternatives=16, scalars=1024),
 }
 """From the most to the least exact."""
+
+GROUP_STEPS_PER_NAT = (1, 4)
+"""Of the tail groups' shares of the tail: what a cache may be stored with at any precision but exact."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,14 @@ def columns_of(capture: CaptureIdentity) -> tuple[Column, ...]:
     """The columns that a cache with these settings stores a position in."""
     k, g, m = capture.top_k, capture.num_tail_groups, capture.num_tail_samples
     if capture.precision == "exact":
-        columns = [Column("label_logprobs", "<f4"), Column("alternative_ids", "<u4", k)]
-        columns += [Column("alternative_logprobs", "<f4", k), Column("tail_logprobs", "<f4")]
-        groups, draws = Column("tail_group_logprobs", "<f4", g), Column("tail_sample_logprobs", "<f4", m)
+        label, kept = Column("label_logprobs", "<f4"), Column("alternative_logprobs", "<f4", k)
+        tail, groups = Column("tail_logprobs", "<f4"), Column("tail_group_logprobs", "<f4", g)
+        draws = Column("tail_sample_logprobs", "<f4", m)
     else:
-        columns = [Column("label_steps", "<u4"), Column("alternative_ids", "<u4", k)]
-        columns += [Column("alternative_drops", "<u2", k), Column("tail_steps", "<u4")]
-        groups, draws = Column("tail_group_steps", "<u2", g), Column("tail_sample_drops", "<u2", m)
+        label, kept = Column("label_steps", "<u4"), Column("alternative_drops", "<u2", k)
+        tail, groups = Column("tail_steps", "<u4"), Column("tail_group_steps", "<u2", g)
+        draws = Column("tail_sample_drops", "<u2", m)
+    columns = [label, *([Column("alternative_ids", "<u4", k), kept] if k else []), tail]
     columns += [groups] if g else []
     columns += [Column("tail_sample_ids", "<u4", m), draws] if m else []
     return tuple(columns)
@@ -84,19 +89,30 @@ def columns_of(capture: CaptureIdentity) -> tuple[Column, ...]:
 
 def mass_tolerance(capture: CaptureIdentity) -> float:
     """How far label + alternatives + tail of a record that was read may be from 1."""
-    return float(np.expm1(capture.max_error)) + MASS_TOLERANCE
+    precision = PRECISIONS[capture.precision]
+    alone = precision.max_scalar_error if precision else 0.0
+    return float(np.expm1(capture.max_error if capture.top_k else alone)) + MASS_TOLERANCE
+
+
+def group_error(capture: CaptureIdentity) -> float:
+    """Of a tail group's log-probability, in nats: of its share of the tail, and of the tail; 0 if none is rounded."""
+    precision = PRECISIONS[capture.precision]
+    if precision is None or not capture.num_tail_groups:
+        return 0.0
+    return 0.5 / capture.group_steps_per_nat + precision.max_scalar_error
 
 
 def encode(record: BaseLogprobs, capture: CaptureIdentity) -> Columns:
     """The columns of these rows. Raises `InvalidRecord` where a value does not fit, or its promised error is missed."""
     precision = PRECISIONS[capture.precision]
-    columns = _quantised(record, precision) if precision else _exact(record)
+    columns = _quantised(record, precision, capture.group_steps_per_nat) if precision else _exact(record)
     found = {name: (column.dtype.str, column.shape) for name, column in columns.items()}
     expected = {c.name: (c.dtype, c.shape(len(record))) for c in columns_of(capture)}
     if found != expected:
         raise InvalidRecord(f"encoding {len(record)} rows: expected the columns {expected}, found {found}.")
     if precision:
-        _check_promise(record, decode(columns, record.positions, record.label_ids, capture), precision)
+        decoded = decode(columns, record.positions, record.label_ids, capture)
+        _check_promise(record, decoded, precision, group_error(capture))
     return columns
 
 
@@ -108,6 +124,7 @@ def decode(
 ) -> BaseLogprobs:
     """The rows these columns hold. positions int32 [P], label_ids uint32 [P]: what is stored elsewhere."""
     precision = PRECISIONS[capture.precision]
+    columns = columns if capture.top_k else {**columns, **_no_alternatives(len(positions), precision)}
     groups: NDArray[np.float32] | None = None
     drawn: tuple[NDArray[np.uint32], NDArray[np.float32]] | tuple[None, None] = (None, None)
     if precision is None:
@@ -122,7 +139,7 @@ def decode(
         tail = _logprobs(columns["tail_steps"], precision.scalars)
         kept, absent = _from_drops(columns["alternative_drops"], precision.alternatives)
         if capture.num_tail_groups:
-            groups = _logprobs(columns["tail_group_steps"], precision.groups)  # shares of the tail
+            groups = _logprobs(columns["tail_group_steps"], capture.group_steps_per_nat)  # shares of the tail
             groups += np.where(tail > -np.inf, tail, 0)[:, None]
         if capture.num_tail_samples:
             draws, nothing = _from_drops(columns["tail_sample_drops"], precision.alternatives)
@@ -131,22 +148,28 @@ def decode(
     return BaseLogprobs(positions, label_ids, label, ids, kept, tail, groups, *drawn)
 
 
+def _no_alternatives(rows: int, precision: Precision | None) -> Columns:
+    """The columns that are not stored where a row has none."""
+    name, dtype = ("alternative_drops", "<u2") if precision else ("alternative_logprobs", "<f4")
+    return {"alternative_ids": np.zeros((rows, 0), dtype="<u4"), name: np.zeros((rows, 0), dtype=dtype)}
+
+
 def _exact(record: BaseLogprobs) -> Columns:
-    columns = {name: column for name, column in record.columns().items() if name not in ("positions", "label_ids")}
+    left_out = ("positions", "label_ids", *(() if record.num_alternatives else ALTERNATIVES))
+    columns = {name: column for name, column in record.columns().items() if name not in left_out}
     return columns | {name: _ids(columns[name]) for name in ("alternative_ids", "tail_sample_ids") if name in columns}
 
 
-def _quantised(record: BaseLogprobs, precision: Precision) -> Columns:
-    columns: Columns = {
-        "label_steps": _steps(record.label_logprobs, precision.scalars, "<u4", "label"),
-        "alternative_ids": _ids(record.alternative_ids),
-        "alternative_drops": _drops(record.alternative_logprobs, precision.alternatives, "alternative"),
-        "tail_steps": _steps(record.tail_logprobs, precision.scalars, "<u4", "tail"),
-    }
+def _quantised(record: BaseLogprobs, precision: Precision, group_steps: int) -> Columns:
+    columns: Columns = {"label_steps": _steps(record.label_logprobs, precision.scalars, "<u4", "label")}
+    if record.num_alternatives:
+        columns["alternative_ids"] = _ids(record.alternative_ids)
+        columns["alternative_drops"] = _drops(record.alternative_logprobs, precision.alternatives, "alternative")
+    columns["tail_steps"] = _steps(record.tail_logprobs, precision.scalars, "<u4", "tail")
     if record.tail_group_logprobs is not None:
         tail = np.where(record.tail_logprobs > -np.inf, record.tail_logprobs, 0)
         shares = record.tail_group_logprobs - tail[:, None]
-        columns["tail_group_steps"] = _steps(shares, precision.groups, "<u2", "tail_group")
+        columns["tail_group_steps"] = _steps(shares, group_steps, "<u2", "tail_group")
     if record.tail_sample_ids is not None and record.tail_sample_logprobs is not None:
         columns["tail_sample_ids"] = _ids(record.tail_sample_ids)
         columns["tail_sample_drops"] = _drops(record.tail_sample_logprobs, precision.alternatives, "tail_sample")
@@ -220,13 +243,13 @@ def _from_drops(drops: NDArray[np.uint16], steps: int) -> tuple[NDArray[np.float
     return values, absent
 
 
-def _check_promise(record: BaseLogprobs, decoded: BaseLogprobs, precision: Precision) -> None:
+def _check_promise(record: BaseLogprobs, decoded: BaseLogprobs, precision: Precision, for_groups: float) -> None:
     """What is about to be written is what was given, within the errors that the precision states."""
     bounds = {
-        "label_logprobs": 0.5 / precision.scalars,
+        "label_logprobs": precision.max_scalar_error,
         "alternative_logprobs": precision.max_error,
-        "tail_logprobs": 0.5 / precision.scalars,
-        "tail_group_logprobs": precision.max_group_error,
+        "tail_logprobs": precision.max_scalar_error,
+        "tail_group_logprobs": for_groups,
         "tail_sample_logprobs": precision.max_error,
     }
     given, found = record.columns(), decoded.columns()

@@ -78,7 +78,7 @@ class TokenizerIdentity:
 class CaptureIdentity:
     """What was kept of each distribution."""
 
-    #: K, alternatives at most.
+    #: K, alternatives at most (0: label and tail alone).
     top_k: int
     #: Samples are cut at this many tokens.
     max_length: int
@@ -92,6 +92,8 @@ class CaptureIdentity:
     num_tail_groups: int = 0
     #: `digest` of the group of each token, "" without groups.
     tail_partition: str = ""
+    #: What the groups' shares of the tail are rounded to a nat, at any precision but exact (0: no groups).
+    group_steps_per_nat: int = 0
     #: M, draws from the tail that a row keeps (0: none).
     num_tail_samples: int = 0
     #: The tail is 1 minus the rest of the row, from an engine that returns nothing else of it, and not a sum of its

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from .checked_json import MAX_JSON_BYTES as MAX_JSON_BYTES
 from .checked_json import body_of, canonical, envelope
 from .configs import ConfigDifferences, as_spelt, check_config_text
-from .encoding import PRECISIONS
+from .encoding import GROUP_STEPS_PER_NAT, PRECISIONS
 from .errors import CorruptCache, InvalidRecord, UnsupportedFormat
 from .files import Files, how_missing
 from .identity import CaptureIdentity, ModelIdentity, TokenizerIdentity, differing, digest, digest_json
@@ -350,12 +350,14 @@ def _check_bounds(value: object) -> None:
 
 
 def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
-    if not 1 <= capture.top_k < min(vocab_size, MAX_TOP_K):
-        raise ValueError(f"capture.top_k: expected 1 to V - 1, below {MAX_TOP_K}, found {shown(capture.top_k)}")
+    if not 0 <= capture.top_k < min(vocab_size, MAX_TOP_K):
+        raise ValueError(f"capture.top_k: expected 0 to V - 1, below {MAX_TOP_K}, found {shown(capture.top_k)}")
     if not 2 <= capture.max_length < 2**32:
         raise ValueError(f"capture.max_length: expected 2 to 2^32, found {shown(capture.max_length)}")
     if not 0 < capture.min_mass <= 1:
         raise ValueError(f"capture.min_mass: expected more than 0 and at most 1, found {shown(capture.min_mass)}")
+    if capture.min_mass < 1 and not capture.top_k:
+        raise ValueError("capture.min_mass: expected 1 without alternatives, which nothing is kept of")
     if capture.precision not in PRECISIONS:
         raise ValueError(f"capture.precision: expected one of {list(PRECISIONS)}, found {shown(capture.precision)}")
     precision = PRECISIONS[capture.precision]
@@ -366,6 +368,11 @@ def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
         raise ValueError(f"capture.num_tail_groups: expected 0, or 2 to 256, found {shown(capture.num_tail_groups)}")
     if bool(capture.tail_partition) != (capture.num_tail_groups > 0):
         raise ValueError("capture.tail_partition: expected exactly where there are tail groups")
+    steps = GROUP_STEPS_PER_NAT if capture.num_tail_groups else (0,)
+    if capture.group_steps_per_nat not in steps:
+        raise ValueError(
+            f"capture.group_steps_per_nat: expected one of {steps}, found {shown(capture.group_steps_per_nat)}"
+        )
     if not 0 <= capture.num_tail_samples <= MAX_TAIL_SAMPLES:
         raise ValueError(
             f"capture.num_tail_samples: expected 1 to {MAX_TAIL_SAMPLES}, or no such field, "

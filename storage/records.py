@@ -129,13 +129,13 @@ def keep_mass(record: BaseLogprobs, min_mass: float, token_groups: NDArray[np.ui
 def narrow(record: BaseLogprobs, top_k: int, token_groups: NDArray[np.uint8] | None = None) -> BaseLogprobs:
     """The record as a capture of fewer alternatives would have made it, up to the errors of what is stored.
 
-    top_k: 1 to K. The least probable alternatives move into the tail, log(p(tail) + sum of p(dropped)), and each into
+    top_k: 0 to K. The least probable alternatives move into the tail, log(p(tail) + sum of p(dropped)), and each into
     its tail group likewise. token_groups: uint8 [V], the tail group of each token; needed where the record has groups.
     Raises ValueError, also for a record with draws: they are of the smaller tail, and none of the dropped alternatives.
     """
-    if not 1 <= top_k <= record.num_alternatives:
+    if not 0 <= top_k <= record.num_alternatives:
         raise ValueError(
-            f"narrowing a record to {top_k} alternatives: expected 1 to {record.num_alternatives}, which is all it "
+            f"narrowing a record to {top_k} alternatives: expected 0 to {record.num_alternatives}, which is all it "
             "keeps. What was not captured cannot be had. Ask for fewer, or precompute with a larger --top-k."
         )
     if top_k == record.num_alternatives:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .arrow_backend import ArrowBackend
 from .backend import Backend, Memory, ShardFiles, corrupt
-from .encoding import PRECISIONS, Columns, SamplePlace, SampleTable, decode, mass_tolerance
+from .encoding import PRECISIONS, Columns, SamplePlace, SampleTable, decode, group_error, mass_tolerance
 from .errors import InvalidRecord
 from .files import Files
 from .identity import digest
@@ -130,10 +130,10 @@ def checked_rows(
     capture = manifest.capture
     record = decode(columns, positions, label_ids, capture)
     precision = PRECISIONS[capture.precision]
-    group_error = precision.max_group_error + precision.max_error if precision else 0.0
-    draw_error = capture.max_error + 0.5 / precision.scalars if precision else 0.0
+    for_groups = group_error(capture) + (precision.max_error if precision else 0.0)
+    for_draws = capture.max_error + precision.max_scalar_error if precision else 0.0
     try:
-        check_rows(record, manifest.model.vocab_size, where, mass_tolerance(capture), group_error, draw_error)
+        check_rows(record, manifest.model.vocab_size, where, mass_tolerance(capture), for_groups, for_draws)
     except InvalidRecord as error:
         raise corrupt(where, str(error)) from error
     return record

@@ -211,6 +211,9 @@ def check_same_capture(manifest: Manifest, source: LogitCache, configs: ConfigDi
     as they would have been at the capture. Everything else must be equal, the config by `configs`.
     """
     theirs, precision = source.manifest, manifest.capture.precision
+    if theirs.capture.precision == "exact" and theirs.capture.num_tail_groups:  # its groups are not rounded yet
+        steps = manifest.capture.group_steps_per_nat or theirs.capture.group_steps_per_nat
+        theirs = replace(theirs, capture=replace(theirs.capture, group_steps_per_nat=steps))
     try:
         theirs = converted(theirs, manifest.store, precision)
     except ValueError:  # coarser than wanted: the precision is among the differences
@@ -275,7 +278,7 @@ def export_parquet(source: str | Path, file: str | Path) -> int:
     cache = LogitCache.open(source)
     samples = cache.samples()
     num_rows, capture = 0, cache.manifest.capture
-    widest = max(capture.top_k, capture.num_tail_groups, capture.num_tail_samples)
+    widest = max(1, capture.top_k, capture.num_tail_groups, capture.num_tail_samples)
     group_size = max(1, min(SAMPLES_A_ROW_GROUP, 2**30 // (widest * capture.max_length)))  # 32-bit offsets
     schema = pa.schema([*_PARQUET_SCHEMA, *_PARQUET_DRAWS]) if capture.num_tail_samples else _PARQUET_SCHEMA
     if path.exists():

@@ -173,7 +173,7 @@ def _attributes(column: Column, capture: CaptureIdentity) -> dict[str, Any]:
         "tail_steps": precision.scalars,
         "alternative_drops": precision.alternatives,
         "tail_sample_drops": precision.alternatives,
-        "tail_group_steps": precision.groups,
+        "tail_group_steps": capture.group_steps_per_nat,
     }
     return {"steps_per_nat": steps[column.name]} if column.name in steps else {}
 

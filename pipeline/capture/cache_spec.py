@@ -78,6 +78,7 @@ def cache_spec(
             max_error=precision.max_error if precision else 0.0,
             num_tail_groups=0 if token_groups is None else settings.tail_groups,
             tail_partition="" if token_groups is None else digest(token_groups.tobytes()),
+            group_steps_per_nat=0 if token_groups is None else round(1 / settings.tail_group_step),
             num_tail_samples=settings.tail_samples,
             tail_from_remainder=bool(engine),
         ),

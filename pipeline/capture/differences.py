@@ -41,7 +41,7 @@ def differences(a: BaseLogprobs, b: BaseLogprobs) -> RecordDifferences:
     label_a, label_b = a.label_logprobs.astype(np.float64), b.label_logprobs.astype(np.float64)
     tail_a, tail_b = a.tail_logprobs.astype(np.float64), b.tail_logprobs.astype(np.float64)
     kept = np.minimum((a.alternative_ids != NO_TOKEN).sum(axis=1), (b.alternative_ids != NO_TOKEN).sum(axis=1))
-    overlap = both.sum(axis=1) / np.maximum(kept, 1)
+    overlap = np.where(kept > 0, both.sum(axis=1) / np.maximum(kept, 1), 1.0)  # of nothing all is shared
     alternatives = np.abs(of_a[both] - of_b[both])
     of_a, of_b = np.where(both, of_a, -np.inf), np.where(both, of_b, -np.inf)
     outcomes = []
@@ -71,7 +71,7 @@ def _shared(a: BaseLogprobs, b: BaseLogprobs) -> tuple[NDArray[np.float64], NDAr
     ids = np.take_along_axis(b.alternative_ids, order, axis=1)
     logprobs = np.take_along_axis(b.alternative_logprobs, order, axis=1).astype(np.float64)
     by_b = np.full(a.alternative_ids.shape, -np.inf)
-    for row in range(len(a)):
+    for row in range(len(a) if ids.shape[1] else 0):
         place = np.minimum(np.searchsorted(ids[row], a.alternative_ids[row]), ids.shape[1] - 1)
         hit = (ids[row, place] == a.alternative_ids[row]) & (a.alternative_ids[row] != NO_TOKEN)
         by_b[row, hit] = logprobs[row, place[hit]]

@@ -12,6 +12,9 @@ Store = Literal["zarr", "arrow"]
 Precision = Literal["exact", "fine", "compact"]
 Engine = Literal["transformers", "vllm"]
 
+GROUP_STEPS = (1.0, 0.25)
+"""Nats that the tail groups of a cache may be rounded to."""
+
 MANY_ALTERNATIVES = 1024
 """More of them than this and a cache is mostly of tokens that the base rules out."""
 
@@ -20,7 +23,9 @@ MANY_ALTERNATIVES = 1024
 class CaptureSettings(Settings):
     """What a cache keeps of each position, and how the work is cut."""
 
-    top_k: int = option(64, "Alternatives to keep a position.", at_least=1)
+    top_k: int = option(
+        64, "Alternatives to keep a position; 0: the true token's log-probability alone, with the tail.", at_least=0
+    )
     max_length: int = option(1024, "Tokens a sample; longer ones are cut at the end, counted and reported.", at_least=2)
     batch_tokens: int = option(
         8192, "Tokens in one forward of the base, padding included. Lower it if memory runs out.", at_least=1
@@ -40,6 +45,9 @@ class CaptureSettings(Settings):
         at_least=0,
         at_most=256,
     )
+    tail_group_step: float = option(
+        1.0, "Nats that the groups' shares of the tail are rounded to, 1 or 0.25, unless --precision is exact.", above=0
+    )
     tail_samples: int = option(
         0,
         "Draw this many tokens from beyond the alternatives (train --tail sampled).",
@@ -56,6 +64,12 @@ class CaptureSettings(Settings):
         """Raise `InvalidSettings` for a tail that cannot be kept so."""
         if self.tail_groups == 1:
             raise InvalidSettings("--tail-groups 1 is the whole tail, which is always kept: give 2 or more, or 0.")
+        if self.tail_group_step not in GROUP_STEPS:
+            raise InvalidSettings(f"--tail-group-step {self.tail_group_step:g}: a cache has steps of 1 or 0.25 nat.")
+        if self.tail_group_step != 1 and not self.tail_groups:
+            raise InvalidSettings("--tail-group-step without --tail-groups: there is nothing to round. Leave it out.")
+        if not self.top_k and self.min_mass < 1:
+            raise InvalidSettings("--min-mass with --top-k 0: there are no alternatives to keep of. Leave it out.")
         if self.tail_samples and self.min_mass < 1:
             raise InvalidSettings(
                 "--tail-samples with --min-mass: the draws are from beyond all --top-k. Leave one out."

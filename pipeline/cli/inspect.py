@@ -55,12 +55,13 @@ def inspect(path: str, as_json: bool, plot: Path | None, max_positions: int) -> 
 
 def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
     model, capture, tokenizer = facts["model"], facts["capture"], facts["tokenizer"]
-    kept = f"top {capture['top_k']} alternatives"
+    kept = f"top {capture['top_k']} alternatives" if capture["top_k"] else "no alternatives"
     if capture["min_mass"] < 1:
         kept = f"the fewest alternatives with {100 * capture['min_mass']:g} % of the non-target mass, {kept} at most"
     groups = f", tail in {capture['num_tail_groups']} groups" if capture["num_tail_groups"] else ""
     groups += f", {capture['num_tail_samples']} draws from the tail" if capture["num_tail_samples"] else ""
     groups += ", tail as 1 minus the rest" if capture["tail_from_remainder"] else ""
+    of_groups = f", tail groups within {facts['max_group_error']:.4g}" if facts["max_group_error"] else ""
     quantized = f" with {model['quantization']} weights" if model["quantization"] else ""
     quantized += " and TF32" if model["tf32"] else ""
     return [
@@ -70,7 +71,7 @@ def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
         f"  weights      {model['weights']}",
         f"  tokenizer    {tokenizer['fingerprint'] if tokenizer else 'none (the data were token ids)'}",
         f"  capture      {kept}{groups}; samples of at most {capture['max_length']} tokens",
-        f"  precision    {capture['precision']}: log-probabilities within {capture['max_error']:g} nats",
+        f"  precision    {capture['precision']}: log-probabilities within {capture['max_error']:g} nats{of_groups}",
     ]
 
 
@@ -98,6 +99,8 @@ def _contents_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _facts(cache: Any, statistics: Any) -> dict[str, Any]:
+    from logitcache.storage.encoding import group_error
+
     commits = [shard.commit for shard in cache.shards()]
     positions, num_bytes = cache.num_positions, sum(c.num_bytes for c in commits)
     columns = statistics.bytes_by_column
@@ -105,6 +108,7 @@ def _facts(cache: Any, statistics: Any) -> dict[str, Any]:
         columns = columns | {"metadata": num_bytes - sum(columns.values())}
     return {
         **asdict(cache.manifest),
+        "max_group_error": group_error(cache.manifest.capture),
         "contents": {
             "num_samples": len(cache),
             "num_tokens": cache.num_tokens,

@@ -60,7 +60,9 @@ _FULL_KL = Objective("full-kl")
 
 
 def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
-    """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`."""
+    """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
+    `NotComparable` for one without alternatives."""
+    _check_alternatives(cache)
     return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
 
 
@@ -210,9 +212,11 @@ def compare_cached(
     position counts as `undecided`.
     cache: a view of it (`CacheView.paired` with the base's folder makes every check), or one that is held against the
     model in memory here.
-    Raises what `compare` raises, `NotTheBase`, `SampleNotCached` and `PositionNotCaptured` before anything is run.
+    Raises what `compare` raises, `NotComparable` for a cache without alternatives, `NotTheBase`, `SampleNotCached` and
+    `PositionNotCaptured` before anything is run.
     """
     view = CacheView.of(cache, adapted, _FULL_KL, None, None)
+    _check_alternatives(view.cache)
     samples = [s for s in samples if len(s.positions)]
     view.require(samples)
 
@@ -312,6 +316,14 @@ def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
             found["undecided"] = torch.zeros_like(found["agreement"])
         parts.append(found)
     return _joined(parts)
+
+
+def _check_alternatives(cache: LogitCache) -> None:
+    if not cache.manifest.capture.top_k:
+        raise NotComparable(
+            f"evaluating against {cache.path}: expected alternatives, found a cache made with --top-k 0. What the base "
+            "predicts first would not be known where it is not the true token. Precompute one with --top-k 1 or more."
+        )
 
 
 def _cached_values(adapted: nn.Module, cache: LogitCache, batch: Sequence[Sample]) -> Values:

@@ -17,6 +17,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, try_to_load_from_cache
 from logitcache.models.same_base import config_differences
 from logitcache.storage import CaptureIdentity, LogitCache, Manifest
 from logitcache.storage.configs import config_text, read_config
+from logitcache.storage.encoding import group_error
 from logitcache.storage.identity import digest, weights_fingerprint
 from logitcache.storage.manifest import MAX_DATA_SET_NAME
 from logitcache.storage.model_check import read_model_check
@@ -179,7 +180,7 @@ def _table(cache: LogitCache, name: str) -> list[str]:
         ("alternatives a position (top_k)", alternatives),
         ("mass kept of what is not the label's", f"{100 * kept:.2f} % on average"),
         ("tail", _tail(capture)),
-        ("precision", f"{capture.precision}; maximum error {capture.max_error:g} nats"),
+        ("precision", f"{capture.precision}; maximum error {capture.max_error:g} nats{_group_error(capture)}"),
         ("positions", f"{positions:,}"),
         ("samples", f"{len(cache):,} of at most {capture.max_length:,} tokens"),
         ("tokens", f"{cache.num_tokens:,}; {sum(c.num_tokens_cut for c in commits):,} more were cut off"),
@@ -204,6 +205,11 @@ def _tail(capture: CaptureIdentity) -> str:
     parts += [f"split into {capture.num_tail_groups} groups of the vocabulary"] if capture.num_tail_groups else []
     parts += [f"{capture.num_tail_samples} draws from it"] if capture.num_tail_samples else []
     return ", ".join(parts)
+
+
+def _group_error(capture: CaptureIdentity) -> str:
+    error = group_error(capture)
+    return f", of tail groups {error:.4g}" if error else ""
 
 
 def _licences(model: Licence, data: Licence) -> list[str]:

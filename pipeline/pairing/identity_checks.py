@@ -142,12 +142,21 @@ def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None
             f"training with tail sampled: {cache.path} holds no draws from the tail. "
             "Use --tail bucket, or precompute a cache with --tail-samples."
         )
-    if objective.masked and objective.tail == "renormalize" and min(top_k or kept.top_k, kept.top_k) == 1:
+    width = kept.top_k if top_k is None else top_k
+    outcomes = width + (not objective.masked) + (objective.tail != "renormalize")
+    if outcomes < 2 and objective.tail in ("bucket", "renormalize"):
         raise TrainingFailed(
-            f"training with {objective.regularizer} and the tail renormalised: one alternative a position is read from "
-            f"{cache.path}, and one outcome alone always has probability 1. Use --tail bucket, or a cache with a "
-            "larger --top-k."
+            f"training with {objective.regularizer} and tail {objective.tail}: {'one' if width else 'no'} alternative "
+            f"a position is read from {cache.path}. One outcome alone always has probability 1, and nothing would be "
+            f"compared. {_MORE_OUTCOMES[width > 0]}"
         )
+
+
+_MORE_OUTCOMES = {
+    False: "Use --regularizer full-kl (the true token against the rest) or none, or a cache with a larger --top-k.",
+    True: "Use --tail bucket, or a cache with a larger --top-k.",
+}
+"""What to do about too few, by whether there is an alternative."""
 
 
 def check_samples(cache: LogitCache, samples: Sequence[Sample], every: bool = False) -> None:

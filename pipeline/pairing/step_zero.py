@@ -135,11 +135,10 @@ def measure(
     """KL(base || model) on batches with targets, in evaluation mode, and where log p(label) differs most: (batch, row).
 
     Always with the tail as a bucket, which holds the whole distribution against the cache and is stored most exactly;
-    without the label where the objective is without it, unless nothing is left there. 0 but for numerical noise where
-    the model is the base. vocab_size: the first tokens only, as the batches have it.
+    without the label where the objective is without it, unless nothing or one outcome is left there. 0 but for
+    numerical noise where the model is the base. vocab_size: the first tokens only, as the batches have it.
     """
     causal_lm = causal_lm_of(model)
-    form = Objective("masked-kl" if objective.masked else "full-kl", min_base_rest=objective.min_base_rest)
     head = OutputHead(causal_lm, vocab_size)
     num_rows = rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
     values, errors = [], []
@@ -149,6 +148,8 @@ def measure(
             batch = placed(batch, hidden.device)
             targets = targets_of(batch)
             assert targets is not None
+            masked = objective.masked and targets.alternative_ids.shape[1] > 0  # the tail alone would agree with any
+            form = Objective("masked-kl" if masked else "full-kl", min_base_rest=objective.min_base_rest)
             hidden = hidden.index_select(0, batch[f"{PREFIX}rows"])
             errors.append(torch.zeros(len(hidden), device=hidden.device))
             for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either

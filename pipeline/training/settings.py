@@ -36,7 +36,7 @@ class TrainSettings(Settings):
     top_k: int | None = option(
         None,
         "Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
-        at_least=1,
+        at_least=0,
     )
 
     def check_together(self) -> None:

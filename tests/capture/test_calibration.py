@@ -74,6 +74,15 @@ def test_differences_by_hand() -> None:
     assert found.mean_kl_nats == pytest.approx(expected, rel=1e-5)
 
 
+def test_of_no_alternatives_all_are_shared() -> None:
+    """Label and tail alone, of both or of one."""
+    a, b = record(0.5, {}, 0.5), record(0.4, {}, 0.6)
+    found = compare([a], [b])
+    assert (found.mean_overlap, found.max_alternative_nats) == (1.0, 0.0)
+    assert found.mean_kl_nats == pytest.approx(0.5 * np.log(0.5 / 0.4) + 0.5 * np.log(0.5 / 0.6), rel=1e-5)
+    assert compare([a], [record(0.4, {3: 0.2}, 0.4)]).mean_kl_nats == pytest.approx(found.mean_kl_nats)
+
+
 def test_kl_where_the_other_has_no_mass_is_infinite() -> None:
     a, b = record(0.5, {3: 0.2, 5: 0.1}, 0.2), record(0.5, {3: 0.4, 5: 0.1}, 0.0)
     assert compare([a], [b]).mean_kl_nats == np.inf

@@ -76,9 +76,9 @@ def assert_close(ours: BaseLogprobs, theirs: BaseLogprobs) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("top_k", [1, 8, 200, VOCAB - 1])
+@pytest.mark.parametrize("top_k", [0, 1, 8, 200, VOCAB - 1])
 def test_record_is_that_of_transformers(model: Any, top_k: int, flat: bool) -> None:
-    """top_k 1 and 8: labels outside and inside the entries; V - 1: no tail."""
+    """top_k 0, 1 and 8: labels outside and inside the entries; V - 1: no tail."""
     expected = TransformersTeacher(model, top_k)(SAMPLES)
     for sample, theirs in zip(SAMPLES, expected, strict=True):
         ours = record_of(output(model, sample, top_k, flat), sample, top_k, VOCAB)
@@ -301,7 +301,9 @@ def test_cache_says_where_its_tail_is_from_and_trains(
     assert result["kl_nats"] < 1e-4 and result["tolerance_nats"] >= 0.01
 
 
-@pytest.mark.parametrize("more", [{"num_tail_samples": 4}, {"num_tail_groups": 2, "tail_partition": "0" * 32}])
+@pytest.mark.parametrize(
+    "more", [{"num_tail_samples": 4}, {"num_tail_groups": 2, "tail_partition": "0" * 32, "group_steps_per_nat": 1}]
+)
 def test_neither_groups_nor_draws_of_such_a_tail(more: dict[str, Any]) -> None:
     capture = CaptureIdentity(8, 100, tail_from_remainder=True, **more)
     manifest = Manifest("zarr", ModelIdentity("a" * 32, "{}", 260, "float32", "vllm"), None, capture, "", {})

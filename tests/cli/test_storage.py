@@ -108,6 +108,7 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
         "max_error": 1 / 64,
         "num_tail_groups": 0,
         "tail_partition": "",
+        "group_steps_per_nat": 0,
         "num_tail_samples": 0,
         "tail_from_remainder": False,
     }
@@ -135,6 +136,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
         "reader_features",
         "writer_features",
         "format_version",
+        "max_group_error",
         "contents",
         "data_sets",
         "bytes_a_position_by_column",

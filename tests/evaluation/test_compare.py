@@ -15,7 +15,14 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.samples import Sample
-from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotTheBase, UnsupportedModel
+from logitcache.errors import (
+    InputNotFound,
+    InvalidData,
+    NonFiniteLogits,
+    NotComparable,
+    NotTheBase,
+    UnsupportedModel,
+)
 from logitcache.evaluation.compare import Comparison, compare, compare_cached, evaluate, samples_fingerprint
 from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import samples_of
@@ -301,6 +308,14 @@ def test_missing_text_is_found_before_weights_are_read(tiny_model: Path, monkeyp
     monkeypatch.setattr("logitcache.evaluation.compare.load_as", never)
     with pytest.raises(InputNotFound, match=r"nowhere\.jsonl"):
         evaluate(tiny_model, None, {"new": "nowhere.jsonl"})
+
+
+def test_a_cache_without_alternatives_is_refused(tmp_path: Path) -> None:
+    """What the base predicts first is not in it."""
+    samples = make_samples()
+    cache = make_cache(tmp_path / "c", samples, top_k=0)
+    with pytest.raises(NotComparable, match="--top-k 0"):
+        compare_cached(make_adapted(), cache, samples)
 
 
 def test_a_model_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from logitcache.capture.teacher import capture, slice_record
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
 from logitcache.data.samples import Sample
+from logitcache.errors import NotTheBase
 from logitcache.losses.formulas import Objective, regularizer_values
 from logitcache.models.head import hidden_states
+from logitcache.pairing.step_zero import probe_step_zero
 from logitcache.pairing.targets import sparse_targets
 from logitcache.storage import LogitCache
 from logitcache.storage.records import NO_TOKEN
@@ -195,6 +197,10 @@ def test_the_cache_keeps_the_partition_it_was_begun_with(
         (("--tail-samples", 8, "--tail-groups", 4), ("--tail", "sampled", "--regularizer", "full-kl")),
         ((), ()),
         (("--tail-groups", 0), ()),
+        (("--tail-groups", 4, "--tail-group-step", 0.25), ()),
+        (("--tail-groups", 0, "--top-k", 0), ("--regularizer", "full-kl")),
+        (("--top-k", 0, "--tail-groups", 4, "--tail-group-step", 0.25), ("--tail", "groups")),
+        (("--tail-groups", 0, "--top-k", 0, "--tail-samples", 8), ("--tail", "sampled")),
         ((), ("--tail", "renormalize", "--temperature", 2)),
         ((), ("--regularizer", "masked-js", "--weighting", "non-target-mass")),
         (
@@ -212,7 +218,7 @@ def test_every_form_trains(
 
     run = json.loads((tmp_path / "o" / "run.json").read_text())
     assert run["status"] == "finished" and run["result"]["final"]["kl"] > 0
-    expected = "groups" if "--tail-groups" in made and made != ("--tail-groups", 0) else "bucket"
+    expected = "groups" if "--tail-groups" in made and made[:2] != ("--tail-groups", 0) else "bucket"
     if "--tail" not in trained:
         assert run["objective"]["tail"] == expected
 
@@ -233,7 +239,50 @@ def test_what_the_cache_or_the_formula_does_not_have_is_refused(
     assert words in refused(status, *train_line(tiny_model, tmp_path / "c", tmp_path / "o", *flags))
 
 
-@pytest.mark.parametrize("flags", [("--tail-groups", 1), ("--tail-samples", 4, "--min-mass", 0.5)])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--regularizer full-kl"),
+        (("--tail", "renormalize"), "--regularizer full-kl"),
+        (("--regularizer", "full-kl", "--tail", "renormalize"), "--regularizer full-kl"),
+        (("--regularizer", "masked-js"), "--regularizer full-kl"),
+        (("--tail", "groups"), "--tail-groups"),
+        (("--top-k", 1, "--regularizer", "full-kl"), "holds 0 alternatives"),
+    ],
+)
+def test_label_and_tail_alone_are_no_masked_anchor(
+    tmp_path: Path, tiny_model: Path, flags: tuple[object, ...], words: str
+) -> None:
+    """One outcome agrees with any model: such a run would train on cross-entropy alone and say otherwise."""
+    precompute(tiny_model, text_data(tmp_path), tmp_path / "c", "--tail-groups", 0, "--top-k", 0)
+    assert words in refused(1, *train_line(tiny_model, tmp_path / "c", tmp_path / "o", *flags))
+    wide = tmp_path / "wide"
+    precompute(tiny_model, text_data(tmp_path), wide, "--tail-groups", 0)
+    if "--top-k" not in flags and flags != ("--tail", "groups"):
+        assert words in refused(1, *train_line(tiny_model, wide, tmp_path / "o", "--top-k", 0, *flags))
+
+
+def test_another_model_is_no_base_of_labels_alone(tmp_path: Path) -> None:
+    """Step zero is measured with the label as an outcome, where no alternative is."""
+    samples = make_samples(8)
+    chosen = CaptureSettings(top_k=0, max_length=64, tail_groups=4)
+    fill(make_base(), samples, tmp_path / "c", chosen)
+    cache, objective = LogitCache.open(tmp_path / "c"), Objective(tail="groups")
+    assert probe_step_zero(make_model(), cache, samples, objective).kl_nats < 1e-5
+    with pytest.raises(NotTheBase):
+        probe_step_zero(make_model(seed=1), cache, samples, objective)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tail-groups", 1),
+        ("--tail-samples", 4, "--min-mass", 0.5),
+        ("--top-k", 0, "--min-mass", 0.5),
+        ("--tail-group-step", 0.25),
+        ("--tail-groups", 4, "--tail-group-step", 0.5),
+    ],
+)
 def test_precompute_refuses_tails_that_say_nothing(tmp_path: Path, tiny_model: Path, flags: tuple[object, ...]) -> None:
     data, cache = text_data(tmp_path), tmp_path / "c"
     refused(2, "precompute", "--model", tiny_model, "--data", data, "--cache", cache, *flags)

@@ -102,6 +102,7 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "precision")): ["", "float", "FINE", "fine", None, 5, [], {}],
     ("manifest", ("capture", "max_error")): [0.1, -0.1, 0, *WRONG_TYPES[:3], [], {}],
     ("manifest", ("capture", "num_tail_groups")): [-1, 1, 2, 257, 10**30, *WRONG_TYPES],
+    ("manifest", ("capture", "group_steps_per_nat")): [-1, 1, 2, 4, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from support import format_reader
 from support.format_reader import FormatError, Sample, open_cache
-from support.storage_samples import STORES, TOP_K, VOCAB, make_manifest, make_sample, with_record
+from support.storage_samples import NO_TOKEN, STORES, TOP_K, VOCAB, make_manifest, make_sample, with_record
 
 from logitcache.storage import (
     BaseLogprobs,
@@ -34,7 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the 
 
 MAX_ERROR = {"exact": 0.0, "fine": 1 / 64, "compact": 1 / 32}
 LABEL_ERROR = {"exact": 0.0, "fine": 1 / 2048, "compact": 1 / 2048}
-GROUP_ERROR = {"exact": 0.0, "fine": 1 / 2 + 1 / 2048, "compact": 1 / 2 + 1 / 2048}
 MASS_ERROR = {precision: np.expm1(error) + 1e-4 for precision, error in MAX_ERROR.items()}
 DROPS_PER_NAT = {"fine": 32, "compact": 16}
 NUM_GROUPS, NUM_DRAWS = 3, 7
@@ -48,9 +47,16 @@ class Case(NamedTuple):
     precision: str
     groups: int = 0
     draws: int = 0
+    top_k: int = TOP_K
+    steps: int = 1
+
+    @property
+    def group_error(self) -> float:
+        """What the page promises of a tail group."""
+        return 0.0 if self.precision == "exact" else 1 / (2 * self.steps) + 1 / 2048
 
 
-EXTRAS = ((0, 0), (NUM_GROUPS, 0), (0, NUM_DRAWS))
+EXTRAS = ((0, 0), (NUM_GROUPS, 0), (0, NUM_DRAWS), (NUM_GROUPS, 0, TOP_K, 4), (0, 0, 0), (NUM_GROUPS, NUM_DRAWS, 0, 4))
 CASES = [Case(store, precision, *extra) for store in STORES for precision in MAX_ERROR for extra in EXTRAS]
 
 
@@ -60,9 +66,8 @@ def token_groups(vocab_size: int) -> NDArray[np.uint8]:
 
 def manifest_of(case: Case, vocab_size: int = VOCAB) -> Manifest:
     groups = token_groups(vocab_size) if case.groups else None
-    return make_manifest(
-        case.store, vocab_size, TOP_K, precision=case.precision, token_groups=groups, num_draws=case.draws
-    )
+    kept = {"precision": case.precision, "num_draws": case.draws, "group_steps": case.steps}
+    return make_manifest(case.store, vocab_size, case.top_k, token_groups=groups, **kept)  # type: ignore[arg-type]
 
 
 def with_groups(rng: np.random.Generator, sample: CachedSample, groups: int) -> CachedSample:
@@ -83,7 +88,7 @@ def make_shards(case: Case, vocab_size: int = VOCAB) -> list[list[CachedSample]]
     twice = rng.integers(0, vocab_size, size=40, dtype=np.uint32)
 
     def sample(num_tokens: int, **capture: Any) -> CachedSample:
-        return make_sample(rng, num_tokens, vocab_size, num_draws=case.draws, **capture)
+        return make_sample(rng, num_tokens, vocab_size, case.top_k, num_draws=case.draws, **capture)
 
     shards = [
         [sample(700), sample(0, token_ids=twice, positions=range(5, 25))],
@@ -128,9 +133,9 @@ def assert_near(found: NDArray[Any], written: NDArray[Any], error: float) -> Non
     np.testing.assert_array_less(np.abs(found[~empty] - written[~empty].astype(np.float64)), np.nextafter(error, 1))
 
 
-def assert_holds(sample: Sample, written: CachedSample, precision: str) -> None:
+def assert_holds(sample: Sample, written: CachedSample, case: Case) -> None:
     """The independent reader gives what was written, within the errors of the page."""
-    record = written.logprobs
+    record, precision = written.logprobs, case.precision
     np.testing.assert_array_equal(sample.token_ids, written.token_ids)
     np.testing.assert_array_equal(sample.positions, record.positions)
     assert sample.num_tokens_cut == written.num_tokens_cut
@@ -143,7 +148,7 @@ def assert_holds(sample: Sample, written: CachedSample, precision: str) -> None:
         assert sample.tail_group_logprobs is None
     else:
         assert sample.tail_group_logprobs is not None
-        assert_near(sample.tail_group_logprobs, record.tail_group_logprobs, GROUP_ERROR[precision])
+        assert_near(sample.tail_group_logprobs, record.tail_group_logprobs, case.group_error)
     assert_same_draws(sample, record)
     if sample.tail_sample_logprobs is not None and record.tail_sample_logprobs is not None:
         assert_near(sample.tail_sample_logprobs, record.tail_sample_logprobs, MAX_ERROR[precision])
@@ -192,9 +197,10 @@ def test_independent_reader_gives_what_was_written(caches: dict[Case, Path], cas
         written += shards.pop(tuple(ids))
     assert not shards
     for capture, sample in zip(captures, written, strict=True):
-        assert_holds(capture, sample, case.precision)
+        assert_holds(capture, sample, case)
     rows = np.concatenate([c.alternative_logprobs for c in captures])
-    assert len(rows) > 256 and np.isneginf(rows).any() and np.isfinite(rows).any()
+    assert len(rows) > 256 and rows.shape[1] == case.top_k
+    assert not case.top_k or (np.isneginf(rows).any() and np.isfinite(rows).any())
     if case.groups:
         np.testing.assert_array_equal(cache.token_groups, token_groups(VOCAB))
 
@@ -208,16 +214,31 @@ def test_independent_reader_agrees_with_the_package(caches: dict[Case, Path], ca
     assert max(len(s.positions) for s in samples if len(s.token_ids) == 40) == 30  # both captures of it
 
 
+def with_sure_labels(sample: CachedSample) -> CachedSample:
+    """Every seventh label has all of the mass."""
+    record = sample.logprobs
+    sure = np.arange(len(record)) % 7 == 0
+    columns = {"label_logprobs": np.where(sure, np.float32(0), record.label_logprobs)}
+    columns["tail_logprobs"] = np.where(sure, np.float32(-np.inf), record.tail_logprobs)
+    if record.tail_sample_ids is not None and record.tail_sample_logprobs is not None:
+        columns["tail_sample_ids"] = np.where(sure[:, None], np.uint32(NO_TOKEN), record.tail_sample_ids)
+        columns["tail_sample_logprobs"] = np.where(sure[:, None], np.float32(-np.inf), record.tail_sample_logprobs)
+    return with_record(sample, **columns)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_empty_tails(tmp_path: Path, case: Case) -> None:
-    """With K = V - 1 a full row leaves nothing to the tail."""
+    """With K = V - 1 a full row leaves nothing to the tail; where nothing is kept a sure label does."""
     rng = np.random.default_rng(1)
     vocab = TOP_K + 1
-    written = [with_groups(rng, make_sample(rng, 60, vocab, num_draws=case.draws), case.groups)]
+    sample = make_sample(rng, 60, vocab, case.top_k, num_draws=case.draws)
+    if not case.top_k:
+        sample = with_sure_labels(sample)
+    written = [with_groups(rng, sample, case.groups)]
     path = write(tmp_path / "cache", case, [written], vocab)
     (sample,) = open_cache(path).samples()
     assert np.isneginf(sample.tail_logprobs).any() and np.isfinite(sample.tail_logprobs).any()
-    assert_holds(sample, written[0], case.precision)
+    assert_holds(sample, written[0], case)
     assert_same(sample, LogitCache.open(path).sample(0))
 
 
@@ -328,7 +349,7 @@ def test_zarr_reads_every_array(caches: dict[Case, Path], precision: str, extra:
             array = arrays[name]
             assert array.dtype == values.dtype
             np.testing.assert_array_equal(np.asarray(array[:]), values)
-            steps = {"label_steps": 1024, "tail_steps": 1024, "tail_group_steps": 1}
+            steps = {"label_steps": 1024, "tail_steps": 1024, "tail_group_steps": capture["group_steps_per_nat"]}
             steps |= dict.fromkeys(("alternative_drops", "tail_sample_drops"), DROPS_PER_NAT.get(precision, 0))
             assert array.attrs.get("steps_per_nat") == steps.get(name)
 
@@ -337,6 +358,8 @@ def row_masses(samples: list[Sample]) -> tuple[NDArray[Any], NDArray[Any], list[
     """p(label), p of the alternatives and the tail, and the top alternative, of every row."""
     label = np.concatenate([np.exp(s.label_logprobs) for s in samples])
     others = np.concatenate([np.exp(s.alternative_logprobs).sum(axis=1) + np.exp(s.tail_logprobs) for s in samples])
+    if not samples[0].alternative_ids.shape[1]:
+        return label, others, [None] * len(label)
     first = np.concatenate([s.alternative_logprobs[:, 0] for s in samples])
     ids = np.concatenate([s.alternative_ids[:, 0] for s in samples])
     return label, others, [int(i) if np.isfinite(x) else None for i, x in zip(ids, first, strict=True)]

@@ -76,25 +76,26 @@ def row(
 @given(
     seed=seeds,
     vocab=st.integers(2, 60),
-    top_k=st.integers(1, 59),
+    top_k=st.integers(0, 59),
     num_groups=st.none() | st.integers(2, 16),
+    steps=st.sampled_from([1, 4]),
     num_rows=st.integers(1, 60),
 )
 def test_every_number_comes_back_within_its_bound(
-    precision: str, seed: int, vocab: int, top_k: int, num_groups: int | None, num_rows: int
+    precision: str, seed: int, vocab: int, top_k: int, num_groups: int | None, steps: int, num_rows: int
 ) -> None:
-    """K = V - 1 and tails of -inf, short rows, labels and alternatives hundreds of nats down."""
+    """K = 0 and V - 1, tails of -inf, short rows, labels and alternatives hundreds of nats down."""
     rng = np.random.default_rng(seed)
     groups = None if num_groups is None else make_groups(rng, vocab, num_groups)
     top_k = min(top_k, vocab - 1)
     tokens = rng.integers(0, vocab, size=num_rows + 1, dtype=np.uint32)
     given_ = make_record(rng, tokens, np.arange(num_rows, dtype=np.int32), vocab, top_k, groups)
-    capture = make_manifest("zarr", vocab, top_k, precision=precision, token_groups=groups).capture
-    assert_round_trip(given_, capture)
+    manifest = make_manifest("zarr", vocab, top_k, precision=precision, token_groups=groups, group_steps=steps)
+    assert_round_trip(given_, manifest.capture)
 
 
 @relaxed
-@given(seed=seeds, vocab=st.integers(2, 60), top_k=st.integers(1, 59), num_groups=st.none() | st.integers(2, 16))
+@given(seed=seeds, vocab=st.integers(2, 60), top_k=st.integers(0, 59), num_groups=st.none() | st.integers(2, 16))
 def test_caches_hold_what_they_promise(
     store: str, precision: str, seed: int, vocab: int, top_k: int, num_groups: int | None
 ) -> None:

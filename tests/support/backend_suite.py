@@ -107,7 +107,7 @@ class BackendTests:
         for sample in flat(shards):
             assert record_bits(cache.lookup(sample.token_ids)) == record_bits(sample.logprobs)
 
-    @pytest.mark.parametrize(("vocab", "top_k"), [(2, 1), (6, 5), (300, 1), (300, 299)])
+    @pytest.mark.parametrize(("vocab", "top_k"), [(2, 1), (6, 5), (300, 1), (300, 299), (300, 0), (2, 0)])
     def test_round_trip_of_narrow_and_wide_rows(self, path: Path, store: str, vocab: int, top_k: int) -> None:
         rng = np.random.default_rng(vocab)
         samples = [every_position(rng, n, vocab, top_k) for n in (2, 90, 600)]

@@ -37,6 +37,7 @@ CAPTURE = {
     "max_error": float,
     "num_tail_groups": int,
     "tail_partition": str,
+    "group_steps_per_nat": int,
 }
 MODEL = {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str, "tf32": bool}
 MANIFEST = {
@@ -182,12 +183,14 @@ def check_manifest(body: dict[str, Any]) -> None:
     require(quantized is None or re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", quantized), "quantization")
     require(body["store"] in ("zarr", "arrow"), "an unknown store")
     require(2 <= vocab < 2**24, "vocab_size")
-    require(1 <= capture["top_k"] < vocab and capture["max_length"] >= 2, "top_k or max_length")
+    require(0 <= capture["top_k"] < vocab and capture["max_length"] >= 2, "top_k or max_length")
     require(0 < capture["min_mass"] <= 1, "min_mass")
+    require(capture["min_mass"] == 1 or capture["top_k"], "min_mass without alternatives")
     require(capture["precision"] in ("exact", *DROPS_PER_NAT), "precision")
     require(0 <= capture["max_error"] <= 0.5, "max_error")
     require(groups == 0 or 2 <= groups <= 256, "num_tail_groups")
     require((capture["tail_partition"] == "") == (groups == 0), "tail_partition")
+    require(capture["group_steps_per_nat"] in ((1, 4) if groups else (0,)), "group_steps_per_nat")
 
 
 # Samples
@@ -329,10 +332,11 @@ def row_columns(capture: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
     k, g, m = (capture["top_k"],), (capture["num_tail_groups"],), (capture.get("num_tail_samples", 0),)
     columns: dict[str, tuple[str, tuple[int, ...]]] = {
         "label_logprobs" if exact else "label_steps": ("float32" if exact else "uint32", ()),
-        "alternative_ids": ("uint32", k),
-        "alternative_logprobs" if exact else "alternative_drops": ("float32" if exact else "uint16", k),
         "tail_logprobs" if exact else "tail_steps": ("float32" if exact else "uint32", ()),
     }
+    if k[0]:
+        columns["alternative_ids"] = ("uint32", k)
+        columns["alternative_logprobs" if exact else "alternative_drops"] = ("float32" if exact else "uint16", k)
     if g[0]:
         columns["tail_group_logprobs" if exact else "tail_group_steps"] = ("float32" if exact else "uint16", g)
     if m[0]:
@@ -352,18 +356,23 @@ def from_drops(drops: Array, steps_per_nat: int) -> Array:
 
 def decode_rows(columns: dict[str, Array], capture: dict[str, Any]) -> dict[str, Array | None]:
     """Columns as stored -> log-probabilities."""
+    if not capture["top_k"]:
+        rows = len(columns["tail_logprobs" if capture["precision"] == "exact" else "tail_steps"])
+        none = np.zeros((rows, 0), np.uint16)
+        columns = {"alternative_ids": none, "alternative_logprobs": none, "alternative_drops": none, **columns}
     if capture["precision"] == "exact":
         rows = {name: columns.get(name) for name in ROWS}
         return {n: a if a is None or n.endswith("ids") else a.astype(np.float64) for n, a in rows.items()}
     drops_per_nat = DROPS_PER_NAT[capture["precision"]]
     tail = from_steps(columns["tail_steps"], 1024)
     groups, draws = columns.get("tail_group_steps"), columns.get("tail_sample_drops")
+    per_nat = capture["group_steps_per_nat"]
     return {
         "label_logprobs": from_steps(columns["label_steps"], 1024),
         "alternative_ids": columns["alternative_ids"],
         "alternative_logprobs": from_drops(columns["alternative_drops"], drops_per_nat),
         "tail_logprobs": tail,
-        "tail_group_logprobs": None if groups is None else tail[:, None] + from_steps(groups, 1),
+        "tail_group_logprobs": None if groups is None else tail[:, None] + from_steps(groups, per_nat),
         "tail_sample_ids": columns.get("tail_sample_ids"),
         "tail_sample_logprobs": None if draws is None else from_drops(draws, drops_per_nat),
     }
@@ -386,7 +395,7 @@ def check_rows(sample: Sample, capture: dict[str, Any], vocab: int) -> None:
     labels = tokens[positions + 1]
     require((labels < vocab).all() and (ids < vocab).all(), "a token that the vocabulary does not have")
     require(not np.isnan(np.column_stack([label, alternatives, tail])).any(), "NaN")
-    require(max(label.max(), alternatives.max(), tail.max()) <= ABOVE_ZERO, "a log-probability above 0")
+    require(max(label.max(), alternatives.max(initial=-1.0), tail.max()) <= ABOVE_ZERO, "a log-probability above 0")
     require(
         (alternatives[:, 1:] <= alternatives[:, :-1]).all(), "alternatives ascend, or absent ones are not at the end"
     )
@@ -395,7 +404,7 @@ def check_rows(sample: Sample, capture: dict[str, Any], vocab: int) -> None:
     require((np.diff(distinct, axis=1) > 0).all(), "an alternative stands twice in its row")
     require(((ids != labels[:, None]) | absent).all(), "an alternative is the label")
     mass = np.exp(label) + np.exp(alternatives).sum(axis=1) + np.exp(tail)
-    bound = 1e-4 if exact else np.expm1(capture["max_error"]) + 1e-4
+    bound = 1e-4 if exact else np.expm1(capture["max_error"] if capture["top_k"] else 1 / 2048) + 1e-4
     require((np.abs(1 - mass) <= bound).all(), "the masses of a row do not add up to 1")
     if sample.tail_group_logprobs is not None:
         require(
@@ -403,7 +412,7 @@ def check_rows(sample: Sample, capture: dict[str, Any], vocab: int) -> None:
             "tail groups",
         )
         total = logsumexp(sample.tail_group_logprobs)
-        error = 1e-4 if exact else 1e-4 + 1 / 2 + 1 / 2048 + capture["max_error"]
+        error = 1e-4 if exact else 1e-4 + 0.5 / capture["group_steps_per_nat"] + 1 / 2048 + capture["max_error"]
         with np.errstate(invalid="ignore"):
             agree = np.where(np.isneginf(tail), np.isneginf(total), np.abs(total - tail) <= error)
         require(agree.all(), "the tail groups do not add up to the tail")
@@ -432,7 +441,7 @@ def check_draws(sample: Sample, labels: Array, vocab: int, error: float) -> None
 
 
 def rows_per_block(capture: dict[str, Any]) -> int:
-    return int(max(1, min(256, 2**20 // (capture["top_k"] + capture.get("num_tail_samples", 0)))))
+    return int(max(1, min(256, 2**20 // max(1, capture["top_k"] + capture.get("num_tail_samples", 0)))))
 
 
 # Stores: the bytes of a shard -> its columns

@@ -172,6 +172,7 @@ def manifest_for(store: str, precision: str = "exact", groups: bool = False, wei
         max_error=MAX_ERROR[precision],
         num_tail_groups=NUM_GROUPS if groups else 0,
         tail_partition=digest(GROUPS.tobytes()) if groups else "",
+        group_steps_per_nat=1 if groups else 0,
     )
     return Manifest(
         store=store,

@@ -50,6 +50,7 @@ def _values() -> list[Case]:
         ("manifest", "capture.precision"): ("finest", "exact", "compact", 7, None),
         ("manifest", "capture.max_error"): (0.0, 0.6, -1.0, float("nan"), 1),
         ("manifest", "capture.num_tail_groups"): (0, 1, 2, 4, 257, *HUGE),
+        ("manifest", "capture.group_steps_per_nat"): (-1, 2, 3, 8, *HUGE),
         ("manifest", "capture.num_tail_samples"): (0, 1, 4096, 4097, *HUGE),
         ("manifest", "capture.tail_partition"): ("", "0" * 32, 7),
         ("manifest", "store"): ("parquet", "../zarr", 1, None),

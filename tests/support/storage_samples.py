@@ -59,6 +59,7 @@ def make_manifest(
     token_groups: NDArray[np.uint8] | None = None,
     num_draws: int = 0,
     tail_from_remainder: bool = False,
+    group_steps: int = 1,
 ) -> Manifest:
     """token_groups: uint8 [V], the tail group of each token; what its largest number says is how many there are."""
     features = {"tail-groups": token_groups is not None, "tail-samples": num_draws > 0}
@@ -75,6 +76,7 @@ def make_manifest(
             max_error=MAX_ERRORS[precision],
             num_tail_groups=0 if token_groups is None else int(token_groups.max()) + 1,
             tail_partition="" if token_groups is None else blake(token_groups.tobytes()),
+            group_steps_per_nat=0 if token_groups is None else group_steps,
             num_tail_samples=num_draws,
             tail_from_remainder=tail_from_remainder,
         ),
@@ -321,12 +323,14 @@ def assert_round_trip(record: BaseLogprobs, capture: CaptureIdentity) -> None:
         (c.name, c.dtype, c.shape(len(record))) for c in columns_of(capture)
     ]
     found = decode(columns, record.positions, record.label_ids, capture)
-    within(found, record, MAX_ERRORS[capture.precision])
+    within(found, record, MAX_ERRORS[capture.precision], group_steps=capture.group_steps_per_nat or 1)
     again = encode(found, capture)  # what was rounded once
     assert {n: c.tobytes() for n, c in again.items()} == {n: c.tobytes() for n, c in columns.items()}
 
 
-def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: float | None = None) -> None:
+def within(
+    found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: float | None = None, group_steps: int = 1
+) -> None:
     """Assert what docs/format.md promises of a record that was stored, at a precision of this maximum error if not 0.
 
     stated: the maximum error against the base, which is more where what was given had been rounded before.
@@ -336,7 +340,7 @@ def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: f
     bounds = {"alternative_logprobs": max_error, "label_logprobs": 1 / 2048, "tail_logprobs": 1 / 2048}
     assert (found.tail_group_logprobs is None) == (given.tail_group_logprobs is None)
     if given.tail_group_logprobs is not None:
-        bounds["tail_group_logprobs"] = 1 / 2 + 1 / 2048
+        bounds["tail_group_logprobs"] = 1 / (2 * group_steps) + 1 / 2048
     assert (found.tail_sample_ids is None) == (given.tail_sample_ids is None)
     if given.tail_sample_ids is not None:
         assert np.array_equal(found.tail_sample_ids, given.tail_sample_ids)  # type: ignore[arg-type]
@@ -350,4 +354,7 @@ def within(found: BaseLogprobs, given: BaseLogprobs, max_error: float, stated: f
         assert np.all(off <= (bound + rounding if max_error else 0)), name
     mass = sum(np.exp(getattr(found, f"{n}_logprobs").astype(np.float64)) for n in ("label", "tail"))
     mass = mass + np.exp(found.alternative_logprobs.astype(np.float64)).sum(axis=1)
-    assert np.abs(mass - 1).max(initial=0) <= np.expm1(max_error if stated is None else stated) + 1e-4
+    error = max_error if stated is None else stated
+    if not found.num_alternatives:
+        error = min(error, 1 / 2048)
+    assert np.abs(mass - 1).max(initial=0) <= np.expm1(error) + 1e-4

@@ -185,14 +185,16 @@ def remainder(
 
     1 - p(label) - sum of p(alternatives), in float64, as far as that is known: its error is that of the normaliser,
     `REMAINDER_ERROR` of probability, so never less than that; and never more than (V - 1 - K) times the last
-    alternative, for no token is left out that is more probable. -inf where no token is left out, and only there.
+    alternative, if there is one, for no token is left out that is more probable. -inf where no token is left out, and
+    only there.
     """
     num_left = vocab_size - 1 - alternative_logprobs.shape[1]
     if not num_left:
         return np.full(len(label_logprobs), -np.inf)
     left = 1 - (np.exp(label_logprobs) + np.exp(alternative_logprobs).sum(axis=1))
-    most: NDArray[np.float64] = np.log(num_left) + alternative_logprobs[:, -1]
-    tail: NDArray[np.float64] = np.minimum(np.log(np.maximum(left, REMAINDER_ERROR)), most)
+    tail: NDArray[np.float64] = np.log(np.maximum(left, REMAINDER_ERROR))
+    if alternative_logprobs.shape[1]:
+        tail = np.minimum(tail, np.log(num_left) + alternative_logprobs[:, -1])
     return tail
 
 
