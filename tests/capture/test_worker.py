@@ -90,7 +90,7 @@ def shard_bytes(cache: Path) -> dict[str, bytes | None]:
 
 
 def records_left(cache: Path) -> list[str]:
-    return sorted(p.name for p in cache.glob("worker-*"))
+    return sorted(p.name for p in cache.glob("worker-*.json"))
 
 
 def watch(patch: pytest.MonkeyPatch, before: Callable[[list[Sample]], None] = lambda _: None) -> Calls:
