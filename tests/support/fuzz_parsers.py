@@ -26,10 +26,10 @@ from support import fuzz_inputs as inputs
 from support.storage_samples import SHARDS, write_cache
 from support.sweep_folders import write_sweep
 
+from logitcache.adapters.saved_files import about_of, fault_of, seal
 from logitcache.data.rows import read_rows
 from logitcache.errors import InvalidData, PipelineError
 from logitcache.evaluation.against import read_plain
-from logitcache.file_list import about_of, fault_of, seal
 from logitcache.hub.dataset_card import is_licence, licences_in
 from logitcache.hub.pulling import _read_marker
 from logitcache.json_files import CheckedJson, read_lines
