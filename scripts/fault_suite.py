@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from support import flipped_results, planted_secrets  # noqa: E402
 from support import storage_faults_crowds as crowds  # noqa: E402
 from support import storage_faults_damage as damage  # noqa: E402
 from support import storage_faults_hostile as hostile  # noqa: E402
@@ -40,6 +41,8 @@ FAULTS = (
     *locks.FAULTS,
     *hostile.FAULTS,
 )
+ONCE = (flipped_results.flips, planted_secrets.secrets)
+"""Of no store: what is read or written beside caches."""
 COLUMNS = ("fault", "store", "cases", "refused", "without_effect", "wrong_numbers", "remark")
 
 
@@ -59,8 +62,8 @@ def main() -> int:
 def run(counts: Counts, only: str) -> list[Tally]:
     """All faults on all stores, one row a fault and a store, each printed when it is done."""
     tallies: dict[tuple[str, str], Tally] = {}
-    for fault in FAULTS:
-        for store in STORES if only in fault.__name__ else ():
+    for fault in (*FAULTS, *ONCE):
+        for store in () if only not in fault.__name__ else ("both",) if fault in ONCE else STORES:
             started, rows = time.perf_counter(), set()
             with tempfile.TemporaryDirectory(dir=memory()) as folder:
                 for tally in fault(store, Path(folder), counts):

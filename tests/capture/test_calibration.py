@@ -313,7 +313,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field is missing": (lambda c: c["found"].pop("mean_kl_nats"), "expected a finite number at found.mean_kl_nats"),
     "infinite": (lambda c: c["found"].update(mean_kl_nats=float("inf")), "expected a finite number"),
     "no engine": (lambda c: c.update(engine=None), "expected an object at engine"),
-    "an unknown field": (lambda c: c["engine"]["model"].update(seed=1), "no such field at engine.model.seed, found one"),
+    "an unknown field": (
+        lambda c: c["engine"]["model"].update(seed=1),
+        "no such field at engine.model.seed, found one",
+    ),
     "another type": (lambda c: c["engine"]["model"].update(vocab_size="x"), "engine.model.vocab_size"),
 }
 
