@@ -313,7 +313,10 @@ def in_processes(method: str, call: Callable[..., object], jobs: Sequence[tuple[
     """What a function gives in as many new processes as there are jobs, all at once."""
     with multiprocessing.get_context(method).Pool(len(jobs)) as pool:
         results = [pool.apply_async(call, job) for job in jobs]
-        return [result.get(timeout=120) for result in results]  # a dead worker fails instead of hanging
+        found = [result.get(timeout=120) for result in results]  # a dead worker fails instead of hanging
+        pool.close()
+        pool.join()  # told to end, they do; SIGTERM, by which a pool ends them, may be some library's own by now
+    return found
 
 
 def assert_round_trip(record: BaseLogprobs, capture: CaptureIdentity) -> None:
