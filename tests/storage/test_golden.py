@@ -169,7 +169,9 @@ def test_both_readers_read_the_data_sets(golden: Path, name: str) -> None:
         for data_set in expected(golden)["data_sets"]
     }
     assert len(written) == 2 and any(not all(p.values()) for s in written.values() for p in s.values())
-    assert open_cache(golden / name).data_sets() == written
+    other = open_cache(golden / name)
+    assert other.data_sets() == other.recorded_data_sets() == written
+    assert other.learnt() == {key: runs for samples in written.values() for key, runs in samples.items()}
     cache = LogitCache.open(golden / name)
     found = {entry.name: dict(cache.data_set(entry).samples()) for entry in cache.data_sets}
     pairs = {n: {key: positions_of(runs) for key, runs in samples.items()} for n, samples in found.items()}

@@ -5,6 +5,7 @@ by themselves, with the page's own snippets."""
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ import zarr
 from numpy.typing import NDArray
 from support import format_reader
 from support.format_reader import FormatError, Sample, open_cache
+from support.storage_forging import body_of, canonical, forge
 from support.storage_samples import NO_TOKEN, STORES, TOP_K, VOCAB, make_manifest, make_sample, with_record
 
 from logitcache.storage import (
     BaseLogprobs,
     CachedSample,
+    CacheError,
     CacheWriter,
     LogitCache,
     Manifest,
@@ -285,6 +288,82 @@ def test_independent_reader_sees_any_damage(tmp_path: Path, store: str) -> None:
     for block in ([0, 3, 1], [1, 3, 0]):
         with pytest.raises(FormatError, match="short or damaged"):
             list(format_reader.blocks_of(b"abc", [block]))
+
+
+Forgery = tuple[str, str, Any]
+"""A file, a field of it, and what it says instead, under checksums that match."""
+
+NO_STRINGS = [" a", "a ", "a  b", "a\n", "a\u200b", "a\ue000", "x" * 1001]
+NO_STRINGS += ["s3://b/x?y", "x://h/a#b", "a?b=c", "u:p@h/x", "https://t@h/x"]
+STRINGS = ["", "é" * 1000, "a?b", "a@b", "git@h:a/b", "hf://a@b", "x://h a?b"]
+NO_MANIFEST: dict[str, list[Any]] = {
+    "format_version": [1, 3, 2.0, True, "2"],
+    "reader_features": [[], ["tail-groups", "x"], ["tail-groups", "tail-samples"], "tail-groups"],
+    "writer_features": [[" a"], ["a\n"], [1], None],
+    "store": ["Zarr", "", None],
+    "model.weights": ["A" * 32, "a" * 31, "a" * 32 + "\n"],
+    "model.vocab_size": [1, 2**24, 40.0],
+    "model.dtype": ["", "_a", "a" * 65, "a\n"],
+    "model.tf32": [0, None],
+    "model.config": ["", "[]", '{"a": 1}', '{"b":1,"a":1}', '{"a":1,"a":1}', '{"a":1.50}', '{"a":"é"}'],
+    "model.config ": ['{"a":"%s"}' % ("x" * (2**18 - 7)), *('{"a":"%s"}' % (mark * 1500) for mark in "[{:,")],
+    "tokenizer.fingerprint": ["", "x" * 32],
+    "capture.top_k": [-1, 40, 2**18, 5.0],
+    "capture.max_length": [1, 2**32],
+    "capture.min_mass": [0.0, 1.5, 1],
+    "capture.precision": ["Fine", "exact"],
+    "capture.max_error": [0.0, 0.01, 0.51, 0],
+    "capture.num_tail_groups": [0, 1, 257],
+    "capture.tail_partition": ["", "x"],
+    "capture.group_steps_per_nat": [0, 2, 5, True],
+    "capture.tail_from_remainder": [True, False],
+    "model_name": NO_STRINGS,
+    "created_with": [{" a": "b"}, {"a": "b  c"}, {"a": 1}, {f"a{i}": "" for i in range(33)}],
+}
+REFUSED: list[Forgery] = [("manifest", field, value) for field, values in NO_MANIFEST.items() for value in values]
+REFUSED += [("commit", "kept_mass", value) for value in (-1.0, 1e9, 1)]
+REFUSED += [("commit", "num_samples", 0), ("commit", "num_positions", 1), ("commit", "num_tokens", 1)]
+REFUSED += [("commit", "identity", "a" * 32), ("commit", "unit", "a" * 32), ("commit", "chat_template", "x")]
+REFUSED += [("commit", "blocks.positions", blocks) for blocks in ([], [[0, 1, 1]], [[0, 1]], [[-1, 1, 1]])]
+REFUSED += [("contents", "manifest", "a" * 32), ("contents", "num_samples", 1), ("contents", "shards", [])]
+TAKEN: list[Forgery] = [("manifest", "model_name", text) for text in STRINGS]
+TAKEN += [("manifest", "writer_features", ["b", "a"]), ("manifest", "created_with", {f"a{i}": "" for i in range(32)})]
+TAKEN += [("commit", "kept_mass", value) for value in (0.0, 1e-5, 1.0)]
+OPENED: list[Forgery] = [
+    *(("manifest", "model.config", text) for text in ("{}", '{"a":Infinity}', '{"a":"%s"}' % ("[" * 1100))),
+    *[("manifest", "capture.min_mass", 1e-5), ("manifest", "capture.max_error", 0.5), ("manifest", "tokenizer", None)],
+]
+"""With another identity: opened, though no record is of it."""
+
+
+def forged(tmp_path: Path, cache: Path, forgery: Forgery) -> Path:
+    path = Path(shutil.copytree(cache, tmp_path / "forged"))
+    file, field, value = forgery
+    found = body_of(path, file)
+    *groups, last = field.strip().split(".")
+    target = found
+    for group in groups:
+        target = target[group]
+    target[last] = value
+    forge(path, file, canonical(found))
+    return path
+
+
+@pytest.mark.parametrize("forgery", REFUSED, ids=lambda f: f"{f[0]}-{f[1]}-{f[2]!r:.20}")
+def test_both_readers_refuse_what_the_page_refuses(tmp_path: Path, caches: dict[Case, Path], forgery: Forgery) -> None:
+    path = forged(tmp_path, caches[Case("zarr", "fine", NUM_GROUPS)], forgery)
+    with pytest.raises(FormatError):
+        list(open_cache(path).samples())
+    with pytest.raises(CacheError):
+        list(LogitCache.open(path).samples())
+
+
+@pytest.mark.parametrize("forgery", TAKEN + OPENED, ids=lambda f: f"{f[0]}-{f[1]}-{f[2]!r:.20}")
+def test_both_readers_take_what_the_page_allows(tmp_path: Path, caches: dict[Case, Path], forgery: Forgery) -> None:
+    path = forged(tmp_path, caches[Case("zarr", "fine", NUM_GROUPS)], forgery)
+    cache, other = LogitCache.open(path), open_cache(path)
+    if forgery in TAKEN:
+        assert len(list(other.samples())) == len(list(cache.samples()))
 
 
 # Other tools

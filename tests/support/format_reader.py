@@ -2,14 +2,17 @@
 
 It needs json, hashlib, NumPy, google-crc32c and, by the store, pcodec or pyarrow. `open_cache(folder)` checks the
 manifest, the contents and the index; `Cache.captures` checks and decodes shard after shard; `Cache.samples` joins the
-captures of a sample. It reads a shard as a whole, local folders only, and refuses by `FormatError`.
+captures of a sample; `Cache.data_sets`, `Cache.recorded_data_sets` and `Cache.learnt` read what is to be learnt. It
+reads a shard as a whole, local folders at rest only, and refuses by `FormatError`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,56 +24,86 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 DROPS_PER_NAT = {"fine": 32, "compact": 16}
+LEAST_MAX_ERROR = {"exact": 0.0, "fine": 1 / 64, "compact": 1 / 32}
+FEATURES = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
 ABSENT = 65535
 ABOVE_ZERO = 1e-6  # rounding of what was captured
 INDEX = np.dtype(
     [("sample_id", "<u8", 2), ("shard", "<u4"), ("num_tokens", "<u4"), ("num_positions", "<u4"), ("num_cut", "<u4")]
 )
-FILE = {"name": str, "size": int, "checksum": str}
+RUNS = np.dtype([("sample_id", "<u8", 2), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
+
+# Fields of the JSON files: see `conforms`
+
+DIGEST = re.compile(r"[0-9a-f]{32}")
+DIGEST_OR_NONE = re.compile(r"([0-9a-f]{32})?")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _./:@+-]{0,63}")
+METHOD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
+FILE_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+SECRET = re.compile(
+    r"://\S*[?#]|\?\S*=|[^\s/:@]:[^\s/@]+@|(?<![\w+.-])https?://[^\s/]+@",
+    re.IGNORECASE,
+)
+"""A query, a user or a password of a URL."""
+COUNT, AT_LEAST_ONE = range(2**63), range(1, 2**63)
+FILE = {"name": FILE_NAME, "size": COUNT, "checksum": DIGEST}
 CAPTURE = {
-    "top_k": int,
-    "max_length": int,
+    "top_k": range(2**18),
+    "max_length": range(2, 2**32),
     "min_mass": float,
-    "precision": str,
+    "precision": re.compile("exact|fine|compact"),
     "max_error": float,
-    "num_tail_groups": int,
-    "tail_partition": str,
-    "group_steps_per_nat": int,
+    "num_tail_groups": (range(1), range(2, 257)),
+    "tail_partition": DIGEST_OR_NONE,
+    "group_steps_per_nat": (range(2), range(4, 5)),
 }
-MODEL = {"weights": str, "config": str, "vocab_size": int, "dtype": str, "attention": str, "tf32": bool}
+DRAWS = {"num_tail_samples": range(1, 4097)}
+REMAINDER = {"tail_from_remainder": bool}
+MODEL = {
+    "weights": DIGEST,
+    "config": str,
+    "vocab_size": range(2, 2**24),
+    "dtype": NAME,
+    "attention": NAME,
+    "tf32": bool,
+}
 MANIFEST = {
-    "format_version": int,
+    "format_version": range(2, 3),
     "reader_features": [str],
-    "writer_features": [str],
-    "store": str,
-    "model": (MODEL, MODEL | {"quantization": str}),
-    "tokenizer": ({"fingerprint": str}, None),
-    "capture": (CAPTURE, CAPTURE | {"num_tail_samples": int}, CAPTURE | {"tail_from_remainder": bool}),
+    "writer_features": [NAME],
+    "store": re.compile("zarr|arrow"),
+    "model": (MODEL, MODEL | {"quantization": METHOD}),
+    "tokenizer": ({"fingerprint": DIGEST}, None),
+    "capture": (CAPTURE, CAPTURE | DRAWS, CAPTURE | REMAINDER),
     "model_name": str,
     "created_with": dict,
 }
-DATA_SET = {"name": str, "file": FILE, "num_samples": int, "num_runs": int, "num_positions": int}
+DATA_SET = {
+    "name": str,
+    "file": FILE,
+    "num_samples": AT_LEAST_ONE,
+    "num_runs": AT_LEAST_ONE,
+    "num_positions": AT_LEAST_ONE,
+}
 CONTENTS = {
-    "manifest": str,
-    "num_samples": int,
+    "manifest": DIGEST,
+    "num_samples": COUNT,
     "index": FILE,
-    "shards": [{"unit": str, "checksum": str}],
+    "shards": [{"unit": DIGEST, "checksum": DIGEST}],
     "data_sets": [DATA_SET],
 }
-RUNS = np.dtype([("sample_id", "<u8", 2), ("first", "<u4"), ("num_positions", "<u4"), ("cross_entropy", "u1")])
 COMMIT = {
-    "unit": str,
-    "identity": str,
-    "num_samples": int,
-    "num_positions": int,
-    "num_tokens": int,
-    "num_tokens_cut": int,
+    "unit": DIGEST,
+    "identity": DIGEST,
+    "num_samples": AT_LEAST_ONE,
+    "num_positions": AT_LEAST_ONE,
+    "num_tokens": AT_LEAST_ONE,
+    "num_tokens_cut": COUNT,
     "kept_mass": float,
     "files": [FILE],
     "blocks": dict,
-    "chat_template": str,
+    "chat_template": DIGEST_OR_NONE,
 }
 
 
@@ -96,7 +129,7 @@ def canonical(value: Any) -> bytes:
 
 
 def conforms(value: Any, schema: Any) -> bool:
-    """Exactly these fields, of exactly these types."""
+    """Exactly these fields, each of exactly this type, matched by this expression, or in this range of integers."""
     if isinstance(schema, dict):
         return (
             isinstance(value, dict)
@@ -107,44 +140,81 @@ def conforms(value: Any, schema: Any) -> bool:
         return isinstance(value, list) and all(conforms(item, schema[0]) for item in value)
     if isinstance(schema, tuple):
         return any(conforms(value, one) for one in schema)
+    if isinstance(schema, re.Pattern):
+        return isinstance(value, str) and schema.fullmatch(value) is not None
+    if isinstance(schema, range):
+        return type(value) is int and value in schema
     return value is None if schema is None else type(value) is schema
 
 
 def read_json(data: bytes, schema: Any, what: str) -> Any:
     """The body of a JSON file."""
-    require(len(data) <= 64 * 2**20, f"{what}: over 64 MiB")
-    envelope = json.loads(data)
-    require(conforms(envelope, {"body": schema, "checksum": str}), f"{what}: missing, unknown or ill-typed fields")
-    require(digest(canonical(envelope["body"])) == envelope["checksum"], f"{what}: checksum")
+    require(len(data) <= 16 * 2**20, f"{what}: over 16 MiB")
+    for mark, share in ((b"[", 8), (b"{", 8), (b":", 16), (b",", 5), (b'"', 5)):
+        require(data.count(mark) <= 1000 + len(data) / share, f"{what}: too many of {mark!r}")
+    try:
+        envelope = json.loads(data)
+        body = canonical(envelope["body"])
+        checksum = envelope["checksum"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{what}: not JSON with a body and a checksum") from error
+    require(digest(body) == checksum, f"{what}: checksum")
+    spelt = b'{"body":' + body + b',"checksum":"' + checksum.encode() + b'"}\n'
+    require(data == spelt, f"{what}: another spelling than the canonical one")
+    require(conforms(envelope["body"], schema), f"{what}: missing or unknown fields, or values that no field has")
     return envelope["body"]
 
 
-def read_listed(folder: Path, listed: dict[str, Any]) -> bytes:
+def read_file(root: Path, name: str) -> bytes:
+    """A file of the cache, to which no link leads but the root itself and `shards`."""
+    path = root
+    for part in name.split("/"):
+        path = path / part
+        require(not path.is_symlink() or path == root / "shards", f"{path}: a link")
+    require(path.is_file(), f"{path}: missing")
+    return path.read_bytes()
+
+
+def check_link(root: Path) -> None:
+    """Where `shards` is a link it leads to a folder, and to none of another cache."""
+    shards = root / "shards"
+    if shards.is_symlink():
+        require(shards.is_dir(), f"{shards}: a link to no folder")
+        for folder in (shards.resolve(), shards.resolve().parent):
+            other = folder / "manifest.json"
+            ours = not other.exists() or other.samefile(root / "manifest.json")
+            require(ours, f"{shards}: a link into another cache")
+
+
+def read_listed(root: Path, listed: dict[str, Any], folder: str = "") -> bytes:
     """A file of which the name, the size and the checksum are listed."""
-    name = listed["name"]
-    require(NAME.fullmatch(name) and ".." not in name, f"bad name {name!r}")
-    path = folder / name
-    require(path.is_file() and path.resolve().is_relative_to(folder.resolve()), f"{path}: missing, or a link out")
-    data = path.read_bytes()
-    require(len(data) == listed["size"] and digest(data) == listed["checksum"], f"{path}: size or checksum")
+    data = read_file(root, folder + listed["name"])
+    require(len(data) == listed["size"] and digest(data) == listed["checksum"], f"{listed['name']}: size or checksum")
     return data
 
 
-def read_data_set(folder: Path, entry: dict[str, Any]) -> dict[bytes, dict[int, bool]]:
-    """Samples and positions of a data set, and what its writers' record says of it."""
-    name = entry["name"]
-    require(1 <= len(name) <= 200 and name.isprintable(), "a data set's name")
-    require(entry["file"]["name"] == f"data-{entry['file']['checksum']}.npy", "a data set's file has another name")
-    record = read_json((folder / f"data-{digest(name.encode())}.json").read_bytes(), DATA_SET, "data set")
-    require(record == entry, "the record of a data set is not that of the contents")
-    read_listed(folder, entry["file"])
-    runs = np.load(folder / entry["file"]["name"], allow_pickle=False)
-    require(runs.dtype == RUNS and runs.shape == (entry["num_runs"],), "data set: columns")
+def read_npy(data: bytes, dtype: Any, what: str) -> Array:
+    """The array of a file of one array, in one dimension."""
+    stream = io.BytesIO(data)
+    try:
+        array = np.lib.format.read_array(stream, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise FormatError(f"{what}: not an array") from error
+    require(array.dtype == dtype and array.ndim == 1, f"{what}: columns")
+    require(not stream.read(1), f"{what}: more than an array")
+    return array
+
+
+def read_runs(root: Path, entry: dict[str, Any]) -> dict[bytes, dict[int, bool]]:
+    """Samples and positions of a data set."""
+    runs = read_npy(read_listed(root, entry["file"]), RUNS, "data set")
+    require(len(runs) == entry["num_runs"], "data set: num_runs")
     found: dict[bytes, dict[int, bool]] = {}
     before = (b"", 0, -1)
     for sample_id, first, length, counts in zip(*(runs[n].tolist() for n in runs.dtype.names), strict=True):
         key = b"".join(int(part).to_bytes(8, "little") for part in sample_id)
-        require(length > 0 and counts in (0, 1), "data set: an empty run")
+        require(length > 0 and first + length < 2**31, "data set: an empty run, or one beyond all positions")
+        require(counts in (0, 1), "data set: cross_entropy")
         apart = first > before[1] or (first == before[1] and counts != before[2])
         require(key > before[0] or (key == before[0] and apart), "data set: runs do not ascend, or could be one")
         before = (key, first + length, counts)
@@ -152,6 +222,12 @@ def read_data_set(folder: Path, entry: dict[str, Any]) -> dict[bytes, dict[int, 
     require(len(found) == entry["num_samples"], "data set: num_samples")
     require(sum(map(len, found.values())) == entry["num_positions"], "data set: num_positions")
     return found
+
+
+def check_entry(entry: dict[str, Any]) -> None:
+    require(1 <= len(entry["name"]) <= 200, "a data set's name is empty, or over 200 characters")
+    check_for_people(entry["name"], "a data set's name")
+    require(entry["file"]["name"] == f"data-{entry['file']['checksum']}.npy", "a data set's file has another name")
 
 
 def identity_of(body: dict[str, Any]) -> str:
@@ -163,34 +239,59 @@ def identity_of(body: dict[str, Any]) -> str:
 
 
 def check_manifest(body: dict[str, Any]) -> None:
-    capture, vocab = body["capture"], body["model"]["vocab_size"]
-    require(all(isinstance(value, str) for value in body["created_with"].values()), "created_with")
-    groups, features = capture["num_tail_groups"], body["reader_features"]
-    require(body["format_version"] == 2, "another format version")
-    known = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
-    require(set(features) <= known, "an unknown reader feature")
-    remainder = "tail_from_remainder" in capture
-    require(("tail-from-remainder" in features) == remainder, "tail-from-remainder without its field, or reversed")
-    require(not remainder or (capture["tail_from_remainder"] and groups == 0), "tail_from_remainder")
-    require(("tail-groups" in features) == (groups > 0), "tail-groups without groups, or reversed")
-    require(("tail-samples" in features) == ("num_tail_samples" in capture), "tail-samples without draws, or reversed")
-    require(1 <= capture.get("num_tail_samples", 1) <= 4096, "num_tail_samples")
-    config = body["model"]["config"]
-    require(len(config) <= 2**18 and isinstance(json.loads(config), dict), "config")
-    require(json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")) == config, "config: not canonical")
-    quantized = body["model"].get("quantization")
-    require(("quantized-base" in features) == (quantized is not None), "quantized-base without the field, or reversed")
-    require(quantized is None or re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,31}", quantized), "quantization")
-    require(body["store"] in ("zarr", "arrow"), "an unknown store")
-    require(2 <= vocab < 2**24, "vocab_size")
-    require(0 <= capture["top_k"] < vocab and capture["max_length"] >= 2, "top_k or max_length")
+    check_features(body)
+    check_config(body["model"]["config"])
+    check_capture(body["capture"], body["model"]["vocab_size"])
+    check_for_people(body["model_name"], "model_name")
+    require(len(body["created_with"]) <= 32, "created_with: more than 32 names")
+    for name, value in body["created_with"].items():
+        require(NAME.fullmatch(name), "created_with: a name")
+        check_for_people(value, "created_with")
+
+
+def check_features(body: dict[str, Any]) -> None:
+    """No feature that is not known, and each exactly where its field says so."""
+    require(set(body["reader_features"]) <= FEATURES, "an unknown reader feature")
+    fields = {
+        "tail-groups": body["capture"]["num_tail_groups"] > 0,
+        "tail-samples": "num_tail_samples" in body["capture"],
+        "tail-from-remainder": "tail_from_remainder" in body["capture"],
+        "quantized-base": "quantization" in body["model"],
+    }
+    for feature, is_there in fields.items():
+        require((feature in body["reader_features"]) == is_there, f"{feature} without its field, or reversed")
+
+
+def check_config(text: str) -> None:
+    """An object in canonical JSON."""
+    require(len(text) <= 2**18, "config: over 2^18 bytes")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("config: not JSON") from error
+    require(isinstance(config, dict), "config: not an object")
+    require(json.dumps(config, sort_keys=True, separators=(",", ":")) == text, "config: not canonical")
+
+
+def check_capture(capture: dict[str, Any], vocab: int) -> None:
+    groups = capture["num_tail_groups"]
+    require(capture["top_k"] < vocab, "top_k")
     require(0 < capture["min_mass"] <= 1, "min_mass")
     require(capture["min_mass"] == 1 or capture["top_k"], "min_mass without alternatives")
-    require(capture["precision"] in ("exact", *DROPS_PER_NAT), "precision")
-    require(0 <= capture["max_error"] <= 0.5, "max_error")
-    require(groups == 0 or 2 <= groups <= 256, "num_tail_groups")
+    least = LEAST_MAX_ERROR[capture["precision"]]
+    require(least <= capture["max_error"] <= (0.5 if least else 0), "max_error")
     require((capture["tail_partition"] == "") == (groups == 0), "tail_partition")
-    require(capture["group_steps_per_nat"] in ((1, 4) if groups else (0,)), "group_steps_per_nat")
+    require((capture["group_steps_per_nat"] == 0) == (groups == 0), "group_steps_per_nat")
+    remainder = capture.get("tail_from_remainder")
+    require(remainder is None or (remainder and groups == 0), "tail_from_remainder")
+
+
+def check_for_people(text: Any, what: str) -> None:
+    """A string that may be printed."""
+    require(isinstance(text, str) and len(text) <= 1000, f"{what}: not a string, or over 1,000 characters")
+    require(text.isprintable(), f"{what}: cannot be printed")
+    require(text == " ".join(text.split()), f"{what}: a space at an end, or two in a row")
+    require(not SECRET.search(text), f"{what}: a query, a user or a password")
 
 
 # Samples
@@ -236,7 +337,31 @@ class Cache:
 
     def data_sets(self) -> dict[str, dict[bytes, dict[int, bool]]]:
         """By name and sample id: the positions, and whether cross-entropy counts at each."""
-        return {entry["name"]: read_data_set(self.folder, entry) for entry in self.contents["data_sets"]}
+        return {entry["name"]: read_runs(self.folder, entry) for entry in self.contents["data_sets"]}
+
+    def recorded_data_sets(self) -> dict[str, dict[bytes, dict[int, bool]]]:
+        """The same as writers know them, which readers need not."""
+        recorded = {}
+        for name in sorted(p.name for p in self.folder.glob("data-*.json")):
+            entry = read_json(read_file(self.folder, name), DATA_SET, name)
+            check_entry(entry)
+            require(name == f"data-{digest(entry['name'].encode())}.json", f"{name}: of another data set")
+            recorded[entry["name"]] = read_runs(self.folder, entry)
+        return recorded
+
+    def learnt(self) -> dict[bytes, dict[int, bool]]:
+        """What is to be learnt where nobody names data, by sample id: the union of the data sets."""
+        held: dict[bytes, dict[int, bool]] = {}
+        for sample in self.captures():
+            held.setdefault(sample_id(sample.token_ids), {}).update(dict.fromkeys(sample.positions.tolist(), True))
+        if not self.contents["data_sets"]:
+            return held
+        union: dict[bytes, dict[int, bool]] = {}
+        for name, samples in self.data_sets().items():
+            for key, positions in samples.items():
+                require(positions.keys() <= held.get(key, {}).keys(), f"{name}: a sample or position of no shard")
+                require(union.setdefault(key, positions) == positions, f"{name}: other runs than another data set")
+        return union
 
     def samples(self) -> Iterator[Sample]:
         """Every sample once, by its first capture in the order of the contents."""
@@ -249,9 +374,11 @@ class Cache:
     def captures(self) -> Iterator[Sample]:
         """Every sample of every shard, in order."""
         for number, listed in enumerate(self.contents["shards"]):
-            data = (self.folder / "shards" / f"{listed['unit']}.json").read_bytes()
+            data = read_file(self.folder, f"shards/{listed['unit']}.json")
             require(digest(data) == listed["checksum"], f"commit record of {listed['unit']}: checksum")
             commit = read_json(data, COMMIT, f"commit record of {listed['unit']}")
+            check_blocks(commit["blocks"])
+            require(0 <= commit["kept_mass"] <= 1.001 * commit["num_positions"], "commit record: kept_mass")
             require(commit["unit"] == listed["unit"], "the commit record is of another shard")
             require(commit["identity"] == identity_of(self.manifest), "the commit record is of another cache")
             samples = list(self._shard(commit))
@@ -264,12 +391,14 @@ class Cache:
 
     def _shard(self, commit: dict[str, Any]) -> Iterator[Sample]:
         capture = self.manifest["capture"]
-        folder = self.folder / "shards" / f"{commit['unit']}-{digest(canonical(commit['files']))[:16]}"
-        files = {listed["name"]: read_listed(folder, listed) for listed in commit["files"]}
+        folder = f"shards/{commit['unit']}-{digest(canonical(commit['files']))[:16]}/"
+        files = {listed["name"]: read_listed(self.folder, listed, folder) for listed in commit["files"]}
+        require(len(files) == len(commit["files"]), "commit record: a file stands twice")
         decode = {"zarr": decode_zarr, "arrow": decode_arrow}[self.manifest["store"]]
         columns = decode(files, commit, capture)
         rows = decode_rows(columns, capture)
         num_tokens, num_positions = columns["num_tokens"], columns["num_positions"]
+        require(len(num_tokens) == len(num_positions) == commit["num_samples"], "commit record: num_samples")
         require(num_tokens.sum() == commit["num_tokens"], "commit record: num_tokens")
         require(num_positions.sum() == commit["num_positions"], "commit record: num_positions")
         require(columns["num_tokens_cut"].sum() == commit["num_tokens_cut"], "commit record: num_tokens_cut")
@@ -298,29 +427,51 @@ def sample_id(token_ids: Array) -> bytes:
     return hashlib.blake2b(token_ids.astype("<u4").tobytes(), digest_size=16).digest()
 
 
+def check_blocks(blocks: dict[str, Any]) -> None:
+    """By stream: offset, length and crc32c of each."""
+    for listed in blocks.values():
+        require(conforms(listed, [[COUNT]]), "commit record: blocks")
+        require(all(len(block) == 3 and block[2] < 2**32 for block in listed), "commit record: blocks")
+
+
 def open_cache(folder: str | Path) -> Cache:
     folder = Path(folder)
     require((folder / "contents.json").is_file(), "no contents.json: not a cache, or not finished")
-    data = (folder / "manifest.json").read_bytes()
+    data = read_file(folder, "manifest.json")
     manifest = read_json(data, MANIFEST, "manifest.json")
     check_manifest(manifest)
-    contents = read_json((folder / "contents.json").read_bytes(), CONTENTS, "contents.json")
+    check_link(folder)
+    contents = read_json(read_file(folder, "contents.json"), CONTENTS, "contents.json")
     require(contents["manifest"] == digest(data), "contents.json belongs to another manifest.json")
-    read_listed(folder, contents["index"])
-    index = np.load(folder / contents["index"]["name"], allow_pickle=False)
-    require(index.dtype == INDEX and index.ndim == 1, "index: columns")
+    check_contents(contents)
+    index = read_npy(read_listed(folder, contents["index"]), INDEX, "index")
+    shards = np.unique(index["shard"]).tolist()
+    require(shards == list(range(len(contents["shards"]))), "index: a shard without samples, or one that is not there")
     require((np.diff(index["shard"].astype(np.int64)) >= 0).all(), "index: order of the shards")
     require(len(index) == contents["num_samples"], "contents.json: num_samples")  # one captured twice counts twice
+    return Cache(folder, manifest, contents, index, read_groups(folder, manifest))
+
+
+def check_contents(contents: dict[str, Any]) -> None:
+    require(contents["index"]["name"] == f"index-{contents['index']['checksum']}.npy", "the index has another name")
+    units = [listed["unit"] for listed in contents["shards"]]
+    require(units == sorted(set(units)), "contents.json: order of the shards")
     names = [entry["name"] for entry in contents["data_sets"]]
     require(names == sorted(set(names)) and len(names) <= 256, "contents.json: names of data sets")
-    token_groups = None
-    if groups := manifest["capture"]["num_tail_groups"]:
-        token_groups = np.load(folder / "token_groups.npy", allow_pickle=False)
-        require(token_groups.dtype == np.uint8, "token_groups.npy: type")
-        require(token_groups.shape == (manifest["model"]["vocab_size"],), "token_groups.npy: shape")
-        require(digest(token_groups.tobytes()) == manifest["capture"]["tail_partition"], "token_groups.npy: checksum")
-        require(token_groups.max() < groups, "token_groups.npy: groups")
-    return Cache(folder, manifest, contents, index, token_groups)
+    for entry in contents["data_sets"]:
+        check_entry(entry)
+
+
+def read_groups(folder: Path, manifest: dict[str, Any]) -> Array | None:
+    """The tail group of each token."""
+    capture = manifest["capture"]
+    if not capture["num_tail_groups"]:
+        return None
+    groups = read_npy(read_file(folder, "token_groups.npy"), np.uint8, "token_groups.npy")
+    require(len(groups) == manifest["model"]["vocab_size"], "token_groups.npy: shape")
+    require(digest(groups.tobytes()) == capture["tail_partition"], "token_groups.npy: checksum")
+    require(groups.max() < capture["num_tail_groups"], "token_groups.npy: groups")
+    return groups
 
 
 # Rows
@@ -365,6 +516,7 @@ def decode_rows(columns: dict[str, Array], capture: dict[str, Any]) -> dict[str,
         return {n: a if a is None or n.endswith("ids") else a.astype(np.float64) for n, a in rows.items()}
     drops_per_nat = DROPS_PER_NAT[capture["precision"]]
     tail = from_steps(columns["tail_steps"], 1024)
+    above = np.where(np.isneginf(tail), 0, tail)[:, None]  # a group of nothing says so by itself
     groups, draws = columns.get("tail_group_steps"), columns.get("tail_sample_drops")
     per_nat = capture["group_steps_per_nat"]
     return {
@@ -372,7 +524,7 @@ def decode_rows(columns: dict[str, Array], capture: dict[str, Any]) -> dict[str,
         "alternative_ids": columns["alternative_ids"],
         "alternative_logprobs": from_drops(columns["alternative_drops"], drops_per_nat),
         "tail_logprobs": tail,
-        "tail_group_logprobs": None if groups is None else tail[:, None] + from_steps(groups, per_nat),
+        "tail_group_logprobs": None if groups is None else above + from_steps(groups, per_nat),
         "tail_sample_ids": columns.get("tail_sample_ids"),
         "tail_sample_logprobs": None if draws is None else from_drops(draws, drops_per_nat),
     }
@@ -455,6 +607,60 @@ def blocks_of(data: bytes, blocks: list[list[int]]) -> Iterator[bytes]:
         yield block
 
 
+def parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("not JSON") from error
+
+
+def has(value: Any, expected: Any) -> bool:
+    """What is expected is there; an object may say more."""
+    if isinstance(expected, dict):
+        return isinstance(value, dict) and all(k in value and has(value[k], expected[k]) for k in expected)
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(has, value, expected))
+    return type(value) is type(expected) and value == expected
+
+
+def steps_of(name: str, capture: dict[str, Any]) -> int | None:
+    """What to divide the integers of a column by."""
+    if name.endswith("_drops"):
+        return DROPS_PER_NAT[capture["precision"]]
+    return {"label_steps": 1024, "tail_steps": 1024, "tail_group_steps": capture["group_steps_per_nat"]}.get(name)
+
+
+def array_metadata(dtype: str, shape: tuple[int, ...], rows: int, steps: int | None) -> dict[str, Any]:
+    """What zarr.json says of a column of chunks of so many rows, so that other tools read it."""
+    chunk, shard = [rows, *shape[1:]], [-(-shape[0] // rows) * rows, *shape[1:]]
+    sharding = {
+        "chunk_shape": chunk,
+        "codecs": [{"name": "numcodecs.pcodec"}, {"name": "crc32c"}],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": "NaN" if dtype == "float32" else int(np.iinfo(dtype).max),
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {} if steps is None else {"steps_per_nat": steps},
+    }
+
+
+def check_zarr_index(data: bytes, blocks: list[list[int]], name: str) -> None:
+    """The crc32c stands after each chunk, and the index at the end says where each is."""
+    for offset, length, crc in blocks:
+        require(data[offset + length :][:4] == struct.pack("<I", crc), f"{name}: no crc32c after a chunk")
+    index = b"".join(struct.pack("<QQ", offset, length + 4) for offset, length, _ in blocks)
+    end = struct.pack("<I", google_crc32c.value(index))
+    require(data.endswith(index + end), f"{name}: the index is not that of the blocks")
+
+
 def decode_zarr(files: dict[str, bytes], commit: dict[str, Any], capture: dict[str, Any]) -> dict[str, Array]:
     from pcodec import standalone
 
@@ -474,20 +680,100 @@ def decode_zarr(files: dict[str, bytes], commit: dict[str, Any], capture: dict[s
     place = {name: f"{name}/c/{'/'.join('0' for _ in shape)}" for name, (_, shape, _) in columns.items()}
     require(files.keys() == {"zarr.json", *place.values(), *(f"{c}/zarr.json" for c in columns)}, "files of the shard")
     require(commit["blocks"].keys() == columns.keys(), "blocks of the shard")
+    require(has(parsed(files["zarr.json"]), {"zarr_format": 3, "node_type": "group"}), "zarr.json: not a group")
     decoded = {}
     for name, (dtype, shape, chunk_rows) in columns.items():
-        meta = json.loads(files[f"{name}/zarr.json"])
-        require(meta["shape"] == list(shape) and meta["data_type"] == dtype, f"{name}/zarr.json: shape or type")
         rows = min(chunk_rows, shape[0])  # the last chunk is as long as the others, filled up
+        expected = array_metadata(dtype, shape, rows, steps_of(name, capture))
+        require(has(parsed(files[f"{name}/zarr.json"]), expected), f"{name}/zarr.json: not what it has to say")
         blocks = commit["blocks"][name]
         require(len(blocks) == -(-shape[0] // rows), f"{name}: chunks missing")
+        check_zarr_index(files[place[name]], blocks, name)
         values = np.empty((len(blocks) * rows, *shape[1:]), dtype)
         for i, block in enumerate(blocks_of(files[place[name]], blocks)):
             flat = values[i * rows : (i + 1) * rows].reshape(-1)
-            progress = standalone.simple_decompress_into(block, flat)  # writes no more than there is room for
+            try:
+                progress = standalone.simple_decompress_into(block, flat)  # writes no more than there is room for
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise FormatError(f"{name}: a chunk that is not pcodec's") from error
             require(progress.n_processed == flat.size and progress.finished, f"{name}: a chunk of another length")
+        beyond = values[shape[0] :]
+        require((np.isnan(beyond) if dtype == "float32" else beyond == np.iinfo(dtype).max).all(), f"{name}: filling")
         decoded[name] = values[: shape[0]]
     return decoded
+
+
+def flat_field(data: bytes, table: int, number: int) -> int:
+    """Where a field of a flatbuffers table is; 0: it is not there."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    place = 4 + 2 * number
+    offset = (
+        struct.unpack_from("<H", data, fields + place)[0] if place < struct.unpack_from("<H", data, fields)[0] else 0
+    )
+    return table + offset if offset else 0
+
+
+def flat_follow(data: bytes, place: int) -> int:
+    require(place, "an Arrow message without a field")
+    return int(place + struct.unpack_from("<I", data, place)[0])
+
+
+def unpacked_bytes(block: bytes) -> int:
+    """What the buffers of a record batch, zstd all of them, say that they unpack to."""
+    mark, size = struct.unpack_from("<Ii", block)
+    message, body = block[8 : 8 + size], block[8 + size :]
+    require(mark == 0xFFFFFFFF and len(message) == size, "not an Arrow message")
+    root = struct.unpack_from("<I", message)[0]
+    kind = flat_field(message, root, 1)
+    require(kind and message[kind] == 3, "not a record batch")
+    batch = flat_follow(message, flat_field(message, root, 2))
+    codec = flat_field(message, flat_follow(message, flat_field(message, batch, 3)), 0)
+    require(codec and message[codec] == 1, "buffers that are not zstd")
+    buffers = flat_follow(message, flat_field(message, batch, 2))
+    total = 0
+    for i in range(struct.unpack_from("<I", message, buffers)[0]):
+        offset, length = struct.unpack_from("<qq", message, buffers + 4 + 16 * i)
+        require(offset >= 0 and length >= 0 and offset + length <= len(body), "a buffer beyond its message")
+        stated = struct.unpack_from("<q", body, offset)[0] if length else 0
+        require(stated >= -1, "a buffer of a negative length")
+        total += length if stated == -1 else stated  # -1: as it is
+    return total
+
+
+def read_batches(data: bytes, blocks: list[list[int]], rows: list[int], room: int, types: dict[str, Any]) -> Any:
+    """The table of an Arrow file of batches of so many rows, which unpack to so many bytes together at most."""
+    import pyarrow as pa
+
+    try:
+        file = pa.ipc.open_file(pa.py_buffer(data))
+        found = list(blocks_of(data, blocks))
+        require(len(found) == file.num_record_batches == len(rows), "batches missing")
+        require(sum(map(unpacked_bytes, found)) <= room, "batches that unpack to more than their rows")
+        batches = [pa.ipc.read_record_batch(pa.ipc.read_message(block), file.schema) for block in found]
+        for batch in batches:
+            batch.validate(full=True)
+    except (struct.error, IndexError, OSError, ValueError, pa.ArrowException) as error:
+        raise FormatError("not Arrow") from error
+    require([batch.num_rows for batch in batches] == rows, "rows of a batch")
+    require(all(file.get_batch(i).equals(batch) for i, batch in enumerate(batches)), "blocks that are not the file's")
+    schema = file.schema
+    require(sorted(schema.names) == sorted(types), "columns of an Arrow file")
+    require(all(schema.field(name).type == types[name] for name in types), "type of a column")
+    return pa.Table.from_batches(batches, schema).combine_chunks()
+
+
+def arrow_types(capture: dict[str, Any]) -> dict[str, Any]:
+    """The columns of logprobs.arrow."""
+    import pyarrow as pa
+
+    halves = {"uint32": (pa.uint16(), pa.uint8()), "uint16": (pa.uint8(), pa.uint8())}
+    types = {}
+    for name, (dtype, width) in row_columns(capture).items():
+        if width and dtype in halves:
+            types[f"{name}_low"], types[f"{name}_high"] = (pa.list_(half, *width) for half in halves[dtype])
+        else:
+            types[name] = pa.list_(pa.float32(), *width) if width else pa.type_for_alias(dtype)
+    return types
 
 
 def decode_arrow(files: dict[str, bytes], commit: dict[str, Any], capture: dict[str, Any]) -> dict[str, Array]:
@@ -496,45 +782,43 @@ def decode_arrow(files: dict[str, bytes], commit: dict[str, Any], capture: dict[
 
     require(files.keys() == commit["blocks"].keys() == {"samples.arrow", "logprobs.arrow"}, "files of the shard")
 
-    def table(name: str, rows: int, batch_rows: int) -> Any:
-        schema = pa.ipc.open_file(pa.py_buffer(files[name])).schema
-        blocks = [pa.ipc.read_message(block) for block in blocks_of(files[name], commit["blocks"][name])]
-        batches = [pa.ipc.read_record_batch(block, schema) for block in blocks]
-        expected = [min(batch_rows, rows - start) for start in range(0, rows, batch_rows)]
-        require([batch.num_rows for batch in batches] == expected, f"{name}: rows")
-        return pa.Table.from_batches(batches, schema).combine_chunks()
+    def table(name: str, rows: int, batch_rows: int, room: int, types: dict[str, Any]) -> Any:
+        batches = [min(batch_rows, rows - start) for start in range(0, rows, batch_rows)]
+        room += 64 * 3 * len(types) * len(batches)  # buffers may be padded
+        return read_batches(files[name], commit["blocks"][name], batches, room, types)
 
-    def values(column: Any, dtype: str, width: tuple[int, ...] = ()) -> Array:
-        require(column.null_count == 0, "a null")
+    def values(column: Any, width: tuple[int, ...] = ()) -> Array:
         array = column.combine_chunks()
-        array = array.flatten() if pa.types.is_list(array.type) or width else array
-        require(array.null_count == 0 and str(array.to_numpy().dtype) == dtype, "a null, or another type")
-        return array.to_numpy().reshape(-1, *width)
+        inner = array.flatten() if pa.types.is_list(array.type) or width else array
+        require(array.null_count == inner.null_count == 0, "a null")
+        return inner.to_numpy().reshape(-1, *width)
 
-    samples = table("samples.arrow", commit["num_samples"], 16)
-    require(
-        samples.column_names == ["sample_id", "token_ids", "positions", "num_tokens_cut"], "columns of samples.arrow"
-    )
+    num_samples, num_positions = commit["num_samples"], commit["num_positions"]
+    types = {
+        "sample_id": pa.binary(16),
+        "token_ids": pa.list_(pa.uint32()),
+        "positions": pa.list_(pa.int32()),
+        "num_tokens_cut": pa.uint32(),
+    }
+    room = (16 + 4 + 4 + 4) * num_samples + 4 * (commit["num_tokens"] + num_positions)
+    samples = table("samples.arrow", num_samples, 16, room, types)
+    require(samples["sample_id"].null_count == 0, "a null")
     decoded = {
         "sample_ids": np.frombuffer(b"".join(samples["sample_id"].to_pylist()), "<u8").reshape(-1, 2),
-        "token_ids": values(samples["token_ids"], "uint32"),
+        "token_ids": values(samples["token_ids"]),
         "num_tokens": pa.compute.list_value_length(samples["token_ids"]).to_numpy().astype(np.uint32),
-        "positions": values(samples["positions"], "int32"),
+        "positions": values(samples["positions"]),
         "num_positions": pa.compute.list_value_length(samples["positions"]).to_numpy().astype(np.uint32),
-        "num_tokens_cut": values(samples["num_tokens_cut"], "uint32"),
+        "num_tokens_cut": values(samples["num_tokens_cut"]),
     }
-    rows = table("logprobs.arrow", commit["num_positions"], rows_per_block(capture))
-    stored = set()
-    for name, (dtype, width) in row_columns(capture).items():
-        if width and dtype != "float32":
-            low_type, high_type, base = {"uint32": ("uint16", "uint8", 65536), "uint16": ("uint8", "uint8", 256)}[dtype]
-            low = values(rows[f"{name}_low"], low_type, width).astype(dtype)
-            high = values(rows[f"{name}_high"], high_type, width).astype(dtype)
-            decoded[name] = low + base * high
-            stored |= {f"{name}_low", f"{name}_high"}
+    columns = row_columns(capture)
+    room = num_positions * sum(int(np.prod(width)) * np.dtype(dtype).itemsize for dtype, width in columns.values())
+    rows = table("logprobs.arrow", num_positions, rows_per_block(capture), room, arrow_types(capture))
+    for name, (dtype, width) in columns.items():
+        if name in rows.column_names:
+            decoded[name] = values(rows[name], width)
         else:
-            decoded[name] = values(rows[name], dtype, width)
-            stored.add(name)
-        require(len(decoded[name]) == commit["num_positions"], f"{name}: rows")
-    require(set(rows.column_names) == stored, "columns of logprobs.arrow")
+            low, high = (values(rows[f"{name}_{half}"], width).astype(dtype) for half in ("low", "high"))
+            decoded[name] = low + (65536 if dtype == "uint32" else 256) * high
+        require(len(decoded[name]) == num_positions, f"{name}: rows")
     return decoded
