@@ -1,6 +1,7 @@
 """What the workers of a precompute job say of themselves, and what the commits say of the job.
 
-Owns the files worker-<i>-of-<n>.json beside the manifest, which readers ignore and the last worker removes.
+Owns the files worker-<i>-of-<n>-<job>.json beside the manifest, which readers ignore and the last worker removes. Those
+of another job stay: it may fill the same cache, and is finished by its own workers.
 They decide nothing but who finishes: lost or stale ones cost a repetition of that, never a number. Units done and their
 rate come from the commit records and the times of their files.
 """
@@ -20,6 +21,9 @@ from .manifest import MAX_JSON_BYTES, Contents, Manifest, from_bytes, read_json,
 from .plain_text import one_line, shown
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+Worker = tuple[int, int, str]
+"""Index, number of workers, and their job."""
+
 MAX_SENTENCE = 1000
 """Characters of what a worker says of a unit."""
 
@@ -71,7 +75,8 @@ class Status:
     #: Between its first commit and its last.
     seconds: float
     tokens_after_first: int
-    workers: dict[tuple[int, int], WorkerRecord]
+    #: By (index, number of workers, job).
+    workers: dict[Worker, WorkerRecord]
     #: Names of what killed writers left, or of what live ones are at.
     leftovers: tuple[str, ...]
 
@@ -87,7 +92,7 @@ class Status:
         if not records or any(r.num_windows < 0 for r in records):
             return None
         started = sum(r.num_windows for r in records)
-        expected = max(num for _, num in self.workers)
+        expected = max(num for _, num, _ in self.workers)
         total = started * max(1.0, expected / len(records))  # those that have not begun have as many each
         return sum(r.windows_done for r in records) / total if total else None
 
@@ -95,11 +100,11 @@ class Status:
 def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
     """Say how worker `index` of `num` is; of what failed, what may be said to others."""
     said = tuple(one_line(failure, MAX_SENTENCE) for failure in record.failures)
-    files.replace(worker_name(index, num), to_bytes(replace(record, failures=said)))
+    files.replace(worker_name(index, num, record.job), to_bytes(replace(record, failures=said)))
 
 
-def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
-    """What every worker said last, by (index, number of workers)."""
+def read_records(files: Files) -> dict[Worker, WorkerRecord]:
+    """What every worker said last."""
     found = {}
     for name in files.names(""):
         worker = worker_of(name)
@@ -108,28 +113,30 @@ def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
                 data = files.read(name, MAX_JSON_BYTES)
             except FileNotFoundError:  # the last worker removes them
                 continue
-            found[worker] = _record(data, f"{files.root}/{name}")
+            found[worker] = _record(data, worker[-1], f"{files.root}/{name}")
     return dict(sorted(found.items()))
 
 
-def write_part(files: Files, index: int, num: int, runs: Runs) -> str:
-    """Keep what worker `index` of `num` answers for until the last one finalises; return the file's checksum."""
+def write_part(files: Files, index: int, num: int, job: str, runs: Runs) -> str:
+    """Keep what worker `index` of `num` of a job answers for until the last one finalises; return the file's
+    checksum."""
     data = packed_runs(runs)
-    files.replace(worker_part_name(index, num), data)
+    files.replace(worker_part_name(index, num, job), data)
     return digest(data)
 
 
 def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
     """What a worker that has finished answers for. Raises `CorruptCache`."""
-    return unpacked_runs(files, worker_part_name(index, num), record.num_runs, record.part_checksum)
+    return unpacked_runs(files, worker_part_name(index, num, record.job), record.num_runs, record.part_checksum)
 
 
-def _record(data: bytes, where: str) -> WorkerRecord:
-    """What a worker wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
+def _record(data: bytes, job: str, where: str) -> WorkerRecord:
+    """What a worker of a job wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
     record = from_bytes(WorkerRecord, data, where)
     numbers = {name: value for name, value in asdict(record).items() if isinstance(value, (int, float))}
     wrong = [name for name, value in numbers.items() if not (-1 if name == "num_windows" else 0) <= value <= _MOST]
     wrong += [] if record.state in (RUNNING, FINISHED, FAILED, STOPPED) else ["state"]
+    wrong += [] if record.job == job else ["job"]
     if wrong:
         raise CorruptCache(
             f"reading {where}: expected what a worker says of itself, found {shown(getattr(record, wrong[0]))} for "
@@ -144,9 +151,12 @@ def record_names(files: Files) -> list[str]:
     return [*filter(worker_of, names), *filter(is_worker_part, names)]
 
 
-def remove_records(files: Files) -> None:
-    """Once the cache is final."""
-    files.remove(*record_names(files))
+def remove_records(files: Files, job: str = "") -> None:
+    """Once the cache is final. job: what workers of others that have finished say stays: theirs is not final yet."""
+    found = read_records(files) if job else {}
+    kept = [worker for worker, record in found.items() if record.state == FINISHED and worker[-1] != job]
+    stays = {name(*worker) for worker in kept for name in (worker_name, worker_part_name)}
+    files.remove(*(name for name in record_names(files) if name not in stays))
 
 
 def status(path: str | Path) -> Status:

@@ -25,7 +25,7 @@ from logitcache.storage.job_status import (
     write_record,
 )
 
-RECORD = WorkerRecord(RUNNING, "a job", "here", 12, 100.0, 160.5, 3, 200, 300, 2, 5)
+RECORD = WorkerRecord(RUNNING, "job", "here", 12, 100.0, 160.5, 3, 200, 300, 2, 5)
 
 
 @pytest.mark.parametrize("num", range(1, 41))
@@ -135,29 +135,29 @@ def test_records_of_workers(place: str) -> None:
         writer.commit(make_samples(1))
     files = open_files(place)
     said = {
-        (0, 4): RECORD,
-        (1, 4): replace(RECORD, state=FINISHED, windows_done=5),
-        (2, 4): replace(RECORD, state=FAILED, failures=("running the base on a.jsonl:3: no.",)),
-        (3, 4): replace(RECORD, state=STOPPED, windows_done=0),
+        (0, 4, "job"): RECORD,
+        (1, 4, "job"): replace(RECORD, state=FINISHED, windows_done=5),
+        (2, 4, "job"): replace(RECORD, state=FAILED, failures=("running the base on a.jsonl:3: no.",)),
+        (3, 4, "job"): replace(RECORD, state=STOPPED, windows_done=0),
     }
-    for (index, num), record in said.items():
+    for (index, num, _), record in said.items():
         write_record(files, index, num, record)
     assert read_records(files) == said
     found = status(place)
     assert found.workers == said
     assert found.share_done == (2 + 5 + 2 + 0) / 20
-    files.remove("worker-1-of-4.json")
-    files.remove("worker-2-of-4.json")
+    files.remove("worker-1-of-4-job.json")
+    files.remove("worker-2-of-4-job.json")
     assert status(place).share_done == 2 / 20  # those that have not begun have as much to do
     write_record(files, 1, 4, replace(RECORD, num_windows=-1))
     assert status(place).share_done is None
     write_record(files, 11, 12, RECORD)
-    files.replace("worker-x-of-4.json", b"not of ours")
-    files.replace("worker-1-of-4.json.bak", b"not of ours")
-    assert list(read_records(files)) == [(0, 4), (1, 4), (3, 4), (11, 12)]
+    files.replace("worker-x-of-4-job.json", b"not of ours")
+    files.replace("worker-1-of-4-job.json.bak", b"not of ours")
+    assert list(read_records(files)) == [(*w, "job") for w in ((0, 4), (1, 4), (3, 4), (11, 12))]
     remove_records(files)
     assert status(place).workers == {}
-    assert files.exists("worker-x-of-4.json") and files.exists("worker-1-of-4.json.bak")
+    assert files.exists("worker-x-of-4-job.json") and files.exists("worker-1-of-4-job.json.bak")
     assert status(place).num_shards == 1
 
 
@@ -165,8 +165,8 @@ def test_a_record_that_is_damaged_is_named(place: str) -> None:
     CacheWriter(place, make_manifest("arrow")).close()
     files = open_files(place)
     write_record(files, 0, 2, RECORD)
-    files.replace("worker-0-of-2.json", files.read("worker-0-of-2.json").replace(b"running", b"rinning"))
-    with pytest.raises(CorruptCache, match=r"worker-0-of-2\.json"):
+    files.replace("worker-0-of-2-job.json", files.read("worker-0-of-2-job.json").replace(b"running", b"rinning"))
+    with pytest.raises(CorruptCache, match=r"worker-0-of-2-job\.json"):
         status(place)
 
 
