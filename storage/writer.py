@@ -211,7 +211,8 @@ class CacheWriter:
         damaged, of another identity, or not the one of its name that the contents of before list.
         """
         if data_sets:
-            check_num_data_sets(self.path, {d.name for d in (*known_data_sets(self._files), *data_sets)})
+            names = {entry.name for entry in known_data_sets(self._files)}
+            check_num_data_sets(self.path, names | {data_set.name for data_set in data_sets})
         for data_set in data_sets:
             write_data_set(self._files, data_set)
         while True:
