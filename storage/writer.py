@@ -142,12 +142,15 @@ class CacheWriter:
         return record_of(self._files, data_set.name) == data_set.packed()[0] and self.is_final
 
     def captured(self) -> Captured:
-        """What every committed shard holds, when first asked, and what this writer commits from then on."""
+        """What every committed shard holds, when first asked, and what this writer commits from then on.
+
+        Raises `CorruptCache` for what `finalize` would refuse."""
         if self._captured is None:
             self._captured = Captured(lambda unit: self._read_table(unit)[1])
             for unit, (checksum, table) in self._of_each(self._units(), self._read_table):
                 self._tables[unit] = checksum, without_tokens(table)
                 self._captured.add(unit, table)
+            self._check_listed()  # what could not be finished is said before anything is computed
         return self._captured
 
     @property
