@@ -14,7 +14,7 @@ from .cache import read_manifest, read_record
 from .data_sets import Runs, packed_runs, unpacked_runs
 from .errors import CorruptCache
 from .files import Files, open_files
-from .identity import digest
+from .identity import digest, digest_json
 from .layout import CONTENTS, SHARDS, commit_unit, is_worker_part, worker_name, worker_of, worker_part_name
 from .leftovers import find_leftovers
 from .manifest import MAX_JSON_BYTES, Contents, Manifest, from_bytes, read_json, to_bytes
@@ -22,7 +22,10 @@ from .plain_text import one_line, shown
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
 Worker = tuple[int, int, str]
-"""Index, number of workers, and their job."""
+"""Index, number of workers, and their job: see `job_digest`."""
+
+NAME_DIGITS = 16
+"""Digits of a job that are of its data set's name: whoever fills the same name later takes its place."""
 
 MAX_SENTENCE = 1000
 """Characters of what a worker says of a unit."""
@@ -36,7 +39,7 @@ class WorkerRecord:
 
     #: running, finished, failed (some units could not be computed) or stopped (asked to, or by an error).
     state: str
-    #: A hash of how the data are cut into units, the same for workers of one job.
+    #: `job_digest`, the same for workers of one job.
     job: str
     #: Name of the machine it runs on.
     host: str
@@ -97,6 +100,11 @@ class Status:
         return sum(r.windows_done for r in records) / total if total else None
 
 
+def job_digest(name: str, cut: object) -> str:
+    """What the workers of a job share: the name of its data set, and the data and how they are cut into units."""
+    return digest(name.encode())[:NAME_DIGITS] + digest_json(cut)[NAME_DIGITS:]
+
+
 def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
     """Say how worker `index` of `num` is; of what failed, what may be said to others."""
     said = tuple(one_line(failure, MAX_SENTENCE) for failure in record.failures)
@@ -152,9 +160,9 @@ def record_names(files: Files) -> list[str]:
 
 
 def remove_records(files: Files, job: str = "") -> None:
-    """Once the cache is final. job: what workers of others that have finished say stays: theirs is not final yet."""
+    """Once the cache is final. job: what finished workers of other data sets say stays, for their last one."""
     found = read_records(files) if job else {}
-    kept = [worker for worker, record in found.items() if record.state == FINISHED and worker[-1] != job]
+    kept = [w for w, record in found.items() if record.state == FINISHED and w[-1][:NAME_DIGITS] != job[:NAME_DIGITS]]
     stays = {name(*worker) for worker in kept for name in (worker_name, worker_part_name)}
     files.remove(*(name for name in record_names(files) if name not in stays))
 

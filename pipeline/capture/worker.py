@@ -30,13 +30,13 @@ from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divide
 from logitcache.storage import CacheWriter, CorruptCache, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
 from logitcache.storage.data_sets import Runs, joined, runs_of
-from logitcache.storage.identity import digest_json
 from logitcache.storage.job_status import (
     FAILED,
     FINISHED,
     RUNNING,
     STOPPED,
     WorkerRecord,
+    job_digest,
     read_part,
     read_records,
     remove_records,
@@ -288,7 +288,7 @@ def _job_of(spec: JobSpec, loaded: Loaded) -> str:
     """What the workers of one job agree on: the data and their name, and how they are cut into units."""
     kept = spec.settings
     cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
-    return digest_json([spec.name, data_of(spec, loaded).sizes(), list(cut)])
+    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut)])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:

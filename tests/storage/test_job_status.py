@@ -12,6 +12,7 @@ from support.storage_samples import make_manifest, make_sample, write_cache
 
 from logitcache.capture.worker import WORKERS_A_WINDOW, Share
 from logitcache.storage import CachedSample, CacheWriter, CorruptCache, NotACache
+from logitcache.storage.data_sets import DTYPE as RUNS
 from logitcache.storage.files import open_files
 from logitcache.storage.job_status import (
     FAILED,
@@ -19,9 +20,11 @@ from logitcache.storage.job_status import (
     RUNNING,
     STOPPED,
     WorkerRecord,
+    job_digest,
     read_records,
     remove_records,
     status,
+    write_part,
     write_record,
 )
 
@@ -185,3 +188,30 @@ def test_status_changes_nothing(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in sorted(path.rglob("*"))}
     assert status(path).is_final
     assert {p: p.stat().st_mtime_ns for p in sorted(path.rglob("*"))} == before
+
+
+def test_the_last_worker_removes_what_is_of_its_data_set(place: str) -> None:
+    """An earlier job of that name goes with it, and of another name who has not finished; who has stays."""
+    jobs = {name: job_digest(name, cut) for name, cut in (("one", 1), ("two", 1))}
+    earlier = job_digest("one", 2)
+    assert len({*jobs.values(), earlier}) == 3 and all(len(job) == 32 for job in jobs.values())
+    files = open_files(place)
+    files.join()()
+    for job, state in ((jobs["one"], FINISHED), (earlier, FINISHED), (jobs["two"], FINISHED)):
+        runs = np.zeros(0, dtype=RUNS)
+        checksum = write_part(files, 0, 2, job, runs)
+        write_record(files, 0, 2, replace(RECORD, job=job, state=state, part_checksum=checksum))
+    write_record(files, 1, 2, replace(RECORD, job=jobs["two"]))
+    remove_records(files, jobs["one"])
+    assert list(read_records(files)) == [(0, 2, jobs["two"])]
+    assert [name for name in files.names("") if name.endswith(".npy")] == [f"worker-0-of-2-{jobs['two']}.npy"]
+
+
+def test_a_record_of_another_job_than_its_name_says_is_refused(place: str) -> None:
+    """Its job is part of the name of another file, which is read."""
+    files = open_files(place)
+    files.join()()
+    write_record(files, 0, 2, RECORD)
+    files.replace("worker-0-of-2-other.json", files.read("worker-0-of-2-job.json"))
+    with pytest.raises(CorruptCache, match=r"worker-0-of-2-other\.json"):
+        read_records(files)
