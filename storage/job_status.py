@@ -1,6 +1,7 @@
 """What the workers of a precompute job say of themselves, and what the commits say of the job.
 
-Owns the files worker-<i>-of-<n>.json beside the manifest, which readers ignore and the last worker removes.
+Owns the files worker-<i>-of-<n>-<job>.json beside the manifest, which readers ignore and the last worker removes. Those
+of another job stay: it may fill the same cache, and is finished by its own workers.
 They decide nothing but who finishes: lost or stale ones cost a repetition of that, never a number. Units done and their
 rate come from the commit records and the times of their files.
 """
@@ -13,13 +14,19 @@ from .cache import read_manifest, read_record
 from .data_sets import Runs, packed_runs, unpacked_runs
 from .errors import CorruptCache
 from .files import Files, open_files
-from .identity import digest
+from .identity import digest, digest_json
 from .layout import CONTENTS, SHARDS, commit_unit, is_worker_part, worker_name, worker_of, worker_part_name
 from .leftovers import find_leftovers
 from .manifest import MAX_JSON_BYTES, Contents, Manifest, from_bytes, read_json, to_bytes
 from .plain_text import one_line, shown
 
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+Worker = tuple[int, int, str]
+"""Index, number of workers, and their job: see `job_digest`."""
+
+NAME_DIGITS = 16
+"""Digits of a job that are of its data set's name: whoever fills the same name later takes its place."""
+
 MAX_SENTENCE = 1000
 """Characters of what a worker says of a unit."""
 
@@ -32,7 +39,7 @@ class WorkerRecord:
 
     #: running, finished, failed (some units could not be computed) or stopped (asked to, or by an error).
     state: str
-    #: A hash of how the data are cut into units, the same for workers of one job.
+    #: `job_digest`, the same for workers of one job.
     job: str
     #: Name of the machine it runs on.
     host: str
@@ -71,7 +78,8 @@ class Status:
     #: Between its first commit and its last.
     seconds: float
     tokens_after_first: int
-    workers: dict[tuple[int, int], WorkerRecord]
+    #: By (index, number of workers, job).
+    workers: dict[Worker, WorkerRecord]
     #: Names of what killed writers left, or of what live ones are at.
     leftovers: tuple[str, ...]
 
@@ -87,19 +95,24 @@ class Status:
         if not records or any(r.num_windows < 0 for r in records):
             return None
         started = sum(r.num_windows for r in records)
-        expected = max(num for _, num in self.workers)
+        expected = max(num for _, num, _ in self.workers)
         total = started * max(1.0, expected / len(records))  # those that have not begun have as many each
         return sum(r.windows_done for r in records) / total if total else None
+
+
+def job_digest(name: str, cut: object) -> str:
+    """What the workers of a job share: the name of its data set, and the data and how they are cut into units."""
+    return digest(name.encode())[:NAME_DIGITS] + digest_json(cut)[NAME_DIGITS:]
 
 
 def write_record(files: Files, index: int, num: int, record: WorkerRecord) -> None:
     """Say how worker `index` of `num` is; of what failed, what may be said to others."""
     said = tuple(one_line(failure, MAX_SENTENCE) for failure in record.failures)
-    files.replace(worker_name(index, num), to_bytes(replace(record, failures=said)))
+    files.replace(worker_name(index, num, record.job), to_bytes(replace(record, failures=said)))
 
 
-def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
-    """What every worker said last, by (index, number of workers)."""
+def read_records(files: Files) -> dict[Worker, WorkerRecord]:
+    """What every worker said last."""
     found = {}
     for name in files.names(""):
         worker = worker_of(name)
@@ -108,28 +121,30 @@ def read_records(files: Files) -> dict[tuple[int, int], WorkerRecord]:
                 data = files.read(name, MAX_JSON_BYTES)
             except FileNotFoundError:  # the last worker removes them
                 continue
-            found[worker] = _record(data, f"{files.root}/{name}")
+            found[worker] = _record(data, worker[-1], f"{files.root}/{name}")
     return dict(sorted(found.items()))
 
 
-def write_part(files: Files, index: int, num: int, runs: Runs) -> str:
-    """Keep what worker `index` of `num` answers for until the last one finalises; return the file's checksum."""
+def write_part(files: Files, index: int, num: int, job: str, runs: Runs) -> str:
+    """Keep what worker `index` of `num` of a job answers for until the last one finalises; return the file's
+    checksum."""
     data = packed_runs(runs)
-    files.replace(worker_part_name(index, num), data)
+    files.replace(worker_part_name(index, num, job), data)
     return digest(data)
 
 
 def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
     """What a worker that has finished answers for. Raises `CorruptCache`."""
-    return unpacked_runs(files, worker_part_name(index, num), record.num_runs, record.part_checksum)
+    return unpacked_runs(files, worker_part_name(index, num, record.job), record.num_runs, record.part_checksum)
 
 
-def _record(data: bytes, where: str) -> WorkerRecord:
-    """What a worker wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
+def _record(data: bytes, job: str, where: str) -> WorkerRecord:
+    """What a worker of a job wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
     record = from_bytes(WorkerRecord, data, where)
     numbers = {name: value for name, value in asdict(record).items() if isinstance(value, (int, float))}
     wrong = [name for name, value in numbers.items() if not (-1 if name == "num_windows" else 0) <= value <= _MOST]
     wrong += [] if record.state in (RUNNING, FINISHED, FAILED, STOPPED) else ["state"]
+    wrong += [] if record.job == job else ["job"]
     if wrong:
         raise CorruptCache(
             f"reading {where}: expected what a worker says of itself, found {shown(getattr(record, wrong[0]))} for "
@@ -144,9 +159,12 @@ def record_names(files: Files) -> list[str]:
     return [*filter(worker_of, names), *filter(is_worker_part, names)]
 
 
-def remove_records(files: Files) -> None:
-    """Once the cache is final."""
-    files.remove(*record_names(files))
+def remove_records(files: Files, job: str = "") -> None:
+    """Once the cache is final. job: what finished workers of other data sets say stays, for their last one."""
+    found = read_records(files) if job else {}
+    kept = [w for w, record in found.items() if record.state == FINISHED and w[-1][:NAME_DIGITS] != job[:NAME_DIGITS]]
+    stays = {name(*worker) for worker in kept for name in (worker_name, worker_part_name)}
+    files.remove(*(name for name in record_names(files) if name not in stays))
 
 
 def status(path: str | Path) -> Status:

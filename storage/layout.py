@@ -29,8 +29,8 @@ _COMMIT = ".json"
 _INDEX = re.compile(r"index-[0-9a-f]{32}\.npy")
 _DATA_FILE, _DATA_RECORD = re.compile(r"data-[0-9a-f]{32}\.npy"), re.compile(r"data-[0-9a-f]{32}\.json")
 _SHARD_FOLDER = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}")
-_WORKER = re.compile(r"worker-(\d+)-of-(\d+)\.json")
-_WORKER_PART = re.compile(r"worker-\d+-of-\d+\.npy")
+_WORKER = re.compile(r"worker-(\d+)-of-(\d+)-([0-9a-z]+)\.json")
+_WORKER_PART = re.compile(r"worker-\d+-of-\d+-[0-9a-z]+\.npy")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.new$")
 
 
@@ -100,20 +100,20 @@ def is_data_record(name: str) -> bool:
     return _DATA_RECORD.fullmatch(name) is not None
 
 
-def worker_name(index: int, num: int) -> str:
-    """What worker `index` of `num` says of itself."""
-    return f"worker-{index}-of-{num}.json"
+def worker_name(index: int, num: int, job: str) -> str:
+    """What worker `index` of `num` says of itself. job: digest of what it works on: several may fill one cache."""
+    return f"worker-{index}-of-{num}-{job}.json"
 
 
-def worker_part_name(index: int, num: int) -> str:
-    """The samples and positions that worker `index` of `num` answers for."""
-    return f"worker-{index}-of-{num}.npy"
+def worker_part_name(index: int, num: int, job: str) -> str:
+    """The samples and positions that worker `index` of `num` of a job answers for."""
+    return f"worker-{index}-of-{num}-{job}.npy"
 
 
-def worker_of(name: str) -> tuple[int, int] | None:
-    """(index, number of workers) of a worker's file; None for another one."""
+def worker_of(name: str) -> tuple[int, int, str] | None:
+    """(index, number of workers, job) of a worker's file; None for another one."""
     match = _WORKER.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
+    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def is_worker_part(name: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import read_commit, read_contents, read_manifest, read_record
-from .data_sets import known_data_sets, read_data_set, remove_data_set, write_data_set
+from .data_sets import DataSet, known_data_sets, read_data_set, remove_data_set, write_data_set
 from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
 from .files import Files, open_files
@@ -103,8 +103,8 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
 
 def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> PruneReport:
     plan = _plan(files, manifest, wanted)
-    _prune_data_sets(files, wanted)
-    if not plan.removed and read_contents(files).data_sets == known_data_sets(files):
+    left = _data_sets_left(files, wanted)
+    if not plan.removed and not left and read_contents(files).data_sets == known_data_sets(files):
         remove_leftovers(files)
         return _estimate(plan)
     shards, commits = dict(plan.kept), {unit: plan.commits[unit] for unit in plan.kept}
@@ -113,6 +113,11 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
         table = part.table if commit.unit not in plan.commits else _open(files, manifest, commit).table()
         shards[commit.unit] = digest(to_bytes(commit)), without_tokens(table)
         commits[commit.unit] = commit
+    for name, data_set in left.items():  # not before: what cannot be packed leaves everything as it was
+        if data_set.num_samples:
+            write_data_set(files, data_set)
+        else:
+            remove_data_set(files, name)
     remove_records(files)  # who had finished may have something to do again
     write_contents(files, dict(sorted(shards.items())), known_data_sets(files))
     files.remove(*(commit_path(unit) for unit in plan.removed if unit not in shards))
@@ -121,15 +126,11 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
     return _report(plan, sizes[0] - sizes[1])
 
 
-def _prune_data_sets(files: Files, wanted: Collection[bytes]) -> None:
-    """Take the samples that go out of the data sets, and drop those that are left without any."""
-    for entry in known_data_sets(files):
-        found = read_data_set(files, entry)
-        left = found.of_samples(wanted)
-        if not left.num_samples:
-            remove_data_set(files, entry.name)
-        elif left.num_samples < found.num_samples:
-            write_data_set(files, left)
+def _data_sets_left(files: Files, wanted: Collection[bytes]) -> dict[str, DataSet]:
+    """Of the data sets that lose samples, by their names, what is left: some are left without any."""
+    known = [read_data_set(files, entry) for entry in known_data_sets(files)]
+    left = {found.name: found.of_samples(wanted) for found in known}
+    return {found.name: left[found.name] for found in known if left[found.name].num_samples < found.num_samples}
 
 
 def _plan(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> _Plan:

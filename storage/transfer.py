@@ -58,8 +58,8 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
 
     sources: finished caches of one identity and one store. target: a new folder, or a cache of that identity, which
     gains. All data sets are kept; where two of one name differ, the later one is called `name (2)`. configs: how the
-    configs of the bases are compared. Raises `IdentityMismatch` with what differs before anything
-    is written, and what reading and writing raise.
+    configs of the bases are compared. Raises `IdentityMismatch` with what differs, chat templates among it, before
+    anything is committed, and what reading and writing raise.
     """
     if not sources:
         raise ValueError("merge: expected one source or more")
@@ -73,8 +73,10 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
                 f"({'; '.join(differences)}). Nothing was written. Merge caches of one base and one capture; "
                 "`logitcache convert` changes store and precision."
             )
+    _check_templates(caches)
     with CacheWriter(target, first.manifest, first.token_groups(), configs) as writer:
         there = [LogitCache.open(target)] if writer.files.exists(CONTENTS) else []
+        _check_templates([*there, *caches])
         if not there:
             _check_own(writer, caches)
         data_sets = [cache.data_set(entry) for cache in (*there, *caches) for entry in cache.data_sets]
@@ -87,6 +89,21 @@ def merge(sources: Sequence[str | Path], target: str | Path, configs: ConfigDiff
                     writer.commit_columns(part.table, part.columns, part.kept_mass, part.chat_template)
         writer.finalize(kept_apart(data_sets))
     return LogitCache.open(target)
+
+
+def _check_templates(caches: Sequence[LogitCache]) -> None:
+    """Raise `IdentityMismatch` where one has chats of another template than those before it, as `precompute` does."""
+    held: dict[str, LogitCache] = {}
+    for cache in caches:
+        ours = cache.chat_templates()
+        if held and ours - held.keys():
+            template, first = next(iter(held.items()))
+            raise IdentityMismatch(
+                f"merging {cache.path} with {first.path}: chat_template: {min(ours - held.keys())} in {cache.path}, "
+                f"{template} in {first.path}. The same chats are other samples with another template, and both would "
+                "be learnt. Nothing was copied. Merge caches of one template."
+            )
+        held |= dict.fromkeys(sorted(ours), cache)
 
 
 def _check_own(writer: CacheWriter, sources: Sequence[LogitCache]) -> None:

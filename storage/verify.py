@@ -117,7 +117,8 @@ def repair(path: str | Path, manifest_from: str | Path | None = None) -> RepairR
     """Drop every shard that is bad, and where a listed one is the contents, so that precompute makes only those again.
 
     Bad is what is damaged, what is of another identity than the manifest, and, where the contents can be read and are
-    of this manifest, what they do not list: they are the evidence of what was committed. Nothing is dropped where no
+    of this manifest, a record that is not the one of its name that they list: they are the evidence of what was
+    committed. What they do not list and is whole stays: it is of a run that goes on. Nothing is dropped where no
     shard at all is of the manifest's identity, or where shards/ is a link to a folder with another cache's. What killed
     writers left is removed.
 
@@ -169,12 +170,12 @@ def _repair(files: Files, manifest: Manifest) -> RepairReport:
     units = commit_units(files.names(SHARDS))
     _check_some_own(files, manifest.identity_digest, units)
     tables: dict[str, SampleTable | None] = {}
-    unlisted = {unit for unit in units if listed is not None and unit not in listed}
+    unlisted = {unit for unit in units if listed is not None and unit not in listed}  # of those the bad ones go first
     for unit in units:
         try:
             commit, checksum = read_record(files, manifest.identity_digest, unit)
             problems, table = check_shard(files, manifest, commit)
-            if listed is not None and listed.get(unit) != checksum:
+            if listed is not None and listed.get(unit, checksum) != checksum:
                 unlisted.add(unit)
             elif not problems:
                 tables[unit] = table

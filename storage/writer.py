@@ -6,7 +6,7 @@ index and contents.json; before it, readers see no cache, and after it, exactly 
 machines that see no lock of one another, so none removes what another made; what is left then `leftovers` lists.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -142,12 +142,15 @@ class CacheWriter:
         return record_of(self._files, data_set.name) == data_set.packed()[0] and self.is_final
 
     def captured(self) -> Captured:
-        """What every committed shard holds, when first asked, and what this writer commits from then on."""
+        """What every committed shard holds, when first asked, and what this writer commits from then on.
+
+        Raises `CorruptCache` for what `finalize` would refuse."""
         if self._captured is None:
             self._captured = Captured(lambda unit: self._read_table(unit)[1])
             for unit, (checksum, table) in self._of_each(self._units(), self._read_table):
                 self._tables[unit] = checksum, without_tokens(table)
                 self._captured.add(unit, table)
+            self._check_listed()  # what could not be finished is said before anything is computed
         return self._captured
 
     @property
@@ -210,6 +213,9 @@ class CacheWriter:
         done again, so that whoever is last lists everything. Raises `CorruptCache` for a shard that cannot be listed:
         damaged, of another identity, or not the one of its name that the contents of before list.
         """
+        if data_sets:
+            names = {entry.name for entry in known_data_sets(self._files)}
+            check_num_data_sets(self.path, names | {data_set.name for data_set in data_sets})
         for data_set in data_sets:
             write_data_set(self._files, data_set)
         while True:
@@ -326,6 +332,16 @@ def committed_units(files: Files) -> list[str]:
     return commit_units(files.names(SHARDS))
 
 
+def check_num_data_sets(where: str, names: Collection[str]) -> None:
+    """Raise `InvalidRecord` for more data sets than readers take; best before one too many has a record, which no later
+    `finalize` could leave out."""
+    if len(names) > MAX_DATA_SETS:
+        raise InvalidRecord(
+            f"finishing {where}: expected at most {MAX_DATA_SETS} data sets, found {len(names)}. Readers "
+            "would refuse it. Give several data one --data-name, or join their files."
+        )
+
+
 def write_contents(
     files: Files, shards: Mapping[str, tuple[str, SampleTable]], data_sets: tuple[DataSetEntry, ...]
 ) -> Contents:
@@ -333,11 +349,7 @@ def write_contents(
 
     shards: by unit, in their order, the checksum of the commit record and the sample table, which needs no tokens.
     """
-    if len(data_sets) > MAX_DATA_SETS:
-        raise InvalidRecord(
-            f"finishing {files.root}: expected at most {MAX_DATA_SETS} data sets, found {len(data_sets)}. Readers "
-            "would refuse it. Give several data one --data-name, or join their files."
-        )
+    check_num_data_sets(files.root, {entry.name for entry in data_sets})
     index, data = index_file([table for _, table in shards.values()])
     files.replace(index.name, data)
     entries = tuple(ShardEntry(unit, checksum) for unit, (checksum, _) in shards.items())

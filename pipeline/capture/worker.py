@@ -30,13 +30,13 @@ from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divide
 from logitcache.storage import CacheWriter, CorruptCache, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
 from logitcache.storage.data_sets import Runs, joined, runs_of
-from logitcache.storage.identity import digest_json
 from logitcache.storage.job_status import (
     FAILED,
     FINISHED,
     RUNNING,
     STOPPED,
     WorkerRecord,
+    job_digest,
     read_part,
     read_records,
     remove_records,
@@ -114,6 +114,8 @@ class JobReport:
     is_final: bool = False
     #: The samples and positions that it answers for.
     part: Runs | None = field(default=None, compare=False, repr=False)
+    #: Digest of what workers of one job agree on.
+    job: str = field(default="", compare=False, repr=False)
 
 
 def precompute(
@@ -283,10 +285,10 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
-    """What the workers of one job agree on: how the data are cut into units."""
+    """What the workers of one job agree on: the data and their name, and how they are cut into units."""
     kept = spec.settings
     cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
-    return digest_json([data_of(spec, loaded).sizes(), list(cut)])
+    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut)])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
@@ -353,6 +355,7 @@ class _Worker:
             self._num_copied,
             self._finalize(),
             self._part,
+            self._job,
         )
 
     @property
@@ -363,7 +366,7 @@ class _Worker:
     def record(self, state: str) -> None:
         """Say how this worker is."""
         filled, index, num = self._pipeline.filled, self._share.index, self._share.num
-        checksum = "" if self._part is None else write_part(self._writer.files, index, num, self._part)
+        checksum = "" if self._part is None else write_part(self._writer.files, index, num, self._job, self._part)
         record = WorkerRecord(
             state=state,
             job=self._job,
@@ -419,8 +422,8 @@ class _Worker:
         """By the last one: all of the others have said that they finished. Whether the cache is final now."""
         num, files = self._share.num, self._writer.files
         records = read_records(files)
-        others = [r for i in range(num) if (r := records.get((i, num))) is not None]
-        if len(others) < num or {(r.state, r.job) for r in others} != {(FINISHED, self._job)}:
+        others = [r for i in range(num) if (r := records.get((i, num, self._job))) is not None]
+        if [r.state for r in others] != [FINISHED] * num:
             return self._writer.is_final
         try:
             data_set = joined(self._spec.name, [read_part(files, i, num, r) for i, r in enumerate(others)])
@@ -433,5 +436,5 @@ class _Worker:
             check_samples_left(num_rows, 0, self._spec.settings.max_length)
         if not self._writer.holds(data_set):
             self._writer.finalize([data_set])
-        remove_records(files)
+        remove_records(files, self._job)
         return True

@@ -17,9 +17,9 @@ from .common import CachePath, config_option, say
 def repair(path: str, manifest_from: str | None) -> None:
     """Drop every damaged shard of a cache. Then run the same precompute command again: it makes only those.
 
-    Until it has run, the cache is incomplete and refused by readers. What killed writers left is removed too, and what
-    a finished cache does not list, such as another base's shard. Nothing else may write to the cache meanwhile, on any
-    machine: a writer on this one is found, one on another may not be.
+    Until it has run, the cache is incomplete and refused by readers. What killed writers left unfinished is removed
+    too, and another base's shard; whole shards that an interrupted run committed stay. Nothing else may write to the
+    cache meanwhile, on any machine: a writer on this one is found, one on another may not be.
     """
     from logitcache.storage import repair as drop
 
@@ -38,7 +38,7 @@ def repair(path: str, manifest_from: str | None) -> None:
         more = report.num_records_restored or report.wrote_manifest
         changed = "changed" if more else "removed"
         changed = f"only that was {changed}" if more or report.leftovers else "nothing was changed"
-        unlisted = f"{len(report.dropped):,} {shards} that its contents do not list"
+        unlisted = f"{len(report.dropped):,} bad {shards} that its contents do not list"
         say(f"{path} is intact; {unlisted if report.dropped else changed}.")
         return
     if report.num_data_sets_dropped:

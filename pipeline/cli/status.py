@@ -42,7 +42,7 @@ def status(cache: str, as_json: bool) -> None:
     left = _seconds_left(found)
     if left is not None and not found.is_final:
         say(f"  time left    about {_duration(left)}, at that rate")
-    for (index, num), worker in found.workers.items():
+    for (index, num, _), worker in found.workers.items():
         say(f"  worker {index} of {num}: {_worker_line(worker)}")
         for failure in worker.failures:
             say(f"    failed: {one_line(failure)}")
@@ -73,7 +73,7 @@ def _seconds_left(found: "Status") -> float | None:
 
 
 def _facts(cache: str, found: "Status") -> dict[str, Any]:
-    workers = [{"index": i, "num_workers": n, **asdict(w)} for (i, n), w in found.workers.items()]
+    workers = [{"index": i, "num_workers": n, **asdict(w)} for (i, n, _), w in found.workers.items()]
     return {
         "cache": cache,
         "is_final": found.is_final,

@@ -124,6 +124,8 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) ->
         raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
     if cache is None and data is None:
         raise click.UsageError(f"--regularizer {regularizer} needs --data, or a --cache to take the samples from.")
+    if data is None and was_given(ctx, "max_length"):
+        raise click.UsageError("--max-length is for --data: the samples of a cache are cut already. Leave it out.")
     if values["other_precision"] and cache is None:
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):

@@ -124,6 +124,26 @@ def test_workers_that_read_other_rows_do_not_finish_together(tmp_path: Path, tin
     assert learnt(cache).keys() == {row["text"] for row in edited}
 
 
+def test_two_jobs_of_as_many_workers_leave_both_data_sets(tmp_path: Path, tiny_model: Path) -> None:
+    """In one cache at once: the records of one are not taken for those of the other, and do not replace them."""
+    cache, texts = tmp_path / "c", {"a.jsonl": text_rows(9), "b.jsonl": text_rows(14)[9:]}
+    jobs = [precompute_line(tiny_model, save(tmp_path / n, rows), cache, *ALONE) for n, rows in texts.items()]
+    said = [done(*job, "--shard-index", i, "--num-shards", 2).out for i in (0, 1) for job in jobs]
+    assert ["Other workers are not done" in out for out in said] == [True, True, False, False]
+    found = {Path(d["name"]).name: d["num_samples"] for d in facts(cache)["data_sets"]}
+    assert found == {name: len(rows) for name, rows in texts.items()}
+    assert not list(cache.glob("worker-*"))
+
+
+def test_two_names_of_the_same_data_are_two_jobs(tmp_path: Path, tiny_model: Path) -> None:
+    data, cache = save(tmp_path / "d.jsonl", text_rows(9)), tmp_path / "c"
+    line = precompute_line(tiny_model, data, cache, *ALONE, "--num-shards", 2)
+    for index in (0, 1):
+        for name in ("one", "two"):
+            done(*line, "--shard-index", index, "--data-name", name)
+    assert [d["name"] for d in facts(cache)["data_sets"]] == ["one", "two"]
+
+
 def test_a_part_that_is_lost_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     """And the worker that it is of makes it again."""
     data, cache = save(tmp_path / "d.jsonl", text_rows(9)), tmp_path / "c"
@@ -131,8 +151,9 @@ def test_a_part_that_is_lost_is_refused(tmp_path: Path, tiny_model: Path) -> Non
         [*precompute_line(tiny_model, data, cache, *ALONE), "--shard-index", i, "--num-shards", 2] for i in (0, 1)
     ]
     done(*worker[0])
-    (cache / "worker-0-of-2.npy").unlink()
-    assert "worker-0-of-2.npy" in refused(CORRUPT, *worker[1])
+    (part,) = cache.glob("worker-0-of-2-*.npy")
+    part.unlink()
+    assert part.name in refused(CORRUPT, *worker[1])
     done(*worker[0])
     done(*worker[1])
     precompute(tiny_model, data, tmp_path / "one", *ALONE)
@@ -199,10 +220,10 @@ def test_ray_writes_the_data_set_where_no_share_did(tmp_path: Path, tiny_model: 
     data, cache = save(tmp_path / "d.jsonl", BEFORE), tmp_path / "c"
     precompute(tiny_model, data, cache)
     (first, *_) = list(LogitCache.open(cache).data_set(LogitCache.open(cache).data_sets[0]).samples())
-    finish(str(cache), joined(str(data), [first[1]]))
+    finish(str(cache), joined(str(data), [first[1]]), "job")
     assert len(learnt(cache)) == 1
     before = cache_bytes(cache)
-    finish(str(cache), DataSet(str(data), first[1]))
+    finish(str(cache), DataSet(str(data), first[1]), "job")
     assert cache_bytes(cache) == before
 
 

@@ -283,9 +283,12 @@ def test_a_lost_record_of_a_worker_does_not_leave_the_cache_open(
     cache = tmp_path / "c"
     for index in range(2):
         done(*precompute_line(tiny_model, data, cache, *SMALL, "--shard-index", index, "--num-shards", 2))
-        (cache / f"worker-{index}-of-2.json").unlink(missing_ok=True)
+        for record in cache.glob(f"worker-{index}-of-2-*.json"):
+            record.unlink()
     assert not status(cache).is_final
-    ray_engine.finish(str(cache))
+    whole = LogitCache.open(reference)
+    (entry,) = whole.data_sets
+    ray_engine.finish(str(cache), whole.data_set(entry), "job")
     check_same(cache, reference)
 
 

@@ -836,6 +836,7 @@ def test_training_reads_the_cache_only(tmp_path: Path, tiny_model: Path, cache: 
         (["--adapter", "nonsense"], "'--adapter'"),
         (["--target-modules", "nonsense"], "'nonsense'"),
         (["--target-modules", ""], "''"),
+        (["--max-length", "7"], "--max-length is for --data"),  # it would be ignored
     ],
 )
 def test_arguments_out_of_range_are_2(

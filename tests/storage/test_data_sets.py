@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.storage_samples import SHARDS, flat, make_manifest, write_cache
+from support.storage_samples import SHARDS, flat, make_manifest, tree, write_cache
 
 from logitcache.storage import (
     AmbiguousData,
@@ -198,6 +198,17 @@ def test_prune_takes_samples_out_of_data_sets(cache: Path) -> None:
     assert learnt(cache) == whole(SAMPLES[3])
 
 
+def test_a_prune_that_is_refused_leaves_the_data_sets(cache: Path) -> None:
+    """A row of what stays cannot be read: what the next writer lists is what was there."""
+    (shard, *_) = [s for s in LogitCache.open(cache).shards() if s.commit.num_samples == 3]
+    (path,) = cache.glob(f"shards/{shard.commit.folder}/logprobs.arrow")
+    path.write_bytes(path.read_bytes()[:600] + bytes(200) + path.read_bytes()[800:])
+    before = known_data_sets(open_files(cache))
+    with pytest.raises(CorruptCache):
+        prune(cache, {sample_id(SAMPLES[1].token_ids), sample_id(SAMPLES[0].token_ids)})
+    assert known_data_sets(open_files(cache)) == before == LogitCache.open(cache).data_sets
+
+
 def test_prune_of_data_sets_alone(cache: Path) -> None:
     """They name a sample that the cache does not hold, and nothing of the shards goes."""
     finalize(cache, joined("c", [runs_of([key_of(7)], [np.array([0])])]))
@@ -273,8 +284,12 @@ def test_a_writer_knows_what_is_listed(cache: Path) -> None:
 
 def test_more_data_sets_than_readers_take_are_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logitcache.storage.writer.MAX_DATA_SETS", 2)
+    before = tree(cache)
     with pytest.raises(InvalidRecord, match="at most 2 data sets"):
         finalize(cache, data_set("c", SAMPLES[0]))
+    assert tree(cache) == before
+    finalize(cache, data_set("b", SAMPLES[0]))  # which a record of the third would forbid for good
+    assert learnt(cache) == whole(SAMPLES[0], *SAMPLES[2:4])
 
 
 def flip(path: Path, at: int) -> None:

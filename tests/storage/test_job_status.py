@@ -12,6 +12,7 @@ from support.storage_samples import make_manifest, make_sample, write_cache
 
 from logitcache.capture.worker import WORKERS_A_WINDOW, Share
 from logitcache.storage import CachedSample, CacheWriter, CorruptCache, NotACache
+from logitcache.storage.data_sets import DTYPE as RUNS
 from logitcache.storage.files import open_files
 from logitcache.storage.job_status import (
     FAILED,
@@ -19,13 +20,15 @@ from logitcache.storage.job_status import (
     RUNNING,
     STOPPED,
     WorkerRecord,
+    job_digest,
     read_records,
     remove_records,
     status,
+    write_part,
     write_record,
 )
 
-RECORD = WorkerRecord(RUNNING, "a job", "here", 12, 100.0, 160.5, 3, 200, 300, 2, 5)
+RECORD = WorkerRecord(RUNNING, "job", "here", 12, 100.0, 160.5, 3, 200, 300, 2, 5)
 
 
 @pytest.mark.parametrize("num", range(1, 41))
@@ -135,29 +138,29 @@ def test_records_of_workers(place: str) -> None:
         writer.commit(make_samples(1))
     files = open_files(place)
     said = {
-        (0, 4): RECORD,
-        (1, 4): replace(RECORD, state=FINISHED, windows_done=5),
-        (2, 4): replace(RECORD, state=FAILED, failures=("running the base on a.jsonl:3: no.",)),
-        (3, 4): replace(RECORD, state=STOPPED, windows_done=0),
+        (0, 4, "job"): RECORD,
+        (1, 4, "job"): replace(RECORD, state=FINISHED, windows_done=5),
+        (2, 4, "job"): replace(RECORD, state=FAILED, failures=("running the base on a.jsonl:3: no.",)),
+        (3, 4, "job"): replace(RECORD, state=STOPPED, windows_done=0),
     }
-    for (index, num), record in said.items():
+    for (index, num, _), record in said.items():
         write_record(files, index, num, record)
     assert read_records(files) == said
     found = status(place)
     assert found.workers == said
     assert found.share_done == (2 + 5 + 2 + 0) / 20
-    files.remove("worker-1-of-4.json")
-    files.remove("worker-2-of-4.json")
+    files.remove("worker-1-of-4-job.json")
+    files.remove("worker-2-of-4-job.json")
     assert status(place).share_done == 2 / 20  # those that have not begun have as much to do
     write_record(files, 1, 4, replace(RECORD, num_windows=-1))
     assert status(place).share_done is None
     write_record(files, 11, 12, RECORD)
-    files.replace("worker-x-of-4.json", b"not of ours")
-    files.replace("worker-1-of-4.json.bak", b"not of ours")
-    assert list(read_records(files)) == [(0, 4), (1, 4), (3, 4), (11, 12)]
+    files.replace("worker-x-of-4-job.json", b"not of ours")
+    files.replace("worker-1-of-4-job.json.bak", b"not of ours")
+    assert list(read_records(files)) == [(*w, "job") for w in ((0, 4), (1, 4), (3, 4), (11, 12))]
     remove_records(files)
     assert status(place).workers == {}
-    assert files.exists("worker-x-of-4.json") and files.exists("worker-1-of-4.json.bak")
+    assert files.exists("worker-x-of-4-job.json") and files.exists("worker-1-of-4-job.json.bak")
     assert status(place).num_shards == 1
 
 
@@ -165,8 +168,8 @@ def test_a_record_that_is_damaged_is_named(place: str) -> None:
     CacheWriter(place, make_manifest("arrow")).close()
     files = open_files(place)
     write_record(files, 0, 2, RECORD)
-    files.replace("worker-0-of-2.json", files.read("worker-0-of-2.json").replace(b"running", b"rinning"))
-    with pytest.raises(CorruptCache, match=r"worker-0-of-2\.json"):
+    files.replace("worker-0-of-2-job.json", files.read("worker-0-of-2-job.json").replace(b"running", b"rinning"))
+    with pytest.raises(CorruptCache, match=r"worker-0-of-2-job\.json"):
         status(place)
 
 
@@ -185,3 +188,30 @@ def test_status_changes_nothing(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in sorted(path.rglob("*"))}
     assert status(path).is_final
     assert {p: p.stat().st_mtime_ns for p in sorted(path.rglob("*"))} == before
+
+
+def test_the_last_worker_removes_what_is_of_its_data_set(place: str) -> None:
+    """An earlier job of that name goes with it, and of another name who has not finished; who has stays."""
+    jobs = {name: job_digest(name, cut) for name, cut in (("one", 1), ("two", 1))}
+    earlier = job_digest("one", 2)
+    assert len({*jobs.values(), earlier}) == 3 and all(len(job) == 32 for job in jobs.values())
+    files = open_files(place)
+    files.join()()
+    for job, state in ((jobs["one"], FINISHED), (earlier, FINISHED), (jobs["two"], FINISHED)):
+        runs = np.zeros(0, dtype=RUNS)
+        checksum = write_part(files, 0, 2, job, runs)
+        write_record(files, 0, 2, replace(RECORD, job=job, state=state, part_checksum=checksum))
+    write_record(files, 1, 2, replace(RECORD, job=jobs["two"]))
+    remove_records(files, jobs["one"])
+    assert list(read_records(files)) == [(0, 2, jobs["two"])]
+    assert [name for name in files.names("") if name.endswith(".npy")] == [f"worker-0-of-2-{jobs['two']}.npy"]
+
+
+def test_a_record_of_another_job_than_its_name_says_is_refused(place: str) -> None:
+    """Its job is part of the name of another file, which is read."""
+    files = open_files(place)
+    files.join()()
+    write_record(files, 0, 2, RECORD)
+    files.replace("worker-0-of-2-other.json", files.read("worker-0-of-2-job.json"))
+    with pytest.raises(CorruptCache, match=r"worker-0-of-2-other\.json"):
+        read_records(files)

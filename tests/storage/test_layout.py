@@ -17,7 +17,7 @@ def test_names_are_those_of_the_format() -> None:
     assert layout.shard_path(f"{UNIT}-x") == f"shards/{UNIT}-x"
     assert layout.shard_path(f"{UNIT}-x", "a/b") == f"shards/{UNIT}-x/a/b"
     assert layout.index_name(CHECKSUM) == f"index-{CHECKSUM}.npy"
-    assert layout.worker_name(3, 12) == "worker-3-of-12.json"
+    assert layout.worker_name(3, 12, "0a") == "worker-3-of-12-0a.json"
 
 
 def test_a_commit_record_is_known_among_what_lies_beside_it() -> None:
@@ -44,9 +44,11 @@ def test_another_name_is_no_index(name: str) -> None:
     assert layout.is_index(layout.index_name(CHECKSUM)) and not layout.is_index(name)
 
 
-@pytest.mark.parametrize("name", ["worker-1-of-2.json.x", "worker-a-of-2.json", "worker-1.json", "aworker-1-of-2.json"])
+@pytest.mark.parametrize(
+    "name", ["worker-1-of-2-0.json.x", "worker-a-of-2-0.json", "worker-1-of-2.json", "aworker-1-of-2-0.json"]
+)
 def test_another_name_is_no_worker(name: str) -> None:
-    assert layout.worker_of(layout.worker_name(1, 20)) == (1, 20) and layout.worker_of(name) is None
+    assert layout.worker_of(layout.worker_name(1, 20, "0a")) == (1, 20, "0a") and layout.worker_of(name) is None
 
 
 def test_an_unfinished_file_is_known_by_its_name() -> None:

@@ -255,7 +255,7 @@ def _extends(path: Path, manifest: Manifest, groups: NDArray[np.uint8] | None) -
     return "it goes on"
 
 
-@pytest.mark.parametrize("name", ["writer.lock", "contents.json", "worker-0-of-2.json"])
+@pytest.mark.parametrize("name", ["writer.lock", "contents.json", "worker-0-of-2-j.json"])
 def test_a_writer_writes_through_no_link(path: Path, tmp_path: Path, store: str, name: str) -> None:
     """Also where nothing is behind the link yet."""
     with CacheWriter(path, make_manifest(store)) as writer:
@@ -293,7 +293,7 @@ def test_a_shard_that_would_be_written_through_a_link_is_refused(path: Path, tmp
 def test_the_records_of_workers_are_not_read_through_a_link(written: Path, tmp_path: Path) -> None:
     files = open_files(written)
     write_record(files, 0, 2, RECORD)
-    move(written / "worker-0-of-2.json", tmp_path / "kept")
+    move(written / "worker-0-of-2-j.json", tmp_path / "kept")
     refused(LinkRefused, "link-refused", lambda: status(written))
     (written / "contents.json").unlink()
     refused(LinkRefused, "link-refused", lambda: repair(written))

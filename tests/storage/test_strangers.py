@@ -158,17 +158,20 @@ def test_a_shard_of_other_samples_than_its_unit_says_is_a_problem(written: Path)
     assert set(repair(written).dropped) == {unit}
 
 
-def test_repair_drops_what_the_contents_do_not_list(written: Path, store: str) -> None:
-    """Of another run of the same identity: no reader sees it, and nothing but the contents tells it apart."""
-    before, whole = lasting(written), cache_bits(written)
+def test_repair_keeps_what_an_interrupted_run_committed(written: Path, store: str) -> None:
+    """Whole, of this identity, and not listed yet: no reader sees it. What is damaged of that run goes."""
+    whole, shards = cache_bits(written), make_shards(8, [[12], [14]])
     with CacheWriter(written, make_manifest(store)) as writer:
-        unit = writer.commit(make_shards(8, [[12]])[0]).unit
+        kept, lost = (writer.commit(shard) for shard in shards)
+    files = [path for path in written.glob(f"shards/{lost.folder}/**/*") if path.is_file()]
+    files[0].write_bytes(files[0].read_bytes()[:-1])
     report = repair(written)
-    assert report.dropped == (unit,) and not report.is_incomplete
-    assert cache_bits(written) == whole
+    assert report.dropped == (lost.unit,) and not report.is_incomplete
+    assert cache_bits(written) == whole and (written / "shards" / f"{kept.unit}.json").exists()
     with CacheWriter(written, make_manifest(store)) as writer:
-        assert writer.is_final
-    assert lasting(written) == before
+        assert not writer.is_final
+        writer.finalize()
+    assert len(cache_bits(written)) == len(whole) + 1 and verify(written).is_intact
 
 
 def test_the_contents_tell_a_record_that_was_exchanged_with_all_its_checksums(

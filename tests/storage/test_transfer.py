@@ -124,6 +124,22 @@ def test_a_base_that_is_spelt_otherwise_is_merged_where_it_is_one(tmp_path: Path
     assert lasting(tmp_path / "c") == lasting(write(tmp_path / "at once", store, parts))
 
 
+def test_chats_of_two_templates_do_not_merge(tmp_path: Path, store: str) -> None:
+    """As `precompute` refuses to add them: the same chats would be learnt twice. What none rendered goes with any."""
+    parts, templates = make_shards(56, [[30], [9], [7]]), ["a" * 32, "b" * 32, ""]
+    paths = [tmp_path / str(number) for number in range(3)]
+    for path, part, template in zip(paths, parts, templates, strict=True):
+        with CacheWriter(path, make_manifest(store)) as writer:
+            writer.commit(part, template)
+            writer.finalize()
+    told = refused(IdentityMismatch, "identity-mismatch", lambda: merge(paths[:2], tmp_path / "c"))
+    assert f"{'b' * 32} in {paths[1]}, {'a' * 32} in {paths[0]}" in told and not (tmp_path / "c").exists()
+    merge(paths[::2], tmp_path / "c")
+    before = lasting(tmp_path / "c")
+    refused(IdentityMismatch, "identity-mismatch", lambda: merge(paths[1:2], tmp_path / "c"))
+    assert lasting(tmp_path / "c") == before
+
+
 def test_the_chat_template_of_a_shard_goes_with_its_samples(tmp_path: Path, store: str) -> None:
     """Through every way from cache to cache; samples of two templates never come to share a shard."""
     parts, templates = make_shards(54, [[30, 4], [9], [7, 8]]), ["a" * 32, "", "b" * 32]

@@ -228,10 +228,10 @@ def _of_runs(folder: Path) -> Iterator[Parser]:
 
     def run_json(changed: bytes) -> None:
         path.write_bytes(changed)
-        run_folder.check_ours(folder)
+        run_folder.check_out(folder, resume=True)
         found = CheckedJson.of(path)
         assert found.values == unsealed(changed)
-        run_folder.look(folder, description, resume=True)
+        run_folder.look(folder, description)
 
     whole = {**description, "status": "started"}
     bombs = SEALED_BOMBS
@@ -250,7 +250,7 @@ def _of_runs(folder: Path) -> Iterator[Parser]:
             raise InvalidData(f"reading files.json: {fault}.")
         found = json.loads(changed)
         assert about == found["about"] and (fault is not None or found["files"].keys() <= {"adapter.bin"})
-        run_folder.look(listed, description, resume=True)
+        run_folder.look(listed, description)
 
     plain = {k: v for k, v in json.loads(data).items() if k != "checksum"}
     yield Parser("files.json", inputs.of_json(data, plain, inputs.sealed_again), files_json, bombs, 0.6)

@@ -78,7 +78,7 @@ class Workers:
         os.kill(child, signal.SIGTERM)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         seconds = time.perf_counter() - started
-        record = json.loads((self.folder / name / "worker-0-of-1.json").read_text(encoding="utf-8"))
+        record = json.loads(next((self.folder / name).glob("worker-0-of-1-*.json")).read_text(encoding="utf-8"))
         return {
             "status": status,
             "seconds": seconds,

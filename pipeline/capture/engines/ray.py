@@ -93,7 +93,9 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> Job
     if any(o.error for o in outcomes):
         raise NonFiniteLogits(failed_text([e.why for o in outcomes for e in o.events if isinstance(e, ShardFailed)]))
     check_samples_left(report.planned.num_rows, report.planned.num_samples, spec.settings.max_length)
-    finish(spec.cache, joined(spec.name, [o.report.part for o in outcomes if o.report and o.report.part is not None]))
+    reports = [o.report for o in outcomes if o.report and o.report.part is not None]
+    parts = [r.part for r in reports if r.part is not None]
+    finish(spec.cache, joined(spec.name, parts), reports[0].job)
     return _with_commits(report, before, _status(spec.cache))
 
 
@@ -230,13 +232,13 @@ def _status(path: str) -> Status | None:
         return None
 
 
-def finish(path: str, data_set: DataSet) -> None:
-    """Finalise where no share did: the record of one that finished was lost or was that of an earlier job."""
+def finish(path: str, data_set: DataSet, job: str) -> None:
+    """Finalise where no share did: the record of one that finished was lost. job: whose records go."""
     manifest = read_manifest(open_files(path))
     with CacheWriter(path, manifest, stored_token_groups(path)) as writer:
         if not writer.holds(data_set):
             writer.finalize([data_set])
-        remove_records(writer.files)
+        remove_records(writer.files, job)
 
 
 def absolute(spec: JobSpec) -> JobSpec:
