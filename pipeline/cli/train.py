@@ -8,7 +8,7 @@ import click
 
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
-from .common import CachePath, config_option, note, quiet_libraries
+from .common import CachePath, config_option, note, quiet_libraries, say
 from .options import as_usage, options_of, was_given
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def train(
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    say = note if speaks else lambda _: None
+    tell_user = note if speaks else lambda _: None
     job = Job(
         base,
-        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, say),
+        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user),
         opened,
         out,
         settings.adapter,
@@ -112,7 +112,7 @@ def train(
             assert opened is not None
             note(_said_of(found, opened, base))
 
-    report = run(job, resume, [TrainBar("train")], tell, say)
+    report = run(job, resume, [TrainBar("train")], tell, tell_user)
     if speaks:
         say(_summary(report, out))
 

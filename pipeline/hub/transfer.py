@@ -8,7 +8,7 @@ shards first, then contents.json with everything that replaces. Must not print; 
 import errno
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -230,10 +230,17 @@ def pull(repo_id: str, path: str, *, revision: str | None = None, endpoint: str 
             library_name="logitcache",
             library_version=version("logitcache"),
         )
+    with suppress(CacheError):  # of what is damaged the check says more
+        download.drop(download.names - _of_the_cache(download.folder))  # files of others in the repository
     report = _checked(download)
-    inventory = take_inventory(download.folder)
-    download.finish({MANIFEST, CONTENTS, CARD, *inventory.records, *inventory.sizes})
+    download.finish(_of_the_cache(download.folder))
     return Pulled(report, commit, True)
+
+
+def _of_the_cache(folder: Path) -> set[str]:
+    """The files of a finished cache and its card, and nothing else that lies there. Raises as `take_inventory`."""
+    inventory = take_inventory(folder)
+    return {MANIFEST, CONTENTS, CARD, *inventory.records, *inventory.sizes}
 
 
 def _api(endpoint: str | None) -> HfApi:

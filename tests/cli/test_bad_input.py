@@ -38,7 +38,7 @@ from support.tiny_model import make_model, make_tokenizer, text_rows
 
 import logitcache.capture.teacher as teacher_module
 from logitcache.cli import run
-from logitcache.storage import local_files
+from logitcache.storage import lesser_systems, local_files
 from logitcache.storage.arrow_backend import ArrowBackend
 from logitcache.storage.zarr_backend import ZarrBackend
 
@@ -725,9 +725,11 @@ def test_a_folder_that_may_not_be_written_is_1(
 ) -> None:
     error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "c"))
     with monkeypatch.context() as patch:
-        patch.setattr(local_files, "os", _Refusing(error, name)) if owner is os else fail_at(
-            patch, owner, name, 1, error
-        )
+        if owner is os:
+            for module in (local_files, lesser_systems):
+                patch.setattr(module, "os", _Refusing(error, name))
+        else:
+            fail_at(patch, owner, name, 1, error)
         message = refused(1, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
     assert f"Permission denied: {tmp_path / 'c'}" in message
     done(*precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))

@@ -148,7 +148,7 @@ def test_licences_are_carried_over_from_the_card_that_is_there(tmp_path: Path, h
     assert card_of(hub).data.license == ["llama3.1", "mit"]
     done("pull", REPO, tmp_path / "back")
     done("push", tmp_path / "back", "another/name")
-    assert card_of(hub, "another/name").data.license == ["llama3.1", "mit"]
+    assert card_of(hub, "another/name").data.license == "unknown"  # the card in a folder is anybody's
     hub.put(REPO, {"README.md": b"---\nlicense: gpl-3.0\n---\n# Written by hand\n"})
     assert "licence of the base is not known" in done("push", cache, REPO).err
 

@@ -396,7 +396,8 @@ def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: P
     assert run["model"]["quantization"] == load_in
     assert 1e-5 < run["result"]["step_zero"]["kl_nats"] < run["result"]["step_zero"]["tolerance_nats"]
     done(*line, "--resume")
-    assert "differs in model, pairing" in refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
+    message = refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
+    assert f"{load_in} there, pairing (see its run.json)" in message
     done("evaluate", "--model", tiny, "--adapter", tmp_path / "o", "--data", data, "--prior", data)
     assert "differs in weights" in refused(4, *[other if a is tiny else a for a in line])
     told = refused(2, *line[:6], tmp_path / "p", *line[7:], "--adapter", "pissa")

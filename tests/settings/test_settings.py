@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Callable[[], Settings], str]] = {
     "batch_size": (lambda: TrainSettings(batch_size=0), r"batch_size: expected a whole number of 1 or more, found 0"),
     "seed": (lambda: TrainSettings(seed=2**32), r"of 4,294,967,295 or less"),
     "max_steps": (lambda: TrainSettings(max_steps=0), "would train nothing"),
-    "top_k": (lambda: CaptureSettings(top_k=0), r"CaptureSettings\.top_k: expected a whole number of 1 or more"),
+    "top_k": (lambda: CaptureSettings(top_k=-1), r"CaptureSettings\.top_k: expected a whole number of 0 or more"),
     "precision": (lambda: CaptureSettings(precision="nonsense"), "expected one of exact, fine, compact, found 'nonse"),
     "one group": (lambda: CaptureSettings(tail_groups=1), "the whole tail"),
     "draws": (lambda: CaptureSettings(tail_samples=4, min_mass=0.9), "Leave one out"),

@@ -217,7 +217,8 @@ def test_another_number_of_draws_is_another_identity(tmp_path: Path, store: str)
     for a, b in ((0, 4), (4, 5), (5, 0)):
         both = [tmp_path / str(a), tmp_path / str(b)]
         message = refused(IdentityMismatch, "identity-mismatch", lambda both=both: merge(both, tmp_path / "new"))  # type: ignore[misc]
-        assert f"capture.num_tail_samples: {a}" in message and not (tmp_path / "new").exists()
+        stated = f"{a} in" if a else "none in"
+        assert f"capture.num_tail_samples: {stated}" in message and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

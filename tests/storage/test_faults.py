@@ -29,7 +29,7 @@ from support.storage_faults import (
 from logitcache.storage import cache as cache_module
 from logitcache.storage.shard import checked_record as checked
 
-COUNTS = Counts(flips=150, kills=4, rounds=3, mutations=60, stride=61, jobs=3)
+COUNTS = Counts(flips=150, kills=10, rounds=3, mutations=60, stride=61, jobs=3)
 FAULTS = (*damage.FAULTS, *strangers.FAULTS, *writers.FAULTS, *crowds.FAULTS, *hostile.FAULTS)
 SEES_NOTHING_WRONG = {"crowds", "meeting_writers"}
 """Faults after which the cache must be whole, so that nothing is to be refused."""

@@ -364,7 +364,7 @@ class BackendTests:
         with CacheWriter(path, make_manifest(store)) as writer:
             commits = [writer.commit(shard) for shard in SHARDS]
             last = writer if known else CacheWriter(path, make_manifest(store))
-            self.largest_file(path, SHARDS[1]).unlink()
+            self.largest_file(path, SHARDS[1], store).unlink()
             assert commits[1].folder in refused(CorruptCache, "corrupt", last.finalize)
             assert not (path / "contents.json").exists()
             last.close()

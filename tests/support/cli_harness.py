@@ -135,7 +135,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 def cache_bytes(cache: Path) -> dict[str, bytes | None]:
     """What a cache is made of: manifest, contents, index, data sets, shards; without what `status` calls left over."""
-    names, left = ("manifest.json", "contents.json", "index-", "data-", "shards"), status(cache).leftovers
+    names = ("manifest.json", "contents.json", "index-", "data-", "shards")
+    left = status(cache).leftovers if (cache / "manifest.json").is_file() else ()
     gone = {n for n in snapshot(cache) for name in left if n == name or n.startswith(f"{name}/")}
     return {n: b for n, b in snapshot(cache).items() if n.startswith(names) and n not in gone}
 

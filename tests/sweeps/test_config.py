@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a negative weight": ({"grid": {"weight": -1.0}}, "weight: expected a number of 0 or more, found -1.0"),
     "temperature with a bucket": ({"grid": {"temperature": 2.0}}, "Use tail renormalize"),
     "nothing to train": ({"grid": {"max_steps": 0}}, "would train nothing"),
-    "no alternatives": ({"grid": {"top_k": 0}}, "top_k: expected a whole number of 1 or more"),
+    "fewer than none": ({"grid": {"top_k": -1}}, "top_k: expected a whole number of 0 or more"),
     "a budget for weights": ({"methods": {"a": {"regularizer": "ewc", "kl_budget": 0.1}}}, "--kl-budget needs a KL"),
     "a path that is none": ({"cache": 3}, "expected cache, a path"),
     "a probe of nothing": ({"probe_top_k": 0}, "probe_top_k"),
