@@ -86,7 +86,8 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
     those of which nothing is wanted go, and of the others the wanted rows are packed into new shards. Needs the memory
     of a few shards, and of all positions. No other process may write to the cache; on this machine one that does is
     found, and one that is about to begin waits. Raises `IncompleteCache`; `IdentityMismatch` where nothing would be
-    left; `CorruptCache` before anything is changed for readers; `UnsupportedFormat`; `OSError`.
+    left, of the samples or of the data sets; `CorruptCache` before anything is changed for readers;
+    `UnsupportedFormat`; `OSError`.
     """
     files = open_files(path)
     manifest = read_manifest(files)
@@ -96,7 +97,9 @@ def prune(path: str | Path, wanted: Collection[bytes], dry_run: bool = False) ->
             "changed. Install a newer logitcache."
         )
     if dry_run:
-        return _estimate(_plan(files, manifest, wanted))
+        plan = _plan(files, manifest, wanted)
+        _data_sets_left(files, wanted)
+        return _estimate(plan)
     with files.exclusive():
         return _prune(files, manifest, wanted)
 
@@ -127,9 +130,18 @@ def _prune(files: Files, manifest: Manifest, wanted: Collection[bytes]) -> Prune
 
 
 def _data_sets_left(files: Files, wanted: Collection[bytes]) -> dict[str, DataSet]:
-    """Of the data sets that lose samples, by their names, what is left: some are left without any."""
+    """Of the data sets that lose samples, by their names, what is left: some are left without any.
+
+    Raises `IdentityMismatch` where all are: a cache without any is learnt whole.
+    """
     known = [read_data_set(files, entry) for entry in known_data_sets(files)]
     left = {found.name: found.of_samples(wanted) for found in known}
+    if known and not any(found.num_samples for found in left.values()):
+        raise IdentityMismatch(
+            f"pruning {files.root}: none of its {len(known):,} data sets has a sample that stays, the first being "
+            f"{known[0].name!r}. Without a data set all that it holds would be learnt, at every position that was "
+            "captured. Nothing was changed. Run `logitcache precompute` with the data that stay, and then prune."
+        )
     return {found.name: left[found.name] for found in known if left[found.name].num_samples < found.num_samples}
 
 

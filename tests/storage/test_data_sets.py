@@ -21,6 +21,7 @@ from logitcache.storage import (
     CacheWriter,
     CorruptCache,
     DataSet,
+    IdentityMismatch,
     IncompleteCache,
     InvalidRecord,
     LogitCache,
@@ -207,6 +208,20 @@ def test_a_prune_that_is_refused_leaves_the_data_sets(cache: Path) -> None:
     with pytest.raises(CorruptCache):
         prune(cache, {sample_id(SAMPLES[1].token_ids), sample_id(SAMPLES[0].token_ids)})
     assert known_data_sets(open_files(cache)) == before == LogitCache.open(cache).data_sets
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_prune_that_leaves_no_data_set_is_refused(cache: Path, dry_run: bool) -> None:
+    """Before, the cache was learnt whole then: what no data set had, and prompts where all positions are captured."""
+    before = tree(cache)
+    with pytest.raises(IdentityMismatch, match="none of its 2 data sets has a sample that stays"):
+        prune(cache, {sample_id(SAMPLES[0].token_ids)}, dry_run)
+    assert {name: data for name, data in tree(cache).items() if name != "writer.lock"} == {
+        name: data for name, data in before.items() if name != "writer.lock"
+    }
+    finalize(cache, data_set("c", SAMPLES[0]))
+    prune(cache, {sample_id(SAMPLES[0].token_ids)})
+    assert learnt(cache) == whole(SAMPLES[0])
 
 
 def test_prune_of_data_sets_alone(cache: Path) -> None:
