@@ -63,8 +63,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data: 
 def check_same(cache: Path, reference: Path) -> None:
     """Every file of the cache is that of the reference, so every unit is there once; and nothing else is there."""
     assert cache_bytes(cache) == cache_bytes(reference)
-    assert {p.name for p in cache.iterdir()} == {p.name for p in reference.iterdir()}  # no record of a worker
     found = status(cache)
+    there = {p.name for p in cache.iterdir()} - {*found.leftovers}  # half a file of an actor that was killed
+    assert there == {p.name for p in reference.iterdir()}  # no record of a worker
     assert found.is_final and found.num_shards > 40 and found.num_samples == NUM_ROWS
     pairs = list(zip(LogitCache.open(cache).samples(), LogitCache.open(reference).samples(), strict=True))
     assert len(pairs) == NUM_ROWS

@@ -158,8 +158,8 @@ DEFAULTS = {
         "top-k": "64",
         "min-mass": "1.0",
         "tail-groups": "0",
-        "tail-samples": "0",
         "tail-group-step": "1.0",
+        "tail-samples": "0",
         "kl-positions": "supervised",
         "data-name": "--data as given",
         "precision": "fine",
@@ -176,13 +176,13 @@ DEFAULTS = {
     },
     "train": {
         "regularizer": "masked-kl",
+        "kl-positions": "supervised",
         "tail": "auto",
         "weight": "1.0",
         "label-smoothing": "0.0",
         "top-k": "all that the cache has",
         "temperature": "1.0",
         "weighting": "uniform",
-        "kl-positions": "supervised",
         "min-base-rest": "0.0001",
         "min-adapted-rest": "0.0",
         "adapter": "lora",
@@ -506,7 +506,8 @@ def test_results_on_stdout_and_notes_on_stderr(
     cached, trained, *table = outcome.stdout.splitlines()
     assert cached.startswith("Cached ") and trained.startswith("Trained 1 steps ")
     assert len(table) == 2 + 8 + 8
-    rows, cut, noise = outcome.stderr.splitlines()  # and nothing else: no bar, no advice of a library
+    rows, cut, names, noise = outcome.stderr.splitlines()  # and nothing else: no bar, no advice of a library
+    assert names.startswith("The samples are those of the data sets of ")
     assert rows.startswith("12 rows: ") and " were cut " in cut and noise.startswith("Before step 1 ")
     assert "\r" not in outcome.stderr
     assert capfd.readouterr().err == ""

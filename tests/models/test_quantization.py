@@ -399,7 +399,8 @@ def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: P
     message = refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
     assert f"{load_in} there, pairing (see its run.json)" in message
     done("evaluate", "--model", tiny, "--adapter", tmp_path / "o", "--data", data, "--prior", data)
-    assert "differs in weights" in refused(4, *[other if a is tiny else a for a in line])
+    elsewhere = [tmp_path / "p" if a == tmp_path / "o" else other if a is tiny else a for a in line]
+    assert "differs in weights" in refused(4, *elsewhere)
     told = refused(2, *line[:6], tmp_path / "p", *line[7:], "--adapter", "pissa")
     assert "it takes part of each weight out" in told
 
