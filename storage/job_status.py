@@ -138,6 +138,11 @@ def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
     return unpacked_runs(files, worker_part_name(index, num, record.job), record.num_runs, record.part_checksum)
 
 
+def has_part(files: Files, index: int, num: int, record: WorkerRecord) -> bool:
+    """Whether what a worker that has finished answers for is there: who finalises removes it, maybe before the record."""
+    return files.exists(worker_part_name(index, num, record.job))
+
+
 def _record(data: bytes, job: str, where: str) -> WorkerRecord:
     """What a worker of a job wrote. Raises `CorruptCache` for what none writes, with right checksums or not."""
     record = from_bytes(WorkerRecord, data, where)

@@ -203,7 +203,7 @@ class LocalFiles:
             if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 raise
             self._look_again(name)
-            raise FileNotFoundError(errno.ENOENT, NOT_PLAIN, path) from error
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise FileNotFoundError(errno.ENOENT, NOT_PLAIN, path)

@@ -36,6 +36,7 @@ from logitcache.storage.job_status import (
     RUNNING,
     STOPPED,
     WorkerRecord,
+    has_part,
     job_digest,
     read_part,
     read_records,
@@ -428,9 +429,9 @@ class _Worker:
         try:
             data_set = joined(self._spec.name, [read_part(files, i, num, r) for i, r in enumerate(others)])
         except CorruptCache:
-            if read_records(files) == records:
+            if read_records(files) == records and all(has_part(files, i, num, r) for i, r in enumerate(others)):
                 raise
-            return self._writer.is_final  # another finalised, or begins again
+            return self._writer.is_final  # another finalised meanwhile, or began when it had: it has to begin again
         if not data_set.num_samples:
             num_rows = data_of(self._spec, self._loaded).count() or max(1, self._planned.num_rows)
             check_samples_left(num_rows, 0, self._spec.settings.max_length)

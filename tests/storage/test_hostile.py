@@ -426,3 +426,14 @@ def test_the_feature_of_tail_groups_is_there_exactly_with_them(grouped: Path) ->
     body = body_of(grouped, "manifest")
     forge(grouped, "manifest", canonical(body | {"reader_features": []}))
     refused(CorruptCache, "corrupt", lambda: LogitCache.open(grouped))
+
+
+def test_a_file_that_is_gone_is_said_to_be_missing(written: Path) -> None:
+    """And not to be a folder, a pipe or a device, which is said of what is in its place."""
+    name = next(path for path in sorted(written.glob("index-*.npy")))
+    name.unlink()
+    with pytest.raises(CorruptCache, match="the file is missing"):
+        LogitCache.open(written)
+    name.mkdir()
+    with pytest.raises(CorruptCache, match="found a folder, a pipe or a device"):
+        LogitCache.open(written)
