@@ -139,7 +139,7 @@ def read_part(files: Files, index: int, num: int, record: WorkerRecord) -> Runs:
 
 
 def has_part(files: Files, index: int, num: int, record: WorkerRecord) -> bool:
-    """Whether what a worker that has finished answers for is there: who finalises removes it, maybe before the record."""
+    """Whether the part of a worker that has finished is there: who finalises removes it, maybe before the record."""
     return files.exists(worker_part_name(index, num, record.job))
 
 
