@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import UnreadableSweep
-from logitcache.storage.checked_json import MAX_JSON_BYTES, sealed, unsealed
+from logitcache.storage.checked_json import MAX_SEALED_BYTES, sealed, unsealed
 from logitcache.storage.files import replace_file
 from logitcache.storage.plain_text import one_line, shown
 
@@ -34,7 +34,7 @@ def write_checked(path: Path, fields: dict[str, Any]) -> None:
 def read_checked(path: Path) -> dict[str, Any]:
     """What `write_checked` was given. Raises `OSError`, or `ValueError`: what is wrong, the middle of a sentence."""
     with path.open("rb") as file:
-        return unsealed(file.read(MAX_JSON_BYTES + 1))
+        return unsealed(file.read(MAX_SEALED_BYTES + 1))
 
 
 def line_of(entry: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .configs import ConfigDifferences, as_spelt
+from .plain_text import SHOWN, one_line
 
 _MAX_HEADER_BYTES = 100 * 2**20
 _OUTER = r"(?:(?:model|transformer|language_model|text_model|text_decoder|decoder|backbone)\.)*"
@@ -120,13 +121,12 @@ def differing(
         parts = {name: (a, b)}
         if name.rpartition(".")[2] == "config" and isinstance(a, str) and isinstance(b, str):
             parts = {f"{name}.{field}".rstrip("."): pair for field, pair in configs(a, b).items()}
-        said += [f"{part}: {_shown(x)} {here}, {_shown(y)} {there}" for part, (x, y) in parts.items()]
+        said += [f"{one_line(part, 200)}: {_shown(x)} {here}, {_shown(y)} {there}" for part, (x, y) in parts.items()]
     return said
 
 
 def _shown(value: object) -> str:
-    text = "none" if value in ("", None) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return one_line("none" if value in ("", None) else str(value), SHOWN)
 
 
 def weights_fingerprint(folder: Path) -> str:

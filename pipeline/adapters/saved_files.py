@@ -77,7 +77,9 @@ def _body(folder: Path) -> dict[str, Any] | None:
 
 def _is_entry(name: str, entry: object) -> bool:
     """Whether a file is below the folder, and has a size and a checksum."""
-    inside = name.isprintable() and not name.startswith("/") and not {"", ".", ".."} & {*name.split("/")}
+    parts = name.split("/")
+    inside = name.isprintable() and not {"", ".", ".."} & {*parts}
+    inside = inside and len(parts) <= 64 and all(len(part.encode()) <= 255 for part in parts)
     return inside and isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)
 
 

@@ -15,7 +15,7 @@ STORAGE_ROOMS = {
     "errors": set(),
     "records": {"errors"},
     "configs": set(),
-    "identity": {"configs"},
+    "identity": {"configs", "plain_text"},
     "layout": set(),
     "plain_text": set(),
     "links": {"errors", "layout"},

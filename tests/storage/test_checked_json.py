@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from logitcache.storage import InvalidRecord
-from logitcache.storage.checked_json import MAX_DEPTH, MAX_JSON_BYTES, body_of, checksum_of, envelope, sealed, unsealed
+from logitcache.storage.checked_json import (
+    MAX_DEPTH,
+    MAX_SEALED_BYTES,
+    body_of,
+    checksum_of,
+    envelope,
+    sealed,
+    unsealed,
+)
 
 FIELDS: dict[str, Any] = {"b": [1, 1.5, -0.0, True, None], "a": {"10": "ü\ud800", "9": 1e-300}, "": "x" * 50}
 
@@ -53,7 +61,7 @@ DAMAGES = {
     "far too deep": (b'{"a":' + b"[" * 10**6, "expected a JSON object"),
     "no checksum": (b'{"a": 1}', "expected the checksum .* found None"),
     "a checksum that is a list": (b'{"a": 1, "checksum": []}', r"expected the checksum .* found \[\]"),
-    "too large": (b" " * (MAX_JSON_BYTES + 1), "expected at most 16,777,216 bytes, found more"),
+    "too large": (b" " * (MAX_SEALED_BYTES + 1), "expected at most 12,582,912 bytes, found more"),
 }
 
 
@@ -83,7 +91,7 @@ def test_every_flipped_bit_is_refused_or_changes_nothing() -> None:
 
 
 def test_what_readers_would_refuse_is_not_written() -> None:
-    for fields in ({"a": "x" * MAX_JSON_BYTES}, {"checksum": 1}):
+    for fields in ({"a": "x" * MAX_SEALED_BYTES}, {"checksum": 1}):
         with pytest.raises(InvalidRecord, match="writing JSON: expected at most"):
             sealed(fields)
 

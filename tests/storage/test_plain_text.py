@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.storage.files import open_files
+from logitcache.storage.identity import differing
 from logitcache.storage.plain_text import escaped, one_line, safe, shown, without_secrets
 
 SAID = {
@@ -71,3 +72,9 @@ def test_the_root_of_a_store_is_for_people_and_its_url_still_opens_it() -> None:
     assert files.root == "memory://***@host/plain-text?***"
     assert files.create("name", b"data") and files.read("name") == b"data"
     files.remove("name")
+
+
+def test_what_differs_is_said_on_one_line() -> None:
+    """Whatever a stranger's run.json or config.json holds."""
+    said = differing({"weights": "a\r\nb"}, {"weights": "\x1b[2J" + "x" * 500})
+    assert said == ["weights: a b here, \\x1b[2J" + "x" * 70 + "... there"]

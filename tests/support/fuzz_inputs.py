@@ -179,9 +179,9 @@ def of_json(data: bytes, value: Any, written: Callable[[Any], bytes]) -> Change:
     return lambda rng: changed_bytes(data, rng) if rng.random() < 0.4 else written(changed_value(value, rng))
 
 
-def json_bombs(written: Callable[[Any], bytes]) -> Iterator[bytes]:
+def json_bombs(written: Callable[[Any], bytes], most: int = 16 * 2**20) -> Iterator[bytes]:
     """Files of the greatest size that is read, of which each value takes as much more memory as can be."""
-    size = 16 * 2**20 - 200
+    size = most - 200
     bodies: list[Callable[[], bytes]] = [
         lambda: b"[" + b"[]," * (size // 3 - 2) + b"[]]",
         lambda: b"[" + b"300," * (size // 4 - 2) + b"300]",

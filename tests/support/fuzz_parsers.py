@@ -37,7 +37,7 @@ from logitcache.reports.page import Table, as_html, as_markdown
 from logitcache.reports.results import read_sweep, write_csv
 from logitcache.reports.tables import equal_learning_sentences, main_rows, method_rows, run_rows, setting_rows, view_of
 from logitcache.storage import CacheError
-from logitcache.storage.checked_json import unsealed
+from logitcache.storage.checked_json import MAX_SEALED_BYTES, unsealed
 from logitcache.storage.files import open_files
 from logitcache.storage.index import SampleIndex
 from logitcache.storage.job_status import RUNNING, WorkerRecord, read_records, write_record
@@ -57,7 +57,7 @@ LONGEST = 4000
 REFUSALS = (CacheError, PipelineError)
 
 ENVELOPED_BOMBS = partial(inputs.json_bombs, inputs.enveloped)
-SEALED_BOMBS = partial(inputs.json_bombs, inputs.sealed_again)
+SEALED_BOMBS = partial(inputs.json_bombs, inputs.sealed_again, MAX_SEALED_BYTES)
 PLAIN_BOMBS = partial(inputs.json_bombs, inputs.plain_json)
 
 
