@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cli_harness import logitcache
 
 from logitcache.adapters.registry import AdapterSettings
 from logitcache.capture.settings import CaptureSettings
@@ -24,7 +25,7 @@ from logitcache.training.run import TrainSettings, train
 SMALL = DemoSettings(seeds=(3,), max_steps=2, batch_size=2, max_length=48, num_held_out=4, top_k=8)
 
 
-def test_demo_writes_what_it_says_and_can_be_run_again(tmp_path: Path) -> None:
+def test_demo_writes_what_it_says_and_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     sweep = run_demo(tmp_path / "demo", SMALL, said.append)
     assert [(run.method, run.settings["seed"]) for run in sweep.finished] == [(m.name, 3) for m in SMALL.methods]
@@ -45,6 +46,11 @@ def test_demo_writes_what_it_says_and_can_be_run_again(tmp_path: Path) -> None:
     assert run_demo(tmp_path / "demo", SMALL, say_again.append) == sweep
     assert {p: p.stat().st_mtime_ns for p in adapters} == adapters
     assert "nothing left to run" in say_again[1] and say_again[2:] == said[2:]
+
+    monkeypatch.setattr("logitcache.demo.run.DemoSettings", lambda: SMALL)
+    lines = logitcache("demo", "--out", tmp_path / "demo").out.splitlines()
+    assert lines[-1].startswith("Report: ") and lines[-2].startswith("Cross-entropies in nats a token on held-out text")
+    assert lines[-3] == "" and not [line for line in lines if "\\n" in line]
 
 
 def test_demo_trains_and_measures_as_one_run_after_the_other_by_hand(tmp_path: Path) -> None:
