@@ -144,15 +144,15 @@ def test_two_names_of_the_same_data_are_two_jobs(tmp_path: Path, tiny_model: Pat
     assert [d["name"] for d in facts(cache)["data_sets"]] == ["one", "two"]
 
 
-def test_a_part_that_is_lost_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    """And the worker that it is of makes it again."""
+def test_a_part_that_is_damaged_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """And the worker that it is of makes it again. (One that is gone is of a worker that has not finished.)"""
     data, cache = save(tmp_path / "d.jsonl", text_rows(9)), tmp_path / "c"
     worker = [
         [*precompute_line(tiny_model, data, cache, *ALONE), "--shard-index", i, "--num-shards", 2] for i in (0, 1)
     ]
     done(*worker[0])
     (part,) = cache.glob("worker-0-of-2-*.npy")
-    part.unlink()
+    part.write_bytes(part.read_bytes()[:-1])
     assert part.name in refused(CORRUPT, *worker[1])
     done(*worker[0])
     done(*worker[1])
