@@ -221,7 +221,7 @@ def write_index(path: Path, num_samples: int) -> None:
         return SampleTable(ids, tokens, tokens - 1, tokens * 0, nothing, nothing.astype(np.int32))
 
     files = open_files(path)
-    files.join(lambda: None)()
+    files.join()()
     files.create(MANIFEST, to_bytes(manifest("zarr", "fine", 64)))
     index, data = index_file([table(int(count)) for count in counts])
     files.replace(index.name, data)
