@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import read_commit, read_contents, read_manifest
 from .data_sets import record_name
 from .files import open_files
+from .heads import read_commit, read_contents, read_manifest
 from .identity import digest
 from .index import npy_header
 from .layout import CONTENTS, MANIFEST, TOKEN_GROUPS, commit_path, shard_path

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .cache import read_manifest, read_record
 from .data_sets import Runs, packed_runs, unpacked_runs
 from .errors import CorruptCache
 from .files import Files, open_files
+from .heads import read_manifest, read_record
 from .identity import digest, digest_json
 from .layout import CONTENTS, SHARDS, commit_unit, is_worker_part, worker_name, worker_of, worker_part_name
 from .leftovers import find_leftovers

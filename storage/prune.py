@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import read_commit, read_contents, read_manifest, read_record
 from .data_sets import DataSet, known_data_sets, read_data_set, remove_data_set, write_data_set
 from .encoding import SampleTable
 from .errors import IdentityMismatch, UnsupportedFormat
 from .files import Files, open_files
+from .heads import read_commit, read_contents, read_manifest, read_record
 from .identity import digest
 from .job_status import remove_records
 from .layout import commit_path, shard_path

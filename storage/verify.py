@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .cache import check_lost_manifest, read_commit, read_contents, read_manifest, read_record, read_token_groups
 from .data_sets import known_data_sets, read_data_set, record_name, record_of
 from .encoding import SampleTable
 from .errors import CorruptCache, IdentityMismatch, IncompleteCache, LinkRefused, NotACache
 from .files import Files, open_files
+from .heads import check_lost_manifest, read_commit, read_contents, read_manifest, read_record, read_token_groups
 from .identity import digest
 from .index import SampleIndex, index_file
 from .job_status import record_names

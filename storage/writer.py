@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backend import Memory, corrupt
-from .cache import check_lost_manifest, read_manifest, read_record, read_token_groups
 from .captured_index import Captured
 from .configs import ConfigDifferences, as_spelt
 from .data_sets import DataSet, known_data_sets, record_of, write_data_set
 from .encoding import Columns, SampleTable, encode, sample_table
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import Files, open_files
+from .heads import check_lost_manifest, read_manifest, read_record, read_token_groups
 from .identity import digest, sample_id
 from .index import index_file, npy_header
 from .layout import (

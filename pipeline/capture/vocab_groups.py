@@ -20,7 +20,7 @@ from logitcache.errors import UnsupportedModel
 from logitcache.models.device_map import weight_of
 from logitcache.models.head import logits_width
 from logitcache.models.loading import Base
-from logitcache.storage.cache import stored_token_groups
+from logitcache.storage.heads import stored_token_groups
 
 from .settings import CaptureSettings
 

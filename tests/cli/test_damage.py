@@ -33,8 +33,8 @@ from support.cli_harness import (
 )
 from support.tiny_model import text_rows
 
-from logitcache.storage.cache import read_manifest
 from logitcache.storage.files import open_files
+from logitcache.storage.heads import read_manifest
 from logitcache.storage.manifest import to_bytes
 
 WriteRows = Callable[..., Path]

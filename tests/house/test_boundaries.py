@@ -37,18 +37,31 @@ STORAGE_ROOMS = {
     "data_sets": {"backend", "files", "identity", "index", "layout", "manifest", "plain_text"},
     "data_samples": {"cache", "data_sets", "errors", "identity", "manifest", "shard"},
     "prefixes": set(),
+    "heads": {"backend", "errors", "files", "identity", "index", "layout", "manifest"},
     "cache": {
-        *("backend", "data_sets", "errors", "files", "identity", "index", "layout", "manifest", "prefixes", "records"),
+        *(
+            "backend",
+            "data_sets",
+            "errors",
+            "files",
+            "heads",
+            "identity",
+            "index",
+            "layout",
+            "manifest",
+            "prefixes",
+            "records",
+        ),
         "shard",
     },
     "captured_index": {"encoding", "identity"},
     "leftovers": {"data_sets", "errors", "files", "layout", "manifest"},
     "job_status": {
-        *("cache", "data_sets", "errors", "files", "identity", "layout", "leftovers", "manifest", "plain_text"),
+        *("heads", "data_sets", "errors", "files", "identity", "layout", "leftovers", "manifest", "plain_text"),
     },
     "writer": {
         "backend",
-        "cache",
+        "heads",
         "captured_index",
         "configs",
         "data_sets",
@@ -64,7 +77,7 @@ STORAGE_ROOMS = {
     },
     "shard_check": {"backend", "encoding", "errors", "files", "identity", "layout", "manifest", "shard"},
     "verify": {
-        *("cache", "data_sets", "encoding", "errors", "files", "identity", "index", "job_status", "layout"),
+        *("heads", "data_sets", "encoding", "errors", "files", "identity", "index", "job_status", "layout"),
         *("leftovers", "manifest", "shard_check"),
     },
     "model_check": {"cache", "errors", "files", "identity", "layout", "manifest"},
@@ -85,7 +98,7 @@ STORAGE_ROOMS = {
         "writer",
     },
     "prune": {
-        "cache",
+        "heads",
         "data_sets",
         "encoding",
         "errors",
@@ -100,7 +113,7 @@ STORAGE_ROOMS = {
         "writer",
     },
     "statistics": {"cache", "records"},
-    "inventory": {"cache", "data_sets", "files", "identity", "index", "layout", "manifest"},
+    "inventory": {"heads", "data_sets", "files", "identity", "index", "layout", "manifest"},
 }
 """The files of storage/, and the others of it that each may import."""
 

@@ -42,8 +42,8 @@ from logitcache.storage import (
     repair,
     verify,
 )
-from logitcache.storage.cache import stored_token_groups
 from logitcache.storage.files import open_files
+from logitcache.storage.heads import stored_token_groups
 from logitcache.storage.inventory import take_inventory
 from logitcache.storage.job_status import status
 

@@ -32,9 +32,9 @@ from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, Pipe
 from logitcache.events import Event, OnEvent, RayStarted, ShardFailed, ShareDone
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, DataSet, NotACache
-from logitcache.storage.cache import read_manifest, stored_token_groups
 from logitcache.storage.data_sets import joined
 from logitcache.storage.files import open_files
+from logitcache.storage.heads import read_manifest, stored_token_groups
 from logitcache.storage.job_status import Status, remove_records, status
 
 SHARES_AN_ACTOR = 4
