@@ -124,7 +124,7 @@ PACKAGES = {
     "settings": {"errors"},
     "yaml_files": {"storage"},
     "losses": {"errors", "settings"},
-    "data": {"errors", "storage"},
+    "data": {"errors", "settings", "storage"},
     "models": {"errors", "settings", "storage"},
     "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
     "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},

@@ -1,0 +1,27 @@
+"""How the rows of a data set are found, read and rendered, in plain values without torch.
+
+Owns the settings that every verb with data has. Must not read files or know tokenizers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from logitcache.settings import Settings, option
+
+Supervise = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Which rows of the data, and what of a chat is learnt."""
+
+    split: str = option("", "Split to read of data that have several.  [default: train]", metavar="NAME")
+    config_name: str = option("", "Configuration to read of a hub data set that has several.", metavar="NAME")
+    skip_bad_rows: bool = option(False, "Count and list rows that cannot be used, and go on without them.")
+    supervise: Supervise = option(
+        "assistant", "What of a chat is learnt: every assistant turn, the last one alone, or every token."
+    )
+    chat_template: str = option("", "Jinja file to render chats with, instead of the tokenizer's own.", metavar="FILE")
+    chat_template_kwargs: str = option(
+        "", "What the chat template is given besides the messages, a JSON object.", metavar="JSON"
+    )
