@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_templates import template_digest
+from .chat_rows import is_chat
+from .chat_templates import chat_templates
 from .rows import Row
-from .tokenize import check_row_tokens, is_rendered, tokenize_row
+from .settings import DataSettings
+from .tokenize import check_row_tokens, tokenize_row
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,50 @@ class SampleSet:
     num_tokens_cut: int
     num_without_labels: int
     """Rows that truncation left without a supervised token; they are not among the samples."""
+    template_note: str = ""
+    """What the user is told of the chat template, where a row was rendered with one; "" for nothing."""
 
 
 def make_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DataSettings(),
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
-    found = read_samples(rows, tokenizer, max_length, vocab_size)
+    found = read_samples(rows, tokenizer, max_length, vocab_size, how)
     check_samples_left(found.num_rows, len(found.samples), max_length)
     return found
 
 
 def read_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DataSettings(),
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
-    template = template_digest(tokenizer)
+    templates = None if tokenizer is None else chat_templates(tokenizer, how)
+    note = ""
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
         num_rows += 1
-        token_ids, supervised = tokenize_row(row, tokenizer, origin)
+        token_ids, supervised = tokenize_row(row, tokenizer, origin, templates, how)
         check_row_tokens(token_ids, supervised, vocab_size, origin)
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
-        sample = Sample(*kept, origin, cut, template if is_rendered(row) else "")
+        rendered = templates if templates is not None and is_chat(row) else None
+        note = note if rendered is None else rendered.note
+        sample = Sample(*kept, origin, cut, "" if rendered is None else rendered.digest)
         if len(sample.positions):
             samples.append(sample)
         else:
             num_without += 1
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without)
+    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, note)
 
 
 def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None:
