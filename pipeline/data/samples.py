@@ -16,6 +16,7 @@ from logitcache.errors import InvalidData
 
 from .chat_templates import template_digest
 from .rows import Row
+from .settings import DEFAULT, DataSettings
 from .tokenize import check_row_tokens, is_rendered, tokenize_row
 
 
@@ -53,16 +54,24 @@ class SampleSet:
 
 
 def make_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
-    found = read_samples(rows, tokenizer, max_length, vocab_size)
+    found = read_samples(rows, tokenizer, max_length, vocab_size, how)
     check_samples_left(found.num_rows, len(found.samples), max_length)
     return found
 
 
 def read_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DEFAULT,  # noqa: ARG001 - chats and skipped rows come with it
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
