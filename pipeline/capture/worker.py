@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
@@ -128,7 +129,7 @@ def precompute(
     tokenizer: PreTrainedTokenizerBase | None = None,
     loading: LoadSettings | None = None,
     window_rows: int = WINDOW_ROWS,
-    streaming: bool = False,
+    how: DataSettings | None = None,
     data_name: str = "",
     samples_from: str | Path = "",
     engine: Engine = "transformers",
@@ -139,10 +140,10 @@ def precompute(
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
     model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
-    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. The others: as of
-    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks. Which samples the data
-    have, and at which positions, is kept in the cache under data_name, in place of what was there: by default the path
-    as given, or `samples in memory`.
+    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. how: which rows of
+    the data, and what of a chat is learnt. The others: as of `JobSpec`. Called again, it goes on where it stopped; a
+    finished cache gains what it lacks. Which samples the data have, and at which positions, is kept in the cache under
+    data_name, in place of what was there: by default the path as given, or `samples in memory`.
 
     With a model that is divided over processes, all must call this; the leader's report counts and the others' is
     empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
@@ -158,8 +159,8 @@ def precompute(
         str(cache),
         settings or CaptureSettings(),
         loading or LoadSettings(),
+        how or DataSettings(),
         window_rows=window_rows,
-        streaming=streaming,
         engine=engine,
         calibration=str(calibration),
         data_name=data_name,
@@ -227,7 +228,7 @@ def data_of(spec: JobSpec, loaded: Loaded) -> Data:
     """The data of a job, by their name or in memory."""
     max_length, vocab_size = spec.settings.max_length, loaded.cache_spec.manifest.model.vocab_size
     if loaded.samples is None:
-        return Rows(spec.data, spec.streaming, loaded.tokenizer, max_length, vocab_size)
+        return Rows(spec.data, spec.how, loaded.tokenizer, max_length, vocab_size)
     return Samples(loaded.samples, max_length, vocab_size)
 
 
@@ -286,10 +287,10 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
-    """What the workers of one job agree on: the data and their name, and how they are cut into units."""
+    """What the workers of one job agree on: the data, their name, how they are read and how they are cut into units."""
     kept = spec.settings
     cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
-    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut)])
+    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut), spec.how.determining()])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:

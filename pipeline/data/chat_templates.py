@@ -22,7 +22,7 @@ from logitcache.storage.identity import digest_json
 
 from .chat_rendering import Rendered, Renderer, Spans, Template, has_markers, parse
 from .chat_rows import Chat, check_variables
-from .settings import DataSettings
+from .settings import DEFAULT, DataSettings
 
 _DEFAULT, _FOR_TOOLS = "default", "tool_use"
 """Names that templates have where a tokenizer has several."""
@@ -65,9 +65,9 @@ class ChatTemplates:
         )
 
 
-def template_digest(tokenizer: PreTrainedTokenizerBase | None, how: DataSettings | None = None) -> str:
+def template_digest(tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT) -> str:
     """Digest of the chat templates with which the data of these settings are rendered; "" where there is none."""
-    return "" if tokenizer is None else chat_templates(tokenizer, how or DataSettings()).digest
+    return "" if tokenizer is None else chat_templates(tokenizer, how).digest
 
 
 def chat_templates(tokenizer: PreTrainedTokenizerBase, how: DataSettings) -> ChatTemplates:

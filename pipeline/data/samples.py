@@ -17,7 +17,7 @@ from logitcache.errors import InvalidData
 from .chat_rows import is_chat
 from .chat_templates import chat_templates
 from .rows import Row
-from .settings import DataSettings
+from .settings import DEFAULT, DataSettings
 from .tokenize import check_row_tokens, tokenize_row
 
 
@@ -61,7 +61,7 @@ def make_samples(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
-    how: DataSettings = DataSettings(),
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
     found = read_samples(rows, tokenizer, max_length, vocab_size, how)
@@ -74,7 +74,7 @@ def read_samples(
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
-    how: DataSettings = DataSettings(),
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.errors import InvalidData
 
 from .chat_rows import is_chat, read_chat
-from .chat_tokens import chat_tokens, common_prefix
 from .chat_templates import ChatTemplates, chat_templates
+from .chat_tokens import chat_tokens, common_prefix
 from .rows import IGNORED, Row
-from .settings import DataSettings
+from .settings import DEFAULT, DataSettings
 
 
 def tokenize_row(
@@ -30,7 +30,7 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase | None,
     origin: str,
     templates: ChatTemplates | None = None,
-    how: DataSettings = DataSettings(),
+    how: DataSettings = DEFAULT,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Token ids [n] of a row, and which of them are supervised [n]. Raises `InvalidData`, naming the origin.
 
