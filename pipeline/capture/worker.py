@@ -22,7 +22,7 @@ from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identit
 from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
+from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.same_base import config_differences
@@ -326,6 +326,7 @@ class _Worker:
         self._spec, self._loaded, self._share = spec, loaded, share
         self._writer, self._progress, self._on_event = writer, progress, on_event
         self._other, self._job = other, ""
+        self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
         self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
@@ -395,6 +396,10 @@ class _Worker:
         missing = without_captured(mine, captured)
         self._parts.append(_runs(found, mine))
         self._planned += count(found, mine)
+        for note in dict.fromkeys(found.notes):
+            if note not in self._noted:
+                self._on_event(DataNoted(note))
+        self._noted.update(found.notes)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
         if self._other is not None:

@@ -6,7 +6,6 @@ know which template is chosen, tokens, or files.
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from os.path import commonprefix
 from typing import Any
 
 from jinja2 import nodes
@@ -35,6 +34,8 @@ class Template:
     has_markers: bool
     #: Whether it wants content as a list of parts, and renders nothing of a string.
     takes_parts: bool = False
+    #: Whether it shows the tools that a chat comes with.
+    shows_tools: bool = False
     #: Whether TRL's training template stands in for the tokenizer's.
     is_training: bool = False
 
@@ -102,8 +103,8 @@ class Renderer:
         if start is None or not whole.startswith(after):
             way = _NEEDS_TRL if find_spec("trl") is None else ""
             raise InvalidData(
-                f"reading {self.origin}: the chat template renders turn {i} differently once later turns follow, so the "
-                f"assistant's tokens cannot be told. {way}{ADVICE}"
+                f"reading {self.origin}: the chat template renders turn {i} differently once later turns follow, so "
+                f"the assistant's tokens cannot be told. {way}{ADVICE}"
             )
         return start, len(after)
 
@@ -115,7 +116,7 @@ class Renderer:
             return None
         answers = ({"role": "assistant", "content": said} for said in ("one", "two"))
         texts = [self.text(replace(chat, messages=[*before.messages, answer])) for answer in answers]
-        return min(len(commonprefix([prompt, whole])), len(commonprefix(texts)))
+        return min(_common_length(prompt, whole), _common_length(*texts))
 
     def _without_closing(self, part: str, whole: str) -> str:
         """A rendered beginning of a chat without a special token that only closes chats, and the whole lacks there."""
@@ -124,6 +125,11 @@ class Renderer:
         closings = [token for token in self.special_tokens.values() if isinstance(token, str)]
         shorter = [part.removesuffix(token) for token in closings]
         return next((text for text in shorter if whole.startswith(text)), part)
+
+
+def _common_length(a: str, b: str) -> int:
+    differs = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differs, min(len(a), len(b)))
 
 
 def has_markers(text: str) -> bool:

@@ -43,6 +43,11 @@ class Chat:
     num_prompt: int = 0
 
 
+def has_tools(row: Row) -> bool:
+    """Whether a row comes with tools, be they readable or not."""
+    return row.get("tools") not in (None, "", "[]", [])
+
+
 def first_turns(chat: Chat, num_turns: int) -> Chat:
     """The beginning of a chat."""
     return replace(chat, messages=chat.messages[:num_turns])

@@ -1,8 +1,8 @@
 """Which chat template renders the chats of a data set, and its digest.
 
-Owns the choice: a template with generation markers as it is; another as it is, too, if the beginnings that it renders
-tell the assistant's turns; else TRL's training template of its family, where TRL is installed and knows it. Must not know
-tokens or files of data, nor how turns are told (`chat_rendering`).
+Owns the choice: a template with generation markers as it is; one without as it is too, if the beginnings of chats that
+it renders tell the assistant's turns as TRL does; else TRL's training template of its family, where TRL is installed
+and knows it. Must not know tokens or files of data, nor how turns are told (`chat_rendering`).
 """
 
 import copy
@@ -22,15 +22,18 @@ from logitcache.storage.identity import digest_json
 
 from .chat_rendering import Rendered, Renderer, Spans, Template, has_markers, parse
 from .chat_rows import Chat, check_variables
+from .rows import Row
 from .settings import DEFAULT, DataSettings
 
 _DEFAULT, _FOR_TOOLS = "default", "tool_use"
 """Names that templates have where a tokenizer has several."""
 
-_NOTE = (
+_REPLACED = (
     "Chats are rendered with TRL's training template for this model's family, in place of the tokenizer's, which does "
     "not say what is the assistant's: the same tokens are learnt as by TRL with assistant_only_loss."
 )
+
+_NO_TOOLS = "Rows have tools, which the chat template does not show: their samples are those of rows without."
 
 _Special = tuple[tuple[str, Any], ...]
 """Names and values of special tokens, to be looked up by."""
@@ -45,8 +48,13 @@ class ChatTemplates:
     digest: str
     #: Given to the template besides each chat.
     variables: dict[str, Any]
-    #: What the user is told once; "" where there is nothing to say.
-    note: str
+
+    def notes(self, with_tools: bool) -> list[str]:
+        """What the user is told of a chat with or without tools, once."""
+        name = _FOR_TOOLS if with_tools and _FOR_TOOLS in self.named else _DEFAULT
+        template = self.named[name]
+        replaced = [_REPLACED] if template.is_training else []
+        return [*replaced, _NO_TOOLS] if with_tools and not template.shows_tools else replaced
 
     def choose(self, chat: Chat, origin: str) -> Template:
         """The template of a chat: that for tools where it has some, else the default. Raises `InvalidData`."""
@@ -65,6 +73,11 @@ class ChatTemplates:
         )
 
 
+def template_digests(tokenizer: PreTrainedTokenizerBase, how: DataSettings = DEFAULT) -> frozenset[str]:
+    """Digests that samples rendered with a tokenizer may have, whatever of them is learnt."""
+    return frozenset(template_digest(tokenizer, replace(how, supervise=what)) for what in ("assistant", "all")) - {""}
+
+
 def template_digest(tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT) -> str:
     """Digest of the chat templates with which the data of these settings are rendered; "" where there is none."""
     return "" if tokenizer is None else chat_templates(tokenizer, how).digest
@@ -78,7 +91,7 @@ def chat_templates(tokenizer: PreTrainedTokenizerBase, how: DataSettings) -> Cha
     given = _from_file(how.chat_template) if how.chat_template else tokenizer.chat_template
     variables = _variables(how.chat_template_kwargs)
     if given is None:
-        return ChatTemplates({}, "", variables, "")
+        return ChatTemplates({}, "", variables)
     texts = given if isinstance(given, dict) else {_DEFAULT: given}
     named = {name: _effective(text, tokenizer, how.supervise != "all") for name, text in texts.items()}
     _check_read(variables, named)
@@ -86,8 +99,7 @@ def chat_templates(tokenizer: PreTrainedTokenizerBase, how: DataSettings) -> Cha
     if not isinstance(given, dict):
         effective = effective[_DEFAULT]
     digest = digest_json([effective, variables] if variables else effective)
-    note = _NOTE if any(template.is_training for template in named.values()) else ""
-    return ChatTemplates(named, digest, variables, note)
+    return ChatTemplates(named, digest, variables)
 
 
 def _from_file(name: str) -> str:
@@ -154,16 +166,19 @@ def _looked_at(text: str, special: _Special) -> Template:
         own = Template(text, has_markers(text))
     except TemplateError:  # a row that is rendered with it says what is wrong
         return Template(text, has_markers=False)
-    chat = Chat([{"role": "user", "content": "firstprobe"}, {"role": "assistant", "content": "secondprobe"}], None, {})
+    turns = [{"role": "user", "content": "firstprobe"}, {"role": "assistant", "content": "secondprobe"}]
+    tool = {"type": "function", "function": {"name": "toolprobe", "description": "probe", "parameters": {}}}
 
-    def shows(takes_parts: bool) -> bool:
+    def shows(template: Template, tools: list[Row] | None, words: list[str]) -> bool:
         try:
-            found = Renderer(replace(own, takes_parts=takes_parts), dict(special), "a probe").text(chat)
+            found = Renderer(template, dict(special), "a probe").text(Chat(turns, tools, {}))
         except Exception:  # whatever the author of a template likes
             return False
-        return all(turn["content"] in found for turn in chat.messages)
+        return all(word in found for word in words)
 
-    return replace(own, takes_parts=not shows(False) and shows(True))
+    said, in_parts = [turn["content"] for turn in turns], replace(own, takes_parts=True)
+    own = in_parts if not shows(own, None, said) and shows(in_parts, None, said) else own
+    return replace(own, shows_tools=shows(own, [tool], ["toolprobe"]))
 
 
 @lru_cache(maxsize=64)

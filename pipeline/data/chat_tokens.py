@@ -1,7 +1,7 @@
 """A chat -> token ids and which of them are learnt, by its template.
 
-Owns what of a chat is learnt (`--supervise`), and the way from characters to tokens: by the offsets of the tokens, not by
-the masks of transformers, which differ between its versions. Must not know files or caches.
+Owns what of a chat is learnt (`--supervise`), and the way from characters to tokens: by the offsets of the tokens, not
+by the masks of transformers, which differ between its versions. Must not know files or caches.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from logitcache.errors import InvalidData
 from .chat_rendering import Renderer, Spans, Template
 from .chat_rows import Chat, first_turns
 from .chat_templates import special_tokens
-from .chat_turns import check_no_repr, spans_by_turn
+from .chat_turns import check_calls, check_no_repr, spans_by_turn
 from .settings import Supervise
 
 
@@ -36,6 +36,7 @@ def chat_tokens(
         said = " ".join(str(error).split())
         raise InvalidData(f"reading {origin}: the chat template refuses its messages ({said}).") from error
     check_no_repr(text, chat, renderer)
+    check_calls(text, turns, chat, renderer)
     ids, offsets = _encode(text, tokenizer, origin)
     if supervise == "all":
         return ids, np.ones(len(ids), dtype=np.bool_)

@@ -1,9 +1,10 @@
 """Which assistant turn each learnt range of a rendered chat belongs to, and that nothing else is learnt.
 
-Owns the checks after rendering: each assistant turn has a range of its own, none holds another turn's words, a turn that
-says something has some of it learnt, and nothing is printed as Python prints it. Must not know tokens or templates' texts.
+Owns the checks after rendering: each assistant turn has a range of its own, none holds another turn's words, a turn
+that says or calls something has it learnt, and nothing is printed as Python prints it. Must not know tokens.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +33,8 @@ def spans_by_turn(found: Rendered, chat: Chat, renderer: Renderer) -> dict[int, 
                 break
     if marked is None:
         raise InvalidData(
-            f"reading {renderer.origin}: the chat template renders its turns differently with other words in them, so it cannot "
-            f"be checked what is the assistant's. {ADVICE}"
+            f"reading {renderer.origin}: the chat template renders its turns differently with other words in "
+            f"them, so it cannot be checked what is the assistant's. {ADVICE}"
         )
     return _assigned(found, marked, marks, chat, renderer.origin)
 
@@ -102,7 +103,8 @@ def _assigned(found: Rendered, second: Rendered, marks: list[str], chat: Chat, o
         owner = inside.pop() if inside else _owner(marked.around(twin), silent, turns)
         if owner is None:
             raise InvalidData(
-                f"reading {origin}: the chat template's generation markers hold text that is no assistant turn's. {ADVICE}"
+                f"reading {origin}: the chat template's generation markers hold text that is of no assistant turn. "
+                f"{ADVICE}"
             )
         turns[owner].append(span)
     _check_turns(turns, held, marked, chat, origin)
@@ -130,9 +132,40 @@ def _check_turns(turns: dict[int, Spans], held: set[int], marked: _Marked, chat:
         turn = chat.messages[i]
         if i not in held and (i in shown or (turn["content"].strip() and "tool_calls" not in turn)):
             raise InvalidData(
-                f"reading {origin}: of turn {i}, {turn['content']!r:.60}, the chat template has only the end learnt, or "
-                f"drops the words. The model would learn to say nothing. {ADVICE}"
+                f"reading {origin}: of turn {i}, {turn['content']!r:.60}, the chat template has only the end learnt, "
+                f"or drops the words. The model would learn to say nothing. {ADVICE}"
             )
+
+
+def check_calls(text: str, turns: dict[int, Spans], chat: Chat, renderer: Renderer) -> None:
+    """Raise `InvalidData` where the template drops a call of the assistant's, or shows calls without the row's tools.
+
+    turns: their spans in the text; without any, all of it counts.
+    """
+    for i, turn in enumerate(chat.messages):
+        called = turn.get("tool_calls")
+        if turn["role"] != "assistant" or not called:
+            continue
+        shown = "".join(text[start:stop] for start, stop in turns[i]) if turns else text
+        names = Counter(str(_function(call).get("name")) for call in called)
+        dropped = next((name for name, times in names.items() if shown.count(name) < times), None)
+        if dropped is not None:
+            raise InvalidData(
+                f"reading {renderer.origin}: the chat template drops a call of {dropped!r:.60} in turn {i}, so the "
+                "model would learn to say nothing where the row calls. Give a template that renders all calls by "
+                "--chat-template FILE, or remove the row."
+            )
+        if chat.tools is not None and not renderer.template.shows_tools:
+            raise InvalidData(
+                f"reading {renderer.origin}: turn {i} calls a tool, and the chat template does not show the row's "
+                "tools: the model would learn to call what it was not shown. Remove the row's 'tools' if a turn says "
+                "them, or give a template that shows them by --chat-template FILE."
+            )
+
+
+def _function(call: Row) -> Row:
+    named = call.get("function")
+    return named if isinstance(named, dict) else call
 
 
 def check_no_repr(text: str, chat: Chat, renderer: Renderer) -> None:
@@ -144,8 +177,8 @@ def check_no_repr(text: str, chat: Chat, renderer: Renderer) -> None:
             continue
         if text.count(printed) > sum(string.count(printed) for string in strings):
             raise InvalidData(
-                f"reading {renderer.origin}: the chat template prints {printed:.60} as Python does, which the model would learn to "
-                f"say. {ADVICE}"
+                f"reading {renderer.origin}: the chat template prints {printed:.60} as Python does, which the model "
+                f"would learn to say. {ADVICE}"
             )
 
 

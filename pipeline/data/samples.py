@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_rows import is_chat
+from .chat_rows import has_tools, is_chat
 from .chat_templates import chat_templates
 from .rows import Row
 from .settings import DEFAULT, DataSettings
@@ -52,8 +52,8 @@ class SampleSet:
     num_tokens_cut: int
     num_without_labels: int
     """Rows that truncation left without a supervised token; they are not among the samples."""
-    template_note: str = ""
-    """What the user is told of the chat template, where a row was rendered with one; "" for nothing."""
+    notes: tuple[str, ...] = ()
+    """What the user is told of how the rows were read."""
 
 
 def make_samples(
@@ -79,7 +79,7 @@ def read_samples(
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
     templates = None if tokenizer is None else chat_templates(tokenizer, how)
-    note = ""
+    notes: dict[str, None] = {}
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
         num_rows += 1
@@ -89,13 +89,14 @@ def read_samples(
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
         rendered = templates if templates is not None and is_chat(row) else None
-        note = note if rendered is None else rendered.note
+        if rendered is not None:
+            notes.update(dict.fromkeys(rendered.notes(has_tools(row))))
         sample = Sample(*kept, origin, cut, "" if rendered is None else rendered.digest)
         if len(sample.positions):
             samples.append(sample)
         else:
             num_without += 1
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, note)
+    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, tuple(notes))
 
 
 def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None:

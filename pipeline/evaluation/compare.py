@@ -22,7 +22,7 @@ from logitcache.adapters.saved_files import FILES, fault_of
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
-from logitcache.data.settings import DataSettings
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
 from logitcache.json_files import read_checked
@@ -60,11 +60,13 @@ Values = dict[str, Tensor]
 _FULL_KL = Objective("full-kl")
 
 
-def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
+def probe_view(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT
+) -> CacheView:
     """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
     `NotComparable` for one without alternatives."""
     _check_alternatives(cache)
-    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, how=how)
 
 
 def check_adapter(folder: str, base: Base) -> None:

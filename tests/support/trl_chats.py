@@ -71,7 +71,7 @@ def template_texts() -> dict[str, str]:
 
 
 _SPECIAL = re.compile(
-    r"<\|[A-Za-z_0-9:/]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_[a-z]+>|<\|(?:turn|channel|tool|tool_call|tool_response)>"
+    r"<\|[A-Za-z_0-9:/]+\|>|<\uff5c[^\uff5c]+\uff5c>|<(?:start|end)_of_[a-z]+>|<\|(?:turn|channel|tool|tool_call|tool_response)>"
     r"|<(?:turn|channel|tool|tool_call|tool_response)\|>|\[/?INST\]|</?think>|</?tool_call>|<sop>|\[gMASK\]"
 )
 
