@@ -5,6 +5,7 @@ manifest. Loads no weights. Must not know how samples are removed.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from logitcache.data.chat_templates import template_digests
 from logitcache.data.rows import read_rows
@@ -42,5 +43,5 @@ def ids_of_data(cache: LogitCache, data: str, model: str | None, how: DataSettin
         )
     rows, max_length = read_rows(data, how), manifest.capture.max_length
     made = make_samples(rows, tokenizer, max_length, manifest.model.vocab_size, how)
-    check_templates(cache, made.samples, frozenset() if tokenizer is None else template_digests(tokenizer, how))
+    check_templates(cache, made.samples, partial(template_digests, tokenizer, how))
     return DataIds(made.num_rows, frozenset(sample_id(sample.token_ids) for sample in made.samples))

@@ -73,7 +73,7 @@ class ChatTemplates:
         )
 
 
-def template_digests(tokenizer: PreTrainedTokenizerBase, how: DataSettings = DEFAULT) -> frozenset[str]:
+def template_digests(tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT) -> frozenset[str]:
     """Digests that samples rendered with a tokenizer may have, whatever of them is learnt."""
     return frozenset(template_digest(tokenizer, replace(how, supervise=what)) for what in ("assistant", "all")) - {""}
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.errors import InvalidData
 
 from .chat_rows import has_tools, is_chat
-from .chat_templates import chat_templates
+from .chat_templates import ChatTemplates, chat_templates
 from .rows import Row
 from .settings import DEFAULT, DataSettings
 from .tokenize import check_row_tokens, tokenize_row
@@ -78,20 +78,22 @@ def read_samples(
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
-    templates = None if tokenizer is None else chat_templates(tokenizer, how)
+    templates: ChatTemplates | None = None  # made for the first chat: looking at them may import TRL
     notes: dict[str, None] = {}
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
         num_rows += 1
+        rendered = tokenizer is not None and is_chat(row)
+        if rendered and templates is None:
+            templates = chat_templates(tokenizer, how)
         token_ids, supervised = tokenize_row(row, tokenizer, origin, templates, how)
         check_row_tokens(token_ids, supervised, vocab_size, origin)
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
-        rendered = templates if templates is not None and is_chat(row) else None
-        if rendered is not None:
-            notes.update(dict.fromkeys(rendered.notes(has_tools(row))))
-        sample = Sample(*kept, origin, cut, "" if rendered is None else rendered.digest)
+        if rendered and templates is not None:
+            notes.update(dict.fromkeys(templates.notes(has_tools(row))))
+        sample = Sample(*kept, origin, cut, templates.digest if rendered and templates is not None else "")
         if len(sample.positions):
             samples.append(sample)
         else:

@@ -3,7 +3,7 @@
 Owns the refusals of what cannot fit. What can only be measured is in `step_zero`; who asks for all of it is `view`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -179,22 +179,22 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample], every: bool = Fa
         raise
 
 
-def check_templates(cache: LogitCache, samples: Sequence[Sample], templates: frozenset[str]) -> None:
+def check_templates(cache: LogitCache, samples: Sequence[Sample], templates: Callable[[], frozenset[str]]) -> None:
     """Raise `IdentityMismatch` where samples that a chat template renders meet a cache that another one rendered.
 
-    samples: of data, or of the cache. templates: digests of what renders the model's chats. Samples that none rendered
-    go with any.
+    samples: of data, or of the cache. templates: gives the digests of what renders the model's chats. Samples that none
+    rendered go with any.
     """
     rendered = [sample for sample in samples if sample.chat_template]
     if not rendered:
         return
-    ours = {sample.chat_template for sample in rendered}
+    ours, known = {sample.chat_template for sample in rendered}, templates()
     found = cache.chat_templates(sample_id(sample.token_ids) for sample in rendered)
     if not found:  # not one of them is there: those that are may say why
         found = cache.chat_templates()
-    others = sorted((found - ours) | ((ours | found) - templates))
+    others = sorted((found - ours) | ((ours | found) - known))
     if others:
-        here = ", ".join(sorted((templates & ours) or templates)) or "none"
+        here = ", ".join(sorted((known & ours) or known)) or "none"
         raise IdentityMismatch(
             f"pairing {cache.path} with {len(rendered):,} chats, from {rendered[0].origin} on: chat_template: "
             f"{others[0]} in the cache, {here} in the model. What another template renders are other samples. Use the "

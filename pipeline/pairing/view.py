@@ -5,8 +5,9 @@ ones, and what follows from a pairing: how many tokens and alternatives are comp
 themselves are in `identity_checks` and `step_zero`. Must not train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -54,7 +55,7 @@ class CacheView:
     """Checks that could not be made, and why, a phrase each."""
     _cut: VocabCut | None = field(repr=False)
     _groups: dict[torch.device, Tensor] = field(repr=False)
-    _templates: frozenset[str] | None = field(repr=False)
+    _templates: Callable[[], frozenset[str]] | None = field(repr=False)
 
     @classmethod
     def paired(
@@ -90,7 +91,8 @@ class CacheView:
         check_width(module, opened, objective, vocab_size)
         groups = groups_of(opened, vocab_size) if objective.tail == "groups" else None
         places = {} if groups is None else {groups.device: groups}
-        templates = None if tokenizer is None or not rules.teacher_is_base else template_digests(tokenizer, how)
+        has_templates = tokenizer is not None and rules.teacher_is_base
+        templates = partial(template_digests, tokenizer, how) if has_templates else None
         cut = cut_of(opened, vocab_size)
         return cls(opened, objective, rules, top_k, vocab_size, left_out, cut, places, templates)
 

@@ -1,6 +1,7 @@
 """TRL's chat templates, what TRL itself makes of a row with them, and the conversations that both are held to.
 
-`trl_tokens` runs the dataset preparation of TRL's SFTTrainer with `assistant_only_loss`, and nothing of ours.
+`trl_tokens` runs the dataset preparation of TRL's SFTTrainer with `assistant_only_loss`, and nothing of ours;
+`compared` holds ours against it.
 """
 
 import re
@@ -122,3 +123,27 @@ def trl_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     prepared = SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "train")  # type: ignore[arg-type]
     (found,) = list(prepared)
     return list(found["input_ids"]), list(found["labels"])
+
+
+def compared(tokenizer: Any, row: Row) -> dict[str, str]:
+    """What becomes of a row `here` (same, differs, taken, refused) and in `trl` (taken, refused), and `why`: what
+    differs, or what the refusal says."""
+    from logitcache.data.rows import IGNORED
+    from logitcache.data.tokenize import tokenize_row
+    from logitcache.errors import InvalidData
+
+    theirs, trl = None, "taken"
+    try:
+        theirs = trl_tokens(tokenizer, row)
+    except Exception:  # of its own kinds, and the template's
+        trl = "refused"
+    try:
+        token_ids, supervised = tokenize_row(row, tokenizer, "row")
+    except InvalidData as error:
+        return {"here": "refused", "trl": trl, "why": str(error).removeprefix("reading row: ")}
+    ours = token_ids.tolist(), [int(t) if s else IGNORED for t, s in zip(token_ids, supervised, strict=True)]
+    if theirs is None:
+        return {"here": "taken", "trl": trl, "why": ""}
+    if theirs == ours:
+        return {"here": "same", "trl": trl, "why": ""}
+    return {"here": "differs", "trl": trl, "why": "labels" if theirs[0] == ours[0] else "ids"}
