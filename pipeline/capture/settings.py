@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
@@ -131,8 +132,9 @@ class JobSpec(Settings):
     settings: CaptureSettings = field(default_factory=CaptureSettings)
     #: How the base is held.
     loading: LoadSettings = field(default_factory=LoadSettings)
+    #: How the rows are found, read and rendered.
+    how: DataSettings = field(default_factory=DataSettings)
     window_rows: int = option(16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1)
-    streaming: bool = option(False, "Read a hub data set as it comes, and keep nothing of it on the disk.")
     engine: Engine = option(
         "transformers",
         "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.rows import Wanted, count_rows, read_windows, sizes_of
 from logitcache.data.samples import Sample, SampleSet, read_samples
+from logitcache.data.settings import DataSettings
 from logitcache.data.tokenize import check_row_tokens
 from logitcache.errors import InvalidData
 
@@ -37,23 +38,23 @@ class Rows:
     """A data set by its name, as `read_windows` takes it. Raises as that does, and `InvalidData`, naming the row."""
 
     name: str
-    streaming: bool
+    how: DataSettings
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
     vocab_size: int
 
     def windows(self, num_rows: int, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, SampleSet]]:
         """Parsed and tokenized where they are wanted only."""
-        for window in read_windows(self.name, num_rows, wanted, self.streaming):
-            yield window.number, read_samples(window.rows, self.tokenizer, self.max_length, self.vocab_size)
+        for window in read_windows(self.name, num_rows, wanted, self.how):
+            yield window.number, read_samples(window.rows, self.tokenizer, self.max_length, self.vocab_size, self.how)
 
     def count(self) -> int | None:
         """None for what is large, at a URL or of the hub."""
-        return count_rows(self.name)
+        return count_rows(self.name, self.how)
 
     def sizes(self) -> list[list[str | int]]:
         """Of the files; of the hub, its id."""
-        return sizes_of(self.name)
+        return sizes_of(self.name, self.how)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
+from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.same_base import config_differences
@@ -128,7 +129,7 @@ def precompute(
     tokenizer: PreTrainedTokenizerBase | None = None,
     loading: LoadSettings | None = None,
     window_rows: int = WINDOW_ROWS,
-    streaming: bool = False,
+    how: DataSettings | None = None,
     data_name: str = "",
     samples_from: str | Path = "",
     engine: Engine = "transformers",
@@ -139,10 +140,10 @@ def precompute(
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
     model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
-    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. The others: as of
-    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks. Which samples the data
-    have, and at which positions, is kept in the cache under data_name, in place of what was there: by default the path
-    as given, or `samples in memory`.
+    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. how: which rows of
+    the data, and what of a chat is learnt. The others: as of `JobSpec`. Called again, it goes on where it stopped; a
+    finished cache gains what it lacks. Which samples the data have, and at which positions, is kept in the cache under
+    data_name, in place of what was there: by default the path as given, or `samples in memory`.
 
     With a model that is divided over processes, all must call this; the leader's report counts and the others' is
     empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
@@ -158,8 +159,8 @@ def precompute(
         str(cache),
         settings or CaptureSettings(),
         loading or LoadSettings(),
+        how or DataSettings(),
         window_rows=window_rows,
-        streaming=streaming,
         engine=engine,
         calibration=str(calibration),
         data_name=data_name,
@@ -227,7 +228,7 @@ def data_of(spec: JobSpec, loaded: Loaded) -> Data:
     """The data of a job, by their name or in memory."""
     max_length, vocab_size = spec.settings.max_length, loaded.cache_spec.manifest.model.vocab_size
     if loaded.samples is None:
-        return Rows(spec.data, spec.streaming, loaded.tokenizer, max_length, vocab_size)
+        return Rows(spec.data, spec.how, loaded.tokenizer, max_length, vocab_size)
     return Samples(loaded.samples, max_length, vocab_size)
 
 
@@ -286,10 +287,10 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
-    """What the workers of one job agree on: the data and their name, and how they are cut into units."""
+    """What the workers of one job agree on: the data, their name, how they are read and how they are cut into units."""
     kept = spec.settings
     cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
-    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut)])
+    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut), spec.how.determining()])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
@@ -325,6 +326,7 @@ class _Worker:
         self._spec, self._loaded, self._share = spec, loaded, share
         self._writer, self._progress, self._on_event = writer, progress, on_event
         self._other, self._job = other, ""
+        self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
         self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
@@ -394,6 +396,10 @@ class _Worker:
         missing = without_captured(mine, captured)
         self._parts.append(_runs(found, mine))
         self._planned += count(found, mine)
+        for note in dict.fromkeys(found.notes):
+            if note not in self._noted:
+                self._on_event(DataNoted(note))
+        self._noted.update(found.notes)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
         if self._other is not None:

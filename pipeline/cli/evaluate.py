@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
+
 from .common import (
     CachePath,
     batch_options,
@@ -24,7 +26,7 @@ from .common import (
     say_lines,
     token_bar,
 )
-from .options import was_given
+from .options import check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +82,7 @@ class _Side:
     metavar="DIR",
     help="Folder with YAML files of tasks of your own.",
 )
+@options_of(DataSettings)
 @batch_options
 @device_map_option
 @runtime_options
@@ -100,6 +103,7 @@ def evaluate(
     dtype: str,
     device: str,
     as_json: bool,
+    **values: Any,
 ) -> None:
     """Measure base and adapted model on new and on prior text: learning and forgetting in one table.
 
@@ -108,6 +112,7 @@ def evaluate(
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     given = {"new": (data, new_cache), "prior": (prior, prior_cache)}
+    how = settings_from(DataSettings, values)
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
@@ -125,7 +130,7 @@ def evaluate(
     source, where = find_model(model), pick_device(device)
     tokenizer = load_tokenizer(source)
     sides = [
-        _Side(name, None if text is None else read_rows(text), None if cache is None else LogitCache.open(cache))
+        _Side(name, None if text is None else read_rows(text, how), None if cache is None else LogitCache.open(cache))
         for name, (text, cache) in given.items()
         if (text, cache) != (None, None)
     ]
@@ -134,12 +139,12 @@ def evaluate(
     if adapter is not None:
         check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
-    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer)) for s in sides]
+    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer, how)) for s in sides]
     for side in sides:
         if side.cache is not None:
             _tell_dtype(side, base)
     given_length = max_length if was_given(click.get_current_context(), "max_length") else None
-    samples = {side.name: _samples_of(side, base, tokenizer, given_length) for side in sides}
+    samples = {side.name: _samples_of(side, base, tokenizer, given_length, how) for side in sides}
     plain = None if against is None else plain_drift(against, samples["prior"], base.identity)
     adapted: Any = None
     if adapter is not None:
@@ -189,6 +194,8 @@ def _check_usage(
             raise click.UsageError(f"Give the {name} text: {flags[name][0]}, or {flags[name][1]} with its samples.")
         if cache is not None and adapter is None:
             raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
+    if all(text is None for text, _ in given.values()):
+        check_has_rows(click.get_current_context(), "--data or --prior", OF_TEMPLATE)
     if against is not None and (adapter is None or given["prior"] == (None, None)):
         raise click.UsageError("--against compares the drift of two adapters on prior text: give --adapter and it.")
     if tasks is not None and not names:
@@ -198,14 +205,18 @@ def _check_usage(
 
 
 def _samples_of(
-    side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int | None
+    side: _Side,
+    base: "Base",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    max_length: int | None,
+    how: DataSettings,
 ) -> "list[Sample]":
     from logitcache.pairing.samples import samples_for
 
     def say(sentence: str) -> None:
         note(f"{side.name}: {sentence}")
 
-    return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say)
+    return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say, how)
 
 
 def _tell_dtype(side: _Side, base: "Base") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from logitcache.adapters.settings import NullSpaceSettings
+from logitcache.data.settings import DataSettings
 
 from .common import (
     config_option,
@@ -25,6 +26,7 @@ from .options import options_of, settings_from
 @click.option("--data", required=True, metavar="D", help="Calibration text: what the model must not forget.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the result.")
 @options_of(NullSpaceSettings)
+@options_of(DataSettings)
 @runtime_options
 def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **values: Any) -> None:
     """Run the base over calibration text and keep, for every linear layer's input, the directions with least energy.
@@ -32,7 +34,7 @@ def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **value
     They are the eigenvectors of the inputs' covariance with the smallest eigenvalues. Layers that share an input share
     the work. What is doubtful about the result is said: too little text, a rank beyond the null space, ties.
     """
-    settings = settings_from(NullSpaceSettings, values)
+    settings, how = settings_from(NullSpaceSettings, values), settings_from(DataSettings, values)
     quiet_libraries()
     from logitcache.adapters import null_space as job
     from logitcache.adapters.covariances import num_passes, spread
@@ -42,10 +44,10 @@ def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **value
 
     job.claim_folder(out)
     source = find_model(model)
-    rows = read_rows(data)
+    rows = read_rows(data, how)
     base = load_base(source, dtype, pick_device(device))
     vocab_size = base.identity.vocab_size
-    found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note)
+    found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note, how)
     used = spread(found, settings.max_samples)
     passes = num_passes(base.model, used[0], settings.memory_bytes)
     with token_bar("nullspace", passes * sum(len(s.token_ids) for s in used)) as progress:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Option, Setting, Settings, line_settings
 
@@ -76,6 +77,14 @@ def as_usage() -> Any:
 def was_given(ctx: click.Context, name: str) -> bool:
     """Whether a parameter stands on the line or in the --config file, be it the default's value."""
     return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+
+
+def check_has_rows(ctx: click.Context, flags: str, also_read: tuple[str, ...] = ()) -> None:
+    """Raise `click.UsageError` for settings of rows where no rows are read. flags: what names some. also_read: settings
+    that are read without rows."""
+    for setting in line_settings(DataSettings):
+        if was_given(ctx, setting.key) and setting.name not in also_read:
+            raise click.UsageError(f"{setting.flag} is for rows that are read: give {flags}, or leave it out.")
 
 
 class Verbs(click.Group):

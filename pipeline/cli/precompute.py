@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.data.settings import DataSettings
 from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     types={"cache": CachePath(), "samples_from": CachePath()},
     engine={"type": click.Choice(["transformers", "vllm", "ray"])},
 )
+@options_of(DataSettings)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
 @click.option("--shard-index", type=click.IntRange(min=0), help="This worker of --num-shards, from 0.")
 @click.option("--num-shards", type=click.IntRange(min=1), help="Workers that share the job, each started by itself.")
@@ -109,7 +111,8 @@ def _spec(values: dict[str, Any], tensor_parallel: bool) -> JobSpec:
     loading = settings_from(LoadSettings, values, tensor_parallel=tensor_parallel)
     ray = values["engine"] == "ray"
     job = {**values, "engine": "transformers"} if ray else values
-    return settings_from(JobSpec, job, settings=settings_from(CaptureSettings, values), loading=loading)
+    settings, how = settings_from(CaptureSettings, values), settings_from(DataSettings, values)
+    return settings_from(JobSpec, job, settings=settings, loading=loading, how=how)
 
 
 def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tuple[int, int]:

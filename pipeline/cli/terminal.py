@@ -9,7 +9,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from logitcache.events import BatchHalved, Event, ShardFailed, WindowPlanned
+from logitcache.events import BatchHalved, DataNoted, Event, ShardFailed, WindowPlanned
 
 from .common import note, progress_bar
 
@@ -51,6 +51,8 @@ class Console:
         elif isinstance(event, WindowPlanned) and self._bar is not None:
             self._bar.total = (self._bar.total or 0) + event.tokens
             self._bar.refresh()
+        elif isinstance(event, DataNoted):
+            self.note(event.note)
         elif isinstance(event, BatchHalved):
             note(f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most.")
         elif isinstance(event, ShardFailed):

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
 from .common import CachePath, config_option, note, quiet_libraries, say
-from .options import as_usage, options_of, was_given
+from .options import as_usage, check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -41,6 +42,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
 )
 @click.option("--data", metavar="D", help="Data set to train on; by default all data sets of the cache.")
+@options_of(DataSettings)
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -66,6 +68,7 @@ def train(
     Several GPUs: torchrun --nproc-per-node N -m logitcache train ...
     """
     _check_usage(values, cache, data)
+    how = settings_from(DataSettings, values)
     with as_usage():
         settings = RunSettings.of(values)
     quiet_libraries()
@@ -85,7 +88,14 @@ def train(
     for doubt in settings.doubts() if speaks else []:
         note(doubt)
     rows = check_before_loading(
-        data, opened, out, settings.objective, top_k=settings.training.top_k, max_length=max_length, resume=resume
+        data,
+        opened,
+        out,
+        settings.objective,
+        top_k=settings.training.top_k,
+        max_length=max_length,
+        resume=resume,
+        how=how,
     )
     source = find_model(model)
     tokenizer = load_tokenizer(source)
@@ -93,7 +103,7 @@ def train(
     tell_user = note if speaks else lambda _: None
     job = Job(
         base,
-        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user),
+        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user, how),
         opened,
         out,
         settings.adapter,
@@ -103,6 +113,7 @@ def train(
         settings.pairing,
         tokenizer,
         of_cache=rows is None,
+        how=how,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
@@ -126,6 +137,8 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) ->
         raise click.UsageError(f"--regularizer {regularizer} needs --data, or a --cache to take the samples from.")
     if data is None and was_given(ctx, "max_length"):
         raise click.UsageError("--max-length is for --data: the samples of a cache are cut already. Leave it out.")
+    if data is None:
+        check_has_rows(ctx, "--data", OF_TEMPLATE)
     if values["other_precision"] and cache is None:
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):

@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.storage.plain_text import one_line, without_secrets
 
+from .settings import DEFAULT, DataSettings
+
 Row = dict[str, Any]
 """One row as its file has it, by the names of its columns."""
 
@@ -49,25 +51,25 @@ class Window:
     rows: list[tuple[str, Row]]
 
 
-def read_rows(data: str, streaming: bool = False) -> NamedRows:
+def read_rows(data: str, how: DataSettings = DEFAULT) -> NamedRows:
     """Pairs (origin, row) of a data set, lazily, in a fixed order; the origin is 'file:line' or 'file, row n'.
 
-    streaming: read a hub data set as it comes, and keep nothing of it on the disk. Raises `InputNotFound` at once,
-    `InvalidData` at the line that is broken, or where a file holds no row.
+    how: which of them, and how they are fetched. Raises `InputNotFound` at once, `InvalidData` at the line that is
+    broken, or where a file holds no row.
     """
-    found = _unparsed(data, streaming, lambda _: True)
+    found = _unparsed(data, how, lambda _: True)
     return ((origin, parse()) for origin, parse in found if parse is not None)
 
 
 def read_windows(
-    data: str, num_rows: int, wanted: Wanted = lambda _: True, streaming: bool = False
+    data: str, num_rows: int, wanted: Wanted = lambda _: True, how: DataSettings = DEFAULT
 ) -> Iterator[Window]:
     """The wanted windows of num_rows rows each; the last one has what is left. Raises as `read_rows`."""
-    found = _unparsed(data, streaming, lambda row: wanted(row // num_rows))
+    found = _unparsed(data, how, lambda row: wanted(row // num_rows))
     return _windows(found, num_rows, wanted)
 
 
-def count_rows(data: str) -> int | None:
+def count_rows(data: str, how: DataSettings = DEFAULT) -> int | None:  # noqa: ARG001
     """How many rows there are, where that is known without reading much: None otherwise."""
     files = _files(data)
     if files is None or "://" in data:
@@ -82,7 +84,7 @@ def count_rows(data: str) -> int | None:
     return int(parquet) + sum(_count_lines(f) for f in lines)
 
 
-def sizes_of(data: str) -> list[list[str | int]]:
+def sizes_of(data: str, how: DataSettings = DEFAULT) -> list[list[str | int]]:  # noqa: ARG001
     """Names and sizes of the files of a data set, with checksums where they are local and can be had without reading
     much; of the hub, its id."""
     files = _files(data)
@@ -107,9 +109,9 @@ def _windows(found: Iterator[Unparsed], num_rows: int, wanted: Wanted) -> Iterat
         number += 1
 
 
-def _unparsed(data: str, streaming: bool, wanted: Wanted) -> Iterator[Unparsed]:
+def _unparsed(data: str, how: DataSettings, wanted: Wanted) -> Iterator[Unparsed]:
     files = _files(data)
-    return _hub_rows(data, streaming) if files is None else _rows_of(files, wanted)
+    return _hub_rows(data, how.streaming) if files is None else _rows_of(files, wanted)
 
 
 def _files(data: str) -> list[str] | None:

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_templates import template_digest
+from .chat_rows import has_tools, is_chat
+from .chat_templates import ChatTemplates, chat_templates
 from .rows import Row
-from .tokenize import check_row_tokens, is_rendered, tokenize_row
+from .settings import DEFAULT, DataSettings
+from .tokenize import check_row_tokens, tokenize_row
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,53 @@ class SampleSet:
     num_tokens_cut: int
     num_without_labels: int
     """Rows that truncation left without a supervised token; they are not among the samples."""
+    notes: tuple[str, ...] = ()
+    """What the user is told of how the rows were read."""
 
 
 def make_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
-    found = read_samples(rows, tokenizer, max_length, vocab_size)
+    found = read_samples(rows, tokenizer, max_length, vocab_size, how)
     check_samples_left(found.num_rows, len(found.samples), max_length)
     return found
 
 
 def read_samples(
-    rows: Iterable[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+    rows: Iterable[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
-    template = template_digest(tokenizer)
+    templates: ChatTemplates | None = None  # made for the first chat: looking at them may import TRL
+    notes: dict[str, None] = {}
     num_rows = num_truncated = num_cut = num_without = 0
     for origin, row in rows:
         num_rows += 1
-        token_ids, supervised = tokenize_row(row, tokenizer, origin)
+        rendered = tokenizer is not None and is_chat(row)
+        if rendered and templates is None:
+            templates = chat_templates(tokenizer, how)
+        token_ids, supervised = tokenize_row(row, tokenizer, origin, templates, how)
         check_row_tokens(token_ids, supervised, vocab_size, origin)
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
-        sample = Sample(*kept, origin, cut, template if is_rendered(row) else "")
+        if rendered and templates is not None:
+            notes.update(dict.fromkeys(templates.notes(has_tools(row))))
+        sample = Sample(*kept, origin, cut, templates.digest if rendered and templates is not None else "")
         if len(sample.positions):
             samples.append(sample)
         else:
             num_without += 1
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without)
+    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, tuple(notes))
 
 
 def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None:

@@ -22,6 +22,7 @@ from logitcache.adapters.saved_files import FILES, fault_of
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
 from logitcache.json_files import read_checked
@@ -59,11 +60,13 @@ Values = dict[str, Tensor]
 _FULL_KL = Objective("full-kl")
 
 
-def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
+def probe_view(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT
+) -> CacheView:
     """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
     `NotComparable` for one without alternatives."""
     _check_alternatives(cache)
-    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, how=how)
 
 
 def check_adapter(folder: str, base: Base) -> None:
@@ -155,19 +158,21 @@ def evaluate(
     loading: LoadSettings | None = None,
     max_length: int = DEFAULT_MAX_LENGTH,
     batch_tokens: int = 8192,
+    how: DataSettings | None = None,
 ) -> dict[str, Comparison]:
     """How base and adapted model predict texts: learning on new ones, forgetting on what the base knew.
 
     model: folder or hub id. adapter: a folder, or None for the base alone. texts: of each name a file, folder, URL or
-    hub id of rows, or samples in memory. Both models are in memory; with probe caches one is (`compare_cached`).
+    hub id of rows, or samples in memory. how: which rows, and what of a chat counts. Both models are in memory; with
+    probe caches one is (`compare_cached`).
     Raises what loading and reading raise, and as `compare`.
     """
-    source, held = find_model(str(model)), loading or LoadSettings()
-    rows = {name: read_rows(str(text)) for name, text in texts.items() if isinstance(text, (str, Path))}
+    source, held, how = find_model(str(model)), loading or LoadSettings(), how or DataSettings()
+    rows = {name: read_rows(str(text), how) for name, text in texts.items() if isinstance(text, (str, Path))}
     samples = {name: text for name, text in texts.items() if not isinstance(text, (str, Path))}
     base, tokenizer = load_as(source, held), load_tokenizer(source)
     for name, lines in rows.items():
-        samples[name] = samples_for(lines, None, tokenizer, base.identity.vocab_size, max_length)
+        samples[name] = samples_for(lines, None, tokenizer, base.identity.vocab_size, max_length, how=how)
     adapted = None
     if adapter is not None:
         check_adapter(str(adapter), base)

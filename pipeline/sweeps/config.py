@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
 from logitcache.settings import Setting, Settings, line_settings, option
 from logitcache.storage.identity import digest_json
@@ -68,7 +69,7 @@ class ProbeSettings(Settings):
 
 SHARED = {
     **{name: s for name, s in run_settings("pairing", "loading").items() if name not in ("dtype", "device")},
-    **{s.key: s for s in line_settings(ProbeSettings)},
+    **{s.key: s for s in line_settings(ProbeSettings, DataSettings)},
 }
 """What all runs of a sweep have in common, by the names of train's flags; dtype and device stand on the line."""
 
@@ -109,6 +110,11 @@ class SweepConfig:
     def probe(self) -> ProbeSettings:
         """What is kept of the base on the held-out text."""
         return ProbeSettings(self.shared.get("probe_top_k"))
+
+    @property
+    def how(self) -> DataSettings:
+        """How the rows of data, new and prior are found, read and rendered."""
+        return DataSettings(**{s.name: self.shared[s.key] for s in line_settings(DataSettings) if s.key in self.shared})
 
     def run_of(self, spec: RunSpec, has_groups: bool = False) -> RunSettings:
         """A run as `training` takes it. has_groups: whether the cache has tail groups, for the tail auto."""

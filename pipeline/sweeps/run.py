@@ -97,8 +97,9 @@ def prepare(
     reading them raises.
     """
     _check_folder(out)
+    how = config.how
     names = {"data": config.data, "new": config.new, "prior": config.prior}
-    rows = {name: None if path is None else read_rows(path) for name, path in names.items()}
+    rows = {name: None if path is None else read_rows(path, how) for name, path in names.items()}
     source = find_model(config.model)
     tokenizer = load_tokenizer(source)
     common = config.common
@@ -108,12 +109,14 @@ def prepare(
     max_length = cache.manifest.capture.max_length
 
     def read(name: str) -> list[Sample]:
-        return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size)
+        return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size, how=how)
 
-    samples = samples_for(rows["data"], cache, tokenizer, base.identity.vocab_size, on_message=on_message)
+    samples = samples_for(rows["data"], cache, tokenizer, base.identity.vocab_size, on_message=on_message, how=how)
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
-        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
+        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules, how=how).require(
+            samples
+        )
     texts = {name: read(name) for name in ("new", "prior")}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):

@@ -15,6 +15,7 @@ from logitcache.adapters.attach import AdapterSettings
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import is_spread, offloaded_parts
@@ -52,6 +53,8 @@ class Job:
     tokenizer: PreTrainedTokenizerBase | None
     #: Whether the samples are those of the cache's data sets.
     of_cache: bool = False
+    #: How the rows of the data were read, where the samples are of rows.
+    how: DataSettings = DEFAULT
 
     def __post_init__(self) -> None:
         _check_combination(self)
@@ -73,6 +76,7 @@ class Job:
             tokenizer=self.tokenizer,
             top_k=self.settings.top_k,
             rules=self.pairing,
+            how=self.how,
         )
         return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
 
@@ -86,6 +90,7 @@ def check_before_loading(
     top_k: int | None,
     max_length: int | None = None,
     resume: bool = False,
+    how: DataSettings = DEFAULT,
 ) -> NamedRows | None:
     """Raise what can be told of a run before weights are read. Its rows, lazily, if data are a name.
 
@@ -106,7 +111,7 @@ def check_before_loading(
             f"{cache.manifest.capture.max_length}. The same rows would be other samples. Leave --max-length out, or "
             "precompute a cache with it."
         )
-    return read_rows(str(data))
+    return read_rows(str(data), how)
 
 
 def _check_combination(job: Job) -> None:

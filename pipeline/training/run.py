@@ -33,6 +33,7 @@ from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.adapters.saved_files import FILES
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InputNotFound, TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
@@ -85,6 +86,7 @@ def train(
     penalty: PenaltySettings | None = None,
     pairing: PairingRules | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    how: DataSettings | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
 ) -> TrainReport:
@@ -94,25 +96,27 @@ def train(
     run. data: file, folder, URL or hub id; samples in memory; None: the data sets of the cache. cache: a path or an
     opened one, required unless the regulariser is `none`; held against the base, its tokenizer and the objective, as
     the pairing says, before anything is trained. penalty: on the change of the weights, in addition; ewc's Fisher
-    information is of these samples. tokenizer: None is the one beside the model, if there is one. resume: go on with
-    what is whole in `out`, or begin where there is nothing; on_message is told, in sentences, what was cut or left
-    aside, and why. on_step_zero is told what was measured before step 1.
+    information is of these samples. tokenizer: None is the one beside the model, if there is one. how: which rows of
+    the data, and what of a chat is learnt. resume: go on with what is whole in `out`, or begin where there is nothing;
+    on_message is told, in sentences, what was cut or left aside, and why. on_step_zero is told what was measured
+    before step 1.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
     `UnsuitableAdapter`.
     """
     out, adapter, objective = Path(out), adapter or AdapterSettings(), objective or Objective()
-    settings, pairing = settings or TrainSettings(), pairing or PairingRules()
+    settings, pairing, how = settings or TrainSettings(), pairing or PairingRules(), how or DataSettings()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-    rows = check_before_loading(data, opened, out, objective, top_k=settings.top_k, resume=resume)
+    rows = check_before_loading(data, opened, out, objective, top_k=settings.top_k, resume=resume, how=how)
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
     in_memory = None if isinstance(data, (str, Path)) else data
     if in_memory is None:
-        in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, on_message=on_message)
-    job = Job(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None)
+        in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, on_message=on_message, how=how)
+    of_cache = data is None
+    job = Job(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, of_cache, how)
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 

@@ -14,8 +14,17 @@ import logitcache
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = (
-    *("AdapterSettings", "CacheError", "CacheWriter", "CaptureSettings", "InvalidSettings", "LogitCache", "Objective"),
-    *("PairingRules", "TrainSettings", "sample_id"),
+    *(
+        "AdapterSettings",
+        "CacheError",
+        "CacheWriter",
+        "CaptureSettings",
+        "DataSettings",
+        "InvalidSettings",
+        "LogitCache",
+        "Objective",
+    ),
+    *("Objective", "PairingRules", "TrainSettings", "sample_id"),
 )
 
 
