@@ -59,8 +59,16 @@ def evaluation_rows(
     return rows + [_score_row(score) for score in scores]
 
 
-def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str] | None = None) -> str:
-    """What was learnt on "new" and forgotten on "prior", whichever of them there is, in one sentence.
+def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str]) -> str:
+    """`outcome_words` as a sentence, or that there is no adapter to say it of."""
+    words = outcome_words(results, texts)
+    if not words:
+        return "The base alone was measured. With --adapter this says what it learnt and forgot."
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def outcome_words(results: Mapping[str, Comparison], texts: Mapping[str, str] | None = None) -> str:
+    """What was learnt on "new" and forgotten on "prior", whichever of them there is, as the words of a sentence.
 
     Learnt: the fall of cross-entropy. Forgot: the KL to the base; the cross-entropy stands beside it. texts: what the
     data sets are called.
@@ -77,9 +85,7 @@ def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str]
             f"{change})"
         )
         said.append(_first_tokens(prior))
-    if not said:
-        return "The base alone was measured. With --adapter this says what it learnt and forgot."
-    return f"{said[0][0].upper()}{'; '.join(said)[1:]}."
+    return "; ".join(said)
 
 
 def _first_tokens(result: Comparison) -> str:
