@@ -89,7 +89,7 @@ def _opening(sweep: Sweep) -> list[Block]:
                 "First tokens changed: the documents of prior text at whose first supervised position base and adapted "
                 "model predict another token first. Greedy answers part there at once.",
                 "The cross-entropy on prior text stands beside them, as its change. It may fall while every answer "
-                "changes, where the text is not what the base itself would say; `logitcache answers` makes prior text "
+                "changes, where the text is not what the base itself would say; logitcache answers makes prior text "
                 "of the base's own answers.",
                 "A setting is a method with all its settings but the seed. Only means over a setting's seeds are "
                 "compared, and nothing is interpolated between settings.",
