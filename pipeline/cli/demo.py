@@ -36,5 +36,8 @@ def demo(out: Path) -> None:
     for sentence in relative_sentences(sweep):
         say(sentence)
     seconds = f"{perf_counter() - started:.0f} s in all."
-    say_lines(f"\nCross-entropies in nats a token on held-out text, means over seeds ± half the range. {seconds}")
+    say_lines(
+        "\nNats a token on held-out text, means over seeds ± half the range. Forgot: KL to the base on prior text. "
+        f"{seconds}"
+    )
     say(f"Report: {out / 'report.md'}  Picture: {out / 'frontier.png'}")

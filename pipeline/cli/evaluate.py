@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
+from logitcache.storage.plain_text import without_secrets
 
 from .common import (
     CachePath,
@@ -23,6 +24,7 @@ from .common import (
     note,
     quiet_libraries,
     runtime_options,
+    say,
     say_lines,
     token_bar,
 )
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
     from logitcache.data.rows import Row
     from logitcache.data.samples import Sample
+    from logitcache.evaluation.against import PlainDrift
     from logitcache.evaluation.compare import Comparison
+    from logitcache.evaluation.metrics import Prevented
     from logitcache.models.loading import Base
     from logitcache.pairing.view import CacheView
     from logitcache.storage import LogitCache
@@ -71,7 +75,7 @@ class _Side:
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
+    help="What --json printed for an adapter of plain cross-entropy: adds the shares of its KL and drift prevented.",
 )
 @click.option(
     "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
@@ -105,13 +109,14 @@ def evaluate(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Measure base and adapted model on new and on prior text: learning and forgetting in one table.
+    """Measure base and adapted model on prior text (forgetting), on new text (learning), or both, in one table.
 
     "Before" is the untouched base: a second model in memory, unlike in training, or a cache that it made of the text.
+    The table ends with what was learnt and forgotten in one sentence.
     docs/how-to/evaluate.md says what each number means.
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    given = {"new": (data, new_cache), "prior": (prior, prior_cache)}
+    given = {"prior": (prior, prior_cache), "new": (data, new_cache)}
     how = settings_from(DataSettings, values)
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
@@ -120,8 +125,8 @@ def evaluate(
     from logitcache.data.rows import read_rows
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
-    from logitcache.evaluation.metrics import drift_prevented, finite_or_none
-    from logitcache.evaluation.table import evaluation_rows, table
+    from logitcache.evaluation.metrics import finite_or_none
+    from logitcache.evaluation.table import closing_sentence, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
     from logitcache.storage import LogitCache
 
@@ -152,19 +157,18 @@ def evaluate(
         needs_base = bool(names) or any(side.cache is None for side in sides)
         second = load_base(source, dtype, where, device_map=device_map) if needs_base else base
         adapted = load_adapter(second.model, adapter, device_map)
+    texts = {side.name: _text_name(*given[side.name]) for side in sides}
+    kept = {s.name: None if s.cache is None else s.cache.manifest.capture.top_k for s in sides}
     results = {side.name: _compared(side, base, adapted, samples[side.name], batch_tokens) for side in sides}
     found: dict[str, Any] = {
         "model": {"name": source.name, "weights": base.identity.weights, "config": base.identity.config},
-        **{name: result.as_dict() for name, result in results.items()},
+        **{n: {"text": texts[n], "top_k": kept[n], **result.as_dict()} for n, result in results.items()},
     }
     prevented = None
     if plain is not None:
-        drift = results["prior"].drift_percent
-        assert drift is not None
-        prevented = drift_prevented(drift, plain)
-        found["drift_prevented"] = None if prevented is None else finite_or_none(prevented)
-        if prevented is None:
-            note(f"The plain adapter did not drift on this text ({plain:+.1f} %): there was nothing to prevent.")
+        prevented = _prevented(results["prior"], plain, kept["prior"])
+        found["kl_prevented"] = prevented.kl
+        found["drift_prevented"] = None if prevented.drift is None else finite_or_none(prevented.drift)
     scores = []
     if names:
         assert tokenizer is not None
@@ -177,7 +181,13 @@ def evaluate(
                 max(1, batch_tokens // max_length),
             )
         found["tasks"] = [score.as_dict() for score in scores]
-    say_lines(json.dumps(found, indent=2) if as_json else table(evaluation_rows(results, prevented, scores)))
+    if as_json:
+        say_lines(json.dumps(found, indent=2))
+        return
+    say_lines(table(evaluation_rows(results, prevented, scores, texts)))
+    if results:
+        say_lines("")
+        say(closing_sentence(results, texts))
 
 
 def _check_usage(
@@ -189,9 +199,11 @@ def _check_usage(
     tasks_path: Path | None,
 ) -> None:
     flags = {"new": ("--data", "--new-cache"), "prior": ("--prior", "--prior-cache")}
-    for name, (text, cache) in given.items():
-        if text is None and cache is None and tasks is None:
-            raise click.UsageError(f"Give the {name} text: {flags[name][0]}, or {flags[name][1]} with its samples.")
+    if tasks is None and all(sources == (None, None) for sources in given.values()):
+        raise click.UsageError(
+            "Give text to measure on: --prior for what was forgotten, --data for what was learnt, or a cache of either."
+        )
+    for name, (_, cache) in given.items():
         if cache is not None and adapter is None:
             raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
     if all(text is None for text, _ in given.values()):
@@ -219,6 +231,14 @@ def _samples_of(
     return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say, how)
 
 
+def _text_name(text: str | None, cache: str | None) -> str:
+    """What a text is called: the last part of its path, or a hub id as it is."""
+    given = str(text if text is not None else cache)
+    name = without_secrets(given)
+    last = Path(name).name if "://" in name or Path(given).exists() else name
+    return last if text is not None else f"the cache {last}"
+
+
 def _tell_dtype(side: _Side, base: "Base") -> None:
     assert side.cache is not None
     theirs, ours = side.cache.manifest.model, base.identity
@@ -239,6 +259,21 @@ def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", 
         if side.view is not None:
             return compare_cached(adapted, side.view, samples, batch_tokens, progress)
         return compare(base.model, adapted, samples, batch_tokens, progress)
+
+
+def _prevented(prior: "Comparison", plain: "PlainDrift", top_k: int | None) -> "Prevented":
+    """Of what the plain adapter did, what this one did not; a note where that means nothing."""
+    from logitcache.evaluation.metrics import Prevented, drift_prevented
+
+    assert prior.drift_percent is not None and prior.kl_nats is not None
+    drift = drift_prevented(prior.drift_percent, plain.percent)
+    if drift is None:
+        note(f"The plain adapter's perplexity did not drift on this text ({plain.percent:+.1f} %): none was prevented.")
+    if top_k == plain.top_k:
+        return Prevented(drift_prevented(prior.kl_nats, plain.kl_nats), drift)
+    ours, theirs = ("the whole vocabulary" if k is None else f"{k:,} alternatives" for k in (top_k, plain.top_k))
+    note(f"The KL here is over {ours}, the plain adapter's over {theirs}: the share that is prevented is left out.")
+    return Prevented(None, drift)
 
 
 @contextlib.contextmanager

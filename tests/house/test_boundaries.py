@@ -130,7 +130,7 @@ PACKAGES = {
     "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
-        *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "storage"),
+        *("adapters", "data", "errors", "events", "losses", "models", "pairing", "settings", "storage"),
     },
     "training": {
         *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = (
     *(
         "AdapterSettings",
+        "AnswerSettings",
         "CacheError",
         "CacheWriter",
         "CaptureSettings",
@@ -24,7 +25,7 @@ WITHOUT_TORCH = (
         "LogitCache",
         "Objective",
     ),
-    *("Objective", "PairingRules", "TrainSettings", "sample_id"),
+    *("PairingRules", "TrainSettings", "sample_id"),
 )
 
 
