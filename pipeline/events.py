@@ -16,6 +16,15 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Told(Event):
+    """What a person should know of the data."""
+
+    name: ClassVar[str] = "told"
+    #: A sentence.
+    text: str
+
+
+@dataclass(frozen=True)
 class WindowPlanned(Event):
     """A window of the data was read, and this worker's shards of it are known."""
 

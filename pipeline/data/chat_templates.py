@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.errors import InvalidData
 from logitcache.storage.identity import digest_json
 
-from .rows import Row
+from .files import Row
 
 
 def from_messages(

@@ -4,7 +4,7 @@ Owns truncation, what is left of a data set after it, and that equal token seque
 models or caches. Position t predicts token t+1; `supervised[t]` says that token t is a label.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.errors import InvalidData
 
 from .chat_templates import template_digest
-from .rows import Row
+from .files import Row
+from .rows import Skipped
 from .settings import DEFAULT, DataSettings
 from .tokenize import check_row_tokens, is_rendered, tokenize_row
 
@@ -51,10 +52,14 @@ class SampleSet:
     num_tokens_cut: int
     num_without_labels: int
     """Rows that truncation left without a supervised token; they are not among the samples."""
+    num_unlabelled: int = 0
+    """Rows that had none before: labels of -100 alone, or no text. They are not among the samples either."""
+    skipped: tuple[Skipped, ...] = ()
+    """Rows that cannot be used, where the settings say to go on without them."""
 
 
 def make_samples(
-    rows: Iterable[tuple[str, Row]],
+    rows: Iterable[tuple[str, Row | Skipped]],
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
@@ -62,25 +67,44 @@ def make_samples(
 ) -> SampleSet:
     """Samples of (origin, row) pairs. Raises `InvalidData`, naming the row, and where nothing is supervised at all."""
     found = read_samples(rows, tokenizer, max_length, vocab_size, how)
-    check_samples_left(found.num_rows, len(found.samples), max_length)
+    check_samples_left(found.num_rows, len(found.samples), max_length, found.skipped)
     return found
 
 
 def read_samples(
-    rows: Iterable[tuple[str, Row]],
+    rows: Iterable[tuple[str, Row | Skipped]],
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     vocab_size: int,
-    how: DataSettings = DEFAULT,  # noqa: ARG001 - chats and skipped rows come with it
+    how: DataSettings = DEFAULT,
 ) -> SampleSet:
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
+    skipped: list[Skipped] = []
     template = template_digest(tokenizer)
-    num_rows = num_truncated = num_cut = num_without = 0
+    num_rows = num_truncated = num_cut = num_without = num_unlabelled = 0
     for origin, row in rows:
         num_rows += 1
-        token_ids, supervised = tokenize_row(row, tokenizer, origin)
-        check_row_tokens(token_ids, supervised, vocab_size, origin)
+        if isinstance(row, Skipped):
+            skipped.append(row)
+            continue
+        try:
+            token_ids, supervised = tokenize_row(row, tokenizer, origin)
+            check_row_tokens(token_ids, vocab_size, origin)
+            has_labels = bool(supervised[1:].any())
+            if not has_labels and is_rendered(row):
+                raise InvalidData(
+                    f"reading {origin}: no supervised token: the chat template renders no assistant's turn of it. "
+                    "Use another template, or give input_ids and labels."
+                )
+        except InvalidData as error:
+            if not how.skip_bad_rows:
+                raise
+            skipped.append(Skipped(origin, str(error)))
+            continue
+        if not has_labels:
+            num_unlabelled += 1
+            continue
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
@@ -89,18 +113,24 @@ def read_samples(
             samples.append(sample)
         else:
             num_without += 1
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without)
+    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, num_unlabelled, tuple(skipped))
 
 
-def check_samples_left(num_rows: int, num_samples: int, max_length: int) -> None:
-    """Raise `InvalidData` where a data set has no row, or none with a supervised token."""
+def check_samples_left(num_rows: int, num_samples: int, max_length: int, skipped: Sequence[Skipped] = ()) -> None:
+    """Raise `InvalidData` where data have no row, or none with a supervised token. skipped: what is known of those."""
     if not num_rows:
         raise InvalidData("reading data: expected at least one row, found none.")
-    if not num_samples:
+    if num_samples:
+        return
+    if skipped:
         raise InvalidData(
-            f"reading data: no supervised token is left in any of {num_rows} rows after truncation to {max_length} "
-            "tokens. Use a larger --max-length."
+            f"reading data: of {num_rows:,} rows none is left, and {len(skipped):,} or more could not be used; the "
+            f"first: {skipped[0].reason}"
         )
+    raise InvalidData(
+        f"reading data: no supervised token is left in any of {num_rows} rows after truncation to {max_length} "
+        "tokens. Use a larger --max-length, or rows with labels."
+    )
 
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.data.rows import IGNORED
+from logitcache.data.files import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
