@@ -46,6 +46,13 @@ def _render(
     messages: list[Row], tokenizer: PreTrainedTokenizerBase, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
+        if not tokenizer.is_fast:
+            raise InvalidData(
+                f"reading {origin}: the chat template marks the assistant's turns by their characters, and the "
+                f"tokenizer ({type(tokenizer).__name__}) is a slow one, which does not say which tokens these are. "
+                "Nothing would be supervised. Use a tokenizer with tokenizer.json, or a --chat-template without "
+                "generation markers."
+            )
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )

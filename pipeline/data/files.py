@@ -5,8 +5,8 @@ place of the data. Each row comes unparsed, with where it comes from, so that wh
 know folders, nor what a row means.
 """
 
+import codecs
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -176,18 +176,19 @@ class _Buffer:
     """The text of a file from where it has been read to."""
 
     def __init__(self, f: IO[bytes], name: str) -> None:
-        self._reader = io.TextIOWrapper(f, encoding="utf-8-sig")
+        self._file, self._decoder = f, codecs.getincrementaldecoder("utf-8-sig")()
         self._name, self._text, self._ended = name, "", False
 
     def ahead(self, size: int) -> str:
         """What comes next, without space before it: so many characters, and at the end of the file fewer."""
         self._text = self._text.lstrip()
         while len(self._text) < size and not self._ended:
+            data = self._file.read(max(size, _CHUNK))
             try:
-                more = self._reader.read(max(size, _CHUNK))
+                more = self._decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise _not_utf8(f"reading {self._name}", error) from error
-            self._ended = not more
+            self._ended = not data
             self._text = (self._text + more).lstrip()
         return self._text
 
