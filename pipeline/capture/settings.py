@@ -151,8 +151,9 @@ class JobSpec(Settings):
 
     @property
     def name(self) -> str:
-        """What the data set is called in the cache."""
-        return name_of(self.data_name or " + ".join(self.data))
+        """What the data set is called in the cache; another split of the same data is another data set."""
+        part = ", ".join(filter(None, (self.how.config_name, self.how.split)))
+        return name_of(self.data_name or " + ".join(self.data) + (f" ({part})" if part else ""))
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for what the engine does not have."""

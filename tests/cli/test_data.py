@@ -30,10 +30,10 @@ def test_precompute_reads_train_aloud_and_train_learns_another_split_where_it_is
     said = f"{SPLITS}: reading split train: train.jsonl; not read: test.jsonl (--split test)."
     assert said in precompute(tiny_model, SPLITS, tmp_path / "c").err
     assert facts(tmp_path / "c")["contents"]["num_samples"] == 2
-    assert "not cached" in refused(
-        4, *train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--data", SPLITS, "--split", "test")
-    )
-    precompute(tiny_model, SPLITS, tmp_path / "c", "--split", "test", "--data-name", "held out")
+    of_test = ["--data", SPLITS, "--split", "test"]
+    assert "not cached" in refused(4, *train_line(tiny_model, tmp_path / "c", tmp_path / "o", *of_test))
+    precompute(tiny_model, SPLITS, tmp_path / "c", "--split", "test")
+    assert [found["name"] for found in facts(tmp_path / "c")["data_sets"]] == [str(SPLITS), f"{SPLITS} (test)"]
     trained = done(*train_line(tiny_model, tmp_path / "c", tmp_path / "o", *of_test))
     assert "reading split test: test.jsonl; not read: train.jsonl" in trained.err
     told = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))["data"]
