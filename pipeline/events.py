@@ -16,15 +16,6 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Told(Event):
-    """What a person should know of the data."""
-
-    name: ClassVar[str] = "told"
-    #: A sentence.
-    text: str
-
-
-@dataclass(frozen=True)
 class WindowPlanned(Event):
     """A window of the data was read, and this worker's shards of it are known."""
 
@@ -35,6 +26,15 @@ class WindowPlanned(Event):
     tokens: int
     #: Of those, the tokens that are not in the cache yet.
     missing_tokens: int
+
+
+@dataclass(frozen=True)
+class DataNoted(Event):
+    """Something about how the rows are read that the user should know; each once a worker."""
+
+    name: ClassVar[str] = "data-note"
+    #: A sentence.
+    note: str
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ manifest. Loads no weights. Must not know how samples are removed.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from logitcache.data.chat_templates import template_digest
+from logitcache.data.chat_templates import template_digests
 from logitcache.data.places import Named, OnMessage, names_of
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
@@ -52,5 +53,5 @@ def ids_of_data(
     made = make_samples(rows, tokenizer, max_length, manifest.model.vocab_size, how)
     if made.skipped:
         on_message(said_of_skipped(len(made.skipped), list_skipped(how, made.skipped)))
-    check_templates(cache, made.samples, template_digest(tokenizer))
+    check_templates(cache, made.samples, partial(template_digests, tokenizer, how))
     return DataIds(made.num_rows, frozenset(sample_id(sample.token_ids) for sample in made.samples))

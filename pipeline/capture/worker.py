@@ -25,7 +25,7 @@ from logitcache.data.samples import Sample, SampleSet, check_samples_left, disti
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import list_skipped, listed_beside
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, Told, WindowPlanned
+from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.same_base import config_differences
@@ -228,7 +228,7 @@ def plans(spec: JobSpec, loaded: Loaded, share: Share, on_event: OnEvent = lambd
     """Every window that may hold a unit of this share."""
 
     def tell(sentence: str) -> None:
-        on_event(Told(sentence))
+        on_event(DataNoted(sentence))
 
     for number, found in data_of(spec, loaded).windows(spec.window_rows, share.has_window, tell):
         yield number, found, make_plan(found.samples, spec.settings)
@@ -338,6 +338,7 @@ class _Worker:
         self._other, self._job = other, ""
         part = f".{share.index}-of-{share.num}" if share.num > 1 else ""
         self._how = listed_beside(spec.how, spec.cache, part)
+        self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
         self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
@@ -410,6 +411,10 @@ class _Worker:
         if found.skipped:
             list_skipped(self._how, found.skipped, more=self._planned.num_skipped > 0)
         self._planned += count(found, mine)
+        for note in dict.fromkeys(found.notes):
+            if note not in self._noted:
+                self._on_event(DataNoted(note))
+        self._noted.update(found.notes)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
         if self._other is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logitcache.data.settings import DataSettings
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
 
 from .common import (
     CachePath,
@@ -74,7 +74,7 @@ class _Side:
     help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
 )
 @click.option(
-    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs logitcache[tasks])."
+    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
 )
 @click.option(
     "--tasks-path",
@@ -139,7 +139,7 @@ def evaluate(
     if adapter is not None:
         check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
-    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer)) for s in sides]
+    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer, how)) for s in sides]
     for side in sides:
         if side.cache is not None:
             _tell_dtype(side, base)
@@ -195,7 +195,7 @@ def _check_usage(
         if cache is not None and adapter is None:
             raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
     if all(text is None for text, _ in given.values()):
-        check_has_rows(click.get_current_context(), "--data or --prior")
+        check_has_rows(click.get_current_context(), "--data or --prior", OF_TEMPLATE)
     if against is not None and (adapter is None or given["prior"] == (None, None)):
         raise click.UsageError("--against compares the drift of two adapters on prior text: give --adapter and it.")
     if tasks is not None and not names:

@@ -80,10 +80,11 @@ def was_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
-def check_has_rows(ctx: click.Context, flags: str) -> None:
-    """Raise `click.UsageError` for settings of rows where no rows are read. flags: what names some."""
+def check_has_rows(ctx: click.Context, flags: str, also_read: tuple[str, ...] = ()) -> None:
+    """Raise `click.UsageError` for settings of rows where no rows are read. flags: what names some. also_read: settings
+    that are read without rows."""
     for setting in line_settings(DataSettings):
-        if was_given(ctx, setting.key):
+        if was_given(ctx, setting.key) and setting.name not in also_read:
             raise click.UsageError(f"{setting.flag} is for rows that are read: give {flags}, or leave it out.")
 
 

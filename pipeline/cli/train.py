@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logitcache.data.settings import DataSettings
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
@@ -147,7 +147,7 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: tuple[str, ...
     if data is None and was_given(ctx, "max_length"):
         raise click.UsageError("--max-length is for --data: the samples of a cache are cut already. Leave it out.")
     if data is None:
-        check_has_rows(ctx, "--data")
+        check_has_rows(ctx, "--data", OF_TEMPLATE)
     if values["other_precision"] and cache is None:
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):

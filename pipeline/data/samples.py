@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_templates import template_digest
+from .chat_rows import has_tools, is_chat
+from .chat_templates import ChatTemplates, chat_templates
 from .files import Row
 from .rows import Skipped
 from .settings import DEFAULT, DataSettings
-from .tokenize import check_row_tokens, is_rendered, tokenize_row
+from .tokenize import check_row_tokens, tokenize_row
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class SampleSet:
     """Rows that had none before: labels of -100 alone, or no text. They are not among the samples either."""
     skipped: tuple[Skipped, ...] = ()
     """Rows that cannot be used, where the settings say to go on without them."""
+    notes: tuple[str, ...] = ()
+    """What the user is told of how the rows were read."""
 
 
 def make_samples(
@@ -81,39 +84,40 @@ def read_samples(
     """`make_samples` of a part of a data set, in which nothing may be left. Raises `InvalidData`, naming the row."""
     samples: list[Sample] = []
     skipped: list[Skipped] = []
-    template = template_digest(tokenizer)
+    templates: ChatTemplates | None = None  # made for the first chat: looking at them may import TRL
+    notes: dict[str, None] = {}
     num_rows = num_truncated = num_cut = num_without = num_unlabelled = 0
     for origin, row in rows:
         num_rows += 1
         if isinstance(row, Skipped):
             skipped.append(row)
             continue
+        rendered = tokenizer is not None and is_chat(row)
+        if rendered and templates is None:
+            templates = chat_templates(tokenizer, how)
         try:
-            token_ids, supervised = tokenize_row(row, tokenizer, origin)
+            token_ids, supervised = tokenize_row(row, tokenizer, origin, templates, how)
             check_row_tokens(token_ids, vocab_size, origin)
-            has_labels = bool(supervised[1:].any())
-            if not has_labels and is_rendered(row):
-                raise InvalidData(
-                    f"reading {origin}: no supervised token: the chat template renders no assistant's turn of it. "
-                    "Use another template, or give input_ids and labels."
-                )
         except InvalidData as error:
             if not how.skip_bad_rows:
                 raise
             skipped.append(Skipped(origin, str(error)))
             continue
-        if not has_labels:
+        if not supervised[1:].any():
             num_unlabelled += 1
             continue
         cut = max(0, len(token_ids) - max_length)
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
-        sample = Sample(*kept, origin, cut, template if is_rendered(row) else "")
+        if rendered and templates is not None:
+            notes.update(dict.fromkeys(templates.notes(has_tools(row))))
+        sample = Sample(*kept, origin, cut, templates.digest if rendered and templates is not None else "")
         if len(sample.positions):
             samples.append(sample)
         else:
             num_without += 1
-    return SampleSet(samples, num_rows, num_truncated, num_cut, num_without, num_unlabelled, tuple(skipped))
+    counts = (num_rows, num_truncated, num_cut, num_without, num_unlabelled)
+    return SampleSet(samples, *counts, tuple(skipped), tuple(notes))
 
 
 def check_samples_left(num_rows: int, num_samples: int, max_length: int, skipped: Sequence[Skipped] = ()) -> None:

@@ -33,5 +33,8 @@ class DataSettings(Settings):
         return {name: value for name, value in self.plain().items() if name not in ("streaming", "skipped_file")}
 
 
+OF_TEMPLATE = ("chat_template", "chat_template_kwargs")
+"""Those that say what renders chats, and so with what those of a cache must have been rendered."""
+
 DEFAULT = DataSettings()
 """All rows of the one split there is, none skipped; of a chat every assistant turn."""

@@ -24,7 +24,7 @@ from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, p
 from logitcache.data.places import Named, are_names, settings_for
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
-from logitcache.data.settings import DataSettings
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.data.skipped import listed_beside
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import OnMessage, Progress
@@ -63,11 +63,13 @@ Values = dict[str, Tensor]
 _FULL_KL = Objective("full-kl")
 
 
-def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
+def probe_view(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT
+) -> CacheView:
     """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
     `NotComparable` for one without alternatives."""
     _check_alternatives(cache)
-    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, how=how)
 
 
 def check_adapter(folder: str, base: Base) -> None:

@@ -3,7 +3,7 @@
 Owns the refusals of what cannot fit. What can only be measured is in `step_zero`; who asks for all of it is `view`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -181,23 +181,27 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample], every: bool = Fa
         raise
 
 
-def check_templates(cache: LogitCache, samples: Sequence[Sample], template: str) -> None:
+def check_templates(cache: LogitCache, samples: Sequence[Sample], templates: Callable[[], frozenset[str]]) -> None:
     """Raise `IdentityMismatch` where samples that a chat template renders meet a cache that another one rendered.
 
-    samples: of data, or of the cache. template: digest of the model's. Samples that none rendered go with any.
+    samples: of data, or of the cache. templates: gives the digests of what renders the model's chats. Samples that none
+    rendered go with any.
     """
     rendered = [sample for sample in samples if sample.chat_template]
     if not rendered:
         return
+    ours, known = {sample.chat_template for sample in rendered}, templates()
     found = cache.chat_templates(sample_id(sample.token_ids) for sample in rendered)
     if not found:  # not one of them is there: those that are may say why
         found = cache.chat_templates()
-    others = sorted(({sample.chat_template for sample in rendered} | found) - {template})
+    others = sorted((found - ours) | ((ours | found) - known))
     if others:
+        here = ", ".join(sorted((known & ours) or known)) or "none"
         raise IdentityMismatch(
             f"pairing {cache.path} with {len(rendered):,} chats, from {rendered[0].origin} on: chat_template: "
-            f"{others[0]} in the cache, {template or 'none'} in the model. What another template renders are other "
-            "samples. Use the tokenizer with the template of the cache, or precompute a cache with this one."
+            f"{others[0]} in the cache, {here} in the model. What another template renders are other samples. Use the "
+            "tokenizer, --chat-template, --chat-template-kwargs and --supervise of the cache, with TRL installed if it "
+            "was, or precompute a cache with these."
         )
 
 

@@ -47,8 +47,8 @@ def samples_for(
 
     max_length: tokens a sample, for rows, with a cache at most its own; None: as many as the cache's have, or
     `DEFAULT_MAX_LENGTH` without one.
-    vocab_size: of the model that reads them. how: what of each row is learnt. on_message is told how many rows were
-    cut, or which data sets they are of.
+    vocab_size: of the model that reads them. how: what of each row is learnt. on_message is told how they were
+    rendered, how many were cut or left out, or which data sets they are of.
     Raises what reading data and the cache raises; ValueError where there is neither.
     """
     if rows is None:
@@ -60,6 +60,8 @@ def samples_for(
     check_max_length(cache, max_length)
     length = max_length or (DEFAULT_MAX_LENGTH if cache is None else cache.manifest.capture.max_length)
     found = make_samples(rows, tokenizer, length, vocab_size, how)
+    for note in found.notes:
+        on_message(note)
     if found.num_truncated:
         on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
     if found.num_unlabelled:

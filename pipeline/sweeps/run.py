@@ -120,7 +120,9 @@ def prepare(
     samples = read("data")
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
-        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
+        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules, how=config.how).require(
+            samples
+        )
     texts = {name: read(name) for name in ("new", "prior")}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):

@@ -79,6 +79,7 @@ class Job:
             tokenizer=self.tokenizer,
             top_k=self.settings.top_k,
             rules=self.pairing,
+            how=self.how,
         )
         return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
 

@@ -91,7 +91,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a message without a role": ({"messages": [{"content": "a"}]}, ":2: expected a list of {role, content}"),
     "half a pair in a message": (
         {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
-        ":2: the chat template refuses its messages",
+        ":2: its text is not valid Unicode",
     ),
     "shifted labels": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, ":2: expected labels equal to input_ids"),
     "too few labels": ({"input_ids": [1, 2, 3], "labels": [1, 2]}, ":2: expected labels equal to input_ids"),
@@ -203,7 +203,7 @@ def test_messages_without_a_chat_template_are_1(tmp_path: Path, tiny_model: Path
         ("{{ messages[-1].content }}", "renders turn 1 differently once later turns follow"),
         ("{{ raise_exception('two turns\nat most') }}", "the chat template refuses its messages (two turns at most)"),
         ("{% if %}", "the chat template refuses its messages"),
-        ("nothing of it", "no supervised token"),
+        ("nothing of it", "has nothing of turn 1 that is learnt"),
     ],
 )
 def test_a_chat_template_that_does_not_fit_is_1(

