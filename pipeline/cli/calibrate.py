@@ -8,7 +8,17 @@ import click
 
 from logitcache.data.settings import DataSettings
 
-from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options, say
+from .common import (
+    CachePath,
+    batch_options,
+    config_option,
+    data_option,
+    model_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+    say,
+)
 from .options import check_has_rows, options_of, settings_from
 
 if TYPE_CHECKING:
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Compare another engine with transformers before a cache is made by it.")
 @config_option
 @model_option
-@click.option("--data", metavar="D", help="Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
+@data_option("Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
 @click.option(
     "--engine",
     type=click.Choice(["vllm", "transformers"]),
@@ -66,7 +76,7 @@ if TYPE_CHECKING:
 )
 def calibrate(
     model: str,
-    data: str | None,
+    data: tuple[str, ...] | None,
     engine: str,
     engine_dtype: str | None,
     engine_attention: str | None,
@@ -99,6 +109,7 @@ def calibrate(
     from logitcache.capture.engines.vllm import vllm_version
     from logitcache.capture.settings import CaptureSettings
     from logitcache.capture.teacher import TransformersTeacher
+    from logitcache.data.skipped import listed_beside
     from logitcache.models.head import check_head, check_length
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
@@ -112,7 +123,9 @@ def calibrate(
         job.check_cache(held, base, tokenizer)
         chosen, top_k = held.samples, held.cache.manifest.capture.top_k
     else:
-        chosen = _chosen(str(data), how, tokenizer, max_length, base.identity.vocab_size, num_positions)
+        chosen = _chosen(
+            data or (), listed_beside(how, str(out)), tokenizer, max_length, base.identity.vocab_size, num_positions
+        )
     check_head(base.model)
     check_length(base.model, max(len(sample.token_ids) for sample in chosen))
     CaptureSettings(top_k=top_k).check_vocabulary(base.identity.vocab_size)
@@ -143,14 +156,14 @@ def _held(path: str, num_positions: int) -> "HeldRecords":
 
 
 def _chosen(
-    data: str, how: DataSettings, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int
+    data: tuple[str, ...], how: DataSettings, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int
 ) -> "list[Sample]":
     from logitcache.capture.calibration import choose
     from logitcache.data.rows import read_rows
     from logitcache.pairing.samples import samples_for
 
-    samples = samples_for(read_rows(data, how), None, tokenizer, vocab_size, max_length, how=how)
-    return choose(samples, num_positions, data)
+    samples = samples_for(read_rows(data, how, note), None, tokenizer, vocab_size, max_length, note, how)
+    return choose(samples, num_positions, ", ".join(data))
 
 
 def _start(

@@ -9,6 +9,7 @@ import errno
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -94,7 +95,7 @@ class Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, and `click.UsageError` for a flag that is given twice."""
-        name, command, rest = super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, [_at_home(arg) for arg in args])
         if command is not None:
             _check_given_once(command, click.Context(command, info_name=name, parent=ctx), rest)
         return name, command, rest
@@ -105,6 +106,12 @@ class Verbs(click.Group):
             return super().invoke(ctx)
         except EOFError as error:
             raise OSError(errno.EIO, f"a file ends before its time ({error or 'no more said'})") from error
+
+
+def _at_home(argument: str) -> str:
+    """--flag=~/x as the shell hands over --flag ~/x."""
+    flag, equals, value = argument.partition("=~/")
+    return f"{flag}={Path.home()}/{value}" if equals and flag.startswith("--") else argument
 
 
 def _check_given_once(command: click.Command, ctx: click.Context, arguments: Sequence[str]) -> None:
@@ -125,6 +132,8 @@ def _arguments(setting: Setting) -> dict[str, Any]:
     found |= {"required": True} if setting.default is MISSING else {}
     if setting.kind is bool:
         return {"help": said.help, "is_flag": True}
+    if setting.kind is tuple:
+        return {**found, "multiple": True}
     if setting.kind is int:
         found["type"] = click.IntRange(_whole(said.at_least), _whole(said.at_most))
     elif setting.kind is float:

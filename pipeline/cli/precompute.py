@@ -90,7 +90,7 @@ def precompute(
 
         with one_worker(load(spec)) as loaded:
             if loaded is not None:
-                _print_plan(spec, estimate(spec, loaded, tokens_per_second), share, cost_per_hour)
+                _print_plan(spec, estimate(spec, loaded, tokens_per_second, console.on_event), share, cost_per_hour)
         return
     if engine == "ray":
         from logitcache.capture.engines.ray import run_on_ray
@@ -171,6 +171,8 @@ def _hours(hours: float) -> str:
 
 
 def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: Console) -> None:
+    from logitcache.data.skipped import said_of_skipped, said_of_unlabelled
+
     planned = report.planned
     console.note(
         f"{planned.num_rows:,} rows: {planned.num_samples:,} distinct samples, {planned.num_tokens:,} tokens, "
@@ -183,6 +185,10 @@ def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: C
             f"({planned.num_tokens_cut:,} tokens lost); {planned.num_without_labels:,} of them kept no supervised "
             "token and are left out."
         )
+    if planned.num_unlabelled:
+        console.note(said_of_unlabelled(planned.num_unlabelled))
+    if planned.num_skipped:
+        console.note(said_of_skipped(planned.num_skipped, *report.skipped_files))
     console.on_event(Finished(report.num_samples, report.num_positions))
     if not console.speaks:
         return

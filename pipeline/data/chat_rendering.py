@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from logitcache.errors import InvalidData
+from logitcache.errors import InvalidData, install_line
 
 from .chat_rows import Chat, first_turns
-from .rows import Row
+from .files import Row
 
 Spans = list[tuple[int, int]]
 """Ranges of characters, ascending, each [start, stop)."""
@@ -22,7 +22,7 @@ Spans = list[tuple[int, int]]
 ADVICE = "Give a template with {% generation %} markers by --chat-template FILE, or give input_ids and labels."
 """The way out where a chat template does not say what is the assistant's."""
 
-_NEEDS_TRL = "pip install 'logitcache[trl]' brings training templates of the known model families. "
+_NEEDS_TRL = f"{install_line('trl')} brings training templates of the known model families. "
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from logitcache.errors import InvalidData
 
-from .rows import Row
+from .files import Row
 
 _SHAREGPT_NAMES = {"human": "user", "gpt": "assistant"}
 """Who speaks in ShareGPT's `from`, in the roles that chat templates know. TRL keeps the names as they are."""

@@ -22,7 +22,7 @@ from logitcache.storage.identity import digest_json
 
 from .chat_rendering import Rendered, Renderer, Spans, Template, has_markers, parse
 from .chat_rows import Chat, check_variables
-from .rows import Row
+from .files import Row
 from .settings import DEFAULT, DataSettings
 
 _DEFAULT, _FOR_TOOLS = "default", "tool_use"

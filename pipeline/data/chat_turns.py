@@ -13,7 +13,7 @@ from logitcache.errors import InvalidData
 
 from .chat_rendering import ADVICE, Rendered, Renderer, Spans
 from .chat_rows import Chat
-from .rows import Row
+from .files import Row
 
 
 def spans_by_turn(found: Rendered, chat: Chat, renderer: Renderer) -> dict[int, Spans]:

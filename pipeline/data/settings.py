@@ -19,6 +19,7 @@ class DataSettings(Settings):
     config_name: str = option("", "Configuration to read of a hub data set that has several.", metavar="NAME")
     streaming: bool = option(False, "Read a hub data set as it comes, and keep nothing of it on the disk.")
     skip_bad_rows: bool = option(False, "Count and list rows that cannot be used, and go on without them.")
+    skipped_file: str = option("", "Where they are listed; from Python only. The verbs name it.", on_line=False)
     supervise: Supervise = option(
         "assistant", "What of a chat is learnt: every assistant turn, the last one alone, or every token."
     )
@@ -29,7 +30,7 @@ class DataSettings(Settings):
 
     def determining(self) -> dict[str, Any]:
         """What decides which samples there are: all but how they are fetched."""
-        return {name: value for name, value in self.plain().items() if name != "streaming"}
+        return {name: value for name, value in self.plain().items() if name not in ("streaming", "skipped_file")}
 
 
 OF_TEMPLATE = ("chat_template", "chat_template_kwargs")

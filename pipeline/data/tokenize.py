@@ -21,7 +21,7 @@ from logitcache.errors import InvalidData
 from .chat_rows import is_chat, read_chat
 from .chat_templates import ChatTemplates, chat_templates
 from .chat_tokens import chat_tokens, common_prefix
-from .rows import IGNORED, Row
+from .files import IGNORED, Row
 from .settings import DEFAULT, DataSettings
 
 
@@ -86,8 +86,8 @@ def _mask(row: Row, name: str, length: int, origin: str) -> NDArray[np.bool_]:
 def _from_text(
     text: Any, tokenizer: PreTrainedTokenizerBase, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    if not isinstance(text, str) or not text:
-        raise InvalidData(f"reading {origin}: expected a non-empty string in 'text', found {text!r:.60}.")
+    if not isinstance(text, str):
+        raise InvalidData(f"reading {origin}: expected a string in 'text', found {text!r:.60}.")
     token_ids = _encode(_with_end(text, tokenizer), tokenizer, origin)
     return token_ids, np.ones(len(token_ids), dtype=np.bool_)
 
@@ -120,25 +120,22 @@ def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _integers(values: Any, name: str, origin: str) -> NDArray[np.int64]:
+    if isinstance(values, list) and not values:
+        return np.zeros(0, dtype=np.int64)
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
         array = np.asarray([], dtype=object)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+    if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidData(f"reading {origin}: expected a list of integers in {name!r}, found {values!r:.60}.")
     return array.astype(np.int64)
 
 
-def check_row_tokens(token_ids: NDArray[np.int64], supervised: NDArray[np.bool_], vocab_size: int, origin: str) -> None:
-    """Raise `InvalidData` for a token outside the vocabulary, and where no token is a label."""
+def check_row_tokens(token_ids: NDArray[np.int64], vocab_size: int, origin: str) -> None:
+    """Raise `InvalidData` for a token outside the vocabulary."""
     if token_ids.min(initial=0) < 0 or token_ids.max(initial=0) >= vocab_size:
         bad = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
         raise InvalidData(
             f"reading {origin}: token id {bad} is outside the model's vocabulary of {vocab_size}. "
             "The data were tokenized for another model."
-        )
-    if not supervised[1:].any():
-        raise InvalidData(
-            f"reading {origin}: no supervised token ({len(token_ids)} tokens; the first is never a label). "
-            "Remove the row."
         )

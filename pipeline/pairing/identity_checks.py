@@ -43,14 +43,16 @@ def check_identity(
     found, where = base.identity, ("in the cache", "in the model")
     differs = base_differences(base_of(cache.manifest.model), found, *where)
     theirs, ours = cache.manifest.tokenizer, tokenizer_identity(tokenizer)
+    tokenizers: list[str] = []
     if theirs is not None and ours is not None:
-        differs += [f"tokenizer {said}" for said in differing(asdict(theirs), asdict(ours), *where)]
-    if differs:
+        tokenizers = [f"tokenizer {said}" for said in differing(asdict(theirs), asdict(ours), *where)]
+    if differs or tokenizers:
+        # another tokenizer is refused of a teacher too
+        other = "" if tokenizers else " If it is meant to learn from another, say so (train: --teacher-is-not-base)."
         raise IdentityMismatch(
             f"pairing {cache.path} with {base.source.name}: the cache was made from {cache.manifest.model_name} and "
-            f"differs in {'; '.join(differs)}. Its distributions are not this model's. "
-            "Use the model it was made from, or precompute a cache for this one. If it is meant to learn from "
-            "another, say so (train: --teacher-is-not-base)."
+            f"differs in {'; '.join(differs + tokenizers)}. Its distributions are not this model's. "
+            f"Use the model it was made from, or precompute a cache for this one.{other}"
         )
     _check_precision(cache, found.quantization, base.source.name, pairing)
 

@@ -11,7 +11,7 @@ import pytest
 from support.breadth import some_of
 from support.trl_chats import CONVERSATIONS, compared, stand_in_tokenizer, template_texts, trl_tokens
 
-from logitcache.data.rows import IGNORED
+from logitcache.data.files import IGNORED
 from logitcache.data.samples import make_samples
 from logitcache.data.tokenize import tokenize_row
 

@@ -128,7 +128,7 @@ def trl_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
 def compared(tokenizer: Any, row: Row) -> dict[str, str]:
     """What becomes of a row `here` (same, differs, taken, refused) and in `trl` (taken, refused), and `why`: what
     differs, or what the refusal says."""
-    from logitcache.data.rows import IGNORED
+    from logitcache.data.files import IGNORED
     from logitcache.data.tokenize import tokenize_row
     from logitcache.errors import InvalidData
 

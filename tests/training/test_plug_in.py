@@ -296,8 +296,11 @@ def test_a_cache_of_the_trainers_own_tokens(tmp_path: Path, tiny_model: Path) ->
     tokenizer = make_tokenizer()
     rows = Dataset.from_list(chats())
     _, cache = make_cache_of_rows(tmp_path / "assistant", chats(), tokenizer)
-    with pytest.raises(PositionNotCaptured, match=r"row 0 of the training data.*not supervised.*Precompute this data"):
+    with pytest.raises(PositionNotCaptured, match=r"row 0 of the training data.*not supervised.*--supervise") as told:
         make_sft(tmp_path / "a", rows, cache, max_length=256).train()
+    assert "its own input_ids and labels as --data" in str(told.value)
+    with pytest.raises(PositionNotCaptured, match=r"not supervised.*--supervise.*its own input_ids and labels"):
+        make_sft(tmp_path / "b", rows, cache, max_length=256, check=False).train()  # told when the batch comes
     path, tokens = str(tmp_path / "c"), str(tmp_path / "tokens.parquet")
     args = SFTConfig(str(tmp_path / "plain"), use_cpu=True, bf16=False, report_to=[])
     plain = SFTTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer)
