@@ -62,12 +62,13 @@ def _unmarked(text: str, marks: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Marked:
-    """Where the marks of each turn stand, and the turns that have one within a span."""
+    """Where the marks of each turn stand."""
 
+    #: Position and turn of every mark, ascending.
     places: list[tuple[int, int]]
-    """Position and turn of every mark, ascending."""
 
     def within(self, span: tuple[int, int]) -> set[int]:
+        """The turns of the marks in a span."""
         return {turn for at, turn in self.places if span[0] <= at < span[1]}
 
     def around(self, span: tuple[int, int]) -> tuple[int, int | None]:
