@@ -4,6 +4,7 @@ Owns the checks after rendering: each assistant turn has a range of its own, non
 that says or calls something has it learnt, and nothing is printed as Python prints it. Must not know tokens.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -174,12 +175,13 @@ def check_no_repr(text: str, chat: Chat, renderer: Renderer) -> None:
     strings = [value for value in _values([chat.messages, chat.tools, chat.variables]) if isinstance(value, str)]
     for value in _values([*renderer.given(chat), chat.tools, chat.variables]):
         printed = repr(value) if isinstance(value, (dict, list)) and value else ""
-        if "'" not in printed or printed not in text:  # without quotes it is what JSON has, too
+        if not printed or printed not in text or printed == json.dumps(value, ensure_ascii=False, default=str):
             continue
         if text.count(printed) > sum(string.count(printed) for string in strings):
             raise InvalidData(
                 f"reading {renderer.origin}: the chat template prints {printed:.60} as Python does, which the model "
-                f"would learn to say. {ADVICE}"
+                "would learn to say. Make it a string in the row, or give a template that prints it with tojson by "
+                "--chat-template FILE."
             )
 
 

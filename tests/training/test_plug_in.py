@@ -265,6 +265,10 @@ DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "chats": (chats(), {"assistant_only_loss": True}),
     "chats, packed": (chats(), {"assistant_only_loss": True, "packing": True, "max_length": 256}),
     "chats, Qwen3": (chats(), {"assistant_only_loss": True}),
+    "completions of turns, Qwen3": (
+        [{"prompt": row["messages"][:3], "completion": row["messages"][3:]} for row in chats()],
+        {"assistant_only_loss": True},
+    ),
     "chats, cut": (chats(), {"assistant_only_loss": True, "max_length": 30}),
     "text, cut": (text_rows(6), {"max_length": 11}),
     "text, cut and packed": (text_rows(6), {"max_length": 11, "packing": True}),
