@@ -112,7 +112,7 @@ def check_template(where: str, held: frozenset[str], plan: Plan) -> None:
         raise IdentityMismatch(
             f"adding chats to those of {where}: chat_template: {min(ours - held)} here, {min(held)} there. The same "
             "chats are other samples with another template, and both would be learnt. None of them was written. Choose "
-            "another folder, or use the tokenizer with the template of that cache."
+            "another folder, or use the tokenizer, --chat-template and --chat-template-kwargs of that cache."
         )
 
 

@@ -4,6 +4,7 @@ Owns the checks after rendering: each assistant turn has a range of its own, non
 that says or calls something has it learnt, and nothing is printed as Python prints it. Must not know tokens.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -62,12 +63,13 @@ def _unmarked(text: str, marks: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Marked:
-    """Where the marks of each turn stand, and the turns that have one within a span."""
+    """Where the marks of each turn stand."""
 
+    #: Position and turn of every mark, ascending.
     places: list[tuple[int, int]]
-    """Position and turn of every mark, ascending."""
 
     def within(self, span: tuple[int, int]) -> set[int]:
+        """The turns of the marks in a span."""
         return {turn for at, turn in self.places if span[0] <= at < span[1]}
 
     def around(self, span: tuple[int, int]) -> tuple[int, int | None]:
@@ -173,12 +175,13 @@ def check_no_repr(text: str, chat: Chat, renderer: Renderer) -> None:
     strings = [value for value in _values([chat.messages, chat.tools, chat.variables]) if isinstance(value, str)]
     for value in _values([*renderer.given(chat), chat.tools, chat.variables]):
         printed = repr(value) if isinstance(value, (dict, list)) and value else ""
-        if "'" not in printed or printed not in text:  # without quotes it is what JSON has, too
+        if not printed or printed not in text or printed == json.dumps(value, ensure_ascii=False, default=str):
             continue
         if text.count(printed) > sum(string.count(printed) for string in strings):
             raise InvalidData(
                 f"reading {renderer.origin}: the chat template prints {printed:.60} as Python does, which the model "
-                f"would learn to say. {ADVICE}"
+                "would learn to say. Make it a string in the row, or give a template that prints it with tojson by "
+                "--chat-template FILE."
             )
 
 

@@ -200,8 +200,8 @@ def check_templates(cache: LogitCache, samples: Sequence[Sample], templates: Cal
         raise IdentityMismatch(
             f"pairing {cache.path} with {len(rendered):,} chats, from {rendered[0].origin} on: chat_template: "
             f"{others[0]} in the cache, {here} in the model. What another template renders are other samples. Use the "
-            "tokenizer, --chat-template, --chat-template-kwargs and --supervise of the cache, with TRL installed if it "
-            "was, or precompute a cache with these."
+            "tokenizer with the template of the cache, and the same --chat-template and --chat-template-kwargs (and "
+            "TRL, if its training template rendered them), or precompute a cache with this one."
         )
 
 

@@ -206,6 +206,9 @@ def test_objects_printed_as_python_are_refused(supervise: Supervise) -> None:
         sample_of(messages, calling("c.function.arguments"), supervise)
     with pytest.raises(InvalidData, match="as Python does"):
         sample_of([USER, SAID], "{{ messages }}", "all")
+    like_json = {**CALL["function"], "arguments": ["it's", 4]}  # Python and JSON print it alike
+    called = [USER, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": like_json}]}]
+    assert '["it\'s", 4]' in learnt(called, calling("c.function.arguments | tojson"))
     quoted = [{"role": "user", "content": "{'city': 'Rome'}"}, messages[1]]  # the row itself says it
     assert "{'city'" not in learnt(quoted, calling("c.function.arguments | tojson"))
 
