@@ -141,6 +141,7 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
             "rows",
             f"{planned.num_rows:,}, {planned.num_truncated:,} of them cut to {spec.settings.max_length} tokens",
         ),
+        *_left_out(planned.num_unlabelled, planned.num_skipped),
         ("samples", f"{planned.num_samples:,} (a sequence that repeats in another window counts again)"),
         ("tokens", f"{planned.num_tokens:,}, {planned.num_positions:,} supervised positions"),
         (
@@ -162,6 +163,12 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
     for name, value in lines:
         say(f"{name:8}{value}")
     say("Nothing was written.")
+
+
+def _left_out(num_unlabelled: int, num_skipped: int) -> list[tuple[str, str]]:
+    if not num_unlabelled and not num_skipped:
+        return []
+    return [("", f"{num_unlabelled:,} of them without a supervised token, {num_skipped:,} that cannot be used")]
 
 
 def _hours(hours: float) -> str:

@@ -490,6 +490,7 @@ def test_training_with_a_cache_of_another_model_is_4(name: str, tmp_path: Path, 
     with unchanged(cache, tmp_path):
         message = refused(4, *train_line(model, cache, tmp_path / "o"))
     assert expected in message and str(cache) in message
+    assert ("--teacher-is-not-base" in message) == (name != "tokenizer")  # which is refused of a teacher too
 
 
 def test_training_another_model_of_the_same_kind_is_4(

@@ -70,6 +70,9 @@ def test_skipped_rows_are_counted_and_listed_beside_the_output(tmp_path: Path, t
     assert "line 2 is not JSON" in refused(1, *precompute_line(tiny_model, data, tmp_path / "c"))
     told = precompute(tiny_model, data, tmp_path / "c", "--skip-bad-rows").err
     listed = tmp_path / "c.skipped.jsonl"
+    plan = done(*precompute_line(tiny_model, data, tmp_path / "p", "--skip-bad-rows", "--plan")).out
+    assert "1 of them without a supervised token, 2 that cannot be used" in plan
+    assert not (tmp_path / "p.skipped.jsonl").exists()  # a plan writes nothing
     assert f"2 rows could not be used and were skipped: {listed} says why." in told
     assert "1 rows have no supervised token" in told and "5 rows: 2 distinct samples" in told
     assert [row["origin"] for row in lines_of(listed)] == [f"{data}:2", f"{data}:3"]
