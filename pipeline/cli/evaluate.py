@@ -72,7 +72,7 @@ class _Side:
     help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
 )
 @click.option(
-    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs logitcache[tasks])."
+    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
 )
 @click.option(
     "--tasks-path",
