@@ -154,7 +154,7 @@ PACKAGES = {
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "models", "storage", "yaml_files"},
-    "demo": {"capture", "errors", "models", "reports", "storage", "sweeps"},
+    "demo": {"capture", "errors", "evaluation", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 
