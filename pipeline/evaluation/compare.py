@@ -199,7 +199,7 @@ def compare_cached(
     base's distribution are over label, alternatives and the tail as one outcome: lower bounds (data processing), equal
     to `compare` at K = V - 1. The base's first token is the label or the first alternative, whichever is recorded as
     more probable; equal values go to the smaller id, as in argmax; where both are within the rounding of each other the
-    position counts as `undecided`.
+    position counts as `undecided`, and the first one of its document as `num_first_undecided`.
     cache: a view of it (`CacheView.paired` with the base's folder makes every check), or one that is held against the
     model in memory here.
     Raises what `compare` raises, `NotComparable` for a cache without alternatives, `NotTheBase`, `SampleNotCached` and
@@ -261,14 +261,18 @@ def _document_sums(
     parts: dict[str, list[NDArray[np.float64]]] = {}
     for batch in batches:
         counts = np.array([len(s.positions) for s in batch])
-        for name, column in values(batch).items():
-            part = np.add.reduceat(column.double().cpu().numpy(), np.cumsum(counts) - counts)
-            parts.setdefault(name, []).append(part)
-        parts.setdefault("positions", []).append(counts.astype(np.float64))
+        starts = np.cumsum(counts) - counts
+        columns = {name: column.double().cpu().numpy() for name, column in values(batch).items()}
+        sums = {name: np.add.reduceat(column, starts) for name, column in columns.items()}
+        if "agreement" in columns:
+            sums["first_changed"] = 1 - columns["agreement"][starts]
+            sums["first_undecided"] = columns["undecided"][starts]
+        for name, column in {**sums, "positions": counts.astype(np.float64)}.items():
+            parts.setdefault(name, []).append(column)
         progress(sum(len(s.token_ids) for s in batch))
-    sums = {name: np.concatenate(columns) for name, columns in parts.items()}
-    _check_finite(sums, documents)
-    return sums, documents
+    found = {name: np.concatenate(columns) for name, columns in parts.items()}
+    _check_finite(found, documents)
+    return found, documents
 
 
 def _check_finite(sums: dict[str, NDArray[np.float64]], documents: Sequence[Sample]) -> None:

@@ -106,7 +106,7 @@ def test_a_local_task_for_base_and_adapter(tmp_path: Path, tiny_model: Path, tas
     assert score["interval"][0] <= score["after"] - score["before"] <= score["interval"][1]
     assert outcome.err == ""
     table = done(*line, "--data", data, "--prior", data).out.splitlines()
-    assert table[-1].startswith("local_sums: acc, 10 documents") and table[2].startswith("new: cross-entropy")
+    assert table[-3].startswith("local_sums: acc, 10 documents") and table[2].startswith("prior: KL")
     message = refused(2, *line[:-4], "--tasks", "local_sums,nowhere", "--tasks-path", task_folder)
     assert "'nowhere' is not among the tasks of lm-evaluation-harness nor of" in message
 
