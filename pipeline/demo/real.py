@@ -31,7 +31,7 @@ from logitcache.sweeps.run import RUNS
 
 from .kept import Clock, read_kept, write_kept
 from .manpages import PACKAGE, NewText, new_text
-from .real_base import packed_model, unpacked_base
+from .real_base import check_installed, unpacked_base
 from .real_report import write_real_report
 from .run import (
     DemoSettings,
@@ -82,19 +82,16 @@ def run_real_demo(
     out: Path,
     settings: RealDemoSettings,
     on_message: Callable[[str], None],
-    make_base: Callable[[Path], str] = unpacked_base,
-    find_text: Callable[[], tuple[NewText, str]] = new_text,
 ) -> Sweep:
     """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns what the sweep came to.
 
-    make_base writes a model with a chat template into a folder and says what it is; find_text has the new domain, and a
-    sentence about it. Raises what these raise (`InputNotFound` where a package is not installed), and as `run_demo`.
+    Raises `InputNotFound` where a package is not installed, and as `run_demo`.
     """
-    if make_base is unpacked_base and not (out / BASE).is_dir():
-        packed_model()  # refused before anything is written
+    if not (out / BASE).is_dir():
+        check_installed()  # before anything is written
     claim_folder(out, settings)
     clock = Clock(out)
-    _make_inputs(out, settings, clock, on_message, make_base, find_text)
+    _make_inputs(out, settings, clock, on_message)
     config = sweep_config(out / BASE, out, settings)
     with clock.part("precompute"):
         cache = fill_cache(config, settings, on_message, "auto")
@@ -106,24 +103,17 @@ def run_real_demo(
     return sweep
 
 
-def _make_inputs(
-    out: Path,
-    settings: RealDemoSettings,
-    clock: Clock,
-    on_message: Callable[[str], None],
-    make_base: Callable[[Path], str],
-    find_text: Callable[[], tuple[NewText, str]],
-) -> None:
+def _make_inputs(out: Path, settings: RealDemoSettings, clock: Clock, on_message: Callable[[str], None]) -> None:
     """The base, the new text and the prior text, each unless it is there."""
     about = read_kept(out / ABOUT)
     if "base" not in about:
         with clock.part("unpacking the base"):
-            about["base"] = make_base(out / BASE)
+            about["base"] = unpacked_base(out / BASE)
             write_kept(out / ABOUT, about)
     on_message(f"Base: {about['base']}; {torch.get_num_threads()} threads.")
     if "new text" not in about:
         with clock.part("new text"):
-            text, told = find_text()
+            text, told = new_text()
             write_new_text(out / "data", text, settings)
             about["new text"] = {"what": text.what, "source": text.source, "licence": text.licence, "told": told}
             write_kept(out / ABOUT, about)

@@ -27,6 +27,11 @@ _MULTIPLIES_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """As Linux names it in /proc/cpuinfo; the last of ARM."""
 
 
+def check_installed() -> None:
+    """Raise `InputNotFound`, with the lines that install them, where the model or what reads it is not there."""
+    packed_model()
+
+
 def packed_model() -> Path:
     """The file in the installed package. Raises `InputNotFound` with the lines that install it."""
     spec, reader = find_spec(MODULE), find_spec("gguf")
