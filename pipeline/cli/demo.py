@@ -49,8 +49,9 @@ def demo(real: bool, out: Path | None) -> None:
     for sentence in relative_sentences(sweep):
         say(sentence)
     seeds = {run.settings["seed"] for run in sweep.runs}
-    means = ", means over seeds ± half the range" if len(seeds) > 1 else "; one seed"
-    say_lines(f"\nCross-entropies in nats a token on held-out text{means}. {perf_counter() - started:.0f} s in all.")
+    means = ", means over seeds ± half the range" if len(seeds) > 1 else ", one seed"
+    seconds = f"{perf_counter() - started:.0f} s in all."
+    say_lines(f"\nNats a token on held-out text{means}. Forgot: KL to the base on prior text. {seconds}")
     say(f"Report: {out / 'report.md'}  Picture: {out / 'frontier.png'}")
 
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     from logitcache.data.rows import Row
     from logitcache.data.samples import Sample
+    from logitcache.evaluation.against import PlainDrift
     from logitcache.evaluation.compare import Comparison
+    from logitcache.evaluation.metrics import Prevented
     from logitcache.models.loading import Base
     from logitcache.pairing.view import CacheView
     from logitcache.storage import LogitCache
@@ -72,7 +74,7 @@ class _Side:
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
+    help="What --json printed for an adapter of plain cross-entropy: adds the shares of its KL and drift prevented.",
 )
 @click.option(
     "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
@@ -119,7 +121,7 @@ def evaluate(
     from logitcache.data.rows import read_rows
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
-    from logitcache.evaluation.metrics import drift_prevented, finite_or_none
+    from logitcache.evaluation.metrics import finite_or_none
     from logitcache.evaluation.table import closing_sentence, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
     from logitcache.storage import LogitCache
@@ -152,19 +154,17 @@ def evaluate(
         second = load_base(source, dtype, where, device_map=device_map) if needs_base else base
         adapted = load_adapter(second.model, adapter, device_map)
     texts = {side.name: _text_name(*given[side.name]) for side in sides}
+    kept = {s.name: None if s.cache is None else s.cache.manifest.capture.top_k for s in sides}
     results = {side.name: _compared(side, base, adapted, samples[side.name], batch_tokens) for side in sides}
     found: dict[str, Any] = {
         "model": {"name": source.name, "weights": base.identity.weights, "config": base.identity.config},
-        **{name: {"text": texts[name], **result.as_dict()} for name, result in results.items()},
+        **{n: {"text": texts[n], "top_k": kept[n], **result.as_dict()} for n, result in results.items()},
     }
     prevented = None
     if plain is not None:
-        drift = results["prior"].drift_percent
-        assert drift is not None
-        prevented = drift_prevented(drift, plain)
-        found["drift_prevented"] = None if prevented is None else finite_or_none(prevented)
-        if prevented is None:
-            note(f"The plain adapter did not drift on this text ({plain:+.1f} %): there was nothing to prevent.")
+        prevented = _prevented(results["prior"], plain, kept["prior"])
+        found["kl_prevented"] = prevented.kl
+        found["drift_prevented"] = None if prevented.drift is None else finite_or_none(prevented.drift)
     scores = []
     if names:
         assert tokenizer is not None
@@ -249,6 +249,21 @@ def _compared(side: _Side, base: "Base", adapted: Any, samples: "list[Sample]", 
         if side.view is not None:
             return compare_cached(adapted, side.view, samples, batch_tokens, progress)
         return compare(base.model, adapted, samples, batch_tokens, progress)
+
+
+def _prevented(prior: "Comparison", plain: "PlainDrift", top_k: int | None) -> "Prevented":
+    """Of what the plain adapter did, what this one did not; a note where that means nothing."""
+    from logitcache.evaluation.metrics import Prevented, drift_prevented
+
+    assert prior.drift_percent is not None and prior.kl_nats is not None
+    drift = drift_prevented(prior.drift_percent, plain.percent)
+    if drift is None:
+        note(f"The plain adapter's perplexity did not drift on this text ({plain.percent:+.1f} %): none was prevented.")
+    if top_k == plain.top_k:
+        return Prevented(drift_prevented(prior.kl_nats, plain.kl_nats), drift)
+    ours, theirs = ("the whole vocabulary" if k is None else f"{k:,} alternatives" for k in (top_k, plain.top_k))
+    note(f"The KL here is over {ours}, the plain adapter's over {theirs}: the share that is prevented is left out.")
+    return Prevented(None, drift)
 
 
 @contextlib.contextmanager

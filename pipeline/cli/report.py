@@ -28,7 +28,10 @@ def report(folder: Path, out: Path | None) -> None:
 
     written = write_sweep_report(folder, folder if out is None else out)
     if written.rows:
-        say("Most learning within a budget of forgetting, nats a token, means over seeds:")
+        say(
+            "Most learning within a budget of forgetting (KL to the base on prior text), nats a token, means over "
+            "seeds:"
+        )
         say_lines("\n" + table(written.rows) + "\n")
     for sentence in written.sentences:
         say(sentence)

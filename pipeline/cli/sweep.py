@@ -85,9 +85,11 @@ def _varied(runs: "Sequence[RunSpec]") -> list[str]:
 
 
 def _outcome(done: "Done") -> str:
-    if done.learning is None or done.forgetting is None or done.seconds is None:
+    from logitcache.evaluation.table import outcome_words
+
+    if done.found is None or done.seconds is None:
         return f"failed: {done.error}"
-    return f"learnt {done.learning:.3f}, forgot {done.forgetting:+.3f} nats a token, trained in {done.seconds:.0f} s"
+    return f"{outcome_words(done.found)}; trained in {done.seconds:.0f} s"
 
 
 def _shown(value: object) -> str:

@@ -47,7 +47,7 @@ def _results(
 ) -> list[Block]:
     text, num_seeds = about["new text"], len(settings.seeds)
     prior = next(iter(by_method(sweep).values()))[0].prior
-    seeds = "one seed" if num_seeds == 1 else f"means over {num_seeds} seeds, ± half the range"
+    seeds = "One seed" if num_seeds == 1 else f"Means over {num_seeds} seeds, ± half the range"
     learning_rates = "; ".join(f"{method.name} {method.lr:g}" for method in settings.methods)
     return [
         Heading("logitcache demo --real: a language model learns, and forgets", 1),
@@ -59,8 +59,12 @@ def _results(
         Paragraph(
             f"Every method sees the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran "
             f"once over them, into a cache of {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, "
-            f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again. Nats a token on held-out "
-            f"text; {seeds}."
+            f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
+        ),
+        Paragraph(
+            "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
+            "KL(base || adapted) on prior text, over the base's most probable tokens with the rest as one outcome. "
+            f"First tokens changed: answers of which the first token is predicted otherwise. {seeds}."
         ),
         Table(summary_rows(sweep)),
         Bullets(tuple(relative_sentences(sweep))),

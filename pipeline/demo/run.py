@@ -98,8 +98,8 @@ def train_and_evaluate(config: SweepConfig, out: Path, dtype: str, on_message: C
             why = found.error or "another process is at it"
             raise TrainingFailed(f"training {run.method} of the demo in {out}: {why}. The other runs are kept.")
         on_message(
-            f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: new "
-            f"{-found.outcome.learning:+.3f}, prior {found.outcome.forgetting:+.3f} nats a token, trained in "
+            f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: learnt "
+            f"{found.outcome.learning:.3f}, forgot {found.outcome.forgetting:.3f} nats a token, trained in "
             f"{found.outcome.seconds:.0f} s"
         )
     return read_sweep(out / "sweep")
@@ -170,20 +170,20 @@ def write_documents(path: Path, documents: Sequence[Document]) -> None:
 
 
 def summary_rows(sweep: Sweep) -> list[list[str]]:
-    """The demo's table: base first, then each method, means over seeds ± half the range."""
+    """The demo's table: base first, then each method, means over seeds ± half the range where there are several."""
     found = by_method(sweep)
     base = next(iter(found.values()))[0]
-    rows = [["", "new CE", "prior CE", "learnt", "forgotten", "KL on prior", "s a run"]]
-    rows.append(["base", f"{base.new.ce_before:.3f}", f"{base.prior.ce_before:.3f}", "", "", "", ""])
+    rows = [["", "learnt", "forgot (KL)", "first tokens changed", "new CE", "prior CE", "s a run"]]
+    rows.append(["base", "", "", "", f"{base.new.ce_before:.3f}", f"{base.prior.ce_before:.3f}", ""])
     for method, runs in found.items():
-        columns = {
-            "new": [r.new.ce_after for r in runs],
-            "prior": [r.prior.ce_after for r in runs],
-            "learnt": [r.learning for r in runs],
-            "forgotten": [r.forgetting for r in runs],
-            "kl": [r.prior.kl_nats for r in runs if r.prior.kl_nats is not None],
-        }
-        cells = [_mean_and_range(values) for values in columns.values()]
+        changed = sum(r.prior.num_first_changed for r in runs) / len(runs)
+        cells = [
+            _mean_and_range([r.learning for r in runs]),
+            _mean_and_range([r.forgetting for r in runs]),
+            f"{changed:.4g} of {base.prior.num_documents}",
+            _mean_and_range([r.new.ce_after for r in runs]),
+            _mean_and_range([r.prior.ce_after for r in runs]),
+        ]
         rows.append([method, *cells, f"{sum(r.seconds for r in runs) / len(runs):.0f}"])
     return rows
 
@@ -197,8 +197,8 @@ def relative_sentences(sweep: Sweep) -> list[str]:
     (first, (learnt, forgotten)), *others = means.items()
     return [
         f"{method}: forgets {100 * (1 - f / forgotten):.0f} % less than {first} and learns "
-        f"{100 * x / learnt:.0f} % as much ({_nats(f, '+')} against {_nats(forgotten, '+')} nats on prior text, "
-        f"{_nats(-x, '+')} against {_nats(-learnt, '+')} on new text)."
+        f"{100 * x / learnt:.0f} % as much (KL to the base on prior text {_nats(f)} against {_nats(forgotten)} nats, "
+        f"fall of cross-entropy on new text {_nats(x)} against {_nats(learnt)})."
         for method, (x, f) in others
     ]
 
@@ -218,7 +218,10 @@ def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSetti
             f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
         ),
         Paragraph(
-            f"Cross-entropy in nats a token on held-out text; means over {len(settings.seeds)} seeds, ± half the range."
+            "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
+            "KL(base || adapted) on prior text, over the base's most probable tokens with the rest as one outcome. "
+            "First tokens changed: documents of prior text whose first token is predicted otherwise. Means over "
+            f"{len(settings.seeds)} seeds, ± half the range."
         ),
         Table(summary_rows(sweep)),
         Bullets(tuple(relative_sentences(sweep))),
@@ -228,10 +231,6 @@ def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSetti
             f"Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, "
             f"cosine schedule, weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the "
             "tail as one outcome. Methods, learning rates, weight and seeds were fixed before the first run.",
-        ),
-        Paragraph(
-            '"base" is the untouched base; "KL on prior" is KL(base || adapted) over the base\'s most probable tokens, '
-            "with the rest as one outcome, as in every sweep."
         ),
     ]
     (out / "report.md").write_text(as_markdown(page), encoding="utf-8")
@@ -280,9 +279,9 @@ def by_method(sweep: Sweep) -> dict[str, list[RunOutcome]]:
 
 def _mean_and_range(values: list[float]) -> str:
     mean, half_range = sum(values) / len(values), (max(values) - min(values)) / 2
-    return f"{_nats(mean)} ± {half_range:.3f}"
+    return _nats(mean) + (f" ± {half_range:.3f}" if len(values) > 1 else "")
 
 
-def _nats(value: float, sign: str = "") -> str:
+def _nats(value: float) -> str:
     """Three decimals, and no minus sign on what rounds to zero."""
-    return f"{round(value, 3) + 0.0:{sign}.3f}"
+    return f"{round(value, 3) + 0.0:.3f}"

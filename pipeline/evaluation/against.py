@@ -25,7 +25,12 @@ class PlainDrift:
     config: object
     #: Fingerprint of the prior text.
     samples: object
+    #: Of perplexity.
     percent: float
+    #: KL(base || adapted), nats a token.
+    kl_nats: float
+    #: Alternatives of the cache that stood for the base, the rest being one outcome; None: the whole vocabulary.
+    top_k: int | None
 
 
 def read_plain(path: Path) -> PlainDrift:
@@ -40,15 +45,22 @@ def read_plain(path: Path) -> PlainDrift:
         model, theirs = found["model"], found["prior"]
         weights, config = model["weights"], model["config"]
         samples, drift = theirs["samples"], theirs["drift_percent"]
+        kl, top_k = theirs["kl_nats"], theirs["top_k"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         said = one_line(str(error).split("\n", maxsplit=1)[0], 200).rstrip(".")
         raise InvalidData(
             f"{where}: expected what `logitcache evaluate --json` prints, with prior text, found something else "
             f"({type(error).__name__}: {said}). Evaluate the plain adapter again with --json."
         ) from error
-    if isinstance(drift, bool) or not isinstance(drift, (int, float)) or not abs(drift) <= sys.float_info.max:
+    for number in (drift, kl):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= sys.float_info.max:
+            raise InvalidData(
+                f"{where}: expected the drift and the KL of an adapter, found {shown(number)}. "
+                "Evaluate the plain adapter with --adapter."
+            )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
         raise InvalidData(
-            f"{where}: expected the drift of an adapter, found {shown(drift)}. "
-            "Evaluate the plain adapter with --adapter."
+            f"{where}: expected a number of alternatives at top_k, or none, found {shown(top_k)}. "
+            "Evaluate the plain adapter again with --json."
         )
-    return PlainDrift(weights, config, samples, float(drift))
+    return PlainDrift(weights, config, samples, float(drift), float(kl), top_k)

@@ -48,7 +48,7 @@ from logitcache.storage import LogitCache, ModelIdentity, sample_id
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
 
-from .against import read_plain
+from .against import PlainDrift, read_plain
 from .metrics import Comparison, Metrics, comparison_of
 
 Values = dict[str, Tensor]
@@ -224,8 +224,8 @@ def samples_fingerprint(samples: Sequence[Sample]) -> str:
     return digest("".join(sorted(lines)).encode())
 
 
-def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) -> float:
-    """The drift on prior text, in percent, in the JSON that `evaluate --json` printed for another adapter.
+def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) -> PlainDrift:
+    """The drift on prior text in the JSON that `evaluate --json` printed for another adapter.
 
     prior, base: what it must have been measured on and against. Raises `InvalidData` where it is no such file,
     `NotComparable` where it is of another base or of other prior text.
@@ -240,7 +240,7 @@ def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) 
             f"comparing with {path}: it is of another {' and another '.join(differs)}. A ratio of the two drifts would "
             "mean nothing. Evaluate both adapters with the same --model and prior text."
         )
-    return found.percent
+    return found
 
 
 @torch.inference_mode()

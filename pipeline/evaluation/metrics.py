@@ -220,6 +220,16 @@ def drift_prevented(drift: float, plain_drift: float) -> float | None:
     return None if plain_drift <= 0 else 1 - drift / plain_drift
 
 
+@dataclass(frozen=True)
+class Prevented:
+    """What an adapter has not of what plain cross-entropy did to prior text, as shares; None where none can be told."""
+
+    #: Of the KL to the base.
+    kl: float | None
+    #: Of the drift of perplexity.
+    drift: float | None
+
+
 def _exp(value: float) -> float:
     try:
         return math.exp(value)

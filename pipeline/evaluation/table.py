@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from logitcache.storage.plain_text import escaped
 
-from .metrics import Comparison, Metrics, TaskScore
+from .metrics import Comparison, Metrics, Prevented, TaskScore
 
 _METRICS: list[tuple[str, str, float, str, Callable[[Metrics], float]]] = [
     ("cross-entropy, nats a token", ".3f", 1, "ce_change", lambda m: m.ce_nats),
@@ -35,21 +35,21 @@ def markdown_table(rows: Sequence[Sequence[str]], num_text: int = 1) -> str:
 
 def evaluation_rows(
     results: Mapping[str, Comparison],
-    prevented: float | None = None,
+    prevented: Prevented | None = None,
     scores: Sequence[TaskScore] = (),
     texts: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
     """Heading and rows (what and in which unit, before, after, change, its 95 % interval).
 
     results: data sets, named by the keys. "prior" leads with how far the adapted model moved from the base, since text
-    may be as likely as before while the answers are others; the rest with the cross-entropy. prevented: share of the
-    drift on "prior" that plain cross-entropy had and this adapter has not. scores: of benchmark tasks, below them.
-    texts: what the data sets are called.
+    may be as likely as before while the answers are others; the rest with the cross-entropy. prevented: what
+    this adapter has not of what plain cross-entropy did to "prior". scores: of benchmark tasks, below them. texts: what
+    the data sets are called.
     """
     rows = [["", "before", "after", "change", "95 % interval of the change"]]
     for name, result in results.items():
-        share = prevented if name == "prior" else None
-        moved, ce = _moved_rows(result), _ce_rows(result, share)
+        share = prevented if prevented is not None and name == "prior" else Prevented(None, None)
+        moved, ce = _moved_rows(result, share.kl), _ce_rows(result, share.drift)
         both = [*moved, *ce] if name == "prior" else [*ce, *moved]
         rows += [[f"{name}: {what}", *cells] for what, *cells in (*both, *_rest_rows(result))]
         size = f"{result.before.num_positions:,}"
@@ -59,8 +59,16 @@ def evaluation_rows(
     return rows + [_score_row(score) for score in scores]
 
 
-def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str] | None = None) -> str:
-    """What was learnt on "new" and forgotten on "prior", whichever of them there is, in one sentence.
+def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str]) -> str:
+    """`outcome_words` as a sentence, or that there is no adapter to say it of."""
+    words = outcome_words(results, texts)
+    if not words:
+        return "The base alone was measured. With --adapter this says what it learnt and forgot."
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def outcome_words(results: Mapping[str, Comparison], texts: Mapping[str, str] | None = None) -> str:
+    """What was learnt on "new" and forgotten on "prior", whichever of them there is, as the words of a sentence.
 
     Learnt: the fall of cross-entropy. Forgot: the KL to the base; the cross-entropy stands beside it. texts: what the
     data sets are called.
@@ -77,9 +85,7 @@ def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str]
             f"{change})"
         )
         said.append(_first_tokens(prior))
-    if not said:
-        return "The base alone was measured. With --adapter this says what it learnt and forgot."
-    return f"{said[0][0].upper()}{'; '.join(said)[1:]}."
+    return "; ".join(said)
 
 
 def _first_tokens(result: Comparison) -> str:
@@ -109,14 +115,17 @@ def _ce_rows(result: Comparison, prevented: float | None) -> list[list[str]]:
     return rows
 
 
-def _moved_rows(result: Comparison) -> list[list[str]]:
+def _moved_rows(result: Comparison, prevented: float | None) -> list[list[str]]:
     """How far the adapted model is from the base, whether the text is likely or not."""
     if result.kl_nats is None or result.num_first_changed is None or result.agreement is None:
         return []
     kl, changed, count = f"{result.kl_nats:.3f}", f"{result.num_first_changed:,}", result.num_documents
     shared = 100 * result.agreement
+    rows = [[f"KL(base || adapted), nats a token{_least(result)}", "0", kl, kl, _interval(result, "kl", ".3f")]]
+    if prevented is not None:
+        rows.append(["KL of the plain adapter that is prevented, %", "", "", f"{100 * prevented:.1f}", ""])
     return [
-        [f"KL(base || adapted), nats a token{_least(result)}", "0", kl, kl, _interval(result, "kl", ".3f")],
+        *rows,
         [
             f"first token changed, of {count:,} documents",
             "0",

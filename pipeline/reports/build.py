@@ -11,8 +11,8 @@ from pathlib import Path
 from logitcache.storage.files import replace_file
 
 from .page import Block, Bullets, Heading, Paragraph, Picture, Table, as_html, as_markdown
-from .pareto import CURVE_SHARE, SEED, Budgets, Spent, representative, spent_on
-from .plots import cost_picture, curves_picture, sweep_frontier_picture
+from .pareto import CURVE_SHARE, SEED, Budgets, Spent, by_cross_entropy, representative, spent_on
+from .plots import CE_RISE, FORGETTING, cost_picture, curves_picture, sweep_frontier_picture
 from .results import COLUMNS, Cost, Sweep, read_sweep, write_csv
 from .tables import (
     Rows,
@@ -30,6 +30,8 @@ from .tables import (
 )
 
 PICTURES = (".png", ".svg")
+MAX_LABEL = 40
+"""Characters of the prior text's name beside an axis."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,20 @@ def _opening(sweep: Sweep) -> list[Block]:
         Paragraph(
             f"{count(len(sweep.methods), 'method')} of fine-tuning {sweep.model} are compared, each trained on "
             f"{trained} with seeds {', '.join(seeds)}. Learning is measured on {sweep.new}, forgetting on "
-            f"{sweep.prior}. {counts_sentence(sweep)}"
+            f"{sweep.prior}, the prior text. {counts_sentence(sweep)}"
         ),
         Bullets(
             (
                 "Learning: by how much the cross-entropy on new text is lower than the untouched base's, in nats a "
                 "token. More is better.",
-                "Forgetting: by how much the cross-entropy on prior text is higher than the untouched base's, in nats "
-                "a token. Less is better; below 0 the adapted model predicts it better than the base.",
+                "Forgetting: how far the adapted model is from the untouched base on prior text, as the mean "
+                "KL(base || adapted) in nats a token, over the base's most probable tokens with the rest as one "
+                "outcome. Less is better; 0 is the base itself.",
+                "First tokens changed: the documents of prior text at whose first supervised position base and adapted "
+                "model predict another token first. Greedy answers part there at once.",
+                "The cross-entropy on prior text stands beside them, as its change. It may fall while every answer "
+                "changes, where the text is not what the base itself would say; logitcache answers makes prior text "
+                "of the base's own answers.",
                 "A setting is a method with all its settings but the seed. Only means over a setting's seeds are "
                 "compared, and nothing is interpolated between settings.",
                 "[low, high] is the 95 % t-interval of a mean over seeds. It tells how far other seeds may lie, not "
@@ -105,8 +113,12 @@ def _failed(sweep: Sweep) -> list[Block]:
 
 
 def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> list[Block]:
-    budgets, limit = view.budgets, view.limit
-    sweep_frontier_picture(view.settings, view.sweep.methods, [out / f"frontier{kind}" for kind in PICTURES])
+    budgets, limit, methods = view.budgets, view.limit, view.sweep.methods
+    text = view.sweep.prior.rstrip("/").rsplit("/", 1)[-1][-MAX_LABEL:]
+    paths = {name: [out / f"{name}{kind}" for kind in PICTURES] for name in ("frontier", "frontier-ce")}
+    sweep_frontier_picture(view.settings, methods, paths["frontier"], FORGETTING.format(text=text))
+    beside = by_cross_entropy(view.settings)
+    sweep_frontier_picture(beside, methods, paths["frontier-ce"], CE_RISE.format(text=text))
     return [
         Heading("The methods in one table"),
         Paragraph(
@@ -125,7 +137,8 @@ def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> 
         Picture(
             out / "frontier",
             "learning against forgetting, every setting",
-            f"Learning against forgetting of {count(len(view.settings), 'setting')}: right and down is better. Small "
+            f"Learning against forgetting (KL to the base) of {count(len(view.settings), 'setting')}: right and down "
+            "is better. Small "
             "signs are seeds, large ones their mean, bars the 95 % interval of the mean (none with one seed; a bar "
             "that ends at the frame goes on beyond it). A line joins settings of a method that differ in one field "
             "only: the learning rate where it was varied. The grey steps are the front.",
@@ -134,6 +147,12 @@ def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> 
             "The front, from the least learning to the most: no setting learns more and forgets less than these."
         ),
         Table(front_rows(view), num_text=2),
+        Picture(
+            out / "frontier-ce",
+            "learning against the change of cross-entropy, every setting",
+            "The same settings against the change of the cross-entropy on prior text. A method may stand well here and "
+            "badly above: text that is as likely as before does not say that the model would still say it.",
+        ),
         Heading("The best setting at each budget of forgetting"),
         Table(budget_rows(view)),
         Heading("At equal learning"),
@@ -249,11 +268,11 @@ def _settings(view: View) -> list[Block]:
     return [
         Heading("Every setting"),
         Paragraph(
-            "Means over seeds. Learning and forgetting in nats a token. Prevented: 1 - forgetting / forgetting of "
-            "plain cross-entropy in the same setting but for the objective (adapter, rank, learning rate, ...); a dash "
-            "where there is no such setting, or where it does not forget. Prior perplexity: its change on prior text. "
-            "KL: mean KL(base || adapted), nats. Same first token: share of positions of prior text where base and "
-            "adapted model predict the same token first."
+            "Means over seeds. Learning, forgetting and cross-entropy in nats a token. Prevented: 1 - forgetting / "
+            "forgetting of plain cross-entropy in the same setting but for the objective (adapter, rank, learning "
+            "rate, ...); a dash where there is no such setting, or where it does not forget. Prior perplexity: its "
+            "change on prior text. KL on new: mean KL(base || adapted) on new text, nats. Same first token: share of "
+            "all positions of prior text where base and adapted model predict the same token first."
         ),
         Table(setting_rows(view), num_text=2),
     ]
@@ -265,11 +284,11 @@ def _runs(sweep: Sweep) -> list[Block]:
         base = (
             f" The untouched base has a perplexity of {first.new.perplexity_before:.4g} on new text "
             f"({first.new.num_positions:,} positions) and {first.prior.perplexity_before:.4g} on prior text "
-            f"({first.prior.num_positions:,})."
+            f"({first.prior.num_positions:,} positions in {count(first.prior.num_documents, 'document')})."
         )
     return [
         Heading("Every run"),
-        Paragraph(f"Learning and forgetting in nats a token; perplexities of the adapted model.{base}"),
+        Paragraph(f"Learning, forgetting and cross-entropy in nats a token; perplexities of the adapted model.{base}"),
         Table(run_rows(sweep), num_text=3),
     ]
 

@@ -7,7 +7,7 @@ pictures; numpy at most.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from logitcache.evaluation.metrics import drift_prevented
@@ -16,7 +16,7 @@ from logitcache.sweeps.config import OBJECTIVE
 from .results import Cost, Run, RunOutcome, Scalar
 
 SEED = "seed"
-BUDGET_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+BUDGET_SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 CURVE_SHARE = 0.25
 """The budget at which one setting stands for a method, in learning curves and at equal learning."""
 
@@ -40,10 +40,14 @@ class Setting:
     values: dict[str, Scalar]
     runs: tuple[Run, ...]
     outcomes: tuple[RunOutcome, ...]
+    #: What each of its runs forgot, nats a token.
+    forgot: tuple[float, ...]
     #: Of its runs, nats a token.
     learning: Estimate
-    #: Of its runs, nats a token.
+    #: Of `forgot`.
     forgetting: Estimate
+    #: Of the rise of cross-entropy on prior text, nats a token.
+    ce_rise: Estimate
     #: Its runs, finished or not.
     num_planned: int
 
@@ -117,10 +121,17 @@ def _setting(members: list[Run]) -> Setting:
         values={k: v for k, v in members[0].settings.items() if k != SEED},
         runs=tuple(run for run, _ in finished),
         outcomes=tuple(outcome for _, outcome in finished),
+        forgot=tuple(outcome.forgetting for _, outcome in finished),
         learning=estimate([outcome.learning for _, outcome in finished]),
         forgetting=estimate([outcome.forgetting for _, outcome in finished]),
+        ce_rise=estimate([outcome.prior.ce_rise for _, outcome in finished]),
         num_planned=len(members),
     )
+
+
+def by_cross_entropy(settings: Sequence[Setting]) -> list[Setting]:
+    """The same settings with the rise of cross-entropy on prior text for forgetting, to be looked at beside them."""
+    return [replace(s, forgot=tuple(o.prior.ce_rise for o in s.outcomes), forgetting=s.ce_rise) for s in settings]
 
 
 def dominates(a: Setting, b: Setting) -> bool:

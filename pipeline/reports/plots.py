@@ -27,7 +27,9 @@ ORDERS = ("lr", "weight", "kl_budget", "rank", "temperature", "label_smoothing",
 """What a line through a method's settings follows: the first of these in which they differ."""
 
 LEARNING = "learning: fall of cross-entropy on new text, nats a token  (right is better)"
-FORGETTING = "forgetting: rise of cross-entropy on prior text,\nnats a token  (lower is better, below 0 there is none)"
+FORGETTING = "forgetting: KL(base || adapted) on {text},\nnats a token  (lower is better, 0 is the base itself)"
+CE_RISE = "rise of cross-entropy on {text},\nnats a token  (lower is better, below 0 there is none)"
+"""What is forgotten, by the distance from the base and by cross-entropy; text: which prior text it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def styles_of(methods: Sequence[str]) -> dict[str, Style]:
 def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, title: str) -> None:
     """Learning against forgetting as a picture: one marker a method, a small point a seed, a large one the mean.
 
-    points: per method, (learning, forgetting) of each seed, both in nats a token.
+    points: per method, (learning, forgetting) of each seed, both in nats a token; forgetting is the KL to the base.
     """
     figure = Figure(figsize=(7.2, 5.0), dpi=130, layout="constrained")
     axes: Any = figure.subplots()
@@ -59,7 +61,7 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
         axes.scatter(*mean, s=150, color=style.colour, alpha=0.35, linewidths=0, **look)
         axes.scatter(*mean, s=150, facecolors="none", edgecolors=style.colour, **look)
         axes.scatter(xs, ys, s=20, color=style.colour, linewidths=0, label=method, **look)
-    _frontier_axes(axes)
+    _frontier_axes(axes, FORGETTING.format(text="prior text"))
     axes.annotate("no forgetting", (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666")
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.margins(0.18)
@@ -67,11 +69,14 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
     _save(figure, path)
 
 
-def sweep_frontier_picture(settings: Sequence[Setting], methods: Sequence[str], paths: Sequence[Path]) -> None:
+def sweep_frontier_picture(
+    settings: Sequence[Setting], methods: Sequence[str], paths: Sequence[Path], forgetting: str
+) -> None:
     """Every setting of a sweep: seeds small, the mean large with its 95 % interval in both directions.
 
-    Lines join a method's settings (see `ORDERS`); the step line is the Pareto front of all means. Where most settings
-    lie in the lowest quarter of the forgetting, a second panel shows that part.
+    forgetting: what it is here, beside its axis. Lines join a method's settings (see `ORDERS`); the step line is the
+    Pareto front of all means. Where most settings lie in the lowest quarter of the forgetting, a second panel shows
+    that part.
     """
     near = _nearest(settings)
     width = 12.4 if near else 7.6
@@ -82,9 +87,9 @@ def sweep_frontier_picture(settings: Sequence[Setting], methods: Sequence[str], 
         _front_line(axes, settings)
         for method, members in groups.items():
             _draw_method(axes, members, styles[method])
-        _frontier_axes(axes)
+        _frontier_axes(axes, forgetting)
         _fit(axes.set_xlim, [(s.learning, [o.learning for o in s.outcomes]) for s in shown])
-        _fit(axes.set_ylim, [(s.forgetting, [0.0, *(o.forgetting for o in s.outcomes)]) for s in shown])
+        _fit(axes.set_ylim, [(s.forgetting, [0.0, *s.forgot]) for s in shown])
     if near:
         panels[0].set_title("all settings", fontsize=10)
         panels[1].set_title("only the lowest quarter of the forgetting", fontsize=10)
@@ -181,7 +186,7 @@ def _draw_method(axes: Any, settings: Sequence[Setting], style: Style) -> None:
             *zip(*means, strict=True), color=style.colour, linestyle=style.line, linewidth=1.0, alpha=0.8, zorder=3
         )
     for s in settings:
-        seeds = [(o.learning, o.forgetting) for o in s.outcomes]
+        seeds = [(o.learning, forgot) for o, forgot in zip(s.outcomes, s.forgot, strict=True)]
         x, y = s.learning, s.forgetting
         look = {"color": style.colour, "marker": style.marker}
         if len(seeds) > 1:
@@ -208,10 +213,10 @@ def _front_line(axes: Any, settings: Sequence[Setting]) -> None:
         )
 
 
-def _frontier_axes(axes: Any) -> None:
+def _frontier_axes(axes: Any, forgetting: str) -> None:
     axes.axhline(0, color="#777777", linewidth=0.8, zorder=1)
     axes.set_xlabel(LEARNING, fontsize=9)
-    axes.set_ylabel(FORGETTING, fontsize=9)
+    axes.set_ylabel(forgetting, fontsize=9, parse_math=False)
     axes.grid(alpha=0.25)
 
 

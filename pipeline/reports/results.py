@@ -24,7 +24,7 @@ SWEEP, RUNS, RESULT, FAILED, RUN, LOG = (
     *("sweep.json", "runs", "result.json", "failed.json", "run.json"),
     "train_log.jsonl",
 )
-FORMAT = 1
+FORMAT = 2
 AXES = FIELDS
 """Settings that every run has, in the order of the columns; None where one does not apply."""
 
@@ -45,10 +45,7 @@ Status = Literal["finished", "failed", "in progress", "not evaluated", "not star
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out text under the untouched base and the adapted model: means over positions, in nats.
-
-    None: was not measured.
-    """
+    """One held-out text under the untouched base and the adapted model: means over positions, in nats."""
 
     num_positions: int
     ce_before: float
@@ -57,13 +54,22 @@ class HeldOut:
     perplexity_after: float
     accuracy_before: float
     accuracy_after: float
-    kl_nats: float | None
+    #: KL(base || adapted), over the base's most probable tokens with the rest as one outcome.
+    kl_nats: float
     #: The adapted model's cross-entropy against the base's distribution.
-    base_ce_nats: float | None
+    base_ce_nats: float
     #: Share of positions where both predict the same token first.
-    agreement: float | None
-    #: Change of perplexity.
+    agreement: float
+    #: Documents at whose first supervised position they predict another token first.
+    num_first_changed: int
+    num_documents: int
+    #: Change of perplexity; None beyond the range of a float.
     drift_percent: float | None
+
+    @property
+    def ce_rise(self) -> float:
+        """Cross-entropy after less before, nats a token."""
+        return self.ce_after - self.ce_before
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,12 @@ class RunOutcome:
     @property
     def learning(self) -> float:
         """Fall of cross-entropy on new text, nats a token."""
-        return self.new.ce_before - self.new.ce_after
+        return -self.new.ce_rise
 
     @property
     def forgetting(self) -> float:
-        """Rise of cross-entropy on prior text, nats a token."""
-        return self.prior.ce_after - self.prior.ce_before
+        """How far the adapted model is from the base on prior text: the KL, nats a token."""
+        return self.prior.kl_nats
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,8 @@ def _check_same_text(runs: tuple[Run, ...]) -> None:
         first_name, first = outcomes[0]
         for kind, one, other in (("new", first.new, outcome.new), ("prior", first.prior, outcome.prior)):
             differs = abs(one.ce_before - other.ce_before) > SAME_TEXT_NATS
-            if differs or one.num_positions != other.num_positions:
+            sizes = [(text.num_positions, text.num_documents) for text in (one, other)]
+            if differs or sizes[0] != sizes[1]:
                 raise UnreadableSweep(
                     f"comparing runs {first_name} and {name}: expected the untouched base to be the same on {kind} "
                     f"text, found {one.ce_before:.4f} nats at {one.num_positions:,} positions and "
@@ -275,6 +282,8 @@ def _held_out(part: CheckedJson) -> HeldOut:
     before, after = part.part("before"), part.part("after")
     if before.whole("num_positions") != after.whole("num_positions"):
         raise after.wrong("num_positions", f"{before.whole('num_positions')}, as before")
+    if part.whole("num_first_changed") > part.whole("num_documents"):
+        raise part.wrong("num_first_changed", f"at most the {part.whole('num_documents'):,} documents")
     return HeldOut(
         num_positions=before.whole("num_positions"),
         ce_before=before.number("ce_nats", 0, MAX_NATS),
@@ -283,9 +292,11 @@ def _held_out(part: CheckedJson) -> HeldOut:
         perplexity_after=after.number("perplexity", 0),
         accuracy_before=before.number("token_accuracy", 0, 1),
         accuracy_after=after.number("token_accuracy", 0, 1),
-        kl_nats=part.number_or_none("kl_nats", -MAX_NATS, MAX_NATS),
-        base_ce_nats=part.number_or_none("base_ce_nats", -MAX_NATS, MAX_NATS),
-        agreement=part.number_or_none("agreement", 0, 1),
+        kl_nats=part.number("kl_nats", -MAX_NATS, MAX_NATS),
+        base_ce_nats=part.number("base_ce_nats", -MAX_NATS, MAX_NATS),
+        agreement=part.number("agreement", 0, 1),
+        num_first_changed=part.whole("num_first_changed"),
+        num_documents=part.whole("num_documents"),
         drift_percent=part.number_or_none("drift_percent"),
     )
 
@@ -329,7 +340,13 @@ COLUMNS: dict[str, tuple[str, Cell]] = {
     "error": ("why a failed run failed", lambda r: r.error),
     "error_step": ("optimizer step at which it failed", lambda r: r.error_step),
     "learning_nats": ("new_ce_before_nats - new_ce_after_nats", _measured(lambda o: o.learning)),
-    "forgetting_nats": ("prior_ce_after_nats - prior_ce_before_nats", _measured(lambda o: o.forgetting)),
+    "forgetting_nats": ("mean KL(base || adapted) on prior text", _measured(lambda o: o.forgetting)),
+    "prior_first_changed": (
+        "documents of prior text whose first supervised token is predicted otherwise",
+        _measured(lambda o: o.prior.num_first_changed),
+    ),
+    "prior_documents": ("documents of prior text", _measured(lambda o: o.prior.num_documents)),
+    "prior_ce_rise_nats": ("prior_ce_after_nats - prior_ce_before_nats", _measured(lambda o: o.prior.ce_rise)),
     "new_ce_before_nats": ("cross-entropy of the base on new text, nats a token", _measured(lambda o: o.new.ce_before)),
     "new_ce_after_nats": ("the same of the adapted model", _measured(lambda o: o.new.ce_after)),
     "new_perplexity_before": ("exp(cross-entropy)", _measured(lambda o: o.new.perplexity_before)),
@@ -347,7 +364,6 @@ COLUMNS: dict[str, tuple[str, Cell]] = {
     "prior_perplexity_after": ("the same of the adapted model", _measured(lambda o: o.prior.perplexity_after)),
     "prior_accuracy_before": ("share of tokens that are predicted first", _measured(lambda o: o.prior.accuracy_before)),
     "prior_accuracy_after": ("the same of the adapted model", _measured(lambda o: o.prior.accuracy_after)),
-    "prior_kl_nats": ("mean KL(base || adapted) on prior text", _measured(lambda o: o.prior.kl_nats)),
     "prior_base_ce_nats": ("cross-entropy against the base's distribution", _measured(lambda o: o.prior.base_ce_nats)),
     "prior_agreement": ("share of positions with the same first token", _measured(lambda o: o.prior.agreement)),
     "prior_drift_percent": ("change of perplexity on prior text", _measured(lambda o: o.prior.drift_percent)),

@@ -28,6 +28,9 @@ from .pareto import (
 from .results import Run, RunOutcome, Scalar, Sweep
 
 Rows = list[list[str]]
+FIRST, CE = "first tokens changed", "cross-entropy on prior"
+"""Columns that stand beside the forgetting."""
+
 STATUSES = ("finished", "failed", "in progress", "not evaluated", "not started")
 
 
@@ -87,7 +90,7 @@ def equal_learning_sentences(view: View) -> list[str]:
         chosen = representative(settings, view.budgets)
         found = {m: least_forgetting_at(members, chosen.learning.mean) for m, members in view.groups.items()}
         reached = sorted((s.forgetting.mean, m) for m, s in found.items() if s is not None)
-        parts = [f"{m} {nats(value, '+')}{view.of(s)}" for value, m in reached if (s := found[m]) is not None]
+        parts = [f"{m} {nats(value)}{view.of(s)}" for value, m in reached if (s := found[m]) is not None]
         missed = [m for m, s in found.items() if s is None]
         not_reached = f". Not learnt so much at any setting: {', '.join(missed)}" if missed else ""
         sentences.append(
@@ -143,9 +146,10 @@ def budget_rows(view: View) -> Rows:
 
 def front_rows(view: View) -> Rows:
     """The Pareto front, from the least learning to the most."""
-    rows = [["method", "setting", "learning", "forgetting", "seeds"]]
+    rows = [["method", "setting", "learning", "forgetting", FIRST, CE, "seeds"]]
     for s in pareto_front(view.settings):
-        rows.append([s.method, view.label(s.values, s.method) or "-", *_both(s), str(s.learning.num_seeds)])
+        beside = [_first_tokens(s), _interval(s.ce_rise, "+")]
+        rows.append([s.method, view.label(s.values, s.method) or "-", *_both(s), *beside, str(s.learning.num_seeds)])
     return rows
 
 
@@ -157,9 +161,10 @@ def setting_rows(view: View) -> Rows:
         "seeds": lambda s: str(s.learning.num_seeds),
         "learning": lambda s: _both(s)[0],
         "forgetting": lambda s: _both(s)[1],
+        FIRST: _first_tokens,
+        CE: lambda s: _interval(s.ce_rise, "+"),
         "prevented": lambda s: _percent(prevented_by(s, view.settings)),
         "prior perplexity": lambda s: _signed(s.mean(lambda o: o.prior.drift_percent), " %"),
-        "KL on prior": lambda s: _or_dash(s.mean(lambda o: o.prior.kl_nats)),
         "KL on new": lambda s: _or_dash(s.mean(lambda o: o.new.kl_nats)),
         "same first token": lambda s: _percent(s.mean(lambda o: o.prior.agreement)),
         "s a run": lambda s: f"{s.mean(lambda o: o.seconds) or 0:.3g}",
@@ -172,6 +177,8 @@ def run_rows(sweep: Sweep) -> Rows:
     columns: dict[str, Callable[[RunOutcome], str]] = {
         "learning": lambda o: nats(o.learning),
         "forgetting": lambda o: nats(o.forgetting),
+        FIRST: lambda o: f"{o.prior.num_first_changed:,} of {o.prior.num_documents:,}",
+        CE: lambda o: nats(o.prior.ce_rise, "+"),
         "new perplexity": lambda o: f"{o.new.perplexity_after:.4g}",
         "prior perplexity": lambda o: f"{o.prior.perplexity_after:.4g}",
         "prior perplexity, change": lambda o: _signed(o.prior.drift_percent, " %"),
@@ -195,10 +202,16 @@ def _both(setting: Setting) -> list[str]:
     return [_interval(setting.learning), _interval(setting.forgetting)]
 
 
-def _interval(value: Estimate) -> str:
+def _first_tokens(setting: Setting) -> str:
+    changed = setting.mean(lambda o: o.prior.num_first_changed)
+    assert changed is not None
+    return f"{changed:.4g} of {setting.outcomes[0].prior.num_documents:,}"
+
+
+def _interval(value: Estimate, sign: str = "") -> str:
     if value.low is None or value.high is None:
-        return nats(value.mean)
-    return f"{nats(value.mean)} [{nats(value.low)}, {nats(value.high)}]"
+        return nats(value.mean, sign)
+    return f"{nats(value.mean, sign)} [{nats(value.low, sign)}, {nats(value.high, sign)}]"
 
 
 def count(number: int, noun: str) -> str:

@@ -29,6 +29,7 @@ from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, UnreadableSweep, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
+from logitcache.evaluation.metrics import Comparison
 from logitcache.events import OnMessage
 from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
@@ -48,7 +49,7 @@ from logitcache.training.run_folder import LOG, RUN, clear
 from .config import MAX_METHOD, RunSpec, SweepConfig, read_config
 
 SWEEP, RESULT, FAILED, RUNS, PROBE = "sweep.json", "result.json", "failed.json", "runs", "probe"
-VERSION = 1
+VERSION = 2
 MAX_ERROR = 2000
 """Characters of the error of a run that are kept."""
 
@@ -77,10 +78,8 @@ class Done:
     """How a run ended."""
 
     spec: RunSpec
-    #: Fall of cross-entropy on new text, nats a token; None where it failed.
-    learning: float | None
-    #: Rise of cross-entropy on prior text, nats a token; None where it failed.
-    forgetting: float | None
+    #: On "new" and on "prior" text; None where it failed.
+    found: dict[str, Comparison] | None
     seconds: float | None
     error: str | None = None
     #: What a run that was begun before left aside when it went on, and why.
@@ -225,8 +224,7 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         **{name: comparison.as_dict() for name, comparison in found.items()},
     }
     write_checked(folder / RESULT, result)
-    changes = {n: c.after.ce_nats - c.before.ce_nats for n, c in found.items() if c.after is not None}
-    return Done(spec, -changes["new"], changes["prior"], report.seconds, told=tuple(told))
+    return Done(spec, found, report.seconds, told=tuple(told))
 
 
 def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
@@ -236,7 +234,7 @@ def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
     if not isinstance(error, (PipelineError, CacheError)):
         failure["traceback"] = safe("".join(traceback.format_exception(error)))
     write_checked(folder / FAILED, {**failure, "step": _last_step(folder)})
-    return Done(spec, None, None, None, said)
+    return Done(spec, None, None, said)
 
 
 def _only_this_run(error: Exception) -> bool:

@@ -134,6 +134,23 @@ def test_drift_prevented_against_a_plain_adapter(
         result["drift_prevented"], abs=0.01
     )
     assert "drift_prevented" not in found(*start, *texts)
+    kls = [r["prior"]["kl_nats"] for r in (result, json.loads(plain))]
+    assert 0 < result["kl_prevented"] < 1 and result["kl_prevented"] == pytest.approx(1 - kls[0] / kls[1])
+    (line,) = (row for row in table.splitlines() if row.startswith("prior: KL of the plain adapter"))
+    assert line.split()[-1] == f"{100 * result['kl_prevented']:.1f}"
+
+
+def test_kls_over_other_outcomes_are_not_compared(
+    tmp_path: Path, tiny_model: Path, prior: Path, caches: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    line = ["--model", tiny_model, "--adapter", adapters["kl"]]
+    (tmp_path / "plain.json").write_text(json.dumps(found(*line, "--prior-cache", caches["prior"])))
+    live = [*line, "--prior", prior, "--max-length", 40, "--against", tmp_path / "plain.json"]
+    outcome = done("evaluate", *live, "--json")
+    assert json.loads(outcome.out)["kl_prevented"] is None
+    assert "The KL here is over the whole vocabulary, the plain adapter's over 259 alternatives" in outcome.err
+    again = found(*line, "--prior-cache", caches["prior"], "--against", tmp_path / "plain.json")
+    assert again["kl_prevented"] == 0
 
 
 def test_where_the_plain_adapter_did_not_drift_nothing_was_prevented(
@@ -147,8 +164,9 @@ def test_where_the_plain_adapter_did_not_drift_nothing_was_prevented(
     outcome = done("evaluate", *line, "--against", tmp_path / "plain.json", "--json")
     assert json.loads(outcome.out)["drift_prevented"] is None
     told = [line for line in outcome.err.splitlines() if "The samples are those" not in line]
-    assert told == ["The plain adapter did not drift on this text (-0.5 %): there was nothing to prevent."]
-    assert "plain adapter" not in done("evaluate", *line, "--against", tmp_path / "plain.json").out
+    assert told == ["The plain adapter's perplexity did not drift on this text (-0.5 %): none was prevented."]
+    assert json.loads(outcome.out)["kl_prevented"] == 0
+    assert "drift of the plain adapter" not in done("evaluate", *line, "--against", tmp_path / "plain.json").out
 
 
 def test_either_text_alone_will_do_and_one_sentence_says_what_it_came_to(
@@ -186,8 +204,18 @@ BAD_AGAINST: dict[str, tuple[int, Callable[[dict[str, Any]], str], str]] = {
     "not JSON": (1, lambda _: "before  after", "expected what `logitcache evaluate --json` prints"),
     "a list": (1, lambda _: "[]", "expected what `logitcache evaluate --json` prints"),
     "no prior text": (1, edited(lambda p: p.pop("prior")), "with prior text"),
-    "the base alone": (1, edited(lambda p: p["prior"].update(drift_percent=None)), "expected the drift of an adapter"),
-    "a word for a number": (1, edited(lambda p: p["prior"].update(drift_percent="9")), "the drift of an adapter"),
+    "the base alone": (
+        1,
+        edited(lambda p: p["prior"].update(drift_percent=None)),
+        "expected the drift and the KL of an adapter",
+    ),
+    "no KL": (1, edited(lambda p: p["prior"].update(kl_nats=None)), "expected the drift and the KL of an adapter"),
+    "half an alternative": (1, edited(lambda p: p["prior"].update(top_k=1.5)), "a number of alternatives at top_k"),
+    "a word for a number": (
+        1,
+        edited(lambda p: p["prior"].update(drift_percent="9")),
+        "the drift and the KL of an adapter",
+    ),
     "other prior text": (4, edited(lambda p: p["prior"].update(samples="0")), "another prior text"),
     "another base": (4, edited(lambda p: p["model"].update(weights="0")), "another base"),
 }

@@ -11,6 +11,7 @@ from support.cli_harness import done, refused
 from support.tiny_model import make_model, make_tokenizer
 from transformers import GenerationConfig
 
+from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
 from logitcache.errors import InvalidData, UnsupportedModel
@@ -142,3 +143,18 @@ def test_without_prompts_the_everyday_ones_are_answered(tiny_model: Path, tmp_pa
     rows = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 50 and all(row["kind"] and row["part"] in ("anchor", "test") for row in rows)
     assert f"{100 - len(rows)} of 100 answers were empty" in told.err or len(rows) == 100
+
+
+def test_the_verb_lets_an_adapter_answer(tiny_model: Path, tmp_path: Path, tokenizer: Any) -> None:
+    adapted = attach(make_model(), AdapterSettings(rank=4), str(tiny_model))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text("abc\n")
+    line = ("answers", "--model", tiny_model, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8)
+    done(*line, "--out", tmp_path / "base.jsonl")
+    done(*line, "--adapter", tmp_path / "adapter", "--out", tmp_path / "adapted.jsonl")
+    base, other = (json.loads((tmp_path / f"{name}.jsonl").read_text(encoding="utf-8")) for name in ("base", "adapted"))
+    (expected,) = answers_of(adapted, tokenizer, prompts_of("abc"), AnswerSettings(8)).answers
+    assert other["messages"][1]["content"] == expected.text != base["messages"][1]["content"]

@@ -1,7 +1,7 @@
 """The table of an evaluation: what it leads with, which text it names, and the sentence that it ends with."""
 
 from logitcache.evaluation.metrics import Comparison, Metrics
-from logitcache.evaluation.table import closing_sentence, evaluation_rows
+from logitcache.evaluation.table import closing_sentence, evaluation_rows, outcome_words
 
 BEFORE = Metrics(900, 4.0, 0.3)
 
@@ -42,7 +42,7 @@ def test_one_sentence_closes_the_table() -> None:
     assert both == f"Learnt 0.315 nats a token on new.jsonl; {forgot}; 3 of 200 first tokens changed."
     assert closing_sentence({"prior": prior}, texts) == f"F{forgot[1:]}; 3 of 200 first tokens changed."
     assert closing_sentence({"new": new}, texts) == "Learnt 0.315 nats a token on new.jsonl."
-    assert closing_sentence({"new": new}) == "Learnt 0.315 nats a token on new text."
+    assert outcome_words({"new": new}) == "learnt 0.315 nats a token on new text"
 
 
 def test_what_a_cache_leaves_open_is_told() -> None:
@@ -57,7 +57,7 @@ def test_what_a_cache_leaves_open_is_told() -> None:
 
 def test_the_base_alone_has_learnt_and_forgotten_nothing() -> None:
     alone = {"prior": Comparison(BEFORE, num_documents=200)}
-    assert closing_sentence(alone).startswith("The base alone was measured.")
+    assert closing_sentence(alone, {"prior": "prior.jsonl"}).startswith("The base alone was measured.")
     assert [row[0] for row in evaluation_rows(alone)[1:]] == [
         "prior: cross-entropy, nats a token",
         "prior: perplexity",

@@ -13,6 +13,7 @@ from support.sweep_folders import AXES, MASKED
 from logitcache.reports.pareto import (
     best_within,
     budgets_of,
+    by_cross_entropy,
     estimate,
     hypervolume,
     least_forgetting_at,
@@ -33,12 +34,14 @@ PRINTED_T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 
 """t(.975) as tables print it."""
 
 
-def held_out(before: float, after: float) -> HeldOut:
-    return HeldOut(100, before, after, math.exp(before), math.exp(after), 0.3, 0.4, 0.1, None, None, None)
+def held_out(before: float, after: float, kl: float) -> HeldOut:
+    return HeldOut(100, before, after, math.exp(before), math.exp(after), 0.3, 0.4, kl, 3.0, 0.9, 5, 60, None)
 
 
 def run(learning: float, forgetting: float, method: str = "a", finished: bool = True, **settings: object) -> Run:
-    outcome = RunOutcome(held_out(0.0, -learning), held_out(0.0, forgetting), 10.0, 50, 1000, 1)
+    """A run that forgets so much by its KL, and by its cross-entropy half as much less .1."""
+    prior = held_out(0.0, forgetting / 2 - 0.1, forgetting)
+    outcome = RunOutcome(held_out(0.0, -learning, 0.2), prior, 10.0, 50, 1000, 1)
     name = f"{method} {sorted(settings.items())}"
     status = "finished" if finished else "failed"
     return Run(name, method, {**AXES, **settings}, status, outcome if finished else None)  # type: ignore[dict-item]
@@ -97,7 +100,7 @@ def test_a_setting_is_everything_but_the_seed() -> None:
     assert [s.learning.mean for s in found] == pytest.approx([0.2, 0.5, 0.7])
     assert "seed" not in found[0].values
     assert found[0].mean(lambda o: o.seconds) == 10
-    assert found[0].mean(lambda o: o.prior.agreement) is None
+    assert found[0].mean(lambda o: o.prior.drift_percent) is None
 
 
 @given(POINTS)
@@ -162,7 +165,7 @@ def test_budgets_are_shares_of_what_plain_cross_entropy_forgets() -> None:
     runs = [run(0.1, 0.2, lr=1.0), run(0.2, 0.4, lr=2.0), run(0.1, 5.0, "kl", **MASKED)]
     runs.append(run(0.1, 8.0, "smooth", label_smoothing=0.1))
     found = budgets_of(settings_of(runs))
-    assert found.nats == pytest.approx((0, 0.02, 0.04, 0.1, 0.2, 0.4))
+    assert found.nats == pytest.approx((0.02, 0.04, 0.1, 0.2, 0.4))
     assert (found.largest, found.of_reference) == (0.4, True)
     without = budgets_of(settings_of(runs[2:]))
     assert (without.largest, without.of_reference) == (8.0, False)
@@ -186,6 +189,16 @@ def test_least_forgetting_at_a_learning_by_trying_all(points: list[tuple[float, 
     best = least_forgetting_at(settings_at(points), learning)
     enough = [(y, -x) for x, y in points if x >= learning]
     assert best is None if not enough else means([best]) == [(-min(enough)[1], min(enough)[0])]
+
+
+def test_the_same_by_cross_entropy_is_of_the_same_runs() -> None:
+    found = settings_of([run(0.5, 0.2, seed=0), run(0.3, 0.4, seed=1), run(0.2, 0.02, "kl", **MASKED)])
+    beside = by_cross_entropy(found)
+    assert [s.forgot for s in found] == [(0.2, 0.4), (0.02,)]
+    assert [s.forgot for s in beside] == [pytest.approx((0.0, 0.1)), pytest.approx((-0.09,))]
+    for one, other in zip(found, beside, strict=True):
+        assert other.forgetting == one.ce_rise == other.ce_rise == estimate(other.forgot)
+        assert (other.runs, other.outcomes, other.learning) == (one.runs, one.outcomes, one.learning)
 
 
 def test_what_stands_for_a_method() -> None:

@@ -38,7 +38,10 @@ def test_everything_of_a_run_is_read(folder: Path) -> None:
         outcome = run.outcome
         assert outcome is not None
         assert outcome.learning == told["new"]["before"]["ce_nats"] - told["new"]["after"]["ce_nats"]
-        assert outcome.forgetting == told["prior"]["after"]["ce_nats"] - told["prior"]["before"]["ce_nats"]
+        assert outcome.forgetting == told["prior"]["kl_nats"]
+        assert outcome.prior.ce_rise == told["prior"]["after"]["ce_nats"] - told["prior"]["before"]["ce_nats"]
+        assert outcome.prior.num_first_changed == told["prior"]["num_first_changed"]
+        assert outcome.prior.num_documents == told["prior"]["num_documents"] == 60
         assert outcome.prior.perplexity_after == told["prior"]["after"]["perplexity"]
         assert outcome.prior.drift_percent == told["prior"]["drift_percent"]
         assert outcome.new.kl_nats == told["new"]["kl_nats"]
@@ -62,15 +65,10 @@ def test_statuses(folder: Path) -> None:
     assert sum(run.status == "finished" for run in by_name.values()) == 14 == len(read_sweep(folder).finished)
 
 
-def test_what_was_not_measured_is_none(folder: Path) -> None:
-    def strip(told: dict[str, Any]) -> None:
-        for name in ("base_ce_nats", "agreement", "drift_percent", "intervals"):
-            told["prior"].pop(name)
-
-    edit_sealed(folder / FIRST / "result.json", strip)
+def test_a_drift_beyond_the_range_of_a_float_is_none(folder: Path) -> None:
+    edit_sealed(folder / FIRST / "result.json", lambda told: told["prior"].update(drift_percent=None))
     outcome = read_sweep(folder).runs[0].outcome
-    assert outcome is not None
-    assert (outcome.prior.base_ce_nats, outcome.prior.agreement, outcome.prior.drift_percent) == (None, None, None)
+    assert outcome is not None and outcome.prior.drift_percent is None
 
 
 def test_a_line_that_is_being_written_is_not_damage(folder: Path) -> None:
@@ -120,7 +118,7 @@ RESULT, LOG = f"{FIRST}/result.json", f"{FIRST}/train_log.jsonl"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "sweep.json is half-written": (text("sweep.json", '{"format": 1, '), "sweep.json: expected a JSON object"),
     "sweep.json is a list": (text("sweep.json", "[]"), "expected a JSON object"),
-    "another format": (set_value("sweep.json", "format", to=2), "expected 1 at format, found 2"),
+    "another format": (set_value("sweep.json", "format", to=1), "expected 2 at format, found 1"),
     "no runs": (set_value("sweep.json", "runs", to=None), "expected a list of objects at runs"),
     "a run that is no object": (set_value("sweep.json", "runs", to=[3]), "expected a list of objects at runs"),
     "a method twice": (set_value("sweep.json", "methods", to=["a", "a"]), "expected each name once"),
@@ -141,6 +139,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "result.json is half-written": (text(RESULT, '{"name": "m0'), "result.json: expected a JSON object"),
     "no number": (set_value(RESULT, "new", "after", "ce_nats", to="low"), "a finite number at new.after.ce_nats"),
     "NaN": (set_value(RESULT, "new", "after", "ce_nats", to=math.nan), "at new.after.ce_nats, found nan"),
+    "no KL": (set_value(RESULT, "prior", "kl_nats", to=None), "a finite number at prior.kl_nats"),
+    "more first tokens than documents": (
+        set_value(RESULT, "prior", "num_first_changed", to=61),
+        "expected at most the 60 documents at prior.num_first_changed",
+    ),
+    "other documents": (set_value(RESULT, "prior", "num_documents", to=61), "do not compare"),
     "infinite": (set_value(RESULT, "prior", "kl_nats", to=math.inf), "at prior.kl_nats, found inf"),
     "too large a number": (set_value(RESULT, "seconds", to=10**400), "a finite number at seconds"),
     "true for a number": (set_value(RESULT, "seconds", to=True), "a finite number at seconds, found True"),
@@ -202,7 +206,13 @@ def test_csv_has_a_row_a_run_and_every_number_in_full(folder: Path, tmp_path: Pa
         else:
             assert float(row["learning_nats"]) == run.outcome.learning
             assert float(row["prior_perplexity_after"]) == run.outcome.prior.perplexity_after
-            assert float(row["prior_ce_after_nats"]) - float(row["prior_ce_before_nats"]) == run.outcome.forgetting
+            assert float(row["forgetting_nats"]) == run.outcome.forgetting == run.outcome.prior.kl_nats
+            rise = float(row["prior_ce_after_nats"]) - float(row["prior_ce_before_nats"])
+            assert float(row["prior_ce_rise_nats"]) == rise
+            assert (row["prior_first_changed"], row["prior_documents"]) == (
+                str(run.outcome.prior.num_first_changed),
+                "60",
+            )
 
 
 def test_csv_keeps_any_text(folder: Path, tmp_path: Path) -> None:
@@ -220,4 +230,4 @@ def test_text_is_no_formula_and_numbers_stay_numbers(tmp_path: Path, name: str) 
     write_csv(read_sweep(tmp_path), tmp_path / "results.csv")
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines())
     assert row["method"] == f"'{name.strip()}"
-    assert float(row["learning_nats"]) < 0 and float(row["forgetting_nats"]) < 0
+    assert float(row["learning_nats"]) < 0

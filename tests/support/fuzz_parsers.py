@@ -347,7 +347,7 @@ ROWS = b"""{"text": "Some text."}
 
 EVALUATION = {
     "model": {"name": "base", "weights": "0" * 32, "config": "1" * 32},
-    "prior": {"samples": "2" * 32, "drift_percent": 3.5, "before": {"ce_nats": 3.0}},
+    "prior": {"samples": "2" * 32, "drift_percent": 3.5, "kl_nats": 0.25, "top_k": 64, "before": {"ce_nats": 3.0}},
 }
 
 YAML_BOMBS = [
@@ -411,7 +411,9 @@ def _of_users(folder: Path) -> Iterator[Parser]:
 
     def evaluation(changed: bytes) -> None:
         card.write_bytes(changed)
-        assert read_plain(card).percent == float(json.loads(changed)["prior"]["drift_percent"])
+        found, prior = read_plain(card), json.loads(changed)["prior"]
+        assert (found.percent, found.kl_nats) == (float(prior["drift_percent"]), float(prior["kl_nats"]))
+        assert found.top_k == prior["top_k"]
 
     change = inputs.of_json(inputs.plain_json(EVALUATION), EVALUATION, inputs.plain_json)
     yield Parser("evaluation, --against", change, evaluation, PLAIN_BOMBS, 0.6)

@@ -89,6 +89,8 @@ def test_every_run_is_there_with_what_it_came_to(swept: Path, inputs: dict[str, 
             assert result[text]["before"]["ce_nats"] == pytest.approx(expected.before.ce_nats, abs=1e-5)
             assert result[text]["after"]["ce_nats"] == pytest.approx(expected.after.ce_nats, abs=1e-5)
             assert result[text]["kl_nats"] == pytest.approx(expected.kl_nats, abs=1e-5)  # 256 of 259 alternatives
+            assert result[text]["num_first_changed"] == expected.num_first_changed
+            assert result[text]["num_documents"] == len(held_out)
         assert result["num_steps"] == 2
         assert not (swept / "runs" / name / "checkpoints").exists()
     masked = [r for r in results(swept).values() if r["method"] == "masked"]
