@@ -25,7 +25,8 @@ SLOW = {
         *(
             "adapters/",
             "cli/",
-            "demo/",
+            "demo/test_demo",
+            "demo/test_real",
             "losses/test_loss_adversarial",
             "losses/test_tails",
             "models/test_quantization",
