@@ -27,6 +27,7 @@ _HOMES = {
     "CachedLoss": "training.custom_loop",
     "CaptureSettings": "capture.settings",
     "CorruptCache": "storage",
+    "DataSettings": "data.settings",
     "FolderInUse": "errors",
     "IdentityMismatch": "storage",
     "IncompleteCache": "storage",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .adapters.settings import AdapterSettings as AdapterSettings
     from .capture.settings import CaptureSettings as CaptureSettings
     from .capture.worker import precompute as precompute
+    from .data.settings import DataSettings as DataSettings
     from .errors import FolderInUse as FolderInUse
     from .errors import InputNotFound as InputNotFound
     from .errors import InvalidData as InvalidData

@@ -29,6 +29,15 @@ class WindowPlanned(Event):
 
 
 @dataclass(frozen=True)
+class DataNoted(Event):
+    """Something about how the rows are read that the user should know; each once a worker."""
+
+    name: ClassVar[str] = "data-note"
+    #: A sentence.
+    note: str
+
+
+@dataclass(frozen=True)
 class ShardCommitted(Event):
     """A shard is in the cache."""
 

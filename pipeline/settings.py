@@ -73,7 +73,7 @@ class Setting:
 
     owner: type["Settings"]
     name: str
-    #: bool, int, float, str, or another class.
+    #: bool, int, float, str, tuple (of texts), or another class.
     kind: type
     #: Whether it may be None.
     optional: bool
@@ -100,6 +100,7 @@ class Setting:
             what = f"one of {', '.join(self.choices)}"
         else:
             noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+            noun[tuple] = "a text, or several in a list"
             what = noun.get(self.kind, f"a {self.kind.__name__}") + self._bounds()
         return f"{what}, or None" if self.optional else what
 
@@ -120,6 +121,8 @@ class Setting:
             found = int(value)
         elif self.kind is str and isinstance(value, (str, os.PathLike)):
             found = os.fspath(value)
+        elif self.kind is tuple:
+            found = self._texts(value)
         elif self.kind not in (int, float, str) and isinstance(value, self.kind):
             found = value
         else:
@@ -129,6 +132,13 @@ class Setting:
         if self.kind in (int, float) and not self._within(found):
             raise self._wrong(value)
         return value if isinstance(value, Derived) else found
+
+    def _texts(self, value: object) -> tuple[str, ...]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        texts = tuple(os.fspath(text) for text in values if isinstance(text, (str, os.PathLike)))
+        if not texts or len(texts) < len(values):
+            raise self._wrong(value)
+        return texts
 
     def _within(self, number: float) -> bool:
         said = self.option or Option("")
@@ -250,7 +260,8 @@ def _kind_of(hint: Any) -> tuple[type, bool]:
     optional = get_origin(hint) in (Union, types.UnionType)
     if optional:
         (hint,) = (part for part in get_args(hint) if part is not type(None))
-    return (str if get_origin(hint) is Literal else hint), optional
+    origin = get_origin(hint)
+    return (str if origin is Literal else tuple if origin is tuple else hint), optional
 
 
 def _choices_of(hint: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:

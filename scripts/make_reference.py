@@ -11,6 +11,7 @@ import click
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
 from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli
+from logitcache.data.settings import DataSettings
 from logitcache.evaluation.settings import AnswerSettings
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
@@ -22,7 +23,8 @@ from logitcache.training.settings import PenaltySettings, RunSettings, TrainSett
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
     *(Objective, PenaltySettings, AdapterSettings, TrainSettings, PairingRules, LoadSettings, RunSettings),
-    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ProbeSettings),
+    *(DataSettings, CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings),
+    *(ProbeSettings,),
 )
 
 HEAD = """# Reference

@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from logitcache.adapters.attach import AdapterSettings, attach, save, save_start
 from logitcache.data.batches import pad_samples
-from logitcache.data.rows import IGNORED
+from logitcache.data.files import IGNORED
 from logitcache.demo.run import DemoSettings
 from logitcache.evaluation.compare import compare, load_adapter
 from logitcache.losses.formulas import Objective

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from logitcache.data.samples import Sample, check_samples_left
+from logitcache.events import OnEvent
 from logitcache.storage import CachedSample
 from logitcache.storage.encoding import encode, sample_table
 from logitcache.storage.records import concatenate
@@ -45,11 +46,13 @@ class Estimate:
         return self.planned.num_tokens / self.tokens_per_second / 3600
 
 
-def estimate(spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = None) -> Estimate:
+def estimate(
+    spec: JobSpec, loaded: Loaded, tokens_per_second: float | None = None, on_event: OnEvent = lambda _: None
+) -> Estimate:
     """The plan of a whole job, and what it costs. tokens_per_second: of a worker elsewhere; None: measure it here."""
     planned = Counts()
     first: list[Sequence[Sample]] = []
-    for _, found, plan in plans(spec, loaded, Share()):
+    for _, found, plan in plans(spec, loaded, Share(), on_event):
         planned += count(found, plan)
         if not first and plan.shards:
             first = _spread([batch for shard in plan.shards for batch in shard])

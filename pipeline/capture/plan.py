@@ -54,6 +54,8 @@ class Counts:
     num_truncated: int = 0
     num_tokens_cut: int = 0
     num_without_labels: int = 0
+    num_unlabelled: int = 0
+    num_skipped: int = 0
     num_samples: int = 0
     num_tokens: int = 0
     num_positions: int = 0
@@ -66,8 +68,9 @@ class Counts:
 
 def count(found: SampleSet, plan: Plan) -> Counts:
     """Of rows that were read, and a plan of some or all of their samples."""
-    rows = (found.num_rows, found.num_truncated, found.num_tokens_cut, found.num_without_labels)
-    return Counts(*rows, plan.num_samples, plan.num_tokens, plan.num_positions, len(plan.shards))
+    rows = (found.num_rows, found.num_truncated, found.num_tokens_cut)
+    left_out = (found.num_without_labels, found.num_unlabelled, len(found.skipped))
+    return Counts(*rows, *left_out, plan.num_samples, plan.num_tokens, plan.num_positions, len(plan.shards))
 
 
 def make_plan(samples: Sequence[Sample], settings: CaptureSettings) -> Plan:
@@ -109,7 +112,7 @@ def check_template(where: str, held: frozenset[str], plan: Plan) -> None:
         raise IdentityMismatch(
             f"adding chats to those of {where}: chat_template: {min(ours - held)} here, {min(held)} there. The same "
             "chats are other samples with another template, and both would be learnt. None of them was written. Choose "
-            "another folder, or use the tokenizer with the template of that cache."
+            "another folder, or use the tokenizer, --chat-template and --chat-template-kwargs of that cache."
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import Settings, option, required
@@ -125,14 +126,17 @@ class JobSpec(Settings):
     """What a precompute job is, in plain values that any process can be told."""
 
     model: str = required("Base model: a local folder or a hub id.", metavar="M")
-    data: str = required("JSONL or Parquet file, a folder or a URL of them, or a hub data set id.", metavar="D")
+    data: tuple[str, ...] = required(
+        "JSONL or Parquet file, a folder or a URL of them, or a hub data set id; again for more.", metavar="D"
+    )
     cache: str = required("Cache to fill: a folder, or a URL such as s3://b/c.", metavar="DIR")
     #: What is kept of each position, and how the work is cut.
     settings: CaptureSettings = field(default_factory=CaptureSettings)
     #: How the base is held.
     loading: LoadSettings = field(default_factory=LoadSettings)
+    #: How the rows are found, read and rendered.
+    how: DataSettings = field(default_factory=DataSettings)
     window_rows: int = option(16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1)
-    streaming: bool = option(False, "Read a hub data set as it comes, and keep nothing of it on the disk.")
     engine: Engine = option(
         "transformers",
         "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
@@ -147,8 +151,9 @@ class JobSpec(Settings):
 
     @property
     def name(self) -> str:
-        """What the data set is called in the cache."""
-        return name_of(self.data_name or self.data)
+        """What the data set is called in the cache; another split of the same data is another data set."""
+        part = ", ".join(filter(None, (self.how.config_name, self.how.split)))
+        return name_of(self.data_name or " + ".join(self.data) + (f" ({part})" if part else ""))
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for what the engine does not have."""

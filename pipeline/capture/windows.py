@@ -10,8 +10,11 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.data.rows import Wanted, count_rows, read_windows, sizes_of
+from logitcache.data.files import Wanted
+from logitcache.data.places import Named, OnMessage
+from logitcache.data.rows import count_rows, read_windows, sizes_of
 from logitcache.data.samples import Sample, SampleSet, read_samples
+from logitcache.data.settings import DataSettings
 from logitcache.data.tokenize import check_row_tokens
 from logitcache.errors import InvalidData
 
@@ -19,8 +22,11 @@ from logitcache.errors import InvalidData
 class Data(Protocol):
     """Where a job's samples come from."""
 
-    def windows(self, num_rows: int, wanted: Wanted = ...) -> Iterator[tuple[int, SampleSet]]:
-        """Number and samples of every wanted window of num_rows rows; the last one has what is left."""
+    def windows(
+        self, num_rows: int, wanted: Wanted = ..., on_message: OnMessage = ...
+    ) -> Iterator[tuple[int, SampleSet]]:
+        """Number and samples of every wanted window of num_rows rows; the last one has what is left. on_message is told
+        what a person should know of the data."""
         ...
 
     def count(self) -> int | None:
@@ -34,26 +40,28 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set by its name, as `read_windows` takes it. Raises as that does, and `InvalidData`, naming the row."""
+    """Data by their names, as `read_windows` takes it. Raises as that does, and `InvalidData`, naming the row."""
 
-    name: str
-    streaming: bool
+    names: Named
+    how: DataSettings
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
     vocab_size: int
 
-    def windows(self, num_rows: int, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, SampleSet]]:
+    def windows(
+        self, num_rows: int, wanted: Wanted = lambda _: True, on_message: OnMessage = lambda _: None
+    ) -> Iterator[tuple[int, SampleSet]]:
         """Parsed and tokenized where they are wanted only."""
-        for window in read_windows(self.name, num_rows, wanted, self.streaming):
-            yield window.number, read_samples(window.rows, self.tokenizer, self.max_length, self.vocab_size)
+        for window in read_windows(self.names, num_rows, wanted, self.how, on_message):
+            yield window.number, read_samples(window.rows, self.tokenizer, self.max_length, self.vocab_size, self.how)
 
     def count(self) -> int | None:
         """None for what is large, at a URL or of the hub."""
-        return count_rows(self.name)
+        return count_rows(self.names, self.how)
 
     def sizes(self) -> list[list[str | int]]:
         """Of the files; of the hub, its id."""
-        return sizes_of(self.name)
+        return sizes_of(self.names, self.how)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,12 @@ class Samples:
     max_length: int
     vocab_size: int
 
-    def windows(self, num_rows: int, wanted: Wanted = lambda _: True) -> Iterator[tuple[int, SampleSet]]:
+    def windows(
+        self,
+        num_rows: int,
+        wanted: Wanted = lambda _: True,
+        on_message: OnMessage = lambda _: None,
+    ) -> Iterator[tuple[int, SampleSet]]:
         """Slices of them."""
         for number, start in enumerate(range(0, len(self.samples), num_rows)):
             if wanted(number):
@@ -86,6 +99,11 @@ class Samples:
                     f"{len(sample.token_ids)}. The cache would say that its samples are no longer than that. Cut the "
                     "sample, or use a larger max_length."
                 )
-            check_row_tokens(sample.token_ids.astype("int64"), sample.supervised, self.vocab_size, sample.origin)
+            check_row_tokens(sample.token_ids.astype("int64"), self.vocab_size, sample.origin)
+            if not len(sample.positions):
+                raise InvalidData(
+                    f"reading {sample.origin}: no supervised token ({len(sample.token_ids)} tokens; the first is never "
+                    "a label). Leave the sample out."
+                )
         cut = [sample.num_tokens_cut for sample in samples if sample.num_tokens_cut]
         return SampleSet(list(samples), len(samples), len(cut), sum(cut), 0)

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import gcd
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
+from logitcache.data.places import Named, are_names, names_of
 from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
+from logitcache.data.settings import DataSettings
+from logitcache.data.skipped import list_skipped, listed_beside
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
-from logitcache.events import Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
+from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.same_base import config_differences
@@ -117,18 +121,20 @@ class JobReport:
     part: Runs | None = field(default=None, compare=False, repr=False)
     #: Digest of what workers of one job agree on.
     job: str = field(default="", compare=False, repr=False)
+    #: Where rows that were skipped are listed.
+    skipped_files: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 def precompute(
     model: str | Path | Base,
-    data: str | Path | Sequence[Sample],
+    data: Named | Sequence[Sample],
     cache: str | Path,
     settings: CaptureSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     loading: LoadSettings | None = None,
     window_rows: int = WINDOW_ROWS,
-    streaming: bool = False,
+    how: DataSettings | None = None,
     data_name: str = "",
     samples_from: str | Path = "",
     engine: Engine = "transformers",
@@ -139,10 +145,10 @@ def precompute(
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
     model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
-    or hub id, or samples in memory. tokenizer: None is the one beside the model, if there is one. The others: as of
-    `JobSpec`. Called again, it goes on where it stopped; a finished cache gains what it lacks. Which samples the data
-    have, and at which positions, is kept in the cache under data_name, in place of what was there: by default the path
-    as given, or `samples in memory`.
+    or hub id, several of them, or samples in memory. tokenizer: None is the one beside the model, if there is one.
+    how: which rows of the data, and what of a chat is learnt. The others: as of `JobSpec`. Called again, it goes on
+    where it stopped; a finished cache gains what it lacks. Which samples the data have, and at which positions, is kept
+    in the cache under data_name, in place of what was there: by default the path as given, or `samples in memory`.
 
     With a model that is divided over processes, all must call this; the leader's report counts and the others' is
     empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
@@ -151,15 +157,16 @@ def precompute(
     base = model if isinstance(model, Base) else None
     if base is not None and (loading is not None or engine != TRANSFORMERS):
         raise InvalidSettings("loading, engine: the base is loaded already. Leave them out.")
-    samples = None if isinstance(data, (str, Path)) else data
+    names = names_of(data) if are_names(data) else (IN_MEMORY,)
+    samples = None if are_names(data) else cast(Sequence[Sample], data)
     spec = JobSpec(
         str(model) if base is None else base.source.name,
-        str(data) if samples is None else IN_MEMORY,
+        names,
         str(cache),
         settings or CaptureSettings(),
         loading or LoadSettings(),
+        how or DataSettings(),
         window_rows=window_rows,
-        streaming=streaming,
         engine=engine,
         calibration=str(calibration),
         data_name=data_name,
@@ -217,9 +224,13 @@ Planned = tuple[int, SampleSet, Plan]
 """Number, samples and plan of a window."""
 
 
-def plans(spec: JobSpec, loaded: Loaded, share: Share) -> Iterator[Planned]:
+def plans(spec: JobSpec, loaded: Loaded, share: Share, on_event: OnEvent = lambda _: None) -> Iterator[Planned]:
     """Every window that may hold a unit of this share."""
-    for number, found in data_of(spec, loaded).windows(spec.window_rows, share.has_window):
+
+    def tell(sentence: str) -> None:
+        on_event(DataNoted(sentence))
+
+    for number, found in data_of(spec, loaded).windows(spec.window_rows, share.has_window, tell):
         yield number, found, make_plan(found.samples, spec.settings)
 
 
@@ -227,7 +238,7 @@ def data_of(spec: JobSpec, loaded: Loaded) -> Data:
     """The data of a job, by their name or in memory."""
     max_length, vocab_size = spec.settings.max_length, loaded.cache_spec.manifest.model.vocab_size
     if loaded.samples is None:
-        return Rows(spec.data, spec.streaming, loaded.tokenizer, max_length, vocab_size)
+        return Rows(spec.data, spec.how, loaded.tokenizer, max_length, vocab_size)
     return Samples(loaded.samples, max_length, vocab_size)
 
 
@@ -244,11 +255,11 @@ def work(
     computed. What was committed before stays, and the same call goes on from there.
     """
     share = share or Share()
-    windows = plans(spec, loaded, share)
+    windows = plans(spec, loaded, share, on_event)
     first = next(windows, None)  # a broken row at the start is told before anything is written
     if share.num == 1 and (first is None or first[1].num_rows < spec.window_rows):
         rows, samples = (0, 0) if first is None else (first[1].num_rows, len(first[1].samples))
-        check_samples_left(rows, samples, spec.settings.max_length)
+        check_samples_left(rows, samples, spec.settings.max_length, () if first is None else first[1].skipped)
     num_windows = _num_windows(spec, loaded)
     if first is not None:
         _check_length(loaded, first[2])
@@ -286,10 +297,10 @@ def _num_windows(spec: JobSpec, loaded: Loaded) -> int | None:
 
 
 def _job_of(spec: JobSpec, loaded: Loaded) -> str:
-    """What the workers of one job agree on: the data and their name, and how they are cut into units."""
+    """What the workers of one job agree on: the data, their name, how they are read and how they are cut into units."""
     kept = spec.settings
     cut = (kept.max_length, kept.batch_tokens, kept.shard_positions, spec.window_rows, kept.kl_positions)
-    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut)])
+    return job_digest(spec.name, [data_of(spec, loaded).sizes(), list(cut), spec.how.determining()])
 
 
 def _check_length(loaded: Loaded, plan: Plan) -> None:
@@ -325,6 +336,9 @@ class _Worker:
         self._spec, self._loaded, self._share = spec, loaded, share
         self._writer, self._progress, self._on_event = writer, progress, on_event
         self._other, self._job = other, ""
+        part = f".{share.index}-of-{share.num}" if share.num > 1 else ""
+        self._how = listed_beside(spec.how, spec.cache, part)
+        self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
         self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
@@ -357,6 +371,7 @@ class _Worker:
             self._finalize(),
             self._part,
             self._job,
+            (self._how.skipped_file,) if self._planned.num_skipped else (),
         )
 
     @property
@@ -393,7 +408,13 @@ class _Worker:
         check_template(self._spec.cache, self._writer.chat_templates, mine)
         missing = without_captured(mine, captured)
         self._parts.append(_runs(found, mine))
+        if found.skipped:
+            list_skipped(self._how, found.skipped, more=self._planned.num_skipped > 0)
         self._planned += count(found, mine)
+        for note in dict.fromkeys(found.notes):
+            if note not in self._noted:
+                self._on_event(DataNoted(note))
+        self._noted.update(found.notes)
         self._num_found += mine.num_samples - missing.num_samples
         self._on_event(WindowPlanned(window, mine.num_tokens, missing.num_tokens))
         if self._other is not None:

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import CachePath, batch_options, config_option, model_option, quiet_libraries, runtime_options, say
+from logitcache.data.settings import DataSettings
+
+from .common import (
+    CachePath,
+    batch_options,
+    config_option,
+    data_option,
+    model_option,
+    note,
+    quiet_libraries,
+    runtime_options,
+    say,
+)
+from .options import check_has_rows, options_of, settings_from
 
 if TYPE_CHECKING:
     from logitcache.capture.calibration import Calibration, HeldRecords, Run
@@ -19,7 +32,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Compare another engine with transformers before a cache is made by it.")
 @config_option
 @model_option
-@click.option("--data", metavar="D", help="Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
+@data_option("Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
 @click.option(
     "--engine",
     type=click.Choice(["vllm", "transformers"]),
@@ -50,6 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
 )
+@options_of(DataSettings)
 @batch_options
 @runtime_options
 @click.option(
@@ -62,7 +76,7 @@ if TYPE_CHECKING:
 )
 def calibrate(
     model: str,
-    data: str | None,
+    data: tuple[str, ...] | None,
     engine: str,
     engine_dtype: str | None,
     engine_attention: str | None,
@@ -74,16 +88,20 @@ def calibrate(
     dtype: str,
     device: str,
     out: Path,
+    **values: Any,
 ) -> None:
     """Run an engine and transformers over the same samples, print by how much they differ, and refuse an engine that
     differs by more than noise. The reference runs in --dtype.
     """
     if (data is None) == (cache is None):
         raise click.UsageError("give either --data, to run an engine on, or --cache, to compare what it holds.")
+    if data is None:
+        check_has_rows(click.get_current_context(), "--data")
     if engine == "vllm" and engine_attention:
         raise click.UsageError("--engine-attention is of --engine transformers; vLLM chooses its own.")
     if not out.parent.is_dir():
         raise click.UsageError(f"--out {out}: {out.parent} is no folder.")
+    how = settings_from(DataSettings, values)
     quiet_libraries()
     import torch
 
@@ -91,6 +109,7 @@ def calibrate(
     from logitcache.capture.engines.vllm import vllm_version
     from logitcache.capture.settings import CaptureSettings
     from logitcache.capture.teacher import TransformersTeacher
+    from logitcache.data.skipped import listed_beside
     from logitcache.models.head import check_head, check_length
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
@@ -104,7 +123,9 @@ def calibrate(
         job.check_cache(held, base, tokenizer)
         chosen, top_k = held.samples, held.cache.manifest.capture.top_k
     else:
-        chosen = _chosen(str(data), tokenizer, max_length, base.identity.vocab_size, num_positions)
+        chosen = _chosen(
+            data or (), listed_beside(how, str(out)), tokenizer, max_length, base.identity.vocab_size, num_positions
+        )
     check_head(base.model)
     check_length(base.model, max(len(sample.token_ids) for sample in chosen))
     CaptureSettings(top_k=top_k).check_vocabulary(base.identity.vocab_size)
@@ -134,12 +155,15 @@ def _held(path: str, num_positions: int) -> "HeldRecords":
     return choose_cached(LogitCache.open(path), num_positions)
 
 
-def _chosen(data: str, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int) -> "list[Sample]":
+def _chosen(
+    data: tuple[str, ...], how: DataSettings, tokenizer: Any, max_length: int, vocab_size: int, num_positions: int
+) -> "list[Sample]":
     from logitcache.capture.calibration import choose
     from logitcache.data.rows import read_rows
     from logitcache.pairing.samples import samples_for
 
-    return choose(samples_for(read_rows(data), None, tokenizer, vocab_size, max_length), num_positions, data)
+    samples = samples_for(read_rows(data, how, note), None, tokenizer, vocab_size, max_length, note, how)
+    return choose(samples, num_positions, ", ".join(data))
 
 
 def _start(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.storage.plain_text import without_secrets
 
 from .common import (
@@ -18,6 +19,7 @@ from .common import (
     batch_options,
     check_device_map,
     config_option,
+    data_option,
     device_map_option,
     model_option,
     note,
@@ -27,12 +29,12 @@ from .common import (
     say_lines,
     token_bar,
 )
-from .options import was_given
+from .options import check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from logitcache.data.rows import Row
+    from logitcache.data.rows import NamedRows
     from logitcache.data.samples import Sample
     from logitcache.evaluation.against import PlainDrift
     from logitcache.evaluation.compare import Comparison
@@ -47,8 +49,9 @@ class _Side:
     """New or prior text: its rows, and the cache that stands for the base; one of them, or both."""
 
     name: str
-    rows: "Iterator[tuple[str, Row]] | None"
+    rows: "NamedRows | None"
     cache: "LogitCache | None"
+    how: DataSettings
     view: "CacheView | None" = None
 
 
@@ -58,11 +61,9 @@ class _Side:
 @click.option(
     "--adapter", metavar="DIR", help="Folder of the trained adapter, or model; without it only the base is measured."
 )
-@click.option("--data", metavar="NEW", help="Held-out text of the new task; by default the samples of --new-cache.")
-@click.option(
-    "--prior",
-    metavar="PRIOR",
-    help="Text of what the base knew, to measure forgetting; by default the samples of --prior-cache.",
+@data_option("Held-out text of the new task; by default the samples of --new-cache.", metavar="NEW")
+@data_option(
+    "Text of what the base knew, to measure forgetting; by default the samples of --prior-cache.", "prior", "PRIOR"
 )
 @click.option(
     "--new-cache", type=CachePath(), metavar="DIR", help="Cache of the new text, to stand for the base: it is not run."
@@ -85,6 +86,7 @@ class _Side:
     metavar="DIR",
     help="Folder with YAML files of tasks of your own.",
 )
+@options_of(DataSettings)
 @batch_options
 @device_map_option
 @runtime_options
@@ -92,8 +94,8 @@ class _Side:
 def evaluate(
     model: str,
     adapter: str | None,
-    data: str | None,
-    prior: str | None,
+    data: tuple[str, ...] | None,
+    prior: tuple[str, ...] | None,
     new_cache: str | None,
     prior_cache: str | None,
     against: Path | None,
@@ -105,6 +107,7 @@ def evaluate(
     dtype: str,
     device: str,
     as_json: bool,
+    **values: Any,
 ) -> None:
     """Measure base and adapted model on prior text (forgetting), on new text (learning), or both, in one table.
 
@@ -114,24 +117,25 @@ def evaluate(
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     given = {"prior": (prior, prior_cache), "new": (data, new_cache)}
+    how = settings_from(DataSettings, values)
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
     from logitcache.adapters.reloadable import check_reloadable
-    from logitcache.data.rows import read_rows
+    from logitcache.data.places import settings_for
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
     from logitcache.evaluation.metrics import finite_or_none
     from logitcache.evaluation.table import closing_sentence, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
-    from logitcache.storage import LogitCache
 
     if names:
         check_harness()
     source, where = find_model(model), pick_device(device)
     tokenizer = load_tokenizer(source)
+    hows = settings_for({name: text for name, (text, _) in given.items()}, how)
     sides = [
-        _Side(name, None if text is None else read_rows(text), None if cache is None else LogitCache.open(cache))
+        _side(name, text, hows.get(name, how), cache)
         for name, (text, cache) in given.items()
         if (text, cache) != (None, None)
     ]
@@ -140,7 +144,7 @@ def evaluate(
     if adapter is not None:
         check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
-    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer)) for s in sides]
+    sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer, how)) for s in sides]
     for side in sides:
         if side.cache is not None:
             _tell_dtype(side, base)
@@ -188,7 +192,7 @@ def evaluate(
 
 def _check_usage(
     adapter: str | None,
-    given: dict[str, tuple[str | None, str | None]],
+    given: dict[str, tuple[tuple[str, ...] | None, str | None]],
     against: Path | None,
     tasks: str | None,
     names: list[str],
@@ -202,6 +206,8 @@ def _check_usage(
     for name, (_, cache) in given.items():
         if cache is not None and adapter is None:
             raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
+    if all(text is None for text, _ in given.values()):
+        check_has_rows(click.get_current_context(), "--data or --prior", OF_TEMPLATE)
     if against is not None and (adapter is None or given["prior"] == (None, None)):
         raise click.UsageError("--against compares the drift of two adapters on prior text: give --adapter and it.")
     if tasks is not None and not names:
@@ -210,23 +216,40 @@ def _check_usage(
         raise click.UsageError("--tasks-path is where --tasks are looked up. Give --tasks.")
 
 
+def _side(name: str, text: tuple[str, ...] | None, how: DataSettings, cache: str | None) -> _Side:
+    from logitcache.data.rows import read_rows
+    from logitcache.data.skipped import listed_beside
+    from logitcache.storage import LogitCache
+
+    how = listed_beside(how, f"evaluate-{name}")
+    rows = None if text is None else read_rows(text, how, lambda sentence: note(f"{name}: {sentence}"))
+    return _Side(name, rows, None if cache is None else LogitCache.open(cache), how)
+
+
 def _samples_of(
-    side: _Side, base: "Base", tokenizer: "PreTrainedTokenizerBase | None", max_length: int | None
+    side: _Side,
+    base: "Base",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    max_length: int | None,
 ) -> "list[Sample]":
     from logitcache.pairing.samples import samples_for
 
     def say(sentence: str) -> None:
         note(f"{side.name}: {sentence}")
 
-    return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say)
+    return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say, side.how)
 
 
-def _text_name(text: str | None, cache: str | None) -> str:
-    """What a text is called: the last part of its path, or a hub id as it is."""
-    given = str(text if text is not None else cache)
+def _text_name(text: tuple[str, ...] | None, cache: str | None) -> str:
+    """What a text is called: the last parts of its paths, or hub ids as they are."""
+    if text is not None:
+        return " + ".join(map(_last_part, text))
+    return f"the cache {_last_part(str(cache))}"
+
+
+def _last_part(given: str) -> str:
     name = without_secrets(given)
-    last = Path(name).name if "://" in name or Path(given).exists() else name
-    return last if text is not None else f"the cache {last}"
+    return Path(name).name if "://" in name or Path(given).exists() else name
 
 
 def _tell_dtype(side: _Side, base: "Base") -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import click
 
 from logitcache.adapters.settings import NullSpaceSettings
+from logitcache.data.settings import DataSettings
 
 from .common import (
     config_option,
+    data_option,
     model_option,
     note,
     quiet_libraries,
@@ -22,30 +24,33 @@ from .options import options_of, settings_from
 @click.command(short_help="Find the input directions that a model leaves unused, for lora-null.")
 @config_option
 @model_option
-@click.option("--data", required=True, metavar="D", help="Calibration text: what the model must not forget.")
+@data_option("Calibration text: what the model must not forget.", required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the result.")
 @options_of(NullSpaceSettings)
+@options_of(DataSettings)
 @runtime_options
-def nullspace(model: str, data: str, out: Path, dtype: str, device: str, **values: Any) -> None:
+def nullspace(model: str, data: tuple[str, ...], out: Path, dtype: str, device: str, **values: Any) -> None:
     """Run the base over calibration text and keep, for every linear layer's input, the directions with least energy.
 
     They are the eigenvectors of the inputs' covariance with the smallest eigenvalues. Layers that share an input share
     the work. What is doubtful about the result is said: too little text, a rank beyond the null space, ties.
     """
-    settings = settings_from(NullSpaceSettings, values)
+    settings, how = settings_from(NullSpaceSettings, values), settings_from(DataSettings, values)
     quiet_libraries()
     from logitcache.adapters import null_space as job
     from logitcache.adapters.covariances import num_passes, spread
     from logitcache.data.rows import read_rows
+    from logitcache.data.skipped import listed_beside
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
     from logitcache.pairing.samples import samples_for
 
     job.claim_folder(out)
     source = find_model(model)
-    rows = read_rows(data)
+    how = listed_beside(how, str(out))
+    rows = read_rows(data, how, note)
     base = load_base(source, dtype, pick_device(device))
     vocab_size = base.identity.vocab_size
-    found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note)
+    found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note, how)
     used = spread(found, settings.max_samples)
     passes = num_passes(base.model, used[0], settings.memory_bytes)
     with token_bar("nullspace", passes * sum(len(s.token_ids) for s in used)) as progress:

@@ -9,11 +9,13 @@ import errno
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Option, Setting, Settings, line_settings
 
@@ -78,6 +80,14 @@ def was_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
+def check_has_rows(ctx: click.Context, flags: str, also_read: tuple[str, ...] = ()) -> None:
+    """Raise `click.UsageError` for settings of rows where no rows are read. flags: what names some. also_read: settings
+    that are read without rows."""
+    for setting in line_settings(DataSettings):
+        if was_given(ctx, setting.key) and setting.name not in also_read:
+            raise click.UsageError(f"{setting.flag} is for rows that are read: give {flags}, or leave it out.")
+
+
 class Verbs(click.Group):
     """A group whose verbs take each flag once: click itself takes the last in silence."""
 
@@ -85,7 +95,7 @@ class Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, and `click.UsageError` for a flag that is given twice."""
-        name, command, rest = super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, [_at_home(arg) for arg in args])
         if command is not None:
             _check_given_once(command, click.Context(command, info_name=name, parent=ctx), rest)
         return name, command, rest
@@ -96,6 +106,12 @@ class Verbs(click.Group):
             return super().invoke(ctx)
         except EOFError as error:
             raise OSError(errno.EIO, f"a file ends before its time ({error or 'no more said'})") from error
+
+
+def _at_home(argument: str) -> str:
+    """--flag=~/x as the shell hands over --flag ~/x."""
+    flag, equals, value = argument.partition("=~/")
+    return f"{flag}={Path.home()}/{value}" if equals and flag.startswith("--") else argument
 
 
 def _check_given_once(command: click.Command, ctx: click.Context, arguments: Sequence[str]) -> None:
@@ -116,6 +132,8 @@ def _arguments(setting: Setting) -> dict[str, Any]:
     found |= {"required": True} if setting.default is MISSING else {}
     if setting.kind is bool:
         return {"help": said.help, "is_flag": True}
+    if setting.kind is tuple:
+        return {**found, "multiple": True}
     if setting.kind is int:
         found["type"] = click.IntRange(_whole(said.at_least), _whole(said.at_most))
     elif setting.kind is float:

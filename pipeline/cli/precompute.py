@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.data.settings import DataSettings
 from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     types={"cache": CachePath(), "samples_from": CachePath()},
     engine={"type": click.Choice(["transformers", "vllm", "ray"])},
 )
+@options_of(DataSettings)
 @click.option("--num-workers", type=click.IntRange(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
 @click.option("--shard-index", type=click.IntRange(min=0), help="This worker of --num-shards, from 0.")
 @click.option("--num-shards", type=click.IntRange(min=1), help="Workers that share the job, each started by itself.")
@@ -88,7 +90,7 @@ def precompute(
 
         with one_worker(load(spec)) as loaded:
             if loaded is not None:
-                _print_plan(spec, estimate(spec, loaded, tokens_per_second), share, cost_per_hour)
+                _print_plan(spec, estimate(spec, loaded, tokens_per_second, console.on_event), share, cost_per_hour)
         return
     if engine == "ray":
         from logitcache.capture.engines.ray import run_on_ray
@@ -109,7 +111,8 @@ def _spec(values: dict[str, Any], tensor_parallel: bool) -> JobSpec:
     loading = settings_from(LoadSettings, values, tensor_parallel=tensor_parallel)
     ray = values["engine"] == "ray"
     job = {**values, "engine": "transformers"} if ray else values
-    return settings_from(JobSpec, job, settings=settings_from(CaptureSettings, values), loading=loading)
+    settings, how = settings_from(CaptureSettings, values), settings_from(DataSettings, values)
+    return settings_from(JobSpec, job, settings=settings, loading=loading, how=how)
 
 
 def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tuple[int, int]:
@@ -138,6 +141,7 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
             "rows",
             f"{planned.num_rows:,}, {planned.num_truncated:,} of them cut to {spec.settings.max_length} tokens",
         ),
+        *_left_out(planned.num_unlabelled, planned.num_skipped),
         ("samples", f"{planned.num_samples:,} (a sequence that repeats in another window counts again)"),
         ("tokens", f"{planned.num_tokens:,}, {planned.num_positions:,} supervised positions"),
         (
@@ -161,6 +165,12 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
     say("Nothing was written.")
 
 
+def _left_out(num_unlabelled: int, num_skipped: int) -> list[tuple[str, str]]:
+    if not num_unlabelled and not num_skipped:
+        return []
+    return [("", f"{num_unlabelled:,} of them without a supervised token, {num_skipped:,} that cannot be used")]
+
+
 def _hours(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.1f} s"
@@ -168,6 +178,8 @@ def _hours(hours: float) -> str:
 
 
 def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: Console) -> None:
+    from logitcache.data.skipped import said_of_skipped, said_of_unlabelled
+
     planned = report.planned
     console.note(
         f"{planned.num_rows:,} rows: {planned.num_samples:,} distinct samples, {planned.num_tokens:,} tokens, "
@@ -180,6 +192,10 @@ def _print_report(report: "JobReport", spec: JobSpec, share: "Share", console: C
             f"({planned.num_tokens_cut:,} tokens lost); {planned.num_without_labels:,} of them kept no supervised "
             "token and are left out."
         )
+    if planned.num_unlabelled:
+        console.note(said_of_unlabelled(planned.num_unlabelled))
+    if planned.num_skipped:
+        console.note(said_of_skipped(planned.num_skipped, *report.skipped_files))
     console.on_event(Finished(report.num_samples, report.num_positions))
     if not console.speaks:
         return

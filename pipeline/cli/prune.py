@@ -1,38 +1,44 @@
 """`logitcache prune`: remove from a cache the samples that are not in the data any more."""
 
+from typing import Any
+
 import click
 
-from .common import CachePath, config_option, human_bytes, note, quiet_libraries, say
+from logitcache.data.settings import DataSettings
+
+from .common import CachePath, config_option, data_option, human_bytes, note, quiet_libraries, say
+from .options import options_of, settings_from
 
 
 @click.command(short_help="Remove the samples that are not in the data any more.")
 @config_option
 @click.argument("path", type=CachePath(), metavar="DIR")
-@click.option(
-    "--data", required=True, metavar="D", help="Data whose samples stay: what --data of precompute takes, all of it."
-)
+@data_option("Data whose samples stay: what --data of precompute takes, all of it.", required=True)
 @click.option(
     "--model",
     metavar="M",
     help="Folder or hub id with the tokenizer of the cache; no weights are loaded. Not needed where the data of the "
     "cache were token ids and its base had no tokenizer.",
 )
+@options_of(DataSettings)
 @click.option("--dry-run", is_flag=True, help="Say what would go, and stop.")
-def prune(path: str, data: str, model: str | None, dry_run: bool) -> None:
+def prune(path: str, data: tuple[str, ...], model: str | None, dry_run: bool, **values: Any) -> None:
     """Remove every sample from a finished cache that is not in the data any more.
 
     Shards that are wanted whole stay byte for byte. Killed at any moment, the cache holds the old contents or the new;
     the same command again finishes. Nothing else may write to the cache meanwhile; who reads it gets an error.
     """
+    how = settings_from(DataSettings, values)
     quiet_libraries()
     from logitcache.capture.wanted_samples import ids_of_data
+    from logitcache.data.skipped import listed_beside
     from logitcache.storage import LogitCache
     from logitcache.storage import prune as remove
 
     cache = LogitCache.open(path)
     if model is None and cache.manifest.tokenizer is not None:
         raise click.UsageError("the samples of this cache were made with a tokenizer: prune needs --model.")
-    found = ids_of_data(cache, data, model)
+    found = ids_of_data(cache, data, model, listed_beside(how, path), note)
     report = remove(path, found.sample_ids, dry_run)
     num_missing = len(found.sample_ids) - report.num_samples_kept
     note(f"{found.num_rows:,} rows: {len(found.sample_ids):,} distinct samples, {num_missing:,} of them not in {path}.")

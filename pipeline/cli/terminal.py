@@ -9,7 +9,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from logitcache.events import BatchHalved, Event, ShardFailed, WindowPlanned
+from logitcache.events import BatchHalved, DataNoted, Event, ShardFailed, WindowPlanned
 
 from .common import note, progress_bar
 
@@ -38,6 +38,7 @@ class Console:
     def __init__(self, as_json: bool, speaks: bool = True) -> None:
         self.speaks, self._as_json = speaks, as_json
         self._bar: Any = None
+        self._noted: set[str] = set()
 
     def note(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -51,6 +52,9 @@ class Console:
         elif isinstance(event, WindowPlanned) and self._bar is not None:
             self._bar.total = (self._bar.total or 0) + event.tokens
             self._bar.refresh()
+        elif isinstance(event, DataNoted) and event.note not in self._noted:
+            self._noted.add(event.note)  # each of Ray's shares says it
+            self.note(event.note)
         elif isinstance(event, BatchHalved):
             note(f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most.")
         elif isinstance(event, ShardFailed):

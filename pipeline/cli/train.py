@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 
-from .common import CachePath, config_option, note, quiet_libraries, say
-from .options import as_usage, options_of, was_given
+from .common import CachePath, config_option, data_option, note, quiet_libraries, say
+from .options import as_usage, check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -40,7 +41,8 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
 )
-@click.option("--data", metavar="D", help="Data set to train on; by default all data sets of the cache.")
+@data_option("Data set to train on; by default all data sets of the cache.")
+@options_of(DataSettings)
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -51,11 +53,17 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     "--max-length",
     type=click.IntRange(min=2),
     default=None,
-    help="Tokens a sample of --data.  [default: that of the cache; 1024 without one]",
+    help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
 def train(
-    model: str, cache: str | None, out: Path, data: str | None, max_length: int | None, resume: bool, **values: Any
+    model: str,
+    cache: str | None,
+    out: Path,
+    data: tuple[str, ...] | None,
+    max_length: int | None,
+    resume: bool,
+    **values: Any,
 ) -> None:
     """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
 
@@ -66,9 +74,11 @@ def train(
     Several GPUs: torchrun --nproc-per-node N -m logitcache train ...
     """
     _check_usage(values, cache, data)
+    how = settings_from(DataSettings, values)
     with as_usage():
         settings = RunSettings.of(values)
     quiet_libraries()
+    from logitcache.data.skipped import listed_beside
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.pairing.samples import samples_for
     from logitcache.storage import LogitCache
@@ -84,16 +94,25 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     for doubt in settings.doubts() if speaks else []:
         note(doubt)
+    tell_user = note if speaks else lambda _: None
+    how = listed_beside(how, str(out))
     rows = check_before_loading(
-        data, opened, out, settings.objective, top_k=settings.training.top_k, max_length=max_length, resume=resume
+        data,
+        opened,
+        out,
+        settings.objective,
+        top_k=settings.training.top_k,
+        max_length=max_length,
+        resume=resume,
+        how=how,
+        on_message=tell_user,
     )
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)
-    tell_user = note if speaks else lambda _: None
     job = Job(
         base,
-        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user),
+        samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user, how),
         opened,
         out,
         settings.adapter,
@@ -103,6 +122,7 @@ def train(
         settings.pairing,
         tokenizer,
         of_cache=rows is None,
+        how=how,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
@@ -117,7 +137,7 @@ def train(
         say(_summary(report, out))
 
 
-def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) -> None:
+def _check_usage(values: dict[str, Any], cache: str | None, data: tuple[str, ...] | None) -> None:
     """Raise `click.UsageError` for flags that have no place beside others, be their values the defaults."""
     regularizer, ctx = values["regularizer"], click.get_current_context()
     if regularizer not in ("none", *PENALTIES) and cache is None:
@@ -126,6 +146,8 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) ->
         raise click.UsageError(f"--regularizer {regularizer} needs --data, or a --cache to take the samples from.")
     if data is None and was_given(ctx, "max_length"):
         raise click.UsageError("--max-length is for --data: the samples of a cache are cut already. Leave it out.")
+    if data is None:
+        check_has_rows(ctx, "--data", OF_TEMPLATE)
     if values["other_precision"] and cache is None:
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):

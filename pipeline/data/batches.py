@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logitcache.storage import sample_id
 
-from .rows import IGNORED
+from .files import IGNORED
 from .samples import Sample, distinct
 
 

@@ -1,95 +1,97 @@
-"""Where rows come from: JSONL or Parquet files, local or of any store that fsspec knows, or a hub data set.
+"""The rows of data by their names: of files, of what `datasets` saved, of the Hub; one name after the other.
 
-Owns files and their faults (missing, empty, a broken line and its number), and windows: so many rows in a row, parsed
-only where they are wanted, so that many workers can share one data set. Must not know what a row means.
+Owns windows: so many rows in a row, parsed only where they are wanted, so that many workers can share one data set;
+and what becomes of an empty file and of a row that cannot be read. Where files are is in `places`, what is in one in
+`files`. Must not know what a row means.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from logitcache.errors import InputNotFound, InvalidData
-from logitcache.storage.plain_text import one_line, without_secrets
+from logitcache.errors import InvalidData
+from logitcache.storage.plain_text import without_secrets
 
-Row = dict[str, Any]
-"""One row as its file has it, by the names of its columns."""
-
-NamedRows = Iterator[tuple[str, Row]]
-"""Where each row comes from, and the row."""
-
-IGNORED = -100
-"""The label of a token that is none."""
-
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-MAX_ROW_BYTES = 2**23
-"""Of a line of JSONL: parsed, what somebody makes up takes 20 times that."""
+from .files import Parsed, Row, Unparsed, Wanted, count_rows_of_file, rows_of_file
+from .places import Named, OnMessage, Place, open_hub, open_saved, places_of
+from .settings import DEFAULT, DataSettings
 
 COUNTED_BYTES = 2**30
 """Of local files, up to which they are read beforehand: their lines counted, their checksums made."""
 
-Wanted = Callable[[int], bool]
-Unparsed = tuple[str, Callable[[], Row] | None]
-"""Where a row comes from, and what parses it; None where it lies in a window that is not wanted."""
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be used, and why: a sentence."""
+
+    origin: str
+    reason: str
+
+
+NamedRows = Iterator[tuple[str, Row | Skipped]]
+"""Where each row comes from, and the row."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that follow one another: the `number`-th so many of a data set, with where each comes from."""
+    """Rows that follow one another: the `number`-th so many of the data, with where each comes from."""
 
     number: int
-    rows: list[tuple[str, Row]]
+    rows: list[tuple[str, Row | Skipped]]
 
 
-def read_rows(data: str, streaming: bool = False) -> NamedRows:
-    """Pairs (origin, row) of a data set, lazily, in a fixed order; the origin is 'file:line' or 'file, row n'.
+def read_rows(data: Named, how: DataSettings = DEFAULT, on_message: OnMessage = lambda _: None) -> NamedRows:
+    """Pairs (origin, row) of the data, lazily, in a fixed order; the origin is 'file:line' or 'file, row n'.
 
-    streaming: read a hub data set as it comes, and keep nothing of it on the disk. Raises `InputNotFound` at once,
-    `InvalidData` at the line that is broken, or where a file holds no row.
+    how: which of them, how they are fetched, and whether one that cannot be read comes as `Skipped`. on_message is told
+    which split is read and which files are not. Raises what `places_of` and opening the Hub raise at once;
+    `InvalidData` at the line that is broken, or where a name leads to no row at all.
     """
-    found = _unparsed(data, streaming, lambda _: True)
-    return ((origin, parse()) for origin, parse in found if parse is not None)
+    found = _unparsed(data, how, lambda _: True, on_message)
+    return ((origin, _parsed(origin, parse, how)) for origin, parse in found if parse is not None)
 
 
 def read_windows(
-    data: str, num_rows: int, wanted: Wanted = lambda _: True, streaming: bool = False
+    data: Named,
+    num_rows: int,
+    wanted: Wanted = lambda _: True,
+    how: DataSettings = DEFAULT,
+    on_message: OnMessage = lambda _: None,
 ) -> Iterator[Window]:
     """The wanted windows of num_rows rows each; the last one has what is left. Raises as `read_rows`."""
-    found = _unparsed(data, streaming, lambda row: wanted(row // num_rows))
-    return _windows(found, num_rows, wanted)
+    found = _unparsed(data, how, lambda row: wanted(row // num_rows), on_message)
+    return _windows(found, num_rows, wanted, how)
 
 
-def count_rows(data: str) -> int | None:
+def count_rows(data: Named, how: DataSettings = DEFAULT) -> int | None:
     """How many rows there are, where that is known without reading much: None otherwise."""
-    files = _files(data)
-    if files is None or "://" in data:
+    places = places_of(data, how)
+    files = [file for place in places for file in place.files]
+    if not all(place.files for place in places) or any("://" in file for file in files):
         return None
-    lines = [f for f in files if not f.endswith(".parquet")]
-    if sum(Path(f).stat().st_size for f in lines) > COUNTED_BYTES:
+    if sum(Path(f).stat().st_size for f in files if not f.endswith(".parquet")) > COUNTED_BYTES:
         return None
-    try:
-        parquet = sum(pq.ParquetFile(f).metadata.num_rows for f in files if f.endswith(".parquet"))
-    except (pa.ArrowInvalid, OSError):
-        return None  # reading it says what is wrong
-    return int(parquet) + sum(_count_lines(f) for f in lines)
+    counts = [count_rows_of_file(file) for file in files]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
-def sizes_of(data: str) -> list[list[str | int]]:
-    """Names and sizes of the files of a data set, with checksums where they are local and can be had without reading
-    much; of the hub, its id."""
-    files = _files(data)
-    if files is None:
-        return [[data, -1]]
-    if "://" in data:
-        fs, _ = fsspec.core.url_to_fs(data)
+def sizes_of(data: Named, how: DataSettings = DEFAULT) -> list[list[str | int]]:
+    """Names and sizes of the files of the data, with checksums where they are local and can be had without reading
+    much; of the Hub, its id."""
+    return [size for place in places_of(data, how) for size in _sizes(place)]
+
+
+def _sizes(place: Place) -> list[list[str | int]]:
+    if place.hub_id:
+        return [[place.hub_id, -1]]
+    files = place.files or tuple(sorted(str(p) for p in Path(place.saved).iterdir() if p.is_file()))
+    if any("://" in file for file in files):
+        fs, _ = fsspec.core.url_to_fs(files[0])
         return [[f.rsplit("/", 1)[-1], int(fs.size(f))] for f in files]
     sizes: list[list[str | int]] = [[Path(f).name, Path(f).stat().st_size] for f in files]
     if sum(Path(f).stat().st_size for f in files) <= COUNTED_BYTES:
@@ -99,158 +101,64 @@ def sizes_of(data: str) -> list[list[str | int]]:
     return sizes
 
 
-def _windows(found: Iterator[Unparsed], num_rows: int, wanted: Wanted) -> Iterator[Window]:
+def _windows(found: Iterator[Unparsed], num_rows: int, wanted: Wanted, how: DataSettings) -> Iterator[Window]:
     number = 0
     while chunk := list(islice(found, num_rows)):
         if wanted(number):
-            yield Window(number, [(origin, parse()) for origin, parse in chunk if parse is not None])
+            yield Window(
+                number, [(origin, _parsed(origin, parse, how)) for origin, parse in chunk if parse is not None]
+            )
         number += 1
 
 
-def _unparsed(data: str, streaming: bool, wanted: Wanted) -> Iterator[Unparsed]:
-    files = _files(data)
-    return _hub_rows(data, streaming) if files is None else _rows_of(files, wanted)
-
-
-def _files(data: str) -> list[str] | None:
-    """Paths or URLs in a fixed order; None for what can only be a hub id. Raises `InputNotFound`."""
-    if "://" in data:
-        return _remote_files(data)
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(str(p) for p in path.iterdir() if p.suffix in _SUFFIXES)
-        if not files:
-            raise InputNotFound(
-                f"reading data {_named(data)}: expected *.jsonl or *.parquet in this folder, found none."
-            )
-        return files
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise InputNotFound(
-                f"reading data {_named(data)}: expected a .jsonl or .parquet file, found {path.suffix!r}."
-            )
-        return [str(path)]
-    if path.suffix in _SUFFIXES:
-        raise InputNotFound(f"reading data {_named(data)}: no such file. Check the path.")
-    return None
-
-
-def _remote_files(data: str) -> list[str]:
+def _parsed(origin: str, parse: Callable[[], Row], how: DataSettings) -> Row | Skipped:
     try:
-        fs, root = fsspec.core.url_to_fs(data)
-        names = [root] if fs.isfile(root) else sorted(fs.ls(root, detail=False))
-    except FileNotFoundError as error:
-        raise InputNotFound(f"reading data {_named(data)}: no such file or folder. Check the URL.") from error
-    except Exception as error:  # each client raises its own
-        raise InputNotFound(
-            f"reading data {_named(data)}: the store did not give it ({one_line(str(error), 400)}). Check the URL."
-        ) from error
-    files = [fs.unstrip_protocol(name) for name in names if name.endswith(_SUFFIXES)]
-    if not files:
-        raise InputNotFound(f"reading data {_named(data)}: expected *.jsonl or *.parquet there, found none.")
-    return files
+        return parse()
+    except InvalidData as error:
+        if how.skip_bad_rows:
+            return Skipped(origin, str(error))
+        raise
 
 
-def _rows_of(files: Sequence[str], wanted: Wanted) -> Iterator[Unparsed]:
+def _unparsed(data: Named, how: DataSettings, wanted: Wanted, on_message: OnMessage) -> Iterator[Unparsed]:
+    places = places_of(data, how)
+    for place in places:
+        if place.said:
+            on_message(place.said)
+    opened = [None if place.files else _opened(place, how, on_message) for place in places]
+    return _joined(places, opened, wanted, on_message)
+
+
+def _opened(place: Place, how: DataSettings, on_message: OnMessage) -> Iterable[Row]:
+    dataset: Iterable[Row] = open_saved(place) if place.saved else open_hub(place, how, on_message)
+    return dataset
+
+
+def _joined(
+    places: Sequence[Place], opened: Sequence[Iterable[Row] | None], wanted: Wanted, on_message: OnMessage
+) -> Iterator[Unparsed]:
     number = 0
-    for file in files:
+    for place, dataset in zip(places, opened, strict=True):
         first = number
-        rows = _parquet_rows if file.endswith(".parquet") else _jsonl_rows
-        for unparsed in rows(file, first, wanted):
+        rows = _file_rows(place.files, first, wanted, on_message) if dataset is None else _dataset_rows(place, dataset)
+        for unparsed in rows:
             number += 1
             yield unparsed
         if number == first:
-            raise InvalidData(f"reading {without_secrets(file)}: the file holds no rows.")
+            what = "the file holds" if len(place.files) == 1 else "it holds"
+            raise InvalidData(f"reading {place.name}: {what} no rows.")
 
 
-def _jsonl_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
-    with _open(file) as f:
-        number = first
-        name = without_secrets(file)
-        for at, line in enumerate(iter(lambda: f.readline(MAX_ROW_BYTES + 1), b""), 1):
-            if len(line) > MAX_ROW_BYTES:
-                raise InvalidData(
-                    f"reading {name}: line {at} has more than {MAX_ROW_BYTES:,} bytes. One row a line is expected; "
-                    "divide one that is so long."
-                )
-            if line.strip():
-                yield f"{name}:{at}", (_Line(name, at, line) if wanted(number) else None)
-                number += 1
+def _file_rows(files: Sequence[str], first: int, wanted: Wanted, on_message: OnMessage) -> Iterator[Unparsed]:
+    number = first
+    for file in files:
+        before = number
+        for unparsed in rows_of_file(file, before, wanted):
+            number += 1
+            yield unparsed
+        if number == before and len(files) > 1:
+            on_message(f"{without_secrets(file)} holds no rows and is left out.")
 
 
-@dataclass(frozen=True)
-class _Line:
-    file: str
-    number: int
-    text: bytes
-
-    def __call__(self) -> Row:
-        try:
-            row = json.loads(self.text)
-        except (ValueError, RecursionError) as error:
-            raise InvalidData(
-                f"reading {self.file}: line {self.number} is not JSON ({one_line(str(error), 200)}). Repair the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise InvalidData(
-                f"reading {self.file}: line {self.number} is not a JSON object. One object a line is expected."
-            )
-        return row
-
-
-def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
-    """Row groups without a wanted row are not read."""
-    name = without_secrets(file)
-    try:
-        with _open(file) as f:
-            parquet = pq.ParquetFile(f)
-            start = 0
-            for group in range(parquet.num_row_groups):
-                stop = start + parquet.metadata.row_group(group).num_rows
-                if any(wanted(first + row) for row in range(start, stop)):
-                    read = parquet.iter_batches(batch_size=1024, row_groups=[group])
-                    rows = (row for batch in read for row in batch.to_pylist())
-                    for number, row in enumerate(rows, start + 1):
-                        yield f"{name}, row {number}", _Parsed(row)
-                else:
-                    for number in range(start + 1, stop + 1):
-                        yield f"{name}, row {number}", None
-                start = stop
-    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
-        said = one_line(str(error), 200)
-        raise InvalidData(f"reading {name}: it is not a readable Parquet file ({said}).") from error
-
-
-@dataclass(frozen=True)
-class _Parsed:
-    row: Row
-
-    def __call__(self) -> Row:
-        return self.row
-
-
-def _hub_rows(name: str, streaming: bool) -> Iterator[Unparsed]:
-    from datasets import load_dataset  # a slow import that local files do not need
-
-    try:
-        dataset: Any = load_dataset(name, split="train", streaming=streaming)
-    except Exception as error:  # the hub client raises many kinds
-        line = one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 400)
-        raise InputNotFound(
-            f"reading data {name!r}: no such file or folder, and the hub did not give it ({line}). "
-            "Check the path, or the network."
-        ) from error
-    return ((f"{without_secrets(name)}, row {i}", _Parsed(dict(row))) for i, row in enumerate(dataset, 1))
-
-
-def _named(data: str) -> str:
-    return repr(without_secrets(data))
-
-
-def _open(file: str) -> Any:
-    return fsspec.open(file, "rb") if "://" in file else Path(file).open("rb")
-
-
-def _count_lines(file: str) -> int:
-    with Path(file).open("rb") as f:
-        return sum(1 for line in f if line.strip())
+def _dataset_rows(place: Place, dataset: Iterable[Row]) -> Iterator[Unparsed]:
+    return ((f"{place.name}, row {i}", Parsed(dict(row))) for i, row in enumerate(dataset, 1))

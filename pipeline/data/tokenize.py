@@ -4,7 +4,8 @@ Owns how text becomes tokens: the rules are those of TRL's SFTTrainer, so that t
 there. Must not know files, models or caches.
 
 - `input_ids` (+ `labels`, -100 where not supervised; or TRL's `completion_mask`, `assistant_masks`): as they are
-- `messages`: the tokenizer's chat template; assistant turns are supervised (`chat_templates`)
+- `messages`, `conversations`, or `prompt` + `completion` of turns: the chat template; assistant turns are supervised,
+  of a completion only its own (`chat_rows`, `chat_templates`, `chat_tokens`)
 - `prompt` + `completion`: tokenized together, the end-of-text token added; the completion is supervised
 - `text`: the end-of-text token added; everything is supervised
 """
@@ -17,25 +18,32 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_templates import common_prefix, from_messages
-from .rows import IGNORED, Row
+from .chat_rows import is_chat, read_chat
+from .chat_templates import ChatTemplates, chat_templates
+from .chat_tokens import chat_tokens, common_prefix
+from .files import IGNORED, Row
+from .settings import DEFAULT, DataSettings
 
 
 def tokenize_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase | None, origin: str
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase | None,
+    origin: str,
+    templates: ChatTemplates | None = None,
+    how: DataSettings = DEFAULT,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Token ids [n] of a row, and which of them are supervised [n]. Raises `InvalidData`, naming the origin."""
+    """Token ids [n] of a row, and which of them are supervised [n]. Raises `InvalidData`, naming the origin.
+
+    templates: of the tokenizer, for `how`; made here where they are not given.
+    """
     if row.get("input_ids") is not None:
         return _from_ids(row, origin)
     if tokenizer is None:
         raise InvalidData(f"reading {origin}: it holds text, but the model's folder has no tokenizer.")
-    if row.get("messages") is not None:
-        if row.get("tools"):
-            raise InvalidData(
-                f"reading {origin}: it holds tools, which are not rendered here: the model would learn to call what it "
-                "was not shown. Render the rows into input_ids and labels, or remove the field."
-            )
-        return from_messages(row["messages"], tokenizer, origin)
+    if is_chat(row):
+        templates = chat_templates(tokenizer, how) if templates is None else templates
+        chat = read_chat(row, templates.variables, origin)
+        return chat_tokens(chat, templates.choose(chat, origin), tokenizer, how.supervise, origin)
     if row.get("prompt") is not None and row.get("completion") is not None:
         return _from_completion(row["prompt"], row["completion"], tokenizer, origin)
     if row.get("text") is not None:
@@ -44,11 +52,6 @@ def tokenize_row(
         f"reading {origin}: expected text, prompt + completion, messages or input_ids, found {sorted(row)}. "
         "Rename the fields of the data."
     )
-
-
-def is_rendered(row: Row) -> bool:
-    """Whether `tokenize_row` makes its token ids with the chat template."""
-    return row.get("input_ids") is None and row.get("messages") is not None
 
 
 def _from_ids(row: Row, origin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -83,8 +86,8 @@ def _mask(row: Row, name: str, length: int, origin: str) -> NDArray[np.bool_]:
 def _from_text(
     text: Any, tokenizer: PreTrainedTokenizerBase, origin: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    if not isinstance(text, str) or not text:
-        raise InvalidData(f"reading {origin}: expected a non-empty string in 'text', found {text!r:.60}.")
+    if not isinstance(text, str):
+        raise InvalidData(f"reading {origin}: expected a string in 'text', found {text!r:.60}.")
     token_ids = _encode(_with_end(text, tokenizer), tokenizer, origin)
     return token_ids, np.ones(len(token_ids), dtype=np.bool_)
 
@@ -117,25 +120,22 @@ def _with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _integers(values: Any, name: str, origin: str) -> NDArray[np.int64]:
+    if isinstance(values, list) and not values:
+        return np.zeros(0, dtype=np.int64)
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
         array = np.asarray([], dtype=object)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+    if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidData(f"reading {origin}: expected a list of integers in {name!r}, found {values!r:.60}.")
     return array.astype(np.int64)
 
 
-def check_row_tokens(token_ids: NDArray[np.int64], supervised: NDArray[np.bool_], vocab_size: int, origin: str) -> None:
-    """Raise `InvalidData` for a token outside the vocabulary, and where no token is a label."""
+def check_row_tokens(token_ids: NDArray[np.int64], vocab_size: int, origin: str) -> None:
+    """Raise `InvalidData` for a token outside the vocabulary."""
     if token_ids.min(initial=0) < 0 or token_ids.max(initial=0) >= vocab_size:
         bad = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
         raise InvalidData(
             f"reading {origin}: token id {bad} is outside the model's vocabulary of {vocab_size}. "
             "The data were tokenized for another model."
-        )
-    if not supervised[1:].any():
-        raise InvalidData(
-            f"reading {origin}: no supervised token ({len(token_ids)} tokens; the first is never a label). "
-            "Remove the row."
         )

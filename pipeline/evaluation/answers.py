@@ -103,6 +103,7 @@ def answers(
     """
     if Path(out).exists():
         raise FileExistsError(errno.EEXIST, "the file exists", str(out))
+    Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the model has worked for nothing
     source, held = find_model(str(model)), loading or LoadSettings()
     chats = everyday_prompts() if prompts is None else prompts
     chats = read_prompts(chats) if isinstance(chats, (str, Path)) else chats

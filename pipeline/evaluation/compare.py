@@ -9,6 +9,7 @@ Shapes: N positions of a batch, V vocabulary, D documents.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcache.adapters.reloadable import base_of, check_reloadable
 from logitcache.adapters.saved_files import FILES, fault_of
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
+from logitcache.data.places import Named, are_names, settings_for
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
+from logitcache.data.settings import DEFAULT, DataSettings
+from logitcache.data.skipped import listed_beside
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
-from logitcache.events import Progress
+from logitcache.events import OnMessage, Progress
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
 from logitcache.models.head import (
@@ -57,11 +61,13 @@ Values = dict[str, Tensor]
 _FULL_KL = Objective("full-kl")
 
 
-def probe_view(cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> CacheView:
+def probe_view(
+    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT
+) -> CacheView:
     """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
     `NotComparable` for one without alternatives."""
     _check_alternatives(cache)
-    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer)
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, how=how)
 
 
 def check_adapter(folder: str, base: Base) -> None:
@@ -140,24 +146,30 @@ def _is_whole(folder: str) -> bool:
 def evaluate(
     model: str | Path,
     adapter: str | Path | None,
-    texts: Mapping[str, str | Path | Sequence[Sample]],
+    texts: Mapping[str, Named | Sequence[Sample]],
     *,
     loading: LoadSettings | None = None,
     max_length: int = DEFAULT_MAX_LENGTH,
     batch_tokens: int = 8192,
+    how: DataSettings | None = None,
+    on_message: OnMessage = lambda _: None,
 ) -> dict[str, Comparison]:
     """How base and adapted model predict texts: learning on new ones, forgetting on what the base knew.
 
     model: folder or hub id. adapter: a folder, or None for the base alone. texts: of each name a file, folder, URL or
-    hub id of rows, or samples in memory. Both models are in memory; with probe caches one is (`compare_cached`).
+    hub id of rows, or several, or samples in memory. how: which rows, and what of a chat counts; on_message is
+    told what a person should know of them. Both models are in memory; with probe caches one is (`compare_cached`).
     Raises what loading and reading raise, and as `compare`.
     """
-    source, held = find_model(str(model)), loading or LoadSettings()
-    rows = {name: read_rows(str(text)) for name, text in texts.items() if isinstance(text, (str, Path))}
-    samples = {name: text for name, text in texts.items() if not isinstance(text, (str, Path))}
+    source, held, how = find_model(str(model)), loading or LoadSettings(), how or DataSettings()
+    hows = {n: listed_beside(h, f"evaluate-{n}") for n, h in settings_for(texts, how).items()}
+    rows = {name: read_rows(text, hows[name], on_message) for name, text in texts.items() if are_names(text)}
+    samples = {name: cast("Sequence[Sample]", text) for name, text in texts.items() if not are_names(text)}
     base, tokenizer = load_as(source, held), load_tokenizer(source)
     for name, lines in rows.items():
-        samples[name] = samples_for(lines, None, tokenizer, base.identity.vocab_size, max_length)
+        samples[name] = samples_for(
+            lines, None, tokenizer, base.identity.vocab_size, max_length, on_message, hows[name]
+        )
     adapted = None
     if adapter is not None:
         check_adapter(str(adapter), base)

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from logitcache.data.rows import Row, read_rows
+from logitcache.data.files import Row
+from logitcache.data.rows import Skipped, read_rows
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.storage.plain_text import shown, without_secrets
 
@@ -60,10 +61,16 @@ def read_prompts(prompts: str | Path) -> list[Prompt]:
     """
     name = str(prompts)
     is_text = "://" not in name and not name.endswith(_ROWS) and (Path(name).is_file() or name.endswith(".txt"))
-    found = list(_of_lines(Path(name)) if is_text else (_of_row(row, origin) for origin, row in read_rows(name)))
+    found = list(_of_lines(Path(name)) if is_text else _of_rows(name))
     if not found:
         raise InvalidData(f"reading prompts {without_secrets(name)}: expected one a line, found none.")
     return found
+
+
+def _of_rows(name: str) -> Iterator[Prompt]:
+    for origin, row in read_rows(name):
+        assert not isinstance(row, Skipped)  # no row is skipped unless that is asked for
+        yield _of_row(row, origin)
 
 
 def _of_lines(path: Path) -> Iterator[Prompt]:

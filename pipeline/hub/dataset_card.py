@@ -84,7 +84,7 @@ def public_data_names(names: Sequence[str]) -> dict[str, str]:
     """
     said: dict[str, str] = {}
     for name in names:
-        last = name if is_hub_id(name) and not Path(name).exists() else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        last = " + ".join(map(_last_part, name.split(" + ")))
         plain, number = last[-MAX_DATA_SET_NAME:] or "unnamed", 1
         public = plain
         while public in said.values():
@@ -92,6 +92,11 @@ def public_data_names(names: Sequence[str]) -> dict[str, str]:
             public = f"{plain[: MAX_DATA_SET_NAME - 9]} ({number})"
         said[name] = public
     return said
+
+
+def _last_part(name: str) -> str:
+    hub_id = is_hub_id(name) and not Path(name).exists()
+    return name if hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def model_licence(manifest: Manifest) -> Licence:

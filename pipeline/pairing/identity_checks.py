@@ -3,7 +3,7 @@
 Owns the refusals of what cannot fit. What can only be measured is in `step_zero`; who asks for all of it is `view`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -43,14 +43,16 @@ def check_identity(
     found, where = base.identity, ("in the cache", "in the model")
     differs = base_differences(base_of(cache.manifest.model), found, *where)
     theirs, ours = cache.manifest.tokenizer, tokenizer_identity(tokenizer)
+    tokenizers: list[str] = []
     if theirs is not None and ours is not None:
-        differs += [f"tokenizer {said}" for said in differing(asdict(theirs), asdict(ours), *where)]
-    if differs:
+        tokenizers = [f"tokenizer {said}" for said in differing(asdict(theirs), asdict(ours), *where)]
+    if differs or tokenizers:
+        # another tokenizer is refused of a teacher too
+        other = "" if tokenizers else " If it is meant to learn from another, say so (train: --teacher-is-not-base)."
         raise IdentityMismatch(
             f"pairing {cache.path} with {base.source.name}: the cache was made from {cache.manifest.model_name} and "
-            f"differs in {'; '.join(differs)}. Its distributions are not this model's. "
-            "Use the model it was made from, or precompute a cache for this one. If it is meant to learn from "
-            "another, say so (train: --teacher-is-not-base)."
+            f"differs in {'; '.join(differs + tokenizers)}. Its distributions are not this model's. "
+            f"Use the model it was made from, or precompute a cache for this one.{other}"
         )
     _check_precision(cache, found.quantization, base.source.name, pairing)
 
@@ -179,23 +181,27 @@ def check_samples(cache: LogitCache, samples: Sequence[Sample], every: bool = Fa
         raise
 
 
-def check_templates(cache: LogitCache, samples: Sequence[Sample], template: str) -> None:
+def check_templates(cache: LogitCache, samples: Sequence[Sample], templates: Callable[[], frozenset[str]]) -> None:
     """Raise `IdentityMismatch` where samples that a chat template renders meet a cache that another one rendered.
 
-    samples: of data, or of the cache. template: digest of the model's. Samples that none rendered go with any.
+    samples: of data, or of the cache. templates: gives the digests of what renders the model's chats. Samples that none
+    rendered go with any.
     """
     rendered = [sample for sample in samples if sample.chat_template]
     if not rendered:
         return
+    ours, known = {sample.chat_template for sample in rendered}, templates()
     found = cache.chat_templates(sample_id(sample.token_ids) for sample in rendered)
     if not found:  # not one of them is there: those that are may say why
         found = cache.chat_templates()
-    others = sorted(({sample.chat_template for sample in rendered} | found) - {template})
+    others = sorted((found - ours) | ((ours | found) - known))
     if others:
+        here = ", ".join(sorted((known & ours) or known)) or "none"
         raise IdentityMismatch(
             f"pairing {cache.path} with {len(rendered):,} chats, from {rendered[0].origin} on: chat_template: "
-            f"{others[0]} in the cache, {template or 'none'} in the model. What another template renders are other "
-            "samples. Use the tokenizer with the template of the cache, or precompute a cache with this one."
+            f"{others[0]} in the cache, {here} in the model. What another template renders are other samples. Use the "
+            "tokenizer with the template of the cache, and the same --chat-template and --chat-template-kwargs (and "
+            "TRL, if its training template rendered them), or precompute a cache with this one."
         )
 
 

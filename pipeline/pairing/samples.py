@@ -10,12 +10,28 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.rows import NamedRows
 from logitcache.data.samples import Sample, make_samples
-from logitcache.storage import LogitCache, data_samples
+from logitcache.data.settings import DEFAULT, DataSettings
+from logitcache.data.skipped import list_skipped, said_of_skipped, said_of_unlabelled
+from logitcache.storage import IdentityMismatch, LogitCache, data_samples
 
 from .targets import said_of, samples_named
 
 DEFAULT_MAX_LENGTH = 1024
 """Tokens a sample of data that no cache goes with."""
+
+
+def check_max_length(cache: LogitCache | None, max_length: int | None) -> None:
+    """Raise `IdentityMismatch` where rows would be cut later than the samples of the cache: it lacks what is between.
+
+    Cut earlier, each is a causal prefix of what is there, which is a hit.
+    """
+    if cache is None or max_length is None or max_length <= cache.manifest.capture.max_length:
+        return
+    raise IdentityMismatch(
+        f"pairing {cache.path} with --max-length {max_length}: expected at most the "
+        f"{cache.manifest.capture.max_length} tokens a sample that the cache was made with. What comes behind them is "
+        "not in it. Leave --max-length out, or precompute a cache with it."
+    )
 
 
 def samples_for(
@@ -25,11 +41,14 @@ def samples_for(
     vocab_size: int,
     max_length: int | None = None,
     on_message: Callable[[str], None] = lambda _: None,
+    how: DataSettings = DEFAULT,
 ) -> list[Sample]:
     """The samples of rows, or without rows those of the cache's data sets.
 
-    max_length: tokens a sample, for rows; None: as many as the cache's have, or `DEFAULT_MAX_LENGTH` without one.
-    vocab_size: of the model that reads them. on_message is told how many rows were cut, or which data sets they are of.
+    max_length: tokens a sample, for rows, with a cache at most its own; None: as many as the cache's have, or
+    `DEFAULT_MAX_LENGTH` without one.
+    vocab_size: of the model that reads them. how: what of each row is learnt. on_message is told how they were
+    rendered, how many were cut or left out, or which data sets they are of.
     Raises what reading data and the cache raises; ValueError where there is neither.
     """
     if rows is None:
@@ -38,8 +57,15 @@ def samples_for(
         named = data_samples(cache)
         on_message(said_of(cache, named))
         return samples_named(cache, named)
+    check_max_length(cache, max_length)
     length = max_length or (DEFAULT_MAX_LENGTH if cache is None else cache.manifest.capture.max_length)
-    found = make_samples(rows, tokenizer, length, vocab_size)
+    found = make_samples(rows, tokenizer, length, vocab_size, how)
+    for note in found.notes:
+        on_message(note)
     if found.num_truncated:
         on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
+    if found.num_unlabelled:
+        on_message(said_of_unlabelled(found.num_unlabelled))
+    if found.skipped:
+        on_message(said_of_skipped(len(found.skipped), list_skipped(how, found.skipped)))
     return found.samples

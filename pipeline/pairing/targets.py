@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.data.rows import IGNORED
+from logitcache.data.files import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
-from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, data_samples
+from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, PositionNotCaptured, data_samples
 from logitcache.storage.records import NO_TOKEN
 
 from .vocab_cut import VocabCut, cut_columns
@@ -31,6 +31,13 @@ _LOGPROBS = ("label_logprobs", "alternative_logprobs", "tail_logprobs", "tail_gr
 
 Batch = dict[str, Any]
 Collator = Callable[[Sequence[Any]], Batch]
+
+
+OWN_TOKENS = (
+    " The trainer learns other tokens of a row than precompute supervised: precompute with the --supervise that it "
+    "learns by (assistant, last or all), or give its own input_ids and labels as --data (docs/how-to/plug-in.md)."
+)
+"""What is added to a refusal of positions, of a trainer that makes its tokens and labels itself."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,10 @@ def with_targets(
     if every:
         added["supervised"] = _joined([d.supervised for d in documents], np.bool_)
     if cache is not None and documents:
-        found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
+        try:
+            found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
+        except PositionNotCaptured as error:
+            raise PositionNotCaptured(f"{error}{'' if every else OWN_TOKENS}") from error
         added |= target_columns(found, cut)
     return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
 

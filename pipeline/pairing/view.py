@@ -5,8 +5,9 @@ ones, and what follows from a pairing: how many tokens and alternatives are comp
 themselves are in `identity_checks` and `step_zero`. Must not train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.data.chat_templates import template_digest
+from logitcache.data.chat_templates import template_digests
 from logitcache.data.samples import Sample
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base
 from logitcache.storage import LogitCache
@@ -53,7 +55,7 @@ class CacheView:
     """Checks that could not be made, and why, a phrase each."""
     _cut: VocabCut | None = field(repr=False)
     _groups: dict[torch.device, Tensor] = field(repr=False)
-    _template: str | None = field(repr=False)
+    _templates: Callable[[], frozenset[str]] | None = field(repr=False)
 
     @classmethod
     def paired(
@@ -65,11 +67,13 @@ class CacheView:
         tokenizer: PreTrainedTokenizerBase | None = None,
         top_k: int | None = None,
         rules: PairingRules | None = None,
+        how: DataSettings = DEFAULT,
     ) -> "CacheView":
         """The cache, held against a model and an objective.
 
         model: a `Base`, whose folder says which weights, configuration and tokenizer it has; or a module as a trainer
-        has it, of which none of these is known. Raises `IdentityMismatch`, `NotTheBase` (another number of logits),
+        has it, of which none of these is known. how: with which template the model's chats are rendered.
+        Raises `IdentityMismatch`, `NotTheBase` (another number of logits),
         `TrainingFailed` (the objective asks for what the cache does not hold), and what opening a cache raises.
         """
         rules = PairingRules() if rules is None else rules
@@ -87,9 +91,10 @@ class CacheView:
         check_width(module, opened, objective, vocab_size)
         groups = groups_of(opened, vocab_size) if objective.tail == "groups" else None
         places = {} if groups is None else {groups.device: groups}
-        template = None if tokenizer is None or not rules.teacher_is_base else template_digest(tokenizer)
+        has_templates = tokenizer is not None and rules.teacher_is_base
+        templates = partial(template_digests, tokenizer, how) if has_templates else None
         cut = cut_of(opened, vocab_size)
-        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut, places, template)
+        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut, places, templates)
 
     @classmethod
     def of(
@@ -118,8 +123,8 @@ class CacheView:
         """
         if self.vocab_size is not None:
             check_tokens(samples, self.vocab_size)
-        if self._template is not None:
-            check_templates(self.cache, samples, self._template)
+        if self._templates is not None:
+            check_templates(self.cache, samples, self._templates)
         check_samples(self.cache, samples, every=self.objective.kl_positions == "all")
 
     def check_width(self, model: nn.Module) -> None:

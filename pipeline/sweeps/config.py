@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
 from logitcache.settings import Setting, Settings, line_settings, option
 from logitcache.storage.identity import digest_json
@@ -68,7 +69,7 @@ class ProbeSettings(Settings):
 
 SHARED = {
     **{name: s for name, s in run_settings("pairing", "loading").items() if name not in ("dtype", "device")},
-    **{s.key: s for s in line_settings(ProbeSettings)},
+    **{s.key: s for s in line_settings(ProbeSettings, DataSettings)},
 }
 """What all runs of a sweep have in common, by the names of train's flags; dtype and device stand on the line."""
 
@@ -90,11 +91,11 @@ class SweepConfig:
     model: str
     cache: str
     #: Held-out rows of the new data.
-    new: str
+    new: tuple[str, ...]
     #: Held-out rows of what the base knew.
-    prior: str
+    prior: tuple[str, ...]
     #: Rows to train on; by default the samples of the cache.
-    data: str | None = None
+    data: tuple[str, ...] | None = None
     #: What all runs have in common, by the names of `SHARED`.
     shared: dict[str, Any] = field(default_factory=dict)
     #: In the order in which they are done.
@@ -109,6 +110,11 @@ class SweepConfig:
     def probe(self) -> ProbeSettings:
         """What is kept of the base on the held-out text."""
         return ProbeSettings(self.shared.get("probe_top_k"))
+
+    @property
+    def how(self) -> DataSettings:
+        """How the rows of data, new and prior are found, read and rendered."""
+        return DataSettings(**{s.name: self.shared[s.key] for s in line_settings(DataSettings) if s.key in self.shared})
 
     def run_of(self, spec: RunSpec, has_groups: bool = False) -> RunSettings:
         """A run as `training` takes it. has_groups: whether the cache has tail groups, for the tail auto."""
@@ -136,11 +142,11 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
     top = _mapping(loaded, origin, "a mapping of keys to values")
     known = ("model", "cache", "new", "prior", "data", *SHARED, "grid", "methods")
     _refuse_unknown(top, known, origin)
-    for name in ("model", "cache", "new", "prior"):
+    for name in ("model", "cache"):
         if not isinstance(top.get(name), str):
             raise InvalidData(f"reading {origin}: expected {name}, a path, found {shown(top.get(name))}.")
-    if top.get("data") is not None and not isinstance(top["data"], str):
-        raise InvalidData(f"reading {origin}: expected data, a path, found {shown(top['data'])}.")
+    texts = {name: _names(top.get(name), name, origin) for name in ("new", "prior")}
+    data = None if top.get("data") is None else _names(top["data"], "data", origin)
     shared = {name: _checked(s, top[name], origin) for name, s in SHARED.items() if name in top}
     grid = _axes(_mapping(top.get("grid", {}), f"{origin}, grid", "fields and their values"), f"{origin}, grid")
     named = top.get("methods", METHODS)
@@ -158,8 +164,22 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
         runs += _runs(method, {**{"lr": list(LEARNING_RATES)}, **grid, **own}, shared, where)
         _check_count(len(runs), origin)
     _check_distinct(runs, origin)
-    paths = {name: top[name] for name in ("model", "cache", "new", "prior")}
-    return SweepConfig(**paths, data=top.get("data"), shared=shared, runs=tuple(runs))
+    return SweepConfig(
+        _at_home(top["model"]), _at_home(top["cache"]), **texts, data=data, shared=shared, runs=tuple(runs)
+    )
+
+
+def _names(value: Any, name: str, origin: str) -> tuple[str, ...]:
+    """One path or several in a list."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, str) for v in values):
+        raise InvalidData(f"reading {origin}: expected {name}, a path or a list of them, found {shown(value)}.")
+    return tuple(map(_at_home, values))
+
+
+def _at_home(path: str) -> str:
+    """A path as a shell would hand it over: ~ is the home folder."""
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], where: str) -> list[RunSpec]:

@@ -25,8 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
+from logitcache.data.places import settings_for
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
+from logitcache.data.settings import DEFAULT
+from logitcache.data.skipped import listed_beside
 from logitcache.errors import FolderInUse, PipelineError, TrainingFailed, UnreadableSweep, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.evaluation.metrics import Comparison
@@ -97,7 +100,8 @@ def prepare(
     """
     _check_folder(out)
     names = {"data": config.data, "new": config.new, "prior": config.prior}
-    rows = {name: None if path is None else read_rows(path) for name, path in names.items()}
+    hows = {n: listed_beside(h, f"{out}-{n}") for n, h in settings_for(names, config.how).items()}
+    rows = {n: None if paths is None else read_rows(paths, hows[n], on_message) for n, paths in names.items()}
     source = find_model(config.model)
     tokenizer = load_tokenizer(source)
     common = config.common
@@ -107,12 +111,17 @@ def prepare(
     max_length = cache.manifest.capture.max_length
 
     def read(name: str) -> list[Sample]:
-        return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size)
+        def tell(sentence: str) -> None:
+            on_message(sentence if name == "data" else f"{name}: {sentence}")
 
-    samples = samples_for(rows["data"], cache, tokenizer, base.identity.vocab_size, on_message=on_message)
+        return samples_for(rows[name], cache, tokenizer, base.identity.vocab_size, None, tell, hows.get(name, DEFAULT))
+
+    samples = read("data")
     runs = [config.run_of(spec, _has_groups(cache)) for spec in config.runs]
     for objective, top_k, rules in dict.fromkeys((run.objective, run.training.top_k, run.pairing) for run in runs):
-        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules).require(samples)
+        CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules, how=config.how).require(
+            samples
+        )
     texts = {name: read(name) for name in ("new", "prior")}
     described = _description(config, base, cache, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):
@@ -285,7 +294,7 @@ def _description(
         "contents": cache.contents_checksum,
         "data": data_fingerprint(samples),
         "data_sets": digests_of(cache) if config.data is None else None,
-        **{name: without_secrets(getattr(config, name)) for name in texts},
+        **{name: " + ".join(map(without_secrets, getattr(config, name))) for name in texts},
         "texts": {name: data_fingerprint(text) for name, text in texts.items()},
         "pairing": config.common.pairing.plain(),
         "probe_top_k": config.probe.top_k(base.identity.vocab_size),

@@ -43,6 +43,7 @@ def describe(job: Job) -> dict[str, Any]:
             "num_positions": sum(len(s.positions) for s in samples),
             "fingerprint": data_fingerprint(samples),
             "data_sets": digests_of(cache) if cache is not None and job.of_cache else None,
+            "how": None if job.of_cache else job.how.determining(),
         },
         "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
         "adapter": _describe_adapter(base, job.adapter),

@@ -13,16 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
+from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
+from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.errors import TrainingFailed
+from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import is_spread, offloaded_parts
 from logitcache.models.loading import Base
 from logitcache.models.quantization import held_in
 from logitcache.pairing.identity_checks import PairingRules, check_tail
+from logitcache.pairing.samples import check_max_length
 from logitcache.pairing.view import CacheView
-from logitcache.storage import IdentityMismatch, LogitCache
+from logitcache.storage import LogitCache
 
 from .full_weights import computes_in_bfloat16
 from .run_folder import check_out
@@ -52,6 +56,8 @@ class Job:
     tokenizer: PreTrainedTokenizerBase | None
     #: Whether the samples are those of the cache's data sets.
     of_cache: bool = False
+    #: How the rows of the data were read, where the samples are of rows.
+    how: DataSettings = DEFAULT
 
     def __post_init__(self) -> None:
         _check_combination(self)
@@ -73,6 +79,7 @@ class Job:
             tokenizer=self.tokenizer,
             top_k=self.settings.top_k,
             rules=self.pairing,
+            how=self.how,
         )
         return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
 
@@ -86,11 +93,14 @@ def check_before_loading(
     top_k: int | None,
     max_length: int | None = None,
     resume: bool = False,
+    how: DataSettings = DEFAULT,
+    on_message: OnMessage = lambda _: None,
 ) -> NamedRows | None:
-    """Raise what can be told of a run before weights are read. Its rows, lazily, if data are a name.
+    """Raise what can be told of a run before weights are read. Its rows, lazily, if data are given by their names.
 
-    max_length: tokens a sample, for rows; with a cache it can only be the cache's own. Raises `TrainingFailed`,
-    `IdentityMismatch`, and what opening the data raises.
+    max_length: tokens a sample, for rows; with a cache at most its own, so that each is a causal prefix of what is
+    there. on_message is told what a person should know of the data. Raises `TrainingFailed`, `IdentityMismatch`, and
+    what opening the data raises.
     """
     if cache is None and objective.regularizer != "none":
         raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
@@ -98,15 +108,10 @@ def check_before_loading(
         raise TrainingFailed("training without a cache: expected data to train on, found none. Give --data.")
     check_tail(cache, objective, top_k)
     check_out(out, resume)
-    if not isinstance(data, (str, Path)):
+    if not are_names(data):
         return None
-    if cache is not None and max_length not in (None, cache.manifest.capture.max_length):
-        raise IdentityMismatch(
-            f"pairing {cache.path} with --max-length {max_length}: the cache was made with "
-            f"{cache.manifest.capture.max_length}. The same rows would be other samples. Leave --max-length out, or "
-            "precompute a cache with it."
-        )
-    return read_rows(str(data))
+    check_max_length(cache, max_length)
+    return read_rows(data, how, on_message)
 
 
 def _check_combination(job: Job) -> None:

@@ -23,7 +23,15 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.head import OutputHead, causal_lm_of, check_head
 from logitcache.pairing.identity_checks import EVERY, PairingRules
 from logitcache.pairing.layout import LayoutCheck
-from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, count_positions, documents_of
+from logitcache.pairing.targets import (
+    OWN_TOKENS,
+    PREFIX,
+    Batch,
+    CachedCollator,
+    Collator,
+    count_positions,
+    documents_of,
+)
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import PositionNotCaptured, SampleNotCached
 
@@ -295,7 +303,9 @@ class CachedKL(_AnyTrainer):
             for index in chunk:  # one by one, for the first in the order of the data
                 error = self._miss(view, dataset, [index], collate)
                 if error is not None:
-                    why = (EVERY if self.kl_objective.kl_positions == "all" else "") + _cutting(self.args)
+                    every = self.kl_objective.kl_positions == "all"
+                    others = OWN_TOKENS if isinstance(error, PositionNotCaptured) else ""
+                    why = (EVERY if every else others) + _cutting(self.args)
                     raise type(error)(f"row {index} of the training data: {error}{why}") from error
 
     def _miss(

@@ -44,11 +44,14 @@ from logitcache.storage.checked_json import unsealed
 WriteRows = Callable[..., Path]
 
 TEN_STEPS = ["--max-steps", 10, "--log-every", 1]
+OF_DATA = ["--chat-template", "--chat-template-kwargs", "--config-name", "--skip-bad-rows", "--split", "--streaming"]
+OF_DATA += ["--supervise"]
 RUNTIME = ["--config", "--device", "--dtype"]
 FLAGS: dict[str, list[str]] = {
     "calibrate": [
         *("--batch-tokens", "--cache", "--data", "--engine", "--engine-attention", "--engine-dtype"),
         *("--max-length", "--model", "--num-positions", "--out", "--top-k"),
+        *OF_DATA,
         *RUNTIME,
     ],
     "precompute": [
@@ -56,15 +59,16 @@ FLAGS: dict[str, list[str]] = {
         *("--device-map", "--engine", "--load-in", "--log-json", "--max-length"),
         *("--min-mass", "--model", "--num-shards", "--num-workers", "--plan"),
         *("--precision", "--samples-from", "--shard-index", "--shard-positions", "--store"),
-        *("--streaming", "--tail-groups", "--tail-samples", "--tensor-parallel", "--tokens-per-second"),
+        *("--tail-groups", "--tail-samples", "--tensor-parallel", "--tokens-per-second"),
         *("--data-name", "--kl-positions", "--tail-group-step", "--top-k", "--window-rows"),
+        *OF_DATA,
         *RUNTIME,
     ],
     "status": ["--config", "--json", "DIR"],
     "inspect": ["--config", "--json", "--max-positions", "--plot", "DIR"],
     "verify": ["--against-model", "--batch-tokens", "--config", "--device", "--json", "--num-positions", "DIR"],
     "repair": ["--config", "--manifest-from", "DIR"],
-    "prune": ["--config", "--data", "--dry-run", "--model", "DIR"],
+    "prune": ["--config", "--data", "--dry-run", "--model", "DIR", *OF_DATA],
     "merge": ["--config", "TARGET", "SOURCE..."],
     "convert": ["--config", "--precision", "--store", "SOURCE", "TARGET"],
     "export": ["--config", "--out", "--to", "DIR"],
@@ -106,6 +110,7 @@ FLAGS: dict[str, list[str]] = {
         "--variant",
         "--weight",
         "--weighting",
+        *OF_DATA,
         *RUNTIME,
     ],
     "nullspace": [
@@ -117,6 +122,7 @@ FLAGS: dict[str, list[str]] = {
         "--model",
         "--out",
         "--rank",
+        *OF_DATA,
         *RUNTIME,
     ],
     "answers": [
@@ -138,6 +144,7 @@ FLAGS: dict[str, list[str]] = {
         "--prior-cache",
         "--tasks",
         "--tasks-path",
+        *OF_DATA,
         *RUNTIME,
     ],
     "report": ["--config", "--out", "DIR"],
@@ -146,8 +153,11 @@ FLAGS: dict[str, list[str]] = {
 }
 """The public surface. A change here is a change for users: it belongs into the changelog."""
 
+OF_ROWS = {"split": "train", "supervise": "assistant"}
+
 DEFAULTS = {
     "calibrate": {
+        **OF_ROWS,
         "engine": "vllm",
         "engine-dtype": "that of the reference",
         "engine-attention": "that of the reference",
@@ -160,6 +170,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "precompute": {
+        **OF_ROWS,
         "top-k": "64",
         "min-mass": "1.0",
         "tail-groups": "0",
@@ -180,6 +191,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "train": {
+        **OF_ROWS,
         "regularizer": "masked-kl",
         "kl-positions": "supervised",
         "tail": "auto",
@@ -208,6 +220,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "nullspace": {
+        **OF_ROWS,
         "rank": "16",
         "max-samples": "256",
         "max-length": "1024",
@@ -216,6 +229,7 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
+    "evaluate": {**OF_ROWS, "max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
     "answers": {
         "prompts": "100 everyday prompts",
         "max-new-tokens": "128",
@@ -223,7 +237,6 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
-    "evaluate": {"max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
     "report": {"out": "that of the sweep"},
     "sweep": {"jobs": "1", "dtype": "auto", "device": "auto"},
     "demo": {"out": "demo-output"},
@@ -231,7 +244,7 @@ DEFAULTS = {
     "inspect": {"max-positions": "200000"},
     "verify": {"num-positions": "4096", "batch-tokens": "8192", "device": "auto"},
     "repair": {},
-    "prune": {},
+    "prune": OF_ROWS,
     "merge": {},
     "convert": {"store": "that of the source", "precision": "that of the source"},
     "export": {"to": "parquet"},

@@ -10,6 +10,7 @@ import pytest
 from logitcache.cli.terminal import Console
 from logitcache.events import (
     BatchHalved,
+    DataNoted,
     Event,
     Finished,
     RayStarted,
@@ -21,6 +22,7 @@ from logitcache.events import (
 
 LINES: list[tuple[Event, dict[str, object]]] = [
     (WindowPlanned(2, 90, 40), {"event": "window", "number": 2, "tokens": 90, "missing_tokens": 40}),
+    (DataNoted("a note"), {"event": "data-note", "note": "a note"}),
     (ShardCommitted("ab", 7, 8, 99), {"event": "unit-done", "unit": "ab", "positions": 7, "tokens": 8, "bytes": 99}),
     (ShardFailed("a logit"), {"event": "unit-failed", "why": "a logit"}),
     (BatchHalved(8192, 4096), {"event": "batch-halved", "tokens": 8192, "to": 4096}),
@@ -46,6 +48,7 @@ def test_a_person_is_told_what_they_should_know(capsys: pytest.CaptureFixture[st
     for event, _ in LINES:
         console.on_event(event)
     assert capsys.readouterr().err.splitlines() == [
+        "a note",
         "A shard was left out: a logit",
         "Memory ran out on a batch of 8,192 tokens: from here on 4,096 at most.",
     ]

@@ -181,11 +181,22 @@ def test_windows_come_one_by_one(tmp_path: Path) -> None:
         next(windows)
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    make_folder(tmp_path / "data", [("jsonl", 3, 0)])
-    (tmp_path / "data" / "001.jsonl").write_text("\n\n", encoding="utf-8")
-    with pytest.raises(InvalidData, match=r"001\.jsonl: the file holds no rows"):
+def test_an_empty_file_among_others_is_left_out_and_told(tmp_path: Path) -> None:
+    expected = make_folder(tmp_path / "data", [("jsonl", 3, 0), ("jsonl", 2, 0)])
+    (tmp_path / "data" / "0005.jsonl").write_text("\n\n", encoding="utf-8")
+    told: list[str] = []
+    windows = list(read_windows(str(tmp_path / "data"), 2, on_message=told.append))
+    assert [row for w in windows for _, row in w.rows] == expected
+    assert told == [f"{tmp_path}/data/0005.jsonl holds no rows and is left out."]
+
+
+def test_data_without_any_row_are_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "data", [("jsonl", 0, 0)])
+    with pytest.raises(InvalidData, match=r"data: the file holds no rows"):
         list(read_windows(str(tmp_path / "data"), 2, lambda w: w == 0))
+    (tmp_path / "data" / "001.jsonl").write_bytes(b"")
+    with pytest.raises(InvalidData, match=r"data: it holds no rows"):
+        list(read_windows(str(tmp_path / "data"), 2))
 
 
 def test_rows_are_not_shared_between_windows(tmp_path: Path) -> None:

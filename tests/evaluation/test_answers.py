@@ -139,8 +139,9 @@ def test_the_verb_writes_rows_that_evaluate_takes(tiny_model: Path, tmp_path: Pa
 
 
 def test_without_prompts_the_everyday_ones_are_answered(tiny_model: Path, tmp_path: Path) -> None:
-    told = done("answers", "--model", tiny_model, "--out", tmp_path / "out.jsonl", "--max-new-tokens", 2)
-    rows = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    out = tmp_path / "new" / "folder" / "out.jsonl"
+    told = done("answers", "--model", tiny_model, "--out", out, "--max-new-tokens", 2)
+    rows = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]
     assert len(rows) > 50 and all(row["kind"] and row["part"] in ("anchor", "test") for row in rows)
     assert f"{100 - len(rows)} of 100 answers were empty" in told.err or len(rows) == 100
 

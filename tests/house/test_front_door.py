@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
         "CacheError",
         "CacheWriter",
         "CaptureSettings",
+        "DataSettings",
         "InvalidSettings",
         "LogitCache",
         "Objective",

@@ -172,7 +172,14 @@ def test_padding_and_broken_masks_are_refused(extra: dict[str, Any]) -> None:
 
 
 def test_tools_are_not_dropped_in_silence() -> None:
+    """Said where the template does not show them; refused where the model would learn to call what it is not shown."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
-    with pytest.raises(InvalidData, match="tools"):
+    found = samples_of_rows([("r", row), ("s", {"messages": messages})], make_tokenizer(), 99, 260)
+    assert [sample.token_ids.tolist() for sample in found.samples[1:]] == [found.samples[0].token_ids.tolist()]
+    (said,) = found.notes
+    assert "tools, which the chat template does not show" in said
+    messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]  # type: ignore[assignment]
+    messages[1]["content"] = "f"  # as if the template had shown the call
+    with pytest.raises(InvalidData, match="does not show the row's tools"):
         samples_of_rows([("r", row)], make_tokenizer(), 99, 260)

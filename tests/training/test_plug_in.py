@@ -42,6 +42,7 @@ from support.plug_ins import (
 from support.plug_ins import cached as cached
 from support.tiny_model import make_model, make_tokenizer, text_rows
 from support.tiny_runs import V, gradients_after_one_step, make_cache, make_samples, make_trainer, moved_adapter
+from support.trl_chats import template_texts
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -263,6 +264,11 @@ DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "completions": ([{"prompt": f"{i} + {i} =", "completion": f" {2 * i}, so it is"} for i in range(6)], {}),
     "chats": (chats(), {"assistant_only_loss": True}),
     "chats, packed": (chats(), {"assistant_only_loss": True, "packing": True, "max_length": 256}),
+    "chats, Qwen3": (chats(), {"assistant_only_loss": True}),
+    "completions of turns, Qwen3": (
+        [{"prompt": row["messages"][:3], "completion": row["messages"][3:]} for row in chats()],
+        {"assistant_only_loss": True},
+    ),
     "chats, cut": (chats(), {"assistant_only_loss": True, "max_length": 30}),
     "text, cut": (text_rows(6), {"max_length": 11}),
     "text, cut and packed": (text_rows(6), {"max_length": 11, "packing": True}),
@@ -279,7 +285,7 @@ def test_trl_makes_the_tokens_of_precompute(data: str, tmp_path: Path) -> None:
     """All that TRL makes of the same rows is found, and supervised in the same places, cut as it may be."""
     rows, settings = DATA[data]
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template_texts()["qwen3"] if "Qwen3" in data else CHAT  # without markers: TRL has others
     samples, cache = make_cache_of_rows(tmp_path / "c", rows, tokenizer)
     settings = {"max_length": 256, **settings}
     trainer = make_sft(tmp_path / "o", Dataset.from_list(rows), cache, processing_class=tokenizer, **settings)
@@ -296,8 +302,11 @@ def test_a_cache_of_the_trainers_own_tokens(tmp_path: Path, tiny_model: Path) ->
     tokenizer = make_tokenizer()
     rows = Dataset.from_list(chats())
     _, cache = make_cache_of_rows(tmp_path / "assistant", chats(), tokenizer)
-    with pytest.raises(PositionNotCaptured, match=r"row 0 of the training data.*not supervised.*Precompute this data"):
+    with pytest.raises(PositionNotCaptured, match=r"row 0 of the training data.*not supervised.*--supervise") as told:
         make_sft(tmp_path / "a", rows, cache, max_length=256).train()
+    assert "its own input_ids and labels as --data" in str(told.value)
+    with pytest.raises(PositionNotCaptured, match=r"not supervised.*--supervise.*its own input_ids and labels"):
+        make_sft(tmp_path / "b", rows, cache, max_length=256, check=False).train()  # told when the batch comes
     path, tokens = str(tmp_path / "c"), str(tmp_path / "tokens.parquet")
     args = SFTConfig(str(tmp_path / "plain"), use_cpu=True, bf16=False, report_to=[])
     plain = SFTTrainer(make_model(), args, train_dataset=rows, processing_class=tokenizer)

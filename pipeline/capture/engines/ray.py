@@ -28,6 +28,8 @@ from logitcache.capture.plan import Counts
 from logitcache.capture.shard_pipeline import failed_text
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
+from logitcache.data.settings import DataSettings
+from logitcache.data.skipped import listed_beside
 from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError, install_line
 from logitcache.events import Event, OnEvent, RayStarted, ShardFailed, ShareDone
 from logitcache.models.loading import first_line
@@ -206,8 +208,11 @@ def _sum(reports: Sequence[JobReport], num_shares: int) -> JobReport:
             num_truncated=planned.num_truncated // readers,
             num_tokens_cut=planned.num_tokens_cut // readers,
             num_without_labels=planned.num_without_labels // readers,
+            num_unlabelled=planned.num_unlabelled // readers,
+            num_skipped=planned.num_skipped // readers,
         ),
         is_final=True,
+        skipped_files=tuple(file for r in reports for file in r.skipped_files),
     )
 
 
@@ -247,12 +252,21 @@ def absolute(spec: JobSpec) -> JobSpec:
     return replace(
         spec,
         model=_whole(spec.model),
-        data=_whole(spec.data),
+        data=tuple(_whole(name) for name in spec.data),
+        how=_listed_here(spec),
         data_name=spec.name,
         cache=str(Path(files.root).absolute()) if files.is_local else spec.cache,
         samples_from=_whole(spec.samples_from),
         calibration=_whole(spec.calibration),
     )
+
+
+def _listed_here(spec: JobSpec) -> DataSettings:
+    """With whole paths too, and the list of skipped rows of a cache at a URL in the folder of the driver."""
+    how = replace(spec.how, chat_template=_whole(spec.how.chat_template))
+    if not how.skip_bad_rows or "://" not in spec.cache:
+        return how
+    return replace(how, skipped_file=str(Path.cwd() / listed_beside(how, spec.cache).skipped_file))
 
 
 def _whole(path: T) -> T | str:
