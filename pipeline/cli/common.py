@@ -121,11 +121,28 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise click.UsageError(f"{path}: unknown key {shown(unknown[0])}. Known keys: {', '.join(sorted(known))}.", ctx)
     if len({known[key] for key in given}) < len(loaded):
         raise click.UsageError(f"{path}: expected each key once, found one under two spellings.", ctx)
-    nested = [key for key, value in given.items() if isinstance(value, (dict, list)) or value is None]
+    several = {opt.removeprefix("--") for p in options if p.multiple for opt in p.opts}
+    lists = {key: value for key, value in given.items() if key in several and isinstance(value, list)}
+    plain = {key: value for key, value in given.items() if key not in lists}
+    nested = [key for key, value in plain.items() if not _is_plain(value)]
+    nested += [key for key, values in lists.items() if not values or not all(map(_is_plain, values))]
     if nested:
         raise click.UsageError(f"{path}: expected one plain value for {shown(nested[0])}.", ctx)
     # as text, as on the line: else 8.5 would be a whole number, and true a 1
-    ctx.default_map = {**(ctx.default_map or {}), **{known[key]: str(value) for key, value in given.items()}}
+    texts: dict[str, Any] = {known[key]: _as_typed(value) for key, value in plain.items()}
+    texts |= {known[key]: [_as_typed(value) for value in values] for key, values in lists.items()}
+    texts |= {known[key]: [texts[known[key]]] for key in plain if key in several}
+    ctx.default_map = {**(ctx.default_map or {}), **texts}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is not None and not isinstance(value, (dict, list))
+
+
+def _as_typed(value: Any) -> str:
+    """A value of a file as a shell would hand it over: ~ is the home folder."""
+    text = str(value)
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def quiet_libraries() -> None:

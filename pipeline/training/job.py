@@ -24,6 +24,7 @@ from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.view import CacheView
 from logitcache.storage import IdentityMismatch, LogitCache
 
+from .anchors import Anchor, Anchors, AnchorTerm
 from .full_weights import computes_in_bfloat16
 from .run_folder import check_out
 from .settings import PenaltySettings, TrainSettings
@@ -52,6 +53,8 @@ class Job:
     tokenizer: PreTrainedTokenizerBase | None
     #: Whether the samples are those of the cache's data sets.
     of_cache: bool = False
+    #: Caches of what the base says elsewhere, opened (`Anchor.opened`).
+    anchors: Sequence[Anchor] = ()
 
     def __post_init__(self) -> None:
         _check_combination(self)
@@ -61,6 +64,11 @@ class Job:
     def mixed(self) -> bool:
         """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
         return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the loss of the new data reads the cache; else it may be there for its samples alone."""
+        return self.cache is not None and self.objective.regularizer != "none"
 
     def paired(self) -> CacheView | None:
         """The cache as the run reads it; None where its loss reads none. Raises as `CacheView.paired`."""
@@ -74,7 +82,19 @@ class Job:
             top_k=self.settings.top_k,
             rules=self.pairing,
         )
-        return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
+        return view if self.reads_cache else None  # also one of samples alone must be of this base
+
+    def paired_anchors(self) -> Anchors:
+        """The anchor caches, each held against the base itself, whoever the teacher of the new data is.
+
+        Raises as `AnchorTerm.paired`.
+        """
+        seed, other = self.settings.seed, self.pairing.other_precision
+        found = (
+            AnchorTerm.paired(anchor, self.base, seed, tokenizer=self.tokenizer, other_precision=other)
+            for anchor in self.anchors
+        )
+        return Anchors(tuple(found))
 
 
 def check_before_loading(
