@@ -197,9 +197,9 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
             settings |= {name: defaults[name] for name in (*OF_A_REGULARIZER, "top_k")}
         if regularizer == "none":
             settings |= {"weight": 0.0, "kl_budget": None}
-        if settings["anchor_weight"] == 0:
-            settings |= {**{name: defaults[name] for name in OF_ANCHORS}, "anchor_weight": 0.0}
         settings = _complete(settings, shared, where)
+        if settings["anchor_weight"] == 0:
+            settings |= {**dict.fromkeys(OF_ANCHORS), "anchor_weight": 0.0}
         runs.setdefault(digest_json(settings), RunSpec(_name(method, settings), method, settings))
     return list(runs.values())
 
