@@ -4,6 +4,7 @@
 
     logitcache.precompute("base/", "train.jsonl", "cache/")                  # the base runs once
     logitcache.train("base/", None, "cache/", "adapter/")                    # as often as you like
+    logitcache.answers("base/", None, "prior.jsonl")                         # what the base itself says
     logitcache.evaluate("base/", "adapter/", {"new": "new.jsonl", "prior": "prior.jsonl"})
 
 Two flows, each a straight line, meet in the cache: rows -> samples -> base -> cache, and samples -> cache -> loss ->
@@ -19,6 +20,7 @@ _HOMES = {
     "AdapterSettings": "adapters.settings",
     "Anchor": "training.anchors",
     "AnchorSettings": "training.settings",
+    "AnswerSettings": "evaluation.settings",
     "CacheError": "storage",
     "CacheView": "pairing.view",
     "CacheWriter": "storage",
@@ -46,6 +48,7 @@ _HOMES = {
     "TrainingFailed": "errors",
     "UnsuitableAdapter": "errors",
     "UnsupportedModel": "errors",
+    "answers": "evaluation.answers",
     "evaluate": "evaluation.compare",
     "precompute": "capture.worker",
     "sample_id": "storage",
@@ -69,7 +72,9 @@ if TYPE_CHECKING:
     from .errors import TrainingFailed as TrainingFailed
     from .errors import UnsuitableAdapter as UnsuitableAdapter
     from .errors import UnsupportedModel as UnsupportedModel
+    from .evaluation.answers import answers as answers
     from .evaluation.compare import evaluate as evaluate
+    from .evaluation.settings import AnswerSettings as AnswerSettings
     from .losses.objective import Objective as Objective
     from .models.settings import LoadSettings as LoadSettings
     from .pairing.settings import PairingRules as PairingRules

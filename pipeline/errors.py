@@ -12,6 +12,16 @@ _NO_FILE = ("(os error ", "failed writing file", "unexpected pos ")
 """What safetensors says of a full disk, and torch; neither raises OSError."""
 
 
+INSTALLED_FROM = "."
+"""What pip is told to install: the clone that one stands in. At the first release this becomes `logitcache`, and
+tests/house/test_docs.py then names every page that says otherwise."""
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an optional dependency by its extra."""
+    return f"pip install '{INSTALLED_FROM}[{extra}]'"
+
+
 class PipelineError(Exception):
     """Base of the refusals of the pipeline."""
 

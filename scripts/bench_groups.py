@@ -31,7 +31,6 @@ from bench_common import BENCHMARKS, Line, demo_base, provenance, read_csv, set_
 from peft import PeftModel
 from study_demo import bytes_a_position
 from study_tails import Form, Kept, Probe, measures
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from logitcache import CachedLoss
@@ -42,6 +41,7 @@ from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch, pad_samples
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, make_samples
+from logitcache.demo.real_base import unpack
 from logitcache.demo.run import DemoSettings, write_data
 from logitcache.losses.formulas import Objective, regularizer_mask, regularizer_values
 from logitcache.models.head import OutputHead, hidden_states
@@ -248,19 +248,6 @@ def print_table(lines: Sequence[Line]) -> None:
         print(f"{NAMES[kept]}: " + ("; ".join(against) if against else "becomes the default"))
 
 
-def from_gguf(file: Path, folder: Path) -> None:
-    """The weights of a packed Llama as an ordinary checkpoint in float32, with its tokenizer."""
-    packed = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    names = {
-        n: v for n, v in packed.config.to_dict().items() if n not in ("quantization_config", "dtype", "_name_or_path")
-    }
-    model = LlamaForCausalLM(LlamaConfig(**names))
-    model.load_state_dict(packed.state_dict())
-    model.tie_weights()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,7 +260,7 @@ def main() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     if args.from_gguf:
-        from_gguf(*args.from_gguf)
+        unpack(*args.from_gguf, torch.float32)
         return
     if not args.table:
         set_up(threads=1)

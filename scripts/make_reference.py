@@ -11,6 +11,7 @@ import click
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
 from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli
+from logitcache.evaluation.settings import AnswerSettings
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
@@ -20,17 +21,9 @@ from logitcache.training.settings import AnchorSettings, PenaltySettings, RunSet
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
-    *(
-        Objective,
-        PenaltySettings,
-        AnchorSettings,
-        AdapterSettings,
-        TrainSettings,
-        PairingRules,
-        LoadSettings,
-        RunSettings,
-    ),
-    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, ProbeSettings),
+    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings),
+    *(PairingRules, LoadSettings, RunSettings),
+    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ProbeSettings),
 )
 
 HEAD = """# Reference

@@ -1,4 +1,4 @@
-"""Which adapter folders, loaded on the base, compute what was trained.
+"""Which adapter folders, loaded on the base, compute what was trained, and which base that was.
 
 Owns the closed tables. PEFT runs an adapter's initialisation again when it loads it, before it reads the file. One that
 rewrites the base's weights by a random draw, or by samples that are not there any more, rewrites them otherwise than
@@ -12,6 +12,7 @@ from typing import Any
 
 from logitcache.errors import UnsuitableAdapter, UnsupportedModel
 from logitcache.json_files import read_checked
+from logitcache.storage.plain_text import one_line
 
 from .registry import KINDS, AdapterSettings, rewrites_base
 
@@ -73,6 +74,22 @@ def check_reloadable(folder: str) -> None:
             f"loading adapter {folder!r}: expected one distribution a position, found sample_at_inference: {kind} then "
             "draws at random in every forward. Set it to false in adapter_config.json to evaluate the mean."
         )
+
+
+def base_of(folder: str) -> tuple[str, dict[str, str]] | None:
+    """Which model an adapter was trained on, as its run.json has it: the name, and `weights` and `config` of its
+    identity; None without a run.json. Raises `UnsupportedModel` where that does not say it."""
+    run = Path(folder) / RUN
+    if not run.is_file():
+        return None
+    try:
+        said = read_checked(run)["model"]
+        return one_line(str(said["name"]), 200), {key: str(said[key]) for key in ("weights", "config")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel(
+            f"loading adapter {folder!r}: its run.json does not say which model it was trained on. "
+            "Restore it from a copy; for an adapter made elsewhere, remove it."
+        ) from error
 
 
 def _check_checkpoint(path: Path) -> None:

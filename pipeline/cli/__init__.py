@@ -37,6 +37,7 @@ from logitcache.storage import (
     SampleNotCached,
 )
 
+from .answers import answers
 from .calibrate import calibrate
 from .common import note, say_lines
 from .convert import convert
@@ -94,7 +95,7 @@ def cli() -> None:
 
 for _verb in (
     *(calibrate, precompute, status, inspect, verify, repair, prune, merge, convert, export, push, pull),
-    *(nullspace, train, evaluate, sweep, report, demo),
+    *(nullspace, train, answers, evaluate, sweep, report, demo),
 ):
     cli.add_command(_verb)
 
@@ -149,7 +150,7 @@ def _tell(error: Exception) -> str | None:
     if is_out_of_memory(error):
         return (
             f"memory ran out ({what[:200]}). What was committed is kept. Run the same command again with a smaller "
-            "--batch-tokens (train: --batch-size and a larger --grad-accum, into a new --out)."
+            "--batch-tokens (answers: --batch-size; train: --batch-size and a larger --grad-accum, into a new --out)."
         )
     if is_file_failure(error):
         if isinstance(error, OSError) and error.strerror:

@@ -179,12 +179,12 @@ def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
-def progress_bar(description: str, total: int | None, silent: bool = False) -> Any:
-    """tqdm's, over tokens, at a terminal only."""
+def progress_bar(description: str, total: int | None, silent: bool = False, unit: str = " tokens") -> Any:
+    """tqdm's, over tokens unless another unit is said, at a terminal only."""
     from tqdm import tqdm
 
     hidden = silent or not sys.stderr.isatty()
-    return tqdm(total=total, desc=description, unit=" tokens", unit_scale=True, disable=hidden, leave=True)
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=True, disable=hidden, leave=True)
 
 
 def say(line: str) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.storage.plain_text import without_secrets
+
 from .common import (
     CachePath,
     batch_options,
@@ -21,6 +23,7 @@ from .common import (
     note,
     quiet_libraries,
     runtime_options,
+    say,
     say_lines,
     token_bar,
 )
@@ -72,7 +75,7 @@ class _Side:
     help="What --json printed for an adapter trained with plain cross-entropy: adds the share of its drift prevented.",
 )
 @click.option(
-    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs logitcache[tasks])."
+    "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
 )
 @click.option(
     "--tasks-path",
@@ -101,13 +104,14 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure base and adapted model on new and on prior text: learning and forgetting in one table.
+    """Measure base and adapted model on prior text (forgetting), on new text (learning), or both, in one table.
 
     "Before" is the untouched base: a second model in memory, unlike in training, or a cache that it made of the text.
+    The table ends with what was learnt and forgotten in one sentence.
     docs/how-to/evaluate.md says what each number means.
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    given = {"new": (data, new_cache), "prior": (prior, prior_cache)}
+    given = {"prior": (prior, prior_cache), "new": (data, new_cache)}
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
     quiet_libraries()
@@ -116,7 +120,7 @@ def evaluate(
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
     from logitcache.evaluation.metrics import drift_prevented, finite_or_none
-    from logitcache.evaluation.table import evaluation_rows, table
+    from logitcache.evaluation.table import closing_sentence, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
     from logitcache.storage import LogitCache
 
@@ -147,10 +151,11 @@ def evaluate(
         needs_base = bool(names) or any(side.cache is None for side in sides)
         second = load_base(source, dtype, where, device_map=device_map) if needs_base else base
         adapted = load_adapter(second.model, adapter, device_map)
+    texts = {side.name: _text_name(*given[side.name]) for side in sides}
     results = {side.name: _compared(side, base, adapted, samples[side.name], batch_tokens) for side in sides}
     found: dict[str, Any] = {
         "model": {"name": source.name, "weights": base.identity.weights, "config": base.identity.config},
-        **{name: result.as_dict() for name, result in results.items()},
+        **{name: {"text": texts[name], **result.as_dict()} for name, result in results.items()},
     }
     prevented = None
     if plain is not None:
@@ -172,7 +177,13 @@ def evaluate(
                 max(1, batch_tokens // max_length),
             )
         found["tasks"] = [score.as_dict() for score in scores]
-    say_lines(json.dumps(found, indent=2) if as_json else table(evaluation_rows(results, prevented, scores)))
+    if as_json:
+        say_lines(json.dumps(found, indent=2))
+        return
+    say_lines(table(evaluation_rows(results, prevented, scores, texts)))
+    if results:
+        say_lines("")
+        say(closing_sentence(results, texts))
 
 
 def _check_usage(
@@ -184,9 +195,11 @@ def _check_usage(
     tasks_path: Path | None,
 ) -> None:
     flags = {"new": ("--data", "--new-cache"), "prior": ("--prior", "--prior-cache")}
-    for name, (text, cache) in given.items():
-        if text is None and cache is None and tasks is None:
-            raise click.UsageError(f"Give the {name} text: {flags[name][0]}, or {flags[name][1]} with its samples.")
+    if tasks is None and all(sources == (None, None) for sources in given.values()):
+        raise click.UsageError(
+            "Give text to measure on: --prior for what was forgotten, --data for what was learnt, or a cache of either."
+        )
+    for name, (_, cache) in given.items():
         if cache is not None and adapter is None:
             raise click.UsageError(f"{flags[name][1]} stands for the base beside an adapter. Give --adapter.")
     if against is not None and (adapter is None or given["prior"] == (None, None)):
@@ -206,6 +219,14 @@ def _samples_of(
         note(f"{side.name}: {sentence}")
 
     return samples_for(side.rows, side.cache, tokenizer, base.identity.vocab_size, max_length, say)
+
+
+def _text_name(text: str | None, cache: str | None) -> str:
+    """What a text is called: the last part of its path, or a hub id as it is."""
+    given = str(text if text is not None else cache)
+    name = without_secrets(given)
+    last = Path(name).name if "://" in name or Path(given).exists() else name
+    return last if text is not None else f"the cache {last}"
 
 
 def _tell_dtype(side: _Side, base: "Base") -> None:

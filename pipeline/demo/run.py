@@ -12,18 +12,19 @@ Trains and evaluates nothing itself, and must not print: it reports through `on_
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.errors import TrainingFailed
-from logitcache.models.settings import LoadSettings
+from logitcache.models.settings import Dtype, LoadSettings
 from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
 from logitcache.reports.plots import frontier_picture
 from logitcache.reports.results import RunOutcome, Sweep, read_sweep
@@ -35,6 +36,8 @@ from logitcache.sweeps.run import prepare, run_one
 from .text import Document, code_documents, prose_documents, split
 
 MARKER = "demo.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,35 @@ def run_demo(out: Path, settings: DemoSettings, on_message: Callable[[str], None
     Raises `TrainingFailed` where the folder holds something else, or a run fails or is done by another process now,
     `FileNotFoundError` where this Python carries no sources to take text from.
     """
-    _claim_folder(out, settings)
+    claim_folder(out, settings)
     on_message("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
     write_data(out / "data", settings)
     with as_file(files("logitcache.demo").joinpath("base")) as base:
         config = sweep_config(base, out, settings)
         cache = fill_cache(config, settings, on_message)
-        prepared = prepare(config, out / "sweep", "float32", torch.device("cpu"))
-        for number, run in enumerate(config.runs, 1):
-            run_one(prepared, run, retry_failed=True)
-            found = next(r for r in read_sweep(out / "sweep").runs if r.name == run.name)
-            if found.outcome is None:
-                why = found.error or "another process is at it"
-                raise TrainingFailed(f"training {run.method} of the demo in {out}: {why}. The other runs are kept.")
-            on_message(
-                f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: new "
-                f"{-found.outcome.learning:+.3f}, prior {found.outcome.forgetting:+.3f} nats a token, trained in "
-                f"{found.outcome.seconds:.0f} s"
-            )
-    sweep = read_sweep(out / "sweep")
+        sweep = train_and_evaluate(config, out, "float32", on_message)
     write_report(out, sweep, cache, settings)
     return sweep
+
+
+def train_and_evaluate(config: SweepConfig, out: Path, dtype: str, on_message: Callable[[str], None]) -> Sweep:
+    """Every run that is not done yet, one after the other, into `out`/sweep; what the sweep came to.
+
+    Raises `TrainingFailed` where a run fails, or is done by another process now.
+    """
+    prepared = prepare(config, out / "sweep", dtype, torch.device("cpu"))
+    for number, run in enumerate(config.runs, 1):
+        run_one(prepared, run, retry_failed=True)
+        found = next(r for r in read_sweep(out / "sweep").runs if r.name == run.name)
+        if found.outcome is None:
+            why = found.error or "another process is at it"
+            raise TrainingFailed(f"training {run.method} of the demo in {out}: {why}. The other runs are kept.")
+        on_message(
+            f"{number}/{len(config.runs)} {run.method}, seed {run.settings['seed']}: new "
+            f"{-found.outcome.learning:+.3f}, prior {found.outcome.forgetting:+.3f} nats a token, trained in "
+            f"{found.outcome.seconds:.0f} s"
+        )
+    return read_sweep(out / "sweep")
 
 
 def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
@@ -118,14 +129,14 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
     return replace(config, runs=tuple(sorted(config.runs, key=lambda run: settings.seeds.index(run.settings["seed"]))))
 
 
-def fill_cache(config: SweepConfig, settings: DemoSettings, on_message: Callable[[str], None]) -> LogitCache:
+def fill_cache(
+    config: SweepConfig, settings: DemoSettings, on_message: Callable[[str], None], dtype: Dtype = "float32"
+) -> LogitCache:
     """The cache that the demo's runs are trained with."""
     assert config.data is not None
     started = perf_counter()
     job = CaptureSettings(top_k=settings.top_k, max_length=settings.max_length)
-    report = precompute(
-        config.model, config.data, config.cache, job, loading=LoadSettings(dtype="float32", device="cpu")
-    )
+    report = precompute(config.model, config.data, config.cache, job, loading=LoadSettings(dtype=dtype, device="cpu"))
     cache = LogitCache.open(config.cache)
     ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
     done = ran if report.num_tokens else "nothing left to run"
@@ -142,24 +153,29 @@ def write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path, Path]:
     _, prose_held_out = split(prose_documents())
     prior = _pieces(prose_held_out)
     parts = {
-        "new_train": _spread(code_train, settings.max_steps * settings.batch_size),
-        "new_heldout": _spread(code_held_out, settings.num_held_out),
-        "prior_heldout": _spread(prior, settings.num_held_out),
+        "new_train": spread(code_train, settings.max_steps * settings.batch_size),
+        "new_heldout": spread(code_held_out, settings.num_held_out),
+        "prior_heldout": spread(prior, settings.num_held_out),
     }
     for name, documents in parts.items():
-        lines = (json.dumps({"text": d.text, "source": d.name}) + "\n" for d in documents)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_documents(folder / f"{name}.jsonl", documents)
     train_set, new, prior_path = (folder / f"{name}.jsonl" for name in parts)
     return train_set, new, prior_path
 
 
+def write_documents(path: Path, documents: Sequence[Document]) -> None:
+    """Rows of `text`, with the name of the document as `source`."""
+    lines = (json.dumps({"text": d.text, "source": d.name}, ensure_ascii=False) + "\n" for d in documents)
+    replace_file(path, "".join(lines).encode())
+
+
 def summary_rows(sweep: Sweep) -> list[list[str]]:
     """The demo's table: base first, then each method, means over seeds ± half the range."""
-    by_method = _by_method(sweep)
-    base = next(iter(by_method.values()))[0]
+    found = by_method(sweep)
+    base = next(iter(found.values()))[0]
     rows = [["", "new CE", "prior CE", "learnt", "forgotten", "KL on prior", "s a run"]]
     rows.append(["base", f"{base.new.ce_before:.3f}", f"{base.prior.ce_before:.3f}", "", "", "", ""])
-    for method, runs in by_method.items():
+    for method, runs in found.items():
         columns = {
             "new": [r.new.ce_after for r in runs],
             "prior": [r.prior.ce_after for r in runs],
@@ -176,7 +192,7 @@ def relative_sentences(sweep: Sweep) -> list[str]:
     """Each method against the first (plain LoRA), in words: means over seeds."""
     means = {
         method: (sum(r.learning for r in runs) / len(runs), sum(r.forgetting for r in runs) / len(runs))
-        for method, runs in _by_method(sweep).items()
+        for method, runs in by_method(sweep).items()
     }
     (first, (learnt, forgotten)), *others = means.items()
     return [
@@ -189,7 +205,7 @@ def relative_sentences(sweep: Sweep) -> list[str]:
 
 def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSettings) -> None:
     """frontier.png and report.md."""
-    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in _by_method(sweep).items()}
+    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in by_method(sweep).items()}
     title = f"{cache.num_positions:,} tokens of source code, {len(settings.seeds)} seeds, one cache"
     frontier_picture(points, out / "frontier.png", title)
     learning_rates = "; ".join(f"{m.name} {m.lr:g}" for m in settings.methods)
@@ -221,7 +237,8 @@ def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSetti
     (out / "report.md").write_text(as_markdown(page), encoding="utf-8")
 
 
-def _claim_folder(out: Path, settings: DemoSettings) -> None:
+def claim_folder(out: Path, settings: DemoSettings) -> None:
+    """Write demo.json into a folder that is empty, or this demo's own. Raises `TrainingFailed` for any other."""
     marker, stamp = out / MARKER, json.dumps(asdict(settings), indent=2) + "\n"
     if out.exists() and any(out.iterdir()) and (not marker.exists() or marker.read_text(encoding="utf-8") != stamp):
         raise TrainingFailed(
@@ -246,13 +263,14 @@ def _pieces(documents: list[Document], max_chars: int = 1100) -> list[Document]:
     return [piece for piece in pieces if len(piece.text) >= 200]
 
 
-def _spread(documents: list[Document], count: int) -> list[Document]:
-    """`count` documents (or all), evenly spread over the list."""
-    count = min(count, len(documents))
-    return [documents[i * len(documents) // count] for i in range(count)]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` items (or all), evenly spread over the list."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
-def _by_method(sweep: Sweep) -> dict[str, list[RunOutcome]]:
+def by_method(sweep: Sweep) -> dict[str, list[RunOutcome]]:
+    """The outcomes of each method, in the order of the seeds. Every run is finished."""
     grouped: dict[str, list[RunOutcome]] = {}
     for run in sweep.runs:
         assert run.outcome is not None

@@ -52,10 +52,10 @@ def prose_documents() -> tuple[Document, ...]:
     seen: set[str] = set()
     texts = {}
     for name, tree in _parsed_modules():
-        kept = (_without_seen(text, seen) for text in _docstrings(tree))
+        kept = (without_seen(text, seen) for text in _docstrings(tree))
         texts[f"module:{name}"] = "\n\n".join(text for text in kept if text)
     for topic, text in sorted(_topics().items()):
-        texts[f"topic:{topic}"] = _without_seen(_normalised(text), seen)
+        texts[f"topic:{topic}"] = without_seen(_normalised(text), seen)
     return tuple(Document(name, text) for name, text in texts.items() if text)
 
 
@@ -80,7 +80,7 @@ def code_documents(max_chars: int = 900) -> tuple[Document, ...]:
         _remove_docstrings(tree)
         definitions = (node for node in tree.body if isinstance(node, _DEFINITIONS))
         pieces = (piece for node in definitions for piece in _pieces(node, max_chars, seen))
-        for index, segment in enumerate(_joined(pieces, max_chars)):
+        for index, segment in enumerate(joined(pieces, max_chars)):
             documents.append(Document(f"code:{name}#{index}", segment))
     return tuple(documents)
 
@@ -151,7 +151,7 @@ def _normalised(text: str) -> str:
     return re.sub(r"[ \t]+(?=\n)", "", text).strip()
 
 
-def _without_seen(text: str, seen: set[str]) -> str:
+def without_seen(text: str, seen: set[str]) -> str:
     """The text without paragraphs in `seen`, to which it adds its own; empty if too little is left."""
     if text in seen:
         return ""
@@ -189,7 +189,7 @@ def _pieces(node: ast.stmt, max_chars: int, seen: set[str]) -> Iterator[str]:
         yield from (textwrap.indent(piece, "    ") for piece in _pieces(member, max_chars, seen))
 
 
-def _joined(pieces: Iterator[str], max_chars: int) -> Iterator[str]:
+def joined(pieces: Iterator[str], max_chars: int) -> Iterator[str]:
     """Pieces joined by blank lines up to `max_chars` characters; a longer piece is cut at its line ends."""
     segment = ""
     for piece in pieces:

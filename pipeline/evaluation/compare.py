@@ -17,14 +17,13 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitcache.adapters.reloadable import check_reloadable
+from logitcache.adapters.reloadable import base_of, check_reloadable
 from logitcache.adapters.saved_files import FILES, fault_of
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
 from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
 from logitcache.events import Progress
-from logitcache.json_files import read_checked
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
 from logitcache.models.head import (
@@ -48,7 +47,6 @@ from logitcache.pairing.view import AnyCache, CacheView
 from logitcache.storage import LogitCache, ModelIdentity, sample_id
 from logitcache.storage.encoding import PRECISIONS
 from logitcache.storage.identity import digest
-from logitcache.storage.plain_text import one_line
 
 from .against import read_plain
 from .metrics import Comparison, Metrics, comparison_of
@@ -81,18 +79,10 @@ def check_adapter(folder: str, base: Base) -> None:
             f"from a copy, or train it again; where it was changed on purpose, remove {FILES}."
         )
     check_reloadable(folder)
-    run = Path(folder) / "run.json"
-    if not run.is_file():  # an adapter made elsewhere
+    trained_on = base_of(folder)
+    if trained_on is None:  # an adapter made elsewhere
         return
-    try:
-        trained_on = read_checked(run)["model"]
-        name = one_line(str(trained_on["name"]), 200)
-        identity = {key: str(trained_on[key]) for key in ("weights", "config")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModel(
-            f"loading adapter {folder!r}: its run.json does not say which model it was trained on. "
-            "Restore it from a copy; for an adapter made elsewhere, remove it."
-        ) from error
+    name, identity = trained_on
     differs = base_differences(identity, base.identity, "in its run.json", "in the model")
     if differs:
         raise NotTheBase(
@@ -209,7 +199,7 @@ def compare_cached(
     base's distribution are over label, alternatives and the tail as one outcome: lower bounds (data processing), equal
     to `compare` at K = V - 1. The base's first token is the label or the first alternative, whichever is recorded as
     more probable; equal values go to the smaller id, as in argmax; where both are within the rounding of each other the
-    position counts as `undecided`.
+    position counts as `undecided`, and the first one of its document as `num_first_undecided`.
     cache: a view of it (`CacheView.paired` with the base's folder makes every check), or one that is held against the
     model in memory here.
     Raises what `compare` raises, `NotComparable` for a cache without alternatives, `NotTheBase`, `SampleNotCached` and
@@ -271,14 +261,18 @@ def _document_sums(
     parts: dict[str, list[NDArray[np.float64]]] = {}
     for batch in batches:
         counts = np.array([len(s.positions) for s in batch])
-        for name, column in values(batch).items():
-            part = np.add.reduceat(column.double().cpu().numpy(), np.cumsum(counts) - counts)
-            parts.setdefault(name, []).append(part)
-        parts.setdefault("positions", []).append(counts.astype(np.float64))
+        starts = np.cumsum(counts) - counts
+        columns = {name: column.double().cpu().numpy() for name, column in values(batch).items()}
+        sums = {name: np.add.reduceat(column, starts) for name, column in columns.items()}
+        if "agreement" in columns:
+            sums["first_changed"] = 1 - columns["agreement"][starts]
+            sums["first_undecided"] = columns["undecided"][starts]
+        for name, column in {**sums, "positions": counts.astype(np.float64)}.items():
+            parts.setdefault(name, []).append(column)
         progress(sum(len(s.token_ids) for s in batch))
-    sums = {name: np.concatenate(columns) for name, columns in parts.items()}
-    _check_finite(sums, documents)
-    return sums, documents
+    found = {name: np.concatenate(columns) for name, columns in parts.items()}
+    _check_finite(found, documents)
+    return found, documents
 
 
 def _check_finite(sums: dict[str, NDArray[np.float64]], documents: Sequence[Sample]) -> None:

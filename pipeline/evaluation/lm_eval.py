@@ -1,6 +1,6 @@
 """Benchmark tasks of lm-evaluation-harness, on base and adapted model alike.
 
-Owns the way to the harness, an optional dependency (`pip install 'logitcache[tasks]'`), imported when it is used. Both
+Owns the way to the harness, an optional dependency (the extra `tasks`), imported when it is used. Both
 models go through the same wrapper, so that they see the same prompts. Must not compute a metric itself: values and what
 they mean are the harness's; only the interval of the change is ours, by the resampling of `metrics`.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from logitcache.errors import InputNotFound, TasksFailed
+from logitcache.errors import InputNotFound, TasksFailed, install_line
 from logitcache.models.loading import first_line
 
 from .metrics import TaskScore, intervals_of, resampled_totals
@@ -27,7 +27,7 @@ def check_harness() -> None:
     """Raise `InputNotFound` where lm-evaluation-harness is not installed."""
     if find_spec("lm_eval") is None:
         raise InputNotFound(
-            "running tasks: lm-evaluation-harness is not installed. Install it with: pip install 'logitcache[tasks]'."
+            f"running tasks: lm-evaluation-harness is not installed. Install it by `{install_line('tasks')}`."
         )
 
 

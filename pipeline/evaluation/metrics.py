@@ -18,7 +18,8 @@ FloatArray = NDArray[np.float64]
 DocumentSums = Mapping[str, FloatArray]
 """Sums over the supervised positions of each document, float64 [D]: `positions`; `ce_before` and `hits_before`; with an
 adapter `ce_after`, `hits_after`, `kl`, `base_ce`, `agreement` and `undecided` (see `Comparison`). hits: positions whose
-label is predicted first; agreement: those where both predict the same token first."""
+label is predicted first; agreement: those where both predict the same token first. Of the first of these positions
+alone, also 0 or 1 each: `first_changed`, where they predict another token first, and `first_undecided`."""
 
 NUM_RESAMPLES = 1_000
 SEED = 0
@@ -60,8 +61,12 @@ class Comparison:
     base_ce_nats: float | None = None
     #: Share of positions where both predict the same token first.
     agreement: float | None = None
+    #: Documents at whose first supervised position they predict another token first: where greedy answers part at once.
+    num_first_changed: int | None = None
     #: Share of positions where the cache's rounding leaves open which token that is for the base.
     undecided: float = 0.0
+    #: Documents at whose first supervised position it leaves that open; they count as the cache records them.
+    num_first_undecided: int = 0
     num_documents: int = 0
     before_from: Literal["base", "cache"] = "base"
     #: Fingerprint of the token sequences and their supervised positions.
@@ -94,8 +99,10 @@ class Comparison:
             "kl_nats": self.kl_nats,
             "base_ce_nats": self.base_ce_nats,
             "agreement": self.agreement,
+            "num_first_changed": self.num_first_changed,
             "drift_percent": None if drift is None else finite_or_none(drift),
             "undecided": self.undecided,
+            "num_first_undecided": self.num_first_undecided,
             "num_documents": self.num_documents,
             "before_from": self.before_from,
             "samples": self.samples,
@@ -126,12 +133,14 @@ class TaskScore:
 def comparison_of(sums: DocumentSums, before_from: Literal["base", "cache"] = "base", samples: str = "") -> Comparison:
     """The comparison that these sums make, intervals included."""
     totals = {name: column.sum(keepdims=True) for name, column in sums.items()}
-    found = {name: float(values[0]) for name, values in statistics_of(totals).items()}
+    num_documents = len(sums["positions"])
+    found = {name: float(values[0]) for name, values in statistics_of(totals, num_documents).items()}
     num_positions = round(float(totals["positions"][0]))
     before = Metrics(num_positions, found["ce_before"], found["accuracy_before"])
-    intervals = intervals_of(statistics_of(resampled_totals(sums))) if len(sums["positions"]) > 1 else {}
+    drawn = statistics_of(resampled_totals(sums), num_documents) if num_documents > 1 else {}
+    intervals = intervals_of(drawn)
     facts: dict[str, Any] = {
-        "num_documents": len(sums["positions"]),
+        "num_documents": num_documents,
         "before_from": before_from,
         "samples": samples,
         "intervals": intervals,
@@ -140,12 +149,20 @@ def comparison_of(sums: DocumentSums, before_from: Literal["base", "cache"] = "b
         return Comparison(before, **facts)
     after = Metrics(num_positions, found["ce_after"], found["accuracy_after"])
     return Comparison(
-        before, after, found["kl"], found["base_ce"], found["agreement"], undecided=found["undecided"], **facts
+        before,
+        after,
+        found["kl"],
+        found["base_ce"],
+        found["agreement"],
+        round(float(totals["first_changed"][0])),
+        undecided=found["undecided"],
+        num_first_undecided=round(float(totals["first_undecided"][0])),
+        **facts,
     )
 
 
-def statistics_of(totals: DocumentSums) -> dict[str, FloatArray]:
-    """Every number from totals over documents, each of the same shape as they, by its name in `intervals`."""
+def statistics_of(totals: DocumentSums, num_documents: int) -> dict[str, FloatArray]:
+    """Every number from totals over so many documents, each of the same shape as they, by its name in `intervals`."""
     mean = {name: total / totals["positions"] for name, total in totals.items() if name != "positions"}
     found = {
         "ce_before": mean["ce_before"],
@@ -167,6 +184,7 @@ def statistics_of(totals: DocumentSums) -> dict[str, FloatArray]:
         "accuracy_after": mean["hits_after"],
         "accuracy_change": mean["hits_after"] - mean["hits_before"],
         **{name: mean[name] for name in ("kl", "base_ce", "agreement", "undecided")},
+        "first_changed": totals["first_changed"] / num_documents,
     }
 
 

@@ -1,6 +1,6 @@
 """Tables of what runs came to. Owns their presentation; measures nothing and prints nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from logitcache.storage.plain_text import escaped
 
@@ -34,24 +34,64 @@ def markdown_table(rows: Sequence[Sequence[str]], num_text: int = 1) -> str:
 
 
 def evaluation_rows(
-    results: dict[str, Comparison], prevented: float | None = None, scores: Sequence[TaskScore] = ()
+    results: Mapping[str, Comparison],
+    prevented: float | None = None,
+    scores: Sequence[TaskScore] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
     """Heading and rows (what and in which unit, before, after, change, its 95 % interval).
 
-    results: data sets, named by the keys. prevented: share of the drift on "prior" that plain cross-entropy had and
-    this adapter has not. scores: of benchmark tasks, below them.
+    results: data sets, named by the keys. "prior" leads with how far the adapted model moved from the base, since text
+    may be as likely as before while the answers are others; the rest with the cross-entropy. prevented: share of the
+    drift on "prior" that plain cross-entropy had and this adapter has not. scores: of benchmark tasks, below them.
+    texts: what the data sets are called.
     """
     rows = [["", "before", "after", "change", "95 % interval of the change"]]
     for name, result in results.items():
         share = prevented if name == "prior" else None
-        rows += [[f"{name}: {what}", *cells] for what, *cells in _comparison_rows(result, share)]
+        moved, ce = _moved_rows(result), _ce_rows(result, share)
+        both = [*moved, *ce] if name == "prior" else [*ce, *moved]
+        rows += [[f"{name}: {what}", *cells] for what, *cells in (*both, *_rest_rows(result))]
         size = f"{result.before.num_positions:,}"
         documents = f" in {result.num_documents:,} documents" if result.num_documents else ""
-        rows.append([f"{name}: positions{documents}", size, "", "", ""])
+        of = f" of {texts[name]}" if texts is not None else ""
+        rows.append([f"{name}: positions{documents}{of}", size, "", "", ""])
     return rows + [_score_row(score) for score in scores]
 
 
-def _comparison_rows(result: Comparison, prevented: float | None) -> list[list[str]]:
+def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str] | None = None) -> str:
+    """What was learnt on "new" and forgotten on "prior", whichever of them there is, in one sentence.
+
+    Learnt: the fall of cross-entropy. Forgot: the KL to the base; the cross-entropy stands beside it. texts: what the
+    data sets are called.
+    """
+    on = {name: f" on {(texts or {}).get(name, f'{name} text')}" for name in results}
+    said = []
+    if (new := results.get("new")) is not None and new.ce_change_nats is not None:
+        said.append(f"learnt {_number(-new.ce_change_nats, '.3f')} nats a token{on['new']}")
+    if (prior := results.get("prior")) is not None and prior.kl_nats is not None:
+        least = "" if prior.before_from == "base" else "at least "
+        change = _number(prior.ce_change_nats or 0.0, "+.3f")
+        said.append(
+            f"forgot {least}{_number(prior.kl_nats, '.3f')} nats a token{on['prior']} (KL to the base; cross-entropy "
+            f"{change})"
+        )
+        said.append(_first_tokens(prior))
+    if not said:
+        return "The base alone was measured. With --adapter this says what it learnt and forgot."
+    return f"{said[0][0].upper()}{'; '.join(said)[1:]}."
+
+
+def _first_tokens(result: Comparison) -> str:
+    left_open = f", {result.num_first_undecided:,} left open by the cache's rounding"
+    return (
+        f"{result.num_first_changed:,} of {result.num_documents:,} first tokens changed"
+        f"{left_open if result.num_first_undecided else ''}"
+    )
+
+
+def _ce_rows(result: Comparison, prevented: float | None) -> list[list[str]]:
+    """How well the text is predicted."""
     rows = []
     for what, digits, factor, key, value in _METRICS:
         old = factor * value(result.before)
@@ -61,29 +101,54 @@ def _comparison_rows(result: Comparison, prevented: float | None) -> list[list[s
         new = factor * value(result.after)
         change, spread = _number(new - old, f"+{digits}"), _interval(result, key, f"+{digits}", factor)
         rows.append([what, _number(old, digits), _number(new, digits), change, spread])
-    if result.after is None or result.kl_nats is None or result.base_ce_nats is None or result.agreement is None:
-        return rows
-    drift, shared = result.drift_percent or 0.0, 100 * result.agreement
-    least = "" if result.before_from == "base" else ", at least"
-    kl, entropy = f"{result.kl_nats:.3f}", f"{result.base_ce_nats - result.kl_nats:.3f}"
-    kl_interval = _interval(result, "kl", ".3f")
-    rows.append(["drift of perplexity, %", "", "", _number(drift, "+.1f"), _interval(result, "drift_percent", "+.1f")])
+    if result.drift_percent is not None:
+        spread = _interval(result, "drift_percent", "+.1f")
+        rows.append(["drift of perplexity, %", "", "", _number(result.drift_percent, "+.1f"), spread])
     if prevented is not None:
         rows.append(["drift of the plain adapter that is prevented, %", "", "", f"{100 * prevented:.1f}", ""])
-    rows += [
-        [f"KL(base || adapted), nats a token{least}", "0", kl, kl, kl_interval],
-        [f"cross-entropy to the base's own prediction{least}", entropy, f"{result.base_ce_nats:.3f}", kl, kl_interval],
+    return rows
+
+
+def _moved_rows(result: Comparison) -> list[list[str]]:
+    """How far the adapted model is from the base, whether the text is likely or not."""
+    if result.kl_nats is None or result.num_first_changed is None or result.agreement is None:
+        return []
+    kl, changed, count = f"{result.kl_nats:.3f}", f"{result.num_first_changed:,}", result.num_documents
+    shared = 100 * result.agreement
+    return [
+        [f"KL(base || adapted), nats a token{_least(result)}", "0", kl, kl, _interval(result, "kl", ".3f")],
         [
-            "same first token as the base, %",
+            f"first token changed, of {count:,} documents",
+            "0",
+            changed,
+            changed,
+            _interval(result, "first_changed", ".0f", count),
+        ],
+        [
+            "same first token as the base at all positions, %",
             "100",
             f"{shared:.1f}",
             _number(shared - 100, "+.1f"),
             _interval(result, "agreement", "+.1f", 100, -100),
         ],
     ]
+
+
+def _rest_rows(result: Comparison) -> list[list[str]]:
+    rows = []
+    if result.kl_nats is not None and result.base_ce_nats is not None:
+        entropy, kl = f"{result.base_ce_nats - result.kl_nats:.3f}", f"{result.kl_nats:.3f}"
+        what = f"cross-entropy to the base's own prediction{_least(result)}"
+        rows.append([what, entropy, f"{result.base_ce_nats:.3f}", kl, _interval(result, "kl", ".3f")])
     if result.undecided:
         rows.append(["first token left open by the cache's rounding, %", "", f"{100 * result.undecided:.1f}", "", ""])
+    if result.num_first_undecided:
+        rows.append(["the same of the first of a document, documents", "", f"{result.num_first_undecided:,}", "", ""])
     return rows
+
+
+def _least(result: Comparison) -> str:
+    return "" if result.before_from == "base" else ", at least"
 
 
 def _score_row(score: TaskScore) -> list[str]:

@@ -92,7 +92,7 @@ class Objective(Settings):
             )
         if none and self.kl_budget is not None:
             raise InvalidSettings(
-                "--kl-budget needs a KL regularizer; none has none, and the weight of an anchor is not moved. Leave it out."
+                "--kl-budget needs a KL regularizer; none has none, and an anchor's weight is not moved. Leave it out."
             )
         if none and self.kl_positions != "supervised":
             raise InvalidSettings(

@@ -15,7 +15,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from logitcache.errors import InputNotFound, UnsupportedModel
+from logitcache.errors import InputNotFound, UnsupportedModel, install_line
 
 LOAD_IN = ("8bit", "4bit")
 """8bit: LLM.int8(), arXiv 2208.07339. 4bit: NormalFloat with quantised constants, as QLoRA, arXiv 2305.14314."""
@@ -38,7 +38,7 @@ def quantization(load_in: str, dtype: torch.dtype, name: str) -> Any:
     if find_spec("bitsandbytes") is None:
         raise InputNotFound(
             f"loading model {name!r} in {load_in}: expected the package bitsandbytes, found none. "
-            "Install it by `pip install 'logitcache[quantized]'`, or leave --load-in out."
+            f"Install it by `{install_line('quantized')}`, or leave --load-in out."
         )
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

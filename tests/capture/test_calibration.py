@@ -29,7 +29,7 @@ from logitcache.capture.calibration import (
     write_calibration,
 )
 from logitcache.data.samples import Sample
-from logitcache.errors import NotCalibrated
+from logitcache.errors import NotCalibrated, install_line
 from logitcache.models import loading as models
 from logitcache.storage import BaseLogprobs, ModelIdentity
 
@@ -212,7 +212,7 @@ def test_vllm_passes_and_a_noisy_one_does_not(
 
 def test_vllm_where_it_is_not(tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert "pip install 'logitcache[vllm]'" in refused(2, *line(tiny_model, tmp_path / "c.json", "--data", data))
+    assert install_line("vllm") in refused(2, *line(tiny_model, tmp_path / "c.json", "--data", data))
 
 
 @pytest.mark.parametrize("precision", ["exact", "fine"])

@@ -24,7 +24,7 @@ from support.tiny_model import make_tokenizer, text_rows
 from logitcache.capture.engines import ray as ray_engine
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import JobSpec
-from logitcache.errors import InputNotFound, InvalidData
+from logitcache.errors import InputNotFound, InvalidData, install_line
 from logitcache.storage import LogitCache
 from logitcache.storage.errors import CorruptCache
 from logitcache.storage.files import open_files
@@ -149,7 +149,7 @@ def test_ray_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
     line = precompute_line(tiny_model, data, tmp_path / "c", *ON_RAY)
-    assert "pip install 'logitcache[ray]'" in refused(2, *line)
+    assert install_line("ray") in refused(2, *line)
     assert not (tmp_path / "c").exists()
 
 

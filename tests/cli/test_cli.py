@@ -119,6 +119,11 @@ FLAGS: dict[str, list[str]] = {
         "--rank",
         *RUNTIME,
     ],
+    "answers": [
+        *("--adapter", "--batch-size", "--device-map", "--load-in", "--max-new-tokens", "--model", "--out"),
+        "--prompts",
+        *RUNTIME,
+    ],
     "evaluate": [
         "--device-map",
         "--adapter",
@@ -208,6 +213,13 @@ DEFAULTS = {
         "max-length": "1024",
         "batch-tokens": "8192",
         "memory-limit": "4.0",
+        "dtype": "auto",
+        "device": "auto",
+    },
+    "answers": {
+        "prompts": "100 everyday prompts",
+        "max-new-tokens": "128",
+        "batch-size": "16",
         "dtype": "auto",
         "device": "auto",
     },
@@ -478,7 +490,7 @@ def test_evaluate_an_adapter(tiny_model: Path, data: Path, trained: Path, write_
 def test_evaluate_tells_what_it_cut(tiny_model: Path, write_rows: WriteRows) -> None:
     data = write_rows([{"text": "abcdefgh"}, {"text": "ab"}])
     outcome = done("evaluate", "--model", tiny_model, "--data", data, "--prior", data, "--max-length", 4, "--json")
-    assert outcome.err == "new: 1 rows were cut to 4 tokens.\nprior: 1 rows were cut to 4 tokens.\n"
+    assert outcome.err == "prior: 1 rows were cut to 4 tokens.\nnew: 1 rows were cut to 4 tokens.\n"
     assert json.loads(outcome.out)["new"]["before"]["num_positions"] == 3 + 2
 
 
@@ -505,7 +517,7 @@ def test_results_on_stdout_and_notes_on_stderr(
     assert outcome.returncode == 0, outcome.stderr
     cached, trained, *table = outcome.stdout.splitlines()
     assert cached.startswith("Cached ") and trained.startswith("Trained 1 steps ")
-    assert len(table) == 2 + 8 + 8
+    assert len(table) == 2 + 9 + 9 + 2 and table[-1].startswith("Learnt ")
     rows, cut, names, noise = outcome.stderr.splitlines()  # and nothing else: no bar, no advice of a library
     assert names.startswith("The samples are those of the data sets of ")
     assert rows.startswith("12 rows: ") and " were cut " in cut and noise.startswith("Before step 1 ")

@@ -106,7 +106,9 @@ def test_text_with_a_cache_is_cut_as_the_cache_was(
 ) -> None:
     start = ["--model", tiny_model, "--adapter", adapters["plain"], "--prior-cache", caches["prior"]]
     whole = found(*start, "--new-cache", caches["new"])
-    assert found(*start, "--data", data, "--new-cache", caches["new"]) == whole
+    again = found(*start, "--data", data, "--new-cache", caches["new"])
+    assert (whole["new"].pop("text"), again["new"].pop("text")) == ("the cache new", data.name)
+    assert again == whole
     shorter = found(*start, "--data", data, "--new-cache", caches["new"], "--max-length", 10)
     assert 0 < shorter["new"]["before"]["num_positions"] < whole["new"]["before"]["num_positions"]
     message = refused(4, "evaluate", *start, "--data", data, "--new-cache", caches["new"], "--max-length", 60)
@@ -147,6 +149,29 @@ def test_where_the_plain_adapter_did_not_drift_nothing_was_prevented(
     told = [line for line in outcome.err.splitlines() if "The samples are those" not in line]
     assert told == ["The plain adapter did not drift on this text (-0.5 %): there was nothing to prevent."]
     assert "plain adapter" not in done("evaluate", *line, "--against", tmp_path / "plain.json").out
+
+
+def test_either_text_alone_will_do_and_one_sentence_says_what_it_came_to(
+    tiny_model: Path, data: Path, prior: Path, caches: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    start = ["--model", tiny_model, "--adapter", adapters["plain"], "--max-length", 40]
+    both = found(*start, "--data", data, "--prior", prior)
+    for name, flag, text in (("prior", "--prior", prior), ("new", "--data", data)):
+        alone = found(*start, flag, text)
+        assert alone.keys() == {"model", name} and alone[name] == both[name]
+        assert alone[name]["text"] == text.name
+        *table, empty, sentence = done("evaluate", *start, flag, text).out.splitlines()
+        assert all(not line or line.startswith((f"{name}: ", "-", " ")) for line in table) and not empty
+        assert f" on {text.name}" in sentence and sentence.endswith(".")
+    kl, flips = both["prior"]["kl_nats"], both["prior"]["num_first_changed"]
+    sentence = done("evaluate", *start, "--prior", prior).out.splitlines()[-1]
+    assert sentence.startswith(f"Forgot {kl:.3f} nats a token on prior.jsonl (KL to the base; cross-entropy ")
+    assert sentence.endswith(f"; {flips} of 5 first tokens changed.") and flips > 0
+    cached = ["--model", tiny_model, "--adapter", adapters["plain"], "--prior-cache", caches["prior"]]
+    said = done("evaluate", *cached).out.splitlines()[-1]
+    assert said.startswith("Forgot at least ") and " on the cache prior (KL" in said
+    said = done("evaluate", "--model", tiny_model, "--prior", prior).out.splitlines()[-1]
+    assert said.startswith("The base alone was measured.")
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], str]:
@@ -204,8 +229,7 @@ def test_another_number_format_than_the_caches_is_told(
 
 
 BAD_USAGE: dict[str, tuple[list[str], str]] = {
-    "no new text": (["--adapter", "a", "--prior", "p"], "Give the new text: --data, or --new-cache"),
-    "no prior text": (["--adapter", "a", "--data", "d"], "Give the prior text: --prior, or --prior-cache"),
+    "no text": (["--adapter", "a"], "--prior for what was forgotten, --data for what was learnt, or a cache of either"),
     "a cache without an adapter": (
         ["--data", "d", "--prior-cache", "c"],
         "--prior-cache stands for the base beside an adapter",

@@ -76,9 +76,12 @@ def oracle(base: Any, adapted: Any, samples: Sequence[Sample], top_k: int = V - 
         documents.setdefault(tuple(int(t) for t in sample.token_ids), set()).update(labels)
     doubles = [copy.deepcopy(model).double().eval() for model in (base, adapted)]
     rows: list[dict[str, float]] = []
+    flips: list[float] = []
     for tokens, labels in documents.items():
         with torch.no_grad():
             logits = [m(input_ids=torch.tensor([tokens])).logits[0].numpy() for m in doubles]
+        first = min(labels) - 1
+        flips.append(float(logits[0][first].argmax() != logits[1][first].argmax()))
         for t in sorted(labels):
             y = tokens[t]
             p, q = (_softmax(z[t - 1]) for z in logits)
@@ -100,7 +103,8 @@ def oracle(base: Any, adapted: Any, samples: Sequence[Sample], top_k: int = V - 
             )
     means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
     ratio = math.exp(means["ce_after"]) / math.exp(means["ce_before"])
-    return means | {"num_positions": len(rows), "num_documents": len(documents), "drift": ratio - 1}
+    counts = {"num_positions": len(rows), "num_documents": len(documents), "num_first_changed": sum(flips)}
+    return means | counts | {"drift": ratio - 1}
 
 
 def _softmax(z: Any) -> Any:
@@ -121,6 +125,7 @@ def numbers(found: Comparison) -> dict[str, Any]:
         "agreement": found.agreement,
         "num_positions": found.after.num_positions,
         "num_documents": found.num_documents,
+        "num_first_changed": found.num_first_changed,
         "drift": found.drift_percent / 100,
     }
 
@@ -131,6 +136,7 @@ def test_two_models_equal_the_oracle(batch_tokens: int) -> None:
     expected = oracle(base, adapted, samples)
     found = compare(base, adapted, samples, batch_tokens)
     assert expected["kl"] > 0.05 and 0 < expected["agreement"] < 1 and abs(expected["drift"]) > 1e-3
+    assert 0 < expected["num_first_changed"] < expected["num_documents"]
     assert numbers(found) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert found.before_from == "base" and found.undecided == 0
 
@@ -139,7 +145,7 @@ def test_the_base_alone_has_its_own_numbers_only() -> None:
     base, samples = make_model(), make_samples()
     both, alone = compare(base, make_adapted(), samples), compare(base, None, samples)
     assert alone.before == both.before and alone.samples == both.samples
-    assert (alone.after, alone.kl_nats, alone.base_ce_nats, alone.agreement) == (None,) * 4
+    assert (alone.after, alone.kl_nats, alone.base_ce_nats, alone.agreement, alone.num_first_changed) == (None,) * 5
     assert alone.intervals == {name: both.intervals[name] for name in alone.intervals} != {}
 
 
@@ -147,6 +153,7 @@ def test_an_adapter_that_changes_nothing_changes_no_number() -> None:
     base, samples = make_model(), make_samples()
     found = compare(base, attach(make_model(), AdapterSettings(rank=4), "tiny"), samples)
     assert found.after == found.before and found.drift_percent == 0 and found.agreement == 1
+    assert found.num_first_changed == 0 and found.intervals["first_changed"] == (0, 0)
     assert abs(found.kl_nats or 0) < 1e-9 and found.intervals["agreement"] == (1, 1)
 
 
@@ -174,7 +181,7 @@ def test_a_small_cache_is_the_bucket_and_a_lower_bound(tmp_path: Path, more: dic
     found = numbers(compare_cached(adapted, cache, samples))
     assert found == pytest.approx(oracle(base, adapted, samples, top_k=8), rel=1e-5, abs=1e-6)
     assert 0 < found["kl"] < full["kl"] - 0.01 and found["base_ce"] < full["base_ce"] - 0.01
-    exact = ("ce_before", "ce_after", "hits_before", "hits_after", "agreement", "drift")
+    exact = ("ce_before", "ce_after", "hits_before", "hits_after", "agreement", "drift", "num_first_changed")
     assert {n: found[n] for n in exact} == pytest.approx({n: full[n] for n in exact}, rel=1e-5, abs=1e-6)
 
 
@@ -197,6 +204,8 @@ def test_a_rounded_cache_is_within_its_rounding(tmp_path: Path, precision: str) 
     assert cached.after == live.after
     assert cached.kl_nats == pytest.approx(live.kl_nats, abs=cache.manifest.capture.max_error)
     assert abs(cached.agreement - live.agreement) <= cached.undecided
+    assert cached.num_first_changed is not None and live.num_first_changed is not None
+    assert abs(cached.num_first_changed - live.num_first_changed) <= cached.num_first_undecided
     assert abs(cached.before.token_accuracy - live.before.token_accuracy) <= cached.undecided
 
 
@@ -238,6 +247,7 @@ def test_ties_within_the_rounding_are_told(tmp_path: Path) -> None:
     samples = greedy_samples(base)
     found = compare_cached(base, make_cache(tmp_path / "c", samples, V - 1, "fine", model=base), samples)
     assert found.undecided == 1  # every label ties with its neighbour
+    assert found.num_first_undecided == found.num_documents == len(samples)
     distinct = make_model()
     cache = make_cache(tmp_path / "d", make_samples(), V - 1, "fine", model=distinct)
     assert compare_cached(distinct, cache, make_samples()).undecided < 0.1

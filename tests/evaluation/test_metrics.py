@@ -25,7 +25,8 @@ def make_sums(count: int, seed: int = 0) -> dict[str, FloatArray]:
         "agreement": rng.random(count),
         "undecided": np.zeros(count),
     }
-    return {"positions": positions, **{name: mean * positions for name, mean in means.items()}}
+    firsts = {"first_changed": (rng.random(count) < 0.4).astype(float), "first_undecided": np.zeros(count)}
+    return {"positions": positions, **{name: mean * positions for name, mean in means.items()}, **firsts}
 
 
 def test_means_are_over_positions_not_over_documents() -> None:
@@ -37,6 +38,7 @@ def test_means_are_over_positions_not_over_documents() -> None:
     assert found.kl_nats == pytest.approx(sum(sums["kl"]) / n)
     assert found.base_ce_nats == pytest.approx(sum(sums["base_ce"]) / n)
     assert found.agreement == pytest.approx(sum(sums["agreement"]) / n)
+    assert found.num_first_changed == sum(sums["first_changed"]) > 0
     assert (found.num_documents, found.before_from, found.samples) == (7, "cache", "print")
 
 
@@ -63,11 +65,12 @@ def test_json_has_the_keys_that_readers_rely_on() -> None:
     found = comparison_of(make_sums(5)).as_dict()
     assert found.keys() == {
         *("before", "after", "kl_nats", "base_ce_nats", "agreement", "drift_percent", "undecided", "num_documents"),
-        *("before_from", "samples", "intervals"),
+        *("before_from", "samples", "intervals", "num_first_changed", "num_first_undecided"),
     }
     for side in ("before", "after"):
         assert found[side].keys() == {"num_positions", "ce_nats", "token_accuracy", "perplexity"}
     wanted = {"ce_before", "ce_after", "ce_change", "kl", "base_ce", "agreement", "drift_percent", "accuracy_change"}
+    wanted |= {"first_changed"}
     assert wanted <= found["intervals"].keys()
     base_alone = {n: c for n, c in make_sums(5).items() if n in ("positions", "ce_before", "hits_before")}
     assert comparison_of(base_alone).intervals.keys() == {"ce_before", "perplexity_before", "accuracy_before"}
@@ -89,6 +92,7 @@ def test_intervals_are_those_of_resampled_documents() -> None:
         "ce_change": changes,
         "kl": [ratio("kl", rows) for rows in drawn],
         "agreement": [ratio("agreement", rows) for rows in drawn],
+        "first_changed": [math.fsum(sums["first_changed"][i] for i in rows) / 9 for rows in drawn],
         "perplexity_change": [b - a for a, b in zip(before, after, strict=True)],
         "drift_percent": [100 * (b / a - 1) for a, b in zip(before, after, strict=True)],
     }
@@ -139,7 +143,8 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
         n = rng.integers(1, 41, 60).astype(np.float64)
         before = 2 * n
         after = before + n * (n / 40 + 0.5 * rng.standard_normal(60))
-        rest = {name: np.zeros(60) for name in ("hits_before", "hits_after", "kl", "base_ce", "agreement", "undecided")}
+        names = ("hits_before", "hits_after", "kl", "base_ce", "agreement", "undecided", "first_changed")
+        rest = {name: np.zeros(60) for name in (*names, "first_undecided")}
         sums = {"positions": n, "ce_before": before, "ce_after": after, **rest}
         low, high = comparison_of(sums).intervals["ce_change"]
         covered += low <= truth <= high

@@ -130,7 +130,7 @@ PACKAGES = {
     "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
-        *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "storage"),
+        *("adapters", "data", "errors", "events", "losses", "models", "pairing", "settings", "storage"),
     },
     "training": {
         *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),
@@ -154,7 +154,7 @@ PACKAGES = {
     },
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "models", "storage", "yaml_files"},
-    "demo": {"capture", "errors", "models", "reports", "storage", "sweeps"},
+    "demo": {"capture", "errors", "evaluation", "models", "reports", "storage", "sweeps"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,21 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_install_line_is_of_the_one_place() -> None:
+    """Extras are installed from where `errors.install_line` says: the clone, until the first release."""
+    from logitcache.errors import install_line
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    right = {install_line(extra) for extra in extras}
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipeline").rglob("*.py")]
+    found = []
+    for path in (p for p in pages if p.name != "log.md"):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        found += [(path.name, line) for line in re.findall(r"pip install '[^']+\[[^']+'", text)]
+    assert found and not [(name, line) for name, line in found if line not in right and "{" not in line]
+    assert not [p.name for p in pages if p.name != "log.md" and "logitcache[" in p.read_text(encoding="utf-8")]
 
 
 def test_the_tables_of_the_house_name_every_package_and_file() -> None:

@@ -14,7 +14,16 @@ import logitcache
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_TORCH = (
-    *("AdapterSettings", "CacheError", "CacheWriter", "CaptureSettings", "InvalidSettings", "LogitCache", "Objective"),
+    *(
+        "AdapterSettings",
+        "AnswerSettings",
+        "CacheError",
+        "CacheWriter",
+        "CaptureSettings",
+        "InvalidSettings",
+        "LogitCache",
+        "Objective",
+    ),
     *("PairingRules", "TrainSettings", "sample_id"),
 )
 

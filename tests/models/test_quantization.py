@@ -23,7 +23,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
 from logitcache.data.batches import pad_samples
-from logitcache.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel
+from logitcache.errors import NotTheBase, UnsuitableAdapter, UnsupportedModel, install_line
 from logitcache.losses.formulas import Objective
 from logitcache.models import quantization as quantized
 from logitcache.models.head import OutputHead, check_head, hidden_states, logits_width
@@ -191,7 +191,7 @@ def test_without_the_package_one_sentence_says_what_to_install(
     monkeypatch.setattr(quantized, "find_spec", lambda _: None)
     line = ["train", "--model", tiny, "--cache", tmp_path / "c", "--out", tmp_path / "o", "--load-in", "4bit"]
     told = refused(2, *line)
-    assert "expected the package bitsandbytes, found none" in told and "pip install 'logitcache[quantized]'" in told
+    assert "expected the package bitsandbytes, found none" in told and install_line("quantized") in told
     assert not (tmp_path / "o").exists()
 
 

@@ -28,7 +28,7 @@ from logitcache.capture.plan import Counts
 from logitcache.capture.shard_pipeline import failed_text
 from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
 from logitcache.data.samples import check_samples_left
-from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError
+from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, PipelineError, install_line
 from logitcache.events import Event, OnEvent, RayStarted, ShardFailed, ShareDone
 from logitcache.models.loading import first_line
 from logitcache.storage import CacheError, CacheWriter, DataSet, NotACache
@@ -263,9 +263,7 @@ def _whole(path: T) -> T | str:
 def import_ray() -> Any:
     """Ray with its data sets, quiet. Raises `InputNotFound` where it is not installed."""
     if find_spec("ray") is None:
-        raise InputNotFound(
-            "running on Ray: the package ray is not installed. Install it with: pip install 'logitcache[ray]'."
-        )
+        raise InputNotFound(f"running on Ray: the package ray is not installed. Install it by `{install_line('ray')}`.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

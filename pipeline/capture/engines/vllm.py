@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from logitcache.capture.settings import CaptureSettings, VllmSettings
 from logitcache.data.samples import Sample
-from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, is_out_of_memory
+from logitcache.errors import EngineFailed, InputNotFound, NonFiniteLogits, install_line, is_out_of_memory
 from logitcache.models.loading import Source, checkpoint_identity, first_line
 from logitcache.storage import BaseLogprobs, ModelIdentity
 from logitcache.storage.records import MASS_TOLERANCE, NO_TOKEN
@@ -215,7 +215,7 @@ def _vllm() -> Any:
     except ImportError as error:
         raise InputNotFound(
             f"running the base with vLLM: it is not installed ({first_line(error)}). "
-            "pip install 'logitcache[vllm]' on a machine with a GPU, or use --engine transformers."
+            f"{install_line('vllm')} on a machine with a GPU, or use --engine transformers."
         ) from error
 
 

@@ -1,0 +1,183 @@
+"""The main job on a real language model: SmolLM2-135M-Instruct, fine-tuned on German manual pages on a CPU.
+
+Owns the real demo's settings, which were fixed before its first run (docs/log.md), and its output folder. Beside what
+`logitcache demo` writes (`run`) it holds
+
+    base/                       the model as an ordinary checkpoint
+    about.json                  what base and new text are, where they are from, and their licences
+    data/prior_heldout.jsonl    the base's own greedy answers to everyday prompts, on which forgetting shows
+    answers.json                what base and adapted models answer to the same questions
+    cost.json                   seconds by part, and memory
+
+As the small demo it is a sweep's configuration and its table. Must not print: it reports through `on_message`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from logitcache.errors import TrainingFailed
+from logitcache.evaluation.answers import answers, answers_of
+from logitcache.evaluation.compare import load_adapter
+from logitcache.evaluation.prompts import Prompt, everyday_prompts
+from logitcache.evaluation.settings import AnswerSettings
+from logitcache.models.loading import find_model, load_base, load_tokenizer
+from logitcache.models.settings import LoadSettings
+from logitcache.reports.results import Sweep
+from logitcache.storage.files import replace_file
+from logitcache.sweeps.run import RUNS
+
+from .kept import Clock, read_kept, write_kept
+from .manpages import PACKAGE, NewText, new_text
+from .real_base import packed_model, unpacked_base
+from .real_report import write_real_report
+from .run import (
+    DemoSettings,
+    Method,
+    claim_folder,
+    fill_cache,
+    spread,
+    sweep_config,
+    train_and_evaluate,
+    write_documents,
+)
+from .text import split
+
+BASE, ABOUT, ANSWERS, PRIOR = "base", "about.json", "answers.json", "prior_heldout.jsonl"
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Who painted the Mona Lisa?",
+    "Why does ice float on water?",
+    "Multiply 8 by 7.",
+    "Give me tips for saving money on groceries.",
+    "Translate 'good morning' into Italian.",
+    "Are you a person or a machine?",
+    "Write a Python function that reverses a string.",
+)
+"""One a kind. All but the first are among the prompts whose answers are the prior text."""
+
+
+@dataclass(frozen=True)
+class RealDemoSettings(DemoSettings):
+    """Sizes and hyperparameters: those of a trial of one seed (docs/log.md), before the demo was run."""
+
+    seeds: tuple[int, ...] = (0,)
+    max_steps: int = 100
+    batch_size: int = 4
+    methods: tuple[Method, ...] = (
+        Method("plain LoRA", "none", 1e-3),
+        Method("plain LoRA, lower lr", "none", 2e-4),
+        Method("masked KL", "masked-kl", 1e-3),
+    )
+    #: Everyday prompts of the part "test" that the base answers for the prior text.
+    num_prior: int = 50
+    max_answer_tokens: int = 64
+    questions: tuple[str, ...] = QUESTIONS
+
+
+def run_real_demo(
+    out: Path,
+    settings: RealDemoSettings,
+    on_message: Callable[[str], None],
+    make_base: Callable[[Path], str] = unpacked_base,
+    find_text: Callable[[], tuple[NewText, str]] = new_text,
+) -> Sweep:
+    """Do it all into the folder `out`; finished parts of an interrupted demo are kept. Returns what the sweep came to.
+
+    make_base writes a model with a chat template into a folder and says what it is; find_text has the new domain, and a
+    sentence about it. Raises what these raise (`InputNotFound` where a package is not installed), and as `run_demo`.
+    """
+    if make_base is unpacked_base and not (out / BASE).is_dir():
+        packed_model()  # refused before anything is written
+    claim_folder(out, settings)
+    clock = Clock(out)
+    _make_inputs(out, settings, clock, on_message, make_base, find_text)
+    config = sweep_config(out / BASE, out, settings)
+    with clock.part("precompute"):
+        cache = fill_cache(config, settings, on_message, "auto")
+    with clock.part("training and evaluation"):
+        sweep = train_and_evaluate(config, out, "auto", on_message)
+    with clock.part("questions"):
+        answered = answer_questions(out, sweep, settings)
+    write_real_report(out, sweep, cache, settings, read_kept(out / ABOUT), answered, clock)
+    return sweep
+
+
+def _make_inputs(
+    out: Path,
+    settings: RealDemoSettings,
+    clock: Clock,
+    on_message: Callable[[str], None],
+    make_base: Callable[[Path], str],
+    find_text: Callable[[], tuple[NewText, str]],
+) -> None:
+    """The base, the new text and the prior text, each unless it is there."""
+    about = read_kept(out / ABOUT)
+    if "base" not in about:
+        with clock.part("unpacking the base"):
+            about["base"] = make_base(out / BASE)
+            write_kept(out / ABOUT, about)
+    on_message(f"Base: {about['base']}; {torch.get_num_threads()} threads.")
+    if "new text" not in about:
+        with clock.part("new text"):
+            text, told = find_text()
+            write_new_text(out / "data", text, settings)
+            about["new text"] = {"what": text.what, "source": text.source, "licence": text.licence, "told": told}
+            write_kept(out / ABOUT, about)
+    on_message(about["new text"]["told"])
+    if not (out / "data" / PRIOR).is_file():
+        with clock.part("the base's answers"):
+            told = write_prior(out / BASE, out / "data" / PRIOR, settings)
+        on_message(told)
+
+
+def write_new_text(folder: Path, text: NewText, settings: RealDemoSettings) -> None:
+    """new_train.jsonl and new_heldout.jsonl, pages apart, and whose text it is."""
+    train, held_out = split(text.documents)
+    wanted = settings.max_steps * settings.batch_size
+    if len(train) < wanted or not held_out:
+        raise TrainingFailed(
+            f"writing the demo's data to {folder}: expected {wanted:,} pieces of {text.what} to train on and some to "
+            f"hold out, found {len(train):,} and {len(held_out):,}. The demo would not be what it says. Use another "
+            f"version of {text.source}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_documents(folder / "new_train.jsonl", spread(train, wanted))
+    write_documents(folder / "new_heldout.jsonl", spread(held_out, settings.num_held_out))
+    if text.copyright:
+        replace_file(folder / f"copyright-{PACKAGE}", text.copyright.encode())
+
+
+def write_prior(base: Path, path: Path, settings: RealDemoSettings) -> str:
+    """The base's own answers to everyday prompts of the part "test", as rows; returns a sentence about them."""
+    prompts = spread([p for p in everyday_prompts() if p.part == "test"], settings.num_prior)
+    asked = AnswerSettings(max_new_tokens=settings.max_answer_tokens, batch_size=25)
+    answered = answers(base, prompts, path, settings=asked, loading=LoadSettings(device="cpu"))
+    num_tokens = sum(answer.num_tokens for answer in answered.kept)
+    return f"Prior text: the base's own greedy answers to {len(answered.kept)} everyday prompts, {num_tokens:,} tokens."
+
+
+def answer_questions(out: Path, sweep: Sweep, settings: RealDemoSettings) -> dict[str, dict[str, str]]:
+    """What the base and each method's first adapter answer to each question, by method, then question; kept."""
+    answered: dict[str, dict[str, str]] = read_kept(out / ANSWERS)
+    adapters: dict[str, Path | None] = {"base": None}
+    for run in sweep.runs:
+        adapters.setdefault(run.method, out / "sweep" / RUNS / run.name)
+    source = find_model(str(out / BASE))
+    tokenizer = load_tokenizer(source)
+    prompts = [
+        Prompt(({"role": "user", "content": question},), f"question {number}")
+        for number, question in enumerate(settings.questions, 1)
+    ]
+    asked = AnswerSettings(max_new_tokens=settings.max_answer_tokens, batch_size=max(len(prompts), 1))
+    for method, folder in adapters.items():
+        if method not in answered:
+            base = load_base(source, "auto", torch.device("cpu")).model
+            model = base if folder is None else load_adapter(base, str(folder))
+            found = answers_of(model, tokenizer, prompts, asked).answers
+            answered[method] = dict(zip(settings.questions, (answer.text for answer in found), strict=True))
+            write_kept(out / ANSWERS, answered)
+    return answered
