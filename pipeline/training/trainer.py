@@ -239,10 +239,11 @@ class CachedKL(_AnyTrainer):
         replicas = num_replicas(self)
         num_parts, mine = self.accelerator.num_processes // replicas, self.accelerator.process_index // replicas
         index, of = self._micro_batch * num_parts + mine, self._num_micro_batches * num_parts
-        if self._check_anchors and len(self.anchors):
-            self._check_anchors = False
-            self.anchors.step_zero(model)
-        found = self.anchors.loss(model, self.state.global_step, index, of, self.args.device)
+        with self.accelerator.autocast():
+            if self._check_anchors and len(self.anchors):
+                self._check_anchors = False
+                self.anchors.step_zero(model)
+            found = self.anchors.loss(model, self.state.global_step, index, of, self.args.device)
         means = found.sums / found.counts
         self._anchor_meter += means
         self._anchor_step_meter += means

@@ -33,6 +33,7 @@ from logitcache.adapters.attach import AdapterSettings
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective
+from logitcache.models.head import OutputHead
 from logitcache.pairing.anchors import anchor_samples, drawn
 from logitcache.storage import IdentityMismatch, LogitCache
 from logitcache.training.anchors import Anchor, Anchors
@@ -185,6 +186,25 @@ def test_a_loop_needs_no_cache_of_the_new_data(caches: list[LogitCache]) -> None
     found = anchored(model, batch, step=0)
     assert found.loss.item() == pytest.approx(found.ce.item() + 2.0 * float(anchored.anchor_kl), rel=1e-6)
     assert float(anchored.anchor_kl) > 0.01 and float(found.kl) == 0
+
+
+def test_anchors_run_under_the_autocast_of_the_new_data(
+    caches: list[LogitCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bf16=True the head that the anchors are given computes in bfloat16, as the new data's does."""
+    seen: list[torch.dtype] = []
+    original = OutputHead.__call__
+
+    def watched(self: OutputHead, hidden: Tensor) -> Tensor:
+        logits = original(self, hidden)
+        seen.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(OutputHead, "__call__", watched)
+    trainer = make_trainer(tmp_path, new_samples(), caches[0], Objective(), anchors_of(caches))
+    trainer.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # type: ignore[method-assign]
+    trainer.train()
+    assert len(seen) >= 3 and set(seen) == {torch.bfloat16}
 
 
 # --- which steps have them -------------------------------------------------------------------------------------------
