@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "AdapterSettings": "adapters.settings",
+    "Anchor": "training.anchors",
+    "AnchorSettings": "training.settings",
     "AnswerSettings": "evaluation.settings",
     "CacheError": "storage",
     "CacheView": "pairing.view",
@@ -89,8 +91,10 @@ if TYPE_CHECKING:
     from .storage import SampleNotCached as SampleNotCached
     from .storage import sample_id as sample_id
     from .sweeps.run import sweep as sweep
+    from .training.anchors import Anchor as Anchor
     from .training.custom_loop import CachedLoss as CachedLoss
     from .training.run import train as train
+    from .training.settings import AnchorSettings as AnchorSettings
     from .training.settings import PenaltySettings as PenaltySettings
     from .training.settings import TrainSettings as TrainSettings
     from .training.trainer import CachedKL as CachedKL

@@ -18,13 +18,13 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, settings_of
 from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings
-from logitcache.training.settings import PenaltySettings, RunSettings, TrainSettings
+from logitcache.training.settings import AnchorSettings, PenaltySettings, RunSettings, TrainSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
-    *(Objective, PenaltySettings, AdapterSettings, TrainSettings, PairingRules, LoadSettings, RunSettings),
-    *(DataSettings, CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings),
-    *(ProbeSettings,),
+    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings),
+    *(PairingRules, LoadSettings, RunSettings, DataSettings),
+    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ProbeSettings),
 )
 
 HEAD = """# Reference

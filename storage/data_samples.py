@@ -1,8 +1,8 @@
 """The samples of a finished cache that its data sets name, as they are now: what is learnt where no data are given.
 
 Owns the union of the data sets, what of the cache is in none of them, and the refusal of what has no right answer: a
-sample that a data set names and the cache lacks, and one that two data sets supervise in two ways. Must not read
-records.
+sample that a data set names and the cache lacks, and, where it is to be learnt, one that two data sets supervise in two
+ways. Must not read records.
 """
 
 from collections.abc import Sequence
@@ -45,13 +45,15 @@ class DataSamples:
     num_other_positions: int
 
 
-def data_samples(cache: LogitCache) -> DataSamples:
+def data_samples(cache: LogitCache, *, either: bool = False) -> DataSamples:
     """What the data sets of a cache name; of a cache that has none, all that it holds, as it was captured.
 
+    either: a sample that two data sets supervise in two ways has the positions of both, and is not refused: for who
+    compares with the base wherever one of them does, and learns none of the labels.
     Raises `AmbiguousData`, `IncompleteCache`, and what reading raises.
     """
     data_sets = [cache.data_set(entry) for entry in cache.data_sets]
-    wanted = _union(cache, data_sets)
+    wanted = _union(cache, data_sets, either)
     samples, num_others, num_positions = [], 0, 0
     for stored in cache.stored_samples():
         if not data_sets:
@@ -71,10 +73,10 @@ def data_samples(cache: LogitCache) -> DataSamples:
     return DataSamples(samples, cache.data_sets, num_others, num_positions)
 
 
-def _union(cache: LogitCache, data_sets: Sequence[DataSet]) -> dict[bytes, Runs]:
-    """The runs of every sample by its id. Raises `AmbiguousData`."""
+def _union(cache: LogitCache, data_sets: Sequence[DataSet], either: bool) -> dict[bytes, Runs]:
+    """The runs of every sample by its id. Raises `AmbiguousData` unless the positions of either are wanted."""
     union = dict(joined("", [found.runs for found in data_sets]).samples())
-    for found in data_sets:
+    for found in () if either else data_sets:
         for key, runs in found.samples():
             if not np.array_equal(runs, union[key]):
                 raise _ambiguous(cache, data_sets, key)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class TrainBar(TrainerCallback):
-    """Steps done, tokens/s, time left and the last CE and KL, on stderr; silent when it is no terminal."""
+    """Steps done, tokens/s, time left and the last CE, KL and anchors' KL, on stderr; silent when it is no terminal."""
 
     def __init__(self, description: str) -> None:
         self._description = description
@@ -29,7 +29,8 @@ class TrainBar(TrainerCallback):
         self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self._shown = {name: f"{value:.3f}" for name, value in (logs or {}).items() if name in ("ce", "kl")}
+        names = ("ce", "kl", "anchor_kl")
+        self._shown |= {name: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()

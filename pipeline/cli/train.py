@@ -1,13 +1,14 @@
 """`logitcache train`: an adapter or a whole model, regularised by a cache, or taught by it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
-from logitcache.training.settings import PENALTIES, RunSettings, run_settings
+from logitcache.training.settings import PENALTIES, AnchorSettings, RunSettings, run_settings
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
 from .options import as_usage, check_has_rows, options_of, settings_from, was_given
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from logitcache.models.loading import Base
     from logitcache.pairing.step_zero import StepZero
     from logitcache.storage import LogitCache
+    from logitcache.training.anchors import Anchor
     from logitcache.training.run import TrainReport
+
+ANCHORS_OWN = tuple(run_settings("anchor"))
+"""What has no place where there is no anchor cache."""
 
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 """What has no place where there is no adapter."""
@@ -43,10 +48,19 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 )
 @data_option("Data set to train on; by default all data sets of the cache.")
 @options_of(DataSettings)
+@click.option(
+    "--anchor-cache",
+    type=CachePath(),
+    metavar="DIR",
+    multiple=True,
+    help="Cache of what the base says elsewhere: on its samples the model is held to it (docs/how-to/anchors.md). May "
+    "be given several times.",
+)
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
     tail={"default": "auto"},
+    anchor_weight={"multiple": True, "default": None, "show_default": str(AnchorSettings().weight)},
     load_in={"help": "Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md)."},
 )
 @click.option(
@@ -61,6 +75,7 @@ def train(
     cache: str | None,
     out: Path,
     data: tuple[str, ...] | None,
+    anchor_cache: tuple[str, ...],
     max_length: int | None,
     resume: bool,
     **values: Any,
@@ -73,8 +88,9 @@ def train(
     run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
     Several GPUs: torchrun --nproc-per-node N -m logitcache train ...
     """
-    _check_usage(values, cache, data)
     how = settings_from(DataSettings, values)
+    weights = _anchor_weights(anchor_cache, values.pop("anchor_weight"))
+    _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
     quiet_libraries()
@@ -88,6 +104,7 @@ def train(
     from .progress import TrainBar
 
     opened = None if cache is None else LogitCache.open(cache)
+    anchors = _anchors(anchor_cache, weights, settings)
     if opened is not None and opened.manifest.capture.num_tail_groups:
         with as_usage():
             settings = RunSettings.of(values, has_groups=True)
@@ -123,21 +140,45 @@ def train(
         tokenizer,
         of_cache=rows is None,
         how=how,
+        anchors=anchors,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
+    measured = [anchor.open_cache for anchor in anchors]
+    if opened is not None and job.reads_cache and settings.pairing.teacher_is_base:
+        measured.insert(0, opened)
+
     def tell(found: "StepZero") -> None:
         if speaks:
-            assert opened is not None
-            note(_said_of(found, opened, base))
+            note(_said_of(found, measured.pop(0), base, bool(anchors)))
 
     report = run(job, resume, [TrainBar("train")], tell, tell_user)
     if speaks:
         say(_summary(report, out))
 
 
-def _check_usage(values: dict[str, Any], cache: str | None, data: tuple[str, ...] | None) -> None:
+def _anchor_weights(caches: tuple[str, ...], given: tuple[float, ...]) -> list[float]:
+    """A weight for each of the anchor caches. Raises `click.UsageError`."""
+    if len(given) not in (0, 1, len(caches)):
+        raise click.UsageError(
+            f"--anchor-weight is given {len(given)} times, --anchor-cache {len(caches)} times: give one weight for "
+            "each cache, in their order, or one for all."
+        )
+    return [(given or (AnchorSettings().weight,))[i % max(len(given), 1)] for i in range(len(caches))]
+
+
+def _anchors(caches: tuple[str, ...], weights: list[float], settings: RunSettings) -> "list[Anchor]":
+    """The anchor caches, opened, each with its weight."""
+    from logitcache.training.anchors import Anchor
+
+    found = (Anchor(c, replace(settings.anchor, weight=w)) for c, w in zip(caches, weights, strict=True))
+    return [anchor.opened() for anchor in found]
+
+
+def _check_usage(
+    values: dict[str, Any], cache: str | None, data: tuple[str, ...] | None, anchors: tuple[str, ...]
+) -> None:
     """Raise `click.UsageError` for flags that have no place beside others, be their values the defaults."""
     regularizer, ctx = values["regularizer"], click.get_current_context()
     if regularizer not in ("none", *PENALTIES) and cache is None:
@@ -148,7 +189,11 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: tuple[str, ...
         raise click.UsageError("--max-length is for --data: the samples of a cache are cut already. Leave it out.")
     if data is None:
         check_has_rows(ctx, "--data", OF_TEMPLATE)
-    if values["other_precision"] and cache is None:
+    for name in () if anchors else ANCHORS_OWN:
+        if was_given(ctx, name):
+            flag = name.replace("_", "-")
+            raise click.UsageError(f"--{flag} is of an anchor cache: give --anchor-cache, or leave it out.")
+    if values["other_precision"] and cache is None and not anchors:
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):
         raise click.UsageError("--weight with --regularizer none: there is no regulariser to weigh. Leave it out.")
@@ -158,14 +203,16 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: tuple[str, ...
             raise click.UsageError(f"--{flag} has no place in --adapter none, which trains every weight. Leave it out.")
 
 
-def _said_of(found: "StepZero", cache: "LogitCache", base: "Base") -> str:
+def _said_of(found: "StepZero", cache: "LogitCache", base: "Base", named: bool) -> str:
+    """named: there are several caches."""
     why, theirs, ours = "noise floor", cache.manifest.model.quantization, base.identity.quantization
     if theirs != ours:
         why += f" of {ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; above "
         why += f"{found.tolerance_nats:.2g} they are refused"
-    return f"Before step 1 the KL to the base was {abs(found.kl_nats):.1g} nats ({why})."
+    where = f" on {cache.path}" if named else ""
+    return f"Before step 1 the KL to the base{where} was {abs(found.kl_nats):.1g} nats ({why})."
 
 
 def _summary(report: "TrainReport", out: Path) -> str:
-    final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl") if name in report.final)
+    final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl", "anchor_kl") if name in report.final)
     return f"Trained {report.num_steps:,} steps in {report.seconds:.0f} s ({final}, nats a position): {out}"

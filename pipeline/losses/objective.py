@@ -91,7 +91,9 @@ class Objective(Settings):
                 f"--weight {self.weight:g} with --regularizer none: there is no regulariser to weigh. Leave it out."
             )
         if none and self.kl_budget is not None:
-            raise InvalidSettings("--kl-budget needs a KL regularizer; none has none. Leave it out.")
+            raise InvalidSettings(
+                "--kl-budget needs a KL regularizer; none has none, and an anchor's weight is not moved. Leave it out."
+            )
         if none and self.kl_positions != "supervised":
             raise InvalidSettings(
                 "--kl-positions all with --regularizer none: there is no regulariser at any position. Leave it out."

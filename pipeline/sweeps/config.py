@@ -22,17 +22,20 @@ from logitcache.storage.plain_text import one_line, shown
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
 from logitcache.yaml_files import read_yaml
 
-SETTINGS = run_settings("objective", "adapter", "training")
+SETTINGS = run_settings("objective", "anchor", "adapter", "training")
 FIELDS = tuple(SETTINGS)
 """What can be swept, by the names of train's flags."""
 
-OBJECTIVE = (*run_settings("objective"), "top_k")
+OBJECTIVE = (*run_settings("objective", "anchor"), "top_k")
 """What a run's loss is: all else equal, two runs that differ here compare two objectives."""
 
 OF_A_REGULARIZER = tuple(
     name for name in run_settings("objective") if name not in ("regularizer", "weight", "kl_budget", "label_smoothing")
 )
 """What only a loss has that compares with the base's predictions."""
+
+OF_ANCHORS = tuple(run_settings("anchor"))
+"""What only a run with anchors has; one of anchor_weight 0 has none, whatever the sweep's caches."""
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4)
 """Of every method, plain cross-entropy too, where a sweep names none: one learning rate alone compares nothing."""
@@ -96,6 +99,8 @@ class SweepConfig:
     prior: tuple[str, ...]
     #: Rows to train on; by default the samples of the cache.
     data: tuple[str, ...] | None = None
+    #: Caches of what the base says elsewhere: anchors of every run but those of anchor_weight 0.
+    anchor_cache: tuple[str, ...] = ()
     #: What all runs have in common, by the names of `SHARED`.
     shared: dict[str, Any] = field(default_factory=dict)
     #: In the order in which they are done.
@@ -140,13 +145,14 @@ def read_config(path: Path) -> SweepConfig:
 def make_config(loaded: Any, origin: str) -> SweepConfig:
     """A sweep from what its file says. origin: for messages."""
     top = _mapping(loaded, origin, "a mapping of keys to values")
-    known = ("model", "cache", "new", "prior", "data", *SHARED, "grid", "methods")
+    known = ("model", "cache", "new", "prior", "data", "anchor_cache", *SHARED, "grid", "methods")
     _refuse_unknown(top, known, origin)
     for name in ("model", "cache"):
         if not isinstance(top.get(name), str):
             raise InvalidData(f"reading {origin}: expected {name}, a path, found {shown(top.get(name))}.")
     texts = {name: _names(top.get(name), name, origin) for name in ("new", "prior")}
     data = None if top.get("data") is None else _names(top["data"], "data", origin)
+    anchors = () if top.get("anchor_cache") is None else _names(top["anchor_cache"], "anchor_cache", origin)
     shared = {name: _checked(s, top[name], origin) for name, s in SHARED.items() if name in top}
     grid = _axes(_mapping(top.get("grid", {}), f"{origin}, grid", "fields and their values"), f"{origin}, grid")
     named = top.get("methods", METHODS)
@@ -161,12 +167,17 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
         own = _axes(_mapping(fields or {}, where, "fields and their values"), where)
         if "weight" in own and own.get("regularizer") == ["none"]:
             raise InvalidData(f"reading {where}: weight with regularizer none: there is no regulariser to weigh.")
-        runs += _runs(method, {**{"lr": list(LEARNING_RATES)}, **grid, **own}, shared, where)
+        axes = {**{"lr": list(LEARNING_RATES)}, **grid, **own}
+        if not anchors and any(name in axes for name in OF_ANCHORS):
+            name = next(name for name in OF_ANCHORS if name in axes)
+            raise InvalidData(
+                f"reading {where}: {name} is of an anchor cache, found none. Give anchor_cache, or leave it out."
+            )
+        runs += _runs(method, {**axes, **({} if anchors else {"anchor_weight": [0.0]})}, shared, where)
         _check_count(len(runs), origin)
     _check_distinct(runs, origin)
-    return SweepConfig(
-        _at_home(top["model"]), _at_home(top["cache"]), **texts, data=data, shared=shared, runs=tuple(runs)
-    )
+    model, cache = (_at_home(top[name]) for name in ("model", "cache"))
+    return SweepConfig(model, cache, texts["new"], texts["prior"], data, anchors, shared, tuple(runs))
 
 
 def _names(value: Any, name: str, origin: str) -> tuple[str, ...]:
@@ -197,6 +208,8 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
         if regularizer == "none":
             settings |= {"weight": 0.0, "kl_budget": None}
         settings = _complete(settings, shared, where)
+        if settings["anchor_weight"] == 0:
+            settings |= {**dict.fromkeys(OF_ANCHORS), "anchor_weight": 0.0}
         runs.setdefault(digest_json(settings), RunSpec(_name(method, settings), method, settings))
     return list(runs.values())
 

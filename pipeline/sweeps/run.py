@@ -45,9 +45,11 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
 from logitcache.storage.plain_text import one_line, safe, without_secrets
+from logitcache.training.anchors import Anchor, AnchorTerm
 from logitcache.training.description import data_fingerprint
 from logitcache.training.run import train
 from logitcache.training.run_folder import LOG, RUN, clear
+from logitcache.training.settings import RunSettings
 
 from .config import MAX_METHOD, RunSpec, SweepConfig, read_config
 
@@ -74,6 +76,12 @@ class Prepared:
     cache: LogitCache
     samples: Sequence[Sample]
     probes: dict[str, tuple[LogitCache, Sequence[Sample]]]
+    #: Of the runs that have anchors.
+    anchors: Sequence[LogitCache] = ()
+
+    def anchors_of(self, run: RunSettings) -> list[Anchor]:
+        """Those of a run."""
+        return _anchors(self.anchors, run)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def prepare(
     common = config.common
     held = common.loading
     base = load_base(source, dtype, device if _stays(held) else torch.device("cpu"), held.load_in, held.device_map)
-    cache = LogitCache.open(config.cache)
+    cache, anchors = LogitCache.open(config.cache), [LogitCache.open(path) for path in config.anchor_cache]
     max_length = cache.manifest.capture.max_length
 
     def read(name: str) -> list[Sample]:
@@ -122,8 +130,11 @@ def prepare(
         CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules, how=config.how).require(
             samples
         )
+    for anchor in dict.fromkeys(anchor for run in runs for anchor in _anchors(anchors, run)):
+        other = common.pairing.other_precision
+        AnchorTerm.paired(anchor, base, 0, tokenizer=tokenizer, other_precision=other, how=config.how)
     texts = {name: read(name) for name in ("new", "prior")}
-    described = _description(config, base, cache, samples, texts)
+    described = _description(config, base, cache, anchors, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):
         stored = _stored(out)
         _check_same(stored, described, out)
@@ -138,7 +149,7 @@ def prepare(
             if report.num_samples:
                 on_message(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
             probes[name] = (LogitCache.open(path), list(distinct(text)))
-    return Prepared(config, out, base, tokenizer, device, cache, samples, probes)
+    return Prepared(config, out, base, tokenizer, device, cache, samples, probes, anchors)
 
 
 def sweep(
@@ -219,6 +230,7 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         pairing=run.pairing,
         tokenizer=prepared.tokenizer,
         on_message=told.append,
+        anchors=prepared.anchors_of(run),
     )
     adapted = load_adapter(_fresh(prepared).model, str(folder), run.loading.device_map)
     found = {name: compare_cached(adapted, cache, samples) for name, (cache, samples) in prepared.probes.items()}
@@ -265,6 +277,11 @@ def _stays(held: LoadSettings) -> bool:
     return held.load_in is not None or held.device_map is not None
 
 
+def _anchors(caches: Sequence[LogitCache], run: RunSettings) -> list[Anchor]:
+    """The anchors of a run: a weight of 0 is none."""
+    return [Anchor(cache, run.anchor) for cache in caches] if run.anchor.weight else []
+
+
 def _has_groups(cache: LogitCache) -> bool:
     return cache.manifest.capture.num_tail_groups > 0
 
@@ -283,7 +300,12 @@ def _copy_of(base: Base, device: torch.device) -> Base:
 
 
 def _description(
-    config: SweepConfig, base: Base, cache: LogitCache, samples: Sequence[Sample], texts: dict[str, list[Sample]]
+    config: SweepConfig,
+    base: Base,
+    cache: LogitCache,
+    anchors: Sequence[LogitCache],
+    samples: Sequence[Sample],
+    texts: dict[str, list[Sample]],
 ) -> dict[str, Any]:
     """What decides every run's result besides its own settings."""
     return {
@@ -292,6 +314,7 @@ def _description(
         "identity": asdict(base.identity),
         "cache": without_secrets(config.cache),
         "contents": cache.contents_checksum,
+        "anchors": [{"contents": c.contents_checksum, "data_sets": digests_of(c)} for c in anchors],
         "data": data_fingerprint(samples),
         "data_sets": digests_of(cache) if config.data is None else None,
         **{name: " + ".join(map(without_secrets, getattr(config, name))) for name in texts},
@@ -313,7 +336,7 @@ def _runs_of(config: SweepConfig, out: Path, stored: dict[str, Any]) -> dict[str
 
 def _check_same(stored: dict[str, Any], described: dict[str, Any], out: Path) -> None:
     """Raise `IdentityMismatch` where the sweep that is there was of something else; paths may differ."""
-    parts = ("format", "identity", "contents", "data", "texts", "pairing", "probe_top_k")
+    parts = ("format", "identity", "contents", "anchors", "data", "texts", "pairing", "probe_top_k")
     mine = json.loads(json.dumps({part: described[part] for part in parts}))
     differs = described_differences(mine, stored, "identity") if stored else []
     if differs:

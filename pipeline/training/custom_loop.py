@@ -4,9 +4,15 @@
     loss = anchored(model, batch).loss   # batch: input_ids, labels, attention_mask or position_ids
     loss.backward()
 
+With anchors, caches of what the base says far from the new data, the loop says which step it is at:
+
+    anchored = CachedLoss("cache/", Objective(weight=1.0), anchor=Anchor("anchors/"))
+    loss = anchored(model, batch, step=step).loss
+
 Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +37,7 @@ from logitcache.pairing.targets import (
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import LogitCache
 
+from .anchors import Anchor, Anchors, anchors_of
 from .batch_loss import batch_loss
 from .own_loss import check_own_loss, probe_own_loss
 
@@ -42,45 +49,63 @@ class CachedLoss:
     against the cache now instead of at the first call; needed beforehand where the rules ignore padding. top_k: read
     fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: on
     the first batch, measure the model (an untrained adapter) against the cache; False where training goes on from a
-    trained adapter.
+    trained adapter. anchor: a cache, or several, on whose own samples the model is compared with the base and learns
+    nothing else; cache may then be None, with an objective `none`. seed: of the order of the anchors' samples.
     Raises what `CacheView.paired` raises, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed`
     where the model's own loss has a term that is not made here, or a batch brings what nothing reads.
     """
 
     def __init__(
         self,
-        cache: AnyCache,
+        cache: AnyCache | None,
         objective: Objective | None = None,
         *,
         model: nn.Module | None = None,
         top_k: int | None = None,
         rules: PairingRules | None = None,
         check: bool = True,
+        anchor: Anchor | Sequence[Anchor] = (),
+        seed: int = 0,
     ) -> None:
         self.objective = objective_of(cache, objective, top_k, rules)
         if self.objective.kl_budget is not None:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step (kl_controller.BudgetedWeight)")
+        if cache is None and self.objective.regularizer != "none":
+            raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
         self._view = cache if isinstance(cache, CacheView) else None
         opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         self.cache = opened.cache if isinstance(opened, CacheView) else opened
         check_tail(self.cache, self.objective, top_k)
         self._top_k, self._rules = top_k, PairingRules() if rules is None else rules
-        self._check, self._check_layout = check, LayoutCheck(self.cache)
+        self._check, self._check_layout = check, None if self.cache is None else LayoutCheck(self.cache)
+        given = [anchor] if isinstance(anchor, Anchor) else anchor
+        self._anchor, self._seed = [each.opened() for each in given], seed
+        self._anchors: Anchors | None = None
+        #: Of the last call: the share of its batch in each anchor's mean KL, nats a position, float32 [anchors].
+        self.anchor_kl = torch.zeros(len(self._anchor))
         if model is not None:
             self.view(model)
+            self.anchors(model)
 
-    def view(self, model: nn.Module) -> CacheView:
+    def view(self, model: nn.Module) -> CacheView | None:
         """The cache as this model reads it, held against it; the first model decides how much padding is ignored."""
-        if self._view is None:
+        if self._view is None and self.cache is not None:
             self._view = CacheView.paired(self.cache, model, self.objective, top_k=self._top_k, rules=self._rules)
-        self._view.check_width(model)
+        if self._view is not None:
+            self._view.check_width(model)
         return self._view
+
+    def anchors(self, model: nn.Module) -> Anchors:
+        """The anchor caches as this model reads them, held against the first one that is given."""
+        if self._anchors is None:
+            self._anchors = anchors_of(self._anchor, model, self._seed, self._rules)
+        return self._anchors
 
     def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
         if self._view is not None:
             return self._view.collator(collator)
-        if self._rules.ignore_padding:
+        if self._rules.ignore_padding and self.cache is not None:
             raise TrainingFailed(
                 f"looking up {self.cache.path} before a model is known: the rules ignore padding, and how much of the "
                 "vocabulary that is follows from the model. Give CachedLoss(..., model=model)."
@@ -96,29 +121,54 @@ class CachedLoss:
         return self.collator().looked_up(batch)
 
     def __call__(
-        self, model: nn.Module, batch: Batch, counts: Tensor | None = None, kl_weight: float | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: Tensor | None = None,
+        kl_weight: float | None = None,
+        step: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> LinearLoss:
         """The loss with gradient, and the means of CE and regulariser (nats a position) without.
 
         Of an AdaLoRA model the loss has PEFT's orthogonality term too, in the share of the step's positions that this
-        batch has, so that a step has it once.
+        batch has, so that a step has it once. Likewise the terms of the anchors, whose means are then in `anchor_kl`.
 
         counts: int64 [2], positions of the whole step (`count`), of which this batch is a part; by default its own.
-        kl_weight: in place of the objective's weight.
+        kl_weight: in place of the objective's weight. step: the number of the optimizer step, from 0, which decides
+        which samples of the anchors come; needed with anchors, and without them refused. part: which of how many
+        batches of the step this is, over all processes: (i, n).
         """
+        self._check_step(step, part)
         view, batch = self.view(model), self.looked_up(batch)
         check_own_loss(model)
-        self._check_layout(model, batch)
+        if self._check_layout is not None:
+            self._check_layout(model, batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
             probe_own_loss(model)
-            view.check_first_batch(model, batch)
+            if view is not None:
+                view.check_first_batch(model, batch)
+            self.anchors(model).step_zero(model)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
         weight = self.objective.weight if kl_weight is None else kl_weight
         sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, view)
         loss, orthogonality = sums.loss / num_ce, Orthogonality.of(unwrapped(model))
+        if step is not None:
+            found = self.anchors(model).loss(model, step, *part, loss.device)
+            loss, self.anchor_kl = loss + found.loss, found.sums / found.counts
         if orthogonality is not None:
             share = num_supervised(batch).to(num_ce.device) / num_ce
             loss = loss + orthogonality.weight * share * orthogonality().to(loss.device)
         return LinearLoss(loss, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))
+
+    def _check_step(self, step: int | None, part: tuple[int, int]) -> None:
+        """Raise ValueError where a step is not said that decides which anchors come, or said and nobody reads it."""
+        if self._anchor and step is None:
+            raise ValueError(
+                "step: expected the number of the optimizer step, from 0, found none. It decides which samples of the "
+                "anchors come, also where a run goes on. Give step=."
+            )
+        if not self._anchor and (step is not None or part != (0, 1)):
+            raise ValueError("step, part: expected none without anchors, since nothing reads them. Leave them out.")

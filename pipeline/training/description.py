@@ -25,6 +25,7 @@ from logitcache.storage.identity import digest, digest_json
 from logitcache.storage.model_check import read_model_check
 from logitcache.storage.plain_text import without_secrets
 
+from .anchors import Anchor
 from .job import Job
 
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
@@ -49,6 +50,7 @@ def describe(job: Job) -> dict[str, Any]:
         "adapter": _describe_adapter(base, job.adapter),
         "objective": asdict(job.objective),
         "penalty": None if penalty is None else asdict(penalty),
+        "anchors": [_describe_anchor(anchor) for anchor in job.anchors],
         "settings": asdict(job.settings),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": ", ".join(str(device) for device in devices_of(base.model)),
@@ -60,6 +62,12 @@ def _describe_check(cache: LogitCache | None) -> dict[str, Any] | None:
     """What `verify --against-model` found of these very contents, where it was asked."""
     check = None if cache is None else read_model_check(cache)
     return None if check is None else {"within": check.is_within, "ratio": check.ratio, **asdict(check)}
+
+
+def _describe_anchor(anchor: Anchor) -> dict[str, Any]:
+    cache = anchor.open_cache
+    contents = {"contents": cache.contents_checksum, "data_sets": digests_of(cache)}
+    return {"path": str(cache.path), **contents, **asdict(anchor.settings)}
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:

@@ -28,6 +28,7 @@ from logitcache.pairing.samples import check_max_length
 from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
 
+from .anchors import Anchor, Anchors, AnchorTerm
 from .full_weights import computes_in_bfloat16
 from .run_folder import check_out
 from .settings import PenaltySettings, TrainSettings
@@ -58,6 +59,8 @@ class Job:
     of_cache: bool = False
     #: How the rows of the data were read, where the samples are of rows.
     how: DataSettings = DEFAULT
+    #: Caches of what the base says elsewhere, opened (`Anchor.opened`).
+    anchors: Sequence[Anchor] = ()
 
     def __post_init__(self) -> None:
         _check_combination(self)
@@ -67,6 +70,11 @@ class Job:
     def mixed(self) -> bool:
         """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
         return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the loss of the new data reads the cache; else it may be there for its samples alone."""
+        return self.cache is not None and self.objective.regularizer != "none"
 
     def paired(self) -> CacheView | None:
         """The cache as the run reads it; None where its loss reads none. Raises as `CacheView.paired`."""
@@ -81,7 +89,19 @@ class Job:
             rules=self.pairing,
             how=self.how,
         )
-        return None if self.objective.regularizer == "none" else view  # also one of samples alone must be of this base
+        return view if self.reads_cache else None  # also one of samples alone must be of this base
+
+    def paired_anchors(self) -> Anchors:
+        """The anchor caches, each held against the base itself, whoever the teacher of the new data is.
+
+        Raises as `AnchorTerm.paired`.
+        """
+        seed, other = self.settings.seed, self.pairing.other_precision
+        found = (
+            AnchorTerm.paired(anchor, self.base, seed, tokenizer=self.tokenizer, other_precision=other, how=self.how)
+            for anchor in self.anchors
+        )
+        return Anchors(tuple(found))
 
 
 def check_before_loading(

@@ -38,7 +38,8 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "ce" not in logs:
             return
-        names = ("loss", "ce", "kl", "kl_weight", "penalty", "orthogonality", "grad_norm", "learning_rate")
+        anchors = sorted(name for name in logs if name.startswith("anchor_kl"))
+        names = ("loss", "ce", "kl", "kl_weight", *anchors, "penalty", "orthogonality", "grad_norm", "learning_rate")
         self.last = {name: logs[name] for name in names if name in logs}
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("ab") as f:

@@ -6,7 +6,7 @@ Trade-off: the check asks the device for numbers, once a run; a trainer that cha
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,10 +69,11 @@ class FirstStep:
     which know nothing of how the step was divided. A step without positions proves nothing, so the next one is asked.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_means: int) -> None:
+        """num_means: terms of the loss that are each a mean over positions: CE, regulariser, then every anchor's."""
         self.pending = True
-        self._number = 1
-        self._sums = torch.zeros(6, device=device)
+        self._number, self._num_means = 1, num_means
+        self._sums = torch.zeros(2 + 2 * num_means, device=device)
         self._made = torch.zeros((), device=device)
 
     def begin(self, number: int) -> None:
@@ -101,33 +102,37 @@ class FirstStep:
         finally:
             vars(trainer).pop("compute_loss", None)
 
-    def add_terms(self, ce: Tensor, kl: Tensor, counts: Tensor, others: Tensor, loss: Tensor) -> None:
-        """Of a micro-batch: sums of CE and regulariser, the positions of each, and what else this process's share of
+    def add_terms(self, sums: Sequence[Tensor], counts: Sequence[Tensor], others: Tensor, loss: Tensor) -> None:
+        """Of a micro-batch: the sum of each mean's values, the positions of each, and what else this process's share of
         the loss has, weighted (a penalty, the same on every process); and that share, all of it."""
         self._made = loss.detach()
-        self._sums[1:] += torch.stack([part.detach().to(self._sums) for part in (others, ce, kl, *counts)])
+        self._sums[1:] += torch.stack([part.detach().to(self._sums) for part in (others, *sums, *counts)])
 
-    def check(self, trainer: Any, logged: Tensor, kl_weight: float) -> None:
-        """Raise `TrainingFailed` where the three differ. logged: [CE, regulariser], this process's share of the means.
+    def check(self, trainer: Any, logged: Tensor, weights: Sequence[float]) -> None:
+        """Raise `TrainingFailed` where the three differ. logged: this process's share of each mean; weights: of each.
 
         All processes must call it, and all raise together.
         """
         if not self.pending:
             return
         found = trainer.accelerator.reduce(torch.cat([self._sums, logged]), reduction="sum").tolist()
-        returned, others, ce, kl, num_ce, num_kl, logged_ce, logged_kl = found
-        self.pending = num_ce == 0
-        returned, others = (value / trainer.accelerator.num_processes for value in (returned, others))
-        logged_ce, logged_kl = (value / num_replicas(trainer) for value in (logged_ce, logged_kl))
-        ce, kl = ce / max(num_ce, 1), kl / max(num_kl, 1)
-        weighted, logged_weighted = (kl_weight * value if kl_weight else 0.0 for value in (kl, logged_kl))
-        expected, in_log = ce + weighted + others, logged_ce + logged_weighted + others
-        tolerance = TOLERANCE * (abs(ce) + abs(weighted) + abs(others)) + 1e-6
+        returned, others = (value / trainer.accelerator.num_processes for value in found[:2])
+        sums, counts, in_logs = (found[2 + i * self._num_means :][: self._num_means] for i in range(3))
+        self.pending = counts[0] == 0
+        means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+        in_logs = [value / num_replicas(trainer) for value in in_logs]
+        weighted, logged_weighted = (
+            [w * value if w else 0.0 for w, value in zip(weights, values, strict=True)] for values in (means, in_logs)
+        )
+        expected, in_log = sum(weighted) + others, sum(logged_weighted) + others
+        tolerance = TOLERANCE * (sum(map(abs, weighted)) + abs(others)) + 1e-6
         if not math.isfinite(expected) or all(abs(value - expected) <= tolerance for value in (returned, in_log)):
             return  # `trainer` stops a run whose loss is not finite
+        terms = f"CE {means[0]:.6g} + {weights[1]:g} * KL {means[1]:.6g}"
+        terms += "".join(f" + {w:g} * anchor KL {kl:.6g}" for w, kl in zip(weights[2:], means[2:], strict=True))
         raise TrainingFailed(
-            f"training, step {self._number}: expected a loss of {expected:.6g} (CE {ce:.6g} + "
-            f"{kl_weight:g} * KL {kl:.6g}{f' + {others:.6g}' if others else ''}), found {returned:.6g} in what "
+            f"training, step {self._number}: expected a loss of {expected:.6g} ({terms}"
+            f"{f' + {others:.6g}' if others else ''}), found {returned:.6g} in what "
             f"{type(trainer).__name__}.training_step returned and {in_log:.6g} in the log. Every gradient is off by "
             "as much. Nothing was saved. Put CachedKL before transformers' Trainer or TRL's SFTTrainer itself: "
             "what lies between scales the loss, or hides the positions of the whole step."

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -52,6 +53,7 @@ from logitcache.storage import LogitCache
 from logitcache.storage.plain_text import shown
 
 from . import run_folder
+from .anchors import Anchor, Anchors
 from .description import describe
 from .full_weights import save_whole, unfreeze
 from .job import Job, check_before_loading
@@ -73,6 +75,8 @@ class TrainReport:
     peak_memory_bytes: int
     final: dict[str, float]
     step_zero: StepZero | None
+    #: Of each anchor cache.
+    anchors_step_zero: Sequence[StepZero] = ()
 
 
 def train(
@@ -92,6 +96,7 @@ def train(
     max_length: int | None = None,
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
+    anchors: Sequence[Anchor] = (),
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -102,7 +107,9 @@ def train(
     ewc's Fisher information is of these samples. tokenizer: None is the one beside the model, if there is one. how:
     which rows of the data, and what of a chat is learnt. max_length: tokens a sample of rows, as of `samples_for`.
     resume: go on with what is whole in `out`, or begin where there is nothing; on_message is told, in sentences, what
-    is read, what was cut or left aside, and why. on_step_zero is told what was measured before step 1.
+    is read, what was cut or left aside, and why. on_step_zero is told what was measured before step 1, of the cache and
+    then of each anchor's. anchors: caches of what the base itself says far from the data, on whose samples the model
+    is held to it.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -113,25 +120,19 @@ def train(
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
     named = are_names(data)
     how = listed_beside(how, str(out)) if named else how
-    rows = check_before_loading(
-        data,
-        opened,
-        out,
-        objective,
-        top_k=settings.top_k,
-        max_length=max_length,
-        resume=resume,
-        how=how,
-        on_message=on_message,
-    )
+    early = partial(check_before_loading, data, opened, out, objective, top_k=settings.top_k, resume=resume)
+    rows = early(max_length=max_length, how=how, on_message=on_message)
+    anchors = [anchor.opened() for anchor in anchors]
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
     in_memory = None if named else cast("Sequence[Sample] | None", data)
     if in_memory is None:
         in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, on_message, how)
-    of_cache = data is None
-    job = Job(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, of_cache, how)
+    job = Job(
+        *(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how),
+        anchors=anchors,
+    )
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 
@@ -143,7 +144,7 @@ def run(
     on_message: OnMessage = lambda _: None,
 ) -> TrainReport:
     """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
-    out, view, description = job.out, job.paired(), describe(job)
+    out, view, anchors, description = job.out, job.paired(), job.paired_anchors(), describe(job)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
     with ExitStack() as stack:
@@ -152,7 +153,7 @@ def run(
         for sentence in found.said if leads() else ():
             on_message(sentence)
         if found.result is None:
-            return _train(job, view, description, arguments, found.checkpoint, callbacks, on_step_zero)
+            return _train(job, view, anchors, description, arguments, found.checkpoint, callbacks, on_step_zero)
         if leads():
             run_folder.settle(out)
         return _report_of(found.result)
@@ -161,6 +162,7 @@ def run(
 def _train(
     job: Job,
     view: CacheView | None,
+    anchors: Anchors,
     description: dict[str, Any],
     arguments: TrainingArguments,
     checkpoint: Path | None,
@@ -171,7 +173,7 @@ def _train(
     base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
     penalty = job.penalty
     check_head(base.model)
-    check_length(base.model, max(len(s.token_ids) for s in job.samples))
+    check_length(base.model, max(len(s.token_ids) for s in [*job.samples, *anchors.samples]))
     if view is not None:
         view.require(job.samples)
     fisher = None  # of the base as it is, which `attach` may rewrite
@@ -181,13 +183,9 @@ def _train(
     set_seed(job.settings.seed)
     resumed = checkpoint is not None and keeps_start(job.adapter)
     model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
-    step_zero = None
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
-        if view is not None and job.pairing.teacher_is_base:
-            step_zero = view.step_zero(model, job.samples)
-    if step_zero is not None:
-        on_step_zero(step_zero)
+        step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
     log = JsonLog(out / run_folder.LOG)
     own = [log, tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
     trainer = CachedKLTrainer(
@@ -200,6 +198,7 @@ def _train(
         objective=job.objective if view is None else None,
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
+        anchor=anchors,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
@@ -214,10 +213,23 @@ def _train(
         peak_memory_bytes=_peak_memory(devices_of(base.model)),
         final=log.last,
         step_zero=step_zero,
+        anchors_step_zero=at_anchors,
     )
     if trainer.is_world_process_zero():
         run_folder.finish(out, description, asdict(report), partial(_save, job, model))
     return report
+
+
+def _measured(
+    job: Job, model: nn.Module, view: CacheView | None, anchors: Anchors, on_step_zero: Callable[[StepZero], None]
+) -> tuple[StepZero | None, list[StepZero]]:
+    """Where the untrained student starts: against the cache, unless its teacher is another, and against each anchor."""
+    of_base = view if job.pairing.teacher_is_base else None
+    found = None if of_base is None else of_base.step_zero(model, job.samples)
+    at_anchors = anchors.step_zero(model)
+    for each in at_anchors if found is None else [found, *at_anchors]:
+        on_step_zero(each)
+    return found, at_anchors
 
 
 def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
@@ -292,7 +304,8 @@ def trainer_arguments(
 def _report_of(result: dict[str, Any]) -> TrainReport:
     try:
         step_zero = None if result["step_zero"] is None else StepZero(**result["step_zero"])
-        return TrainReport(**{**result, "step_zero": step_zero})
+        at_anchors = [StepZero(**found) for found in result["anchors_step_zero"]]
+        return TrainReport(**{**result, "step_zero": step_zero, "anchors_step_zero": at_anchors})
     except (KeyError, TypeError) as error:
         raise TrainingFailed(
             "reading what a finished run came to: expected what `logitcache train` wrote, found "

@@ -1,4 +1,4 @@
-"""A training run as settings: how long and how fast, what pulls the weights, and all parts of a run together.
+"""A training run as settings: how long and how fast, what holds it to the base, and all parts of a run together.
 
 Owns the flat names by which the command line, `--config` and a sweep set a run (`run_settings`), and the rules between
 the parts. Must not import torch, transformers or peft.
@@ -17,6 +17,7 @@ from logitcache.settings import Setting, Settings, line_settings, option
 
 PenaltyKind = Literal["l2-sp", "ewc"]
 PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
+AnchorRegularizer = Literal["full-kl", "masked-kl", "masked-reverse-kl", "masked-js"]
 
 HIGH_LR = 1.0
 """Above this no fine-tuning is known to learn anything."""
@@ -67,6 +68,35 @@ class PenaltySettings(Settings):
 
 
 @dataclass(frozen=True)
+class AnchorSettings(Settings):
+    """loss = that of the new data + weight * mean KL to the base over samples of an anchor cache.
+
+    An anchor cache holds what the base says far from the new data: its samples are those of the cache's data sets, and
+    nothing is learnt of them. The mean is over their own positions of the whole optimizer step.
+    """
+
+    weight: float = option(
+        4.0,
+        "Weight of the KL on the samples of the anchor cache; given once for each, or once for all. In a sweep 0 is a "
+        "run without anchors.",
+        at_least=0,
+        flag="anchor_weight",
+    )
+    batch: int = option(
+        4,
+        "Samples of each anchor cache an optimizer step, over all its micro-batches and processes.",
+        at_least=1,
+        flag="anchor_batch",
+    )
+    every: int = option(1, "Optimizer steps from one with anchors to the next.", at_least=1, flag="anchor_every")
+    regularizer: AnchorRegularizer = option(
+        "full-kl",
+        "What is compared with the base on them; masked-*: without the true token.",
+        flag="anchor_regularizer",
+    )
+
+
+@dataclass(frozen=True)
 class RunSettings(Settings):
     """Every setting of a training run. The command line and a sweep make it of flat names: `of`."""
 
@@ -74,6 +104,8 @@ class RunSettings(Settings):
     objective: Objective = field(default_factory=Objective)
     #: What pulls the weights to the base's, in addition.
     penalty: PenaltySettings | None = None
+    #: What holds it to the base on samples of other caches; without effect where there are none.
+    anchor: AnchorSettings = field(default_factory=AnchorSettings)
     #: What is trained.
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     #: How long and how fast.
@@ -133,6 +165,7 @@ class RunSettings(Settings):
 PARTS: dict[str, Any] = {
     "pairing": PairingRules,
     "objective": Objective,
+    "anchor": AnchorSettings,
     "adapter": AdapterSettings,
     "training": TrainSettings,
     "loading": LoadSettings,

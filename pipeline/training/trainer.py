@@ -1,18 +1,19 @@
 """What plugs into transformers' Trainer, or any trainer made from it: CE + weight * regulariser from the cache.
 
 Owns normalisation: the cross-entropy and the regulariser are each a mean over their own positions of the whole
-accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. Also owns what is
-refused, since it would be silently wrong. The formulas are in `losses`, the way from batch to loss in `batch_loss`.
+accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. The formulas are in
+`losses`, the way from batch to loss in `batch_loss`, the terms of anchor caches in `anchors`, what is refused in
+`supported`.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -35,12 +36,14 @@ from logitcache.pairing.targets import (
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import PositionNotCaptured, SampleNotCached
 
+from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
 from .batch_loss import batch_loss
 from .kl_controller import BudgetedWeight
-from .normalisation import FirstStep, already_normalised, num_replicas, over_processes, parallelism
-from .own_loss import ROUTER, check_own_loss, probe_own_loss
+from .normalisation import FirstStep, already_normalised, num_replicas, over_processes
+from .own_loss import probe_own_loss
 from .penalties import Penalty
 from .replaced import TokenMetrics, check_replaced, logs_tokens
+from .supported import check_supported, what_cuts
 
 CHECKED_ROWS = 100_000
 """Rows of a data set that are looked up before the first step; later ones when their step comes."""
@@ -66,9 +69,12 @@ class CachedKL(_AnyTrainer):
     replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
+    anchor: a cache, or several, of what the base says far from the new data: on its samples the model is compared with
+    the base, beside every batch, and learns nothing else; it needs no cache of the new data.
     Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
-    and `penalty` and `orthogonality`, without their weights, beside the trainer's own; over TRL's SFTTrainer its
-    `num_tokens` and `mean_token_accuracy` too. Batches of evaluation are the trainer's own business.
+    `penalty`, `orthogonality` and `anchor_kl` (of several their mean, and each), without their weights, beside the
+    trainer's own; over TRL's SFTTrainer its `num_tokens` and `mean_token_accuracy` too. Batches of evaluation are the
+    trainer's own business.
     Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
     `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
@@ -84,6 +90,7 @@ class CachedKL(_AnyTrainer):
         rules: PairingRules | None = None,
         check: bool = True,
         penalty: Penalty | None = None,
+        anchor: Anchor | Anchors | Sequence[Anchor] = (),
         replace_loss: bool = False,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
@@ -97,7 +104,8 @@ class CachedKL(_AnyTrainer):
             raise TrainingFailed(
                 "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
             )
-        self.penalty, self.orthogonality, self._num_micro_batches = penalty, Orthogonality.of(self.model), 1
+        self.penalty, self.orthogonality = penalty, Orthogonality.of(self.model)
+        self._micro_batch, self._num_micro_batches = 0, 1
         if num_replicas(self) > 1 and any(self._terms()):
             raise TrainingFailed(
                 f"training with a penalty on the weights (AdaLoRA has one) of a model divided over {num_replicas(self)}"
@@ -111,19 +119,22 @@ class CachedKL(_AnyTrainer):
             if self.is_world_process_zero() and self.cache_view.left_out:
                 where, what = self.cache_view.cache.path, "; ".join(self.cache_view.left_out)
                 logger.warning("CachedKL with %s: not compared: %s.", where, what)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.anchors = anchors_of(anchor, self.model, seed, rules)
         handler = getattr(self.accelerator, "ddp_handler", None)
         if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
             handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
         device = self.args.device
-        self._check, self._check_start = check, check
+        self._check, self._check_start, self._check_anchors = check, check, check
         self._check_layout = None if self.cache_view is None else LayoutCheck(self.cache_view.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
+        self._anchor_meter, self._anchor_step_meter = (torch.zeros(len(self.anchors), device=device) for _ in range(2))
         self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
         self.kl_weight = self.kl_objective.weight
-        self._first_step = FirstStep(device)
+        self._first_step = FirstStep(device, 2 + len(self.anchors))
         self.add_callback(_MeterReset(self))
         self.add_callback(_FirstStepCheck(self))
         if self._tokens is not None:
@@ -158,10 +169,12 @@ class CachedKL(_AnyTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) < num_batches:  # a stream has ended
             batches = []
-        self._num_micro_batches = max(1, len(batches))
+        self._micro_batch, self._num_micro_batches = 0, max(1, len(batches))
         self._metered_steps += bool(batches)
         self._metered_weight += self.kl_weight if batches else 0.0
+        self._metered_anchors += self.anchors.due(self.state.global_step) * bool(batches)
         self._step_meter.zero_()
+        self._anchor_step_meter.zero_()
         self._first_step.begin(self.state.global_step + 1)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
@@ -175,6 +188,7 @@ class CachedKL(_AnyTrainer):
         watched = self._first_step.watching(self) if self._first_step.pending else nullcontext()
         with already_normalised(self), watched:
             loss: Tensor = super().training_step(*args, **kwargs)
+        self._micro_batch += 1
         if self._first_step.pending:
             self._first_step.add_returned(loss)
         return loss
@@ -211,8 +225,9 @@ class CachedKL(_AnyTrainer):
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
         self._meter += means
         self._step_meter += means
+        anchors = self._anchor_loss(model)
         # distributed training averages gradients over its data-parallel processes; these are sums
-        loss = found.loss / num_ce * (self.accelerator.num_processes // num_replicas(self))
+        loss = (found.loss / num_ce + anchors.loss) * (self.accelerator.num_processes // num_replicas(self))
         others = torch.zeros_like(loss)
         for name, term in self._terms():  # the same on every process, so that the average of its gradients is its own
             part = (term() / self._num_micro_batches).to(loss.device)
@@ -220,8 +235,27 @@ class CachedKL(_AnyTrainer):
             others = others + term.weight * part
         loss = loss + others
         if self._first_step.pending:
-            self._first_step.add_terms(found.ce, found.kl, count_positions(inputs, self.kl_objective), others, loss)
+            counts = [*count_positions(inputs, self.kl_objective), *anchors.counted]
+            self._first_step.add_terms([found.ce, found.kl, *anchors.sums], counts, others, loss)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
+
+    def _anchor_loss(self, model: nn.Module) -> AnchorLoss:
+        """The part of this micro-batch in the terms of the anchors, and their meters moved on by it.
+
+        The samples of a step are shared out over all micro-batches of all processes that do not see one batch together.
+        """
+        replicas = num_replicas(self)
+        num_parts, mine = self.accelerator.num_processes // replicas, self.accelerator.process_index // replicas
+        index, of = self._micro_batch * num_parts + mine, self._num_micro_batches * num_parts
+        with self.accelerator.autocast():
+            if self._check_anchors and len(self.anchors):
+                self._check_anchors = False
+                self.anchors.step_zero(model)
+            found = self.anchors.loss(model, self.state.global_step, index, of, self.args.device)
+        means = found.sums / found.counts
+        self._anchor_meter += means
+        self._anchor_step_meter += means
+        return found
 
     def _terms(self) -> Iterator[tuple[str, Penalty | Orthogonality]]:
         """What is added to the loss of every step once, whatever its batches, by the names of the logs."""
@@ -237,7 +271,9 @@ class CachedKL(_AnyTrainer):
             meter.zero_()
         if self._tokens is not None:
             self._tokens.reset()
+        self._anchor_meter.zero_()
         self._metered_steps, self._metered_weight = 0, 0.0
+        self._metered_anchors = np.zeros(len(self.anchors), dtype=np.int64)
 
     def step_kl(self) -> float | None:
         """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
@@ -247,7 +283,8 @@ class CachedKL(_AnyTrainer):
 
     def check_first_step(self) -> None:
         """Raise `TrainingFailed` where the run's first step is not that of all its positions: see `FirstStep`."""
-        self._first_step.check(self, self._step_meter, self.kl_weight)
+        logged = torch.cat([self._step_meter, self._anchor_step_meter])
+        self._first_step.check(self, logged, [1.0, self.kl_weight, *self.anchors.weights])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
@@ -256,14 +293,14 @@ class CachedKL(_AnyTrainer):
         if "loss" in logs and self._metered_steps:
             ce, kl = (over_processes(self, self._meter) / self._metered_steps).tolist()
             logs = {**logs, "ce": ce, "kl": kl, "kl_weight": self._metered_weight / self._metered_steps}
-            terms, advice = f"CE {ce}, KL {kl}", "Try a lower --lr."
-            for name, _ in self._terms():
-                logs[name] = float(self._term_meters[name]) / self._metered_steps
-                terms += f", {name} {logs[name]}"
+            added = {name: float(self._term_meters[name]) / self._metered_steps for name, _ in self._terms()}
+            added |= named_means(over_processes(self, self._anchor_meter).tolist(), self._metered_anchors)
+            logs, advice = {**logs, **added}, "Try a lower --lr."
+            terms = ", ".join([f"CE {ce}, KL {kl}", *(f"{name} {value}" for name, value in added.items())])
             if self.kl_objective.label_smoothing:
                 advice = "Try a lower --lr, or no label smoothing: it is infinite where a logit is -inf."
             self.reset_meters()
-            if not torch.isfinite(torch.tensor([ce, kl, *(logs[name] for name, _ in self._terms())])).all():
+            if not torch.isfinite(torch.tensor([ce, kl, *added.values()])).all():
                 raise TrainingFailed(
                     f"training, step {self.state.global_step}: the loss is not finite ({terms}). "
                     f"The last checkpoint is kept. {advice}"
@@ -305,7 +342,7 @@ class CachedKL(_AnyTrainer):
                 if error is not None:
                     every = self.kl_objective.kl_positions == "all"
                     others = OWN_TOKENS if isinstance(error, PositionNotCaptured) else ""
-                    why = (EVERY if every else others) + _cutting(self.args)
+                    why = (EVERY if every else others) + what_cuts(self.args)
                     raise type(error)(f"row {index} of the training data: {error}{why}") from error
 
     def _miss(
@@ -344,7 +381,7 @@ class _MeterReset(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.reset_meters()
         if state.global_step:
-            self._trainer._check_start = False
+            self._trainer._check_start = self._trainer._check_anchors = False
 
 
 class _FirstStepCheck(TrainerCallback):
@@ -386,60 +423,3 @@ class BudgetCallback(TrainerCallback, ExportableState):
         step_kl = self._trainer.step_kl()
         if step_kl is not None:
             self._trainer.kl_weight = self._weight.update(step_kl)
-
-
-def check_supported(trainer: Any) -> None:
-    """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
-    args, model = trainer.args, trainer.model
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    refused: tuple[tuple[Callable[[], bool], str], ...] = (
-        (
-            lambda: args.n_gpu > 1,
-            f"{args.n_gpu} GPUs in one process (DataParallel) split a batch without its targets. "
-            "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
-        ),
-        (
-            lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
-            "label smoothing by the trainer would be ignored, as the loss is made here. "
-            'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
-        ),
-        (
-            lambda: parallelism(trainer, "cp") > 1 or parallelism(trainer, "sp") > 1,
-            "context or sequence parallelism cuts sequences across processes, and the targets would not be cut with "
-            "them. Set cp_size=1 and sp_size=1",
-        ),
-        (
-            lambda: num_replicas(trainer) > 1 and isinstance(model, PeftModel) and not _is_divided(model),
-            f"{num_replicas(trainer)} processes hold it together, and each would train an adapter of its own on its "
-            "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
-        ),
-        (
-            lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
-            "FSDP and ZeRO-3 keep the output head in pieces outside of the model's forward. Use DDP, or ZeRO-1 or -2",
-        ),
-        (
-            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
-            "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
-            "Leave it at its default",
-        ),
-        (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
-    )
-    for holds, why in refused:
-        if holds():
-            raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
-    check_own_loss(model)
-
-
-def _is_divided(model: nn.Module) -> bool:
-    """Whether something that is trained is a part of a whole that knows its other parts."""
-    return any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad)
-
-
-def _cutting(args: Any) -> str:
-    """What settings of TRL cut documents where the cache did not."""
-    packing = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
-    if packing in ("wrapped", "bfd_split"):
-        return f" packing_strategy={packing!r} cuts documents anywhere: use 'bfd', which keeps their beginnings whole."
-    if getattr(args, "truncation_mode", "keep_start") == "keep_end":
-        return " truncation_mode='keep_end' cuts off beginnings: use 'keep_start'."
-    return ""

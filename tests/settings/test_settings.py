@@ -24,12 +24,12 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, line_settings, option, settings_of
 from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings, make_config
-from logitcache.training.settings import PenaltySettings, RunSettings, TrainSettings, run_settings
+from logitcache.training.settings import AnchorSettings, PenaltySettings, RunSettings, TrainSettings, run_settings
 from logitcache.yaml_files import load_yaml
 
 CLASSES: tuple[type[Settings], ...] = (
     *(TrainSettings, PenaltySettings, AdapterSettings, Objective, PairingRules, LoadSettings, CaptureSettings),
-    *(NullSpaceSettings, ProbeSettings, VllmSettings, JobSpec, RunSettings),
+    *(AnchorSettings, NullSpaceSettings, ProbeSettings, VllmSettings, JobSpec, RunSettings),
 )
 GIVEN: dict[type[Settings], dict[str, Any]] = {JobSpec: {"model": "m", "data": "d", "cache": "c"}}
 """What has no default."""
@@ -185,7 +185,7 @@ def test_the_command_line_refuses_what_construction_refuses(name: str) -> None:
         except InvalidSettings:
             takes = False
         try:
-            flag.type_cast_value(ctx, str(plain))
+            flag.type_cast_value(ctx, [str(plain)] if flag.multiple else str(plain))
         except click.UsageError:
             assert not takes, value
         else:
@@ -223,7 +223,7 @@ def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     """All flags of train that come from settings, and all that a sweep takes, are the fields and no list besides."""
     settings = set(run_settings())
     flags = {str(p.name) for p in cli.commands["train"].params}
-    assert settings == flags - {"config", "model", "cache", "out", "data", "max_length", "resume"}
+    assert settings == flags - {"config", "model", "cache", "anchor_cache", "out", "data", "max_length", "resume"}
     assert {*FIELDS, *SHARED} - {"probe_top_k"} == settings - {"dtype", "device"}
     assert [s.key for s in line_settings(TrainSettings)] == [s.name for s in settings_of(TrainSettings)]
 

@@ -67,8 +67,9 @@ def later_wins(arguments: Sequence[object]) -> list[str]:
     for word in rest:
         value = next(rest, None) if word in names else None
         kept.append((names.get(word), [word] if value is None else [word, value]))
-    last = {name: number for number, (name, _) in enumerate(kept) if name is not None}
-    return [w for number, (name, part) in enumerate(kept) if name is None or last[name] == number for w in part]
+    several = {str(option.name) for option in options if option.multiple}
+    last = {name: number for number, (name, _) in enumerate(kept) if name is not None and name not in several}
+    return [w for number, (name, part) in enumerate(kept) if last.get(str(name), number) == number for w in part]
 
 
 def logitcache(*arguments: object, stderr: io.StringIO | None = None) -> CliResult:

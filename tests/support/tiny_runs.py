@@ -20,6 +20,7 @@ from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source
 from logitcache.storage import LogitCache, ModelIdentity
+from logitcache.training.anchors import Anchor
 from logitcache.training.run import TrainSettings, train
 from logitcache.training.trainer import CachedKLTrainer
 
@@ -61,7 +62,12 @@ def moved_adapter(**config: Any) -> PeftModel:
 
 
 def make_trainer(
-    out: Path, samples: Sequence[Sample], cache: LogitCache | None, objective: Objective, **changes: Any
+    out: Path,
+    samples: Sequence[Sample],
+    cache: LogitCache | None,
+    objective: Objective,
+    anchor: Sequence[Anchor] = (),
+    **changes: Any,
 ) -> CachedKLTrainer:
     """A trainer whose adapter does not start as identity, so that the KL has a gradient at once."""
     from logitcache.training.run import trainer_arguments
@@ -79,6 +85,7 @@ def make_trainer(
         cache=cache,
         objective=objective,
         check=False,  # it is not the base any more
+        anchor=anchor,
     )
 
 
@@ -120,6 +127,7 @@ def assert_same_step(found: Step, expected: Step, logged: Sequence[str]) -> None
 def run(base: Base, samples: Sequence[Sample], cache: LogitCache | None, out: Path, **settings: Any) -> Any:
     objective = settings.pop("objective", Objective())
     adapter = settings.pop("adapter", AdapterSettings(rank=4, alpha=8))
+    more = {name: settings.pop(name) for name in ("anchors", "resume", "callbacks") if name in settings}
     base.model.config.save_pretrained(out.parent / "tiny")  # PEFT looks at it when it saves
     base = replace(base, source=Source("tiny", out.parent / "tiny"))
-    return train(base, samples, cache, out, adapter, objective, TrainSettings(**settings))
+    return train(base, samples, cache, out, adapter, objective, TrainSettings(**settings), **more)

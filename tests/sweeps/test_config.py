@@ -9,7 +9,7 @@ import yaml
 
 from logitcache.errors import InputNotFound, InvalidData
 from logitcache.sweeps.config import FIELDS, LEARNING_RATES, METHODS, make_config, read_config
-from logitcache.training.settings import TrainSettings
+from logitcache.training.settings import AnchorSettings, TrainSettings
 
 PATHS = {"model": "m", "cache": "c", "new": "n.jsonl", "prior": "p.jsonl"}
 
@@ -130,3 +130,41 @@ def test_a_file_that_is_no_mapping(text: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidData, match="reading"):
         read_config(path)
+
+
+# --- anchors ---------------------------------------------------------------------------------------------------------
+
+
+def test_caches_of_anchors_are_of_all_runs_that_weigh_them() -> None:
+    """A weight of 0 is one run without anchors, whatever the other axes say of them."""
+    grid = {"lr": 1e-3, "anchor_weight": [0, 1, 4], "anchor_batch": [2, 8], "anchor_regularizer": "masked-kl"}
+    methods = {"plain": {"regularizer": "none"}, "masked": {"anchor_weight": 0}}
+    found = config(anchor_cache=["a", "b"], grid=grid, methods=methods)
+    assert found.anchor_cache == ("a", "b") and config(anchor_cache="a").anchor_cache == ("a",)
+    plain, masked = ([r for r in found.runs if r.method == m] for m in found.methods)
+    anchors = [found.run_of(r).anchor for r in plain]
+    assert [(a.weight, a.batch) for a in anchors] == [(0, 4), (1, 2), (1, 8), (4, 2), (4, 8)]
+    assert [a.regularizer for a in anchors] == ["full-kl", *["masked-kl"] * 4]
+    assert [found.run_of(r).anchor for r in masked] == [AnchorSettings(0.0)]
+
+
+def test_without_caches_there_are_no_anchors() -> None:
+    runs = config(grid={"lr": 1e-3}).runs
+    assert {run.settings["anchor_weight"] for run in runs} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"grid": {"anchor_weight": 1}}, "anchor_weight is of an anchor cache, found none"),
+        ({"methods": {"m": {"anchor_every": [1, 2]}}}, "method 'm': anchor_every is of an anchor cache, found none"),
+        ({"anchor_cache": []}, "expected anchor_cache, a path or a list of them"),
+        ({"anchor_cache": ["a", 1]}, "expected anchor_cache, a path or a list of them"),
+        ({"anchor_cache": {"a": 1}}, "expected anchor_cache, a path or a list of them"),
+        ({"anchor_cache": "a", "grid": {"anchor_weight": -1}}, "anchor_weight: expected a number of 0 or more"),
+        ({"anchor_cache": "a", "grid": {"anchor_regularizer": "none"}}, "anchor_regularizer: expected one of full-kl"),
+    ],
+)
+def test_anchors_that_are_wrong_are_named(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidData, match=said):
+        config(**keys)

@@ -18,7 +18,7 @@ import yaml
 from peft import PeftModel
 from support.breadth import some_of
 from support.cli_harness import done, flip_byte, logitcache, precompute, refused, snapshot
-from support.tiny_model import text_rows
+from support.tiny_model import make_model, make_tokenizer, text_rows
 from transformers import AutoModelForCausalLM
 
 from logitcache.data.rows import read_rows
@@ -360,3 +360,53 @@ def test_a_sweep_that_learns_from_another_model(inputs: dict[str, Any], other_mo
     assert json.loads((tmp_path / "b" / "sweep.json").read_text(encoding="utf-8"))["cost"] is None
     config = write_config(tmp_path, {**inputs, "probe_top_k": 260}, **ONE)
     assert "--top-k 260: expected at most 259" in refused(2, "sweep", "--config", config, "--out", tmp_path / "c")
+
+
+# --- anchors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anchors(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Anchor caches of the base, and of another model."""
+    folder = tmp_path_factory.mktemp("sweep-anchors")
+    rows = [{"text": f"far {i} away " * (1 + i % 3)} for i in range(6)]
+    (folder / "far.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    make_model(seed=3).save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "other")
+    for name, model in (("own", Path(inputs["model"])), ("foreign", folder / "other")):
+        precompute(model, folder / "far.jsonl", folder / name)
+    return {name: folder / name for name in ("own", "foreign")}
+
+
+def test_anchors_are_those_of_train_and_of_the_runs_that_weigh_them(
+    inputs: dict[str, Any], anchors: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same bytes as `train` with the same flags; plain runs beside them have none; another cache is refused."""
+    grid = {**GRID, "lr": 1e-2}
+    methods = {"plain": {"regularizer": "none", "anchor_weight": [0, 2], "anchor_batch": 3}}
+    keys = {"anchor_cache": str(anchors["own"]), "grid": grid, "methods": methods}
+    out = tmp_path / "out"
+    done("sweep", "--config", write_config(tmp_path, inputs, **keys), "--out", out)
+    found = {each["settings"]["anchor_weight"]: each for each in results(out).values()}
+    assert found.keys() == {0, 2}
+    logs = {w: (out / "runs" / r["name"] / "train_log.jsonl").read_text(encoding="utf-8") for w, r in found.items()}
+    assert "anchor_kl" in logs[2] and "anchor_kl" not in logs[0]
+    line = ["train", "--model", inputs["model"], "--cache", inputs["cache"], "--regularizer", "none", "--lr", 1e-2]
+    line += ["--max-steps", 2, "--batch-size", 2, "--rank", 2, "--log-every", 1, "--out", tmp_path / "alone"]
+    done(*line, "--anchor-cache", anchors["own"], "--anchor-weight", 2, "--anchor-batch", 3)
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "alone" / weights).read_bytes() == (out / "runs" / found[2]["name"] / weights).read_bytes()
+    done("report", out)
+    assert "anchor_weight" in (out / "report.md").read_text(encoding="utf-8")
+    del keys["anchor_cache"]
+    del methods["plain"]["anchor_weight"], methods["plain"]["anchor_batch"]
+    without = write_config(tmp_path, inputs, **keys)
+    assert "differs in anchors" in refused(4, "sweep", "--config", without, "--out", out)
+
+
+def test_a_foreign_anchor_stops_a_sweep_before_it_trains(
+    inputs: dict[str, Any], anchors: dict[str, Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, inputs, anchor_cache=[str(anchors["own"]), str(anchors["foreign"])])
+    assert str(anchors["foreign"]) in refused(4, "sweep", "--config", config, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "runs").exists()

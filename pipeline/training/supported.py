@@ -1,0 +1,75 @@
+"""What a trainer may not be set to, since the loss of `CachedKL` would then be silently another one.
+
+Owns the settings of trainers, of parallelism and of TRL that are refused, and what is said of those that cut documents.
+What a batch, a model or a trainer's class may not bring is `pairing.inputs`', `own_loss`'s and `replaced`'s. Must not
+import `trainer`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from logitcache.errors import TrainingFailed
+from logitcache.models.head import causal_lm_of
+
+from .normalisation import num_replicas, parallelism
+from .own_loss import ROUTER, check_own_loss
+
+
+def check_supported(trainer: Any) -> None:
+    """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
+    args, model = trainer.args, trainer.model
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    refused: tuple[tuple[Callable[[], bool], str], ...] = (
+        (
+            lambda: args.n_gpu > 1,
+            f"{args.n_gpu} GPUs in one process (DataParallel) split a batch without its targets. "
+            "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
+            "label smoothing by the trainer would be ignored, as the loss is made here. "
+            'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
+        ),
+        (
+            lambda: parallelism(trainer, "cp") > 1 or parallelism(trainer, "sp") > 1,
+            "context or sequence parallelism cuts sequences across processes, and the targets would not be cut with "
+            "them. Set cp_size=1 and sp_size=1",
+        ),
+        (
+            lambda: num_replicas(trainer) > 1 and isinstance(model, PeftModel) and not _is_divided(model),
+            f"{num_replicas(trainer)} processes hold it together, and each would train an adapter of its own on its "
+            "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
+        ),
+        (
+            lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
+            "FSDP and ZeRO-3 keep the output head in pieces outside of the model's forward. Use DDP, or ZeRO-1 or -2",
+        ),
+        (
+            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
+            "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
+            "Leave it at its default",
+        ),
+        (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
+    )
+    for holds, why in refused:
+        if holds():
+            raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
+    check_own_loss(model)
+
+
+def _is_divided(model: nn.Module) -> bool:
+    """Whether something that is trained is a part of a whole that knows its other parts."""
+    return any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad)
+
+
+def what_cuts(args: Any) -> str:
+    """What settings of TRL cut documents where the cache did not."""
+    packing = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
+    if packing in ("wrapped", "bfd_split"):
+        return f" packing_strategy={packing!r} cuts documents anywhere: use 'bfd', which keeps their beginnings whole."
+    if getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        return " truncation_mode='keep_end' cuts off beginnings: use 'keep_start'."
+    return ""
