@@ -139,9 +139,9 @@ def _check_usage(values: dict[str, Any], cache: str | None, data: str | None) ->
 def _said_of(found: "StepZero", cache: "LogitCache", base: "Base") -> str:
     why, theirs, ours = "noise floor", cache.manifest.model.quantization, base.identity.quantization
     if theirs != ours:
-        why += f" of {ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; above "
-        why += f"{found.tolerance_nats:.2g} they are refused"
-    return f"Before step 1 the KL to the base was {abs(found.kl_nats):.1g} nats ({why})."
+        why = f"{ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; --max-start-kl is "
+        why += f"{found.tolerance_nats:.2g}"
+    return f"Before step 1 the KL to the base was {abs(found.kl_nats):.2g} nats ({why})."
 
 
 def _summary(report: "TrainReport", out: Path) -> str:

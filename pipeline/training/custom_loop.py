@@ -7,6 +7,7 @@
 Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import unwrapped
 from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
+from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.targets import (
     PREFIX,
     Batch,
@@ -34,15 +36,18 @@ from logitcache.storage import LogitCache
 from .batch_loss import batch_loss
 from .own_loss import check_own_loss, probe_own_loss
 
+logger = logging.getLogger(__name__)
+
 
 class CachedLoss:
     """mean CE + weight * mean regulariser of a batch, each over its own positions.
 
     cache: a path, an opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own. model: held
     against the cache now instead of at the first call; needed beforehand where the rules ignore padding. top_k: read
-    fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: on
-    the first batch, measure the model (an untrained adapter) against the cache; False where training goes on from a
-    trained adapter.
+    fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: at
+    the first batch, hold the model's configuration and weights against the checkpoint of the cache's base, and measure
+    it (an untrained adapter) against the cache, which is then `step_zero`; False where training goes on from a trained
+    adapter.
     Raises what `CacheView.paired` raises, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed`
     where the model's own loss has a term that is not made here, or a batch brings what nothing reads.
     """
@@ -66,6 +71,7 @@ class CachedLoss:
         check_tail(self.cache, self.objective, top_k)
         self._top_k, self._rules = top_k, PairingRules() if rules is None else rules
         self._check, self._check_layout = check, LayoutCheck(self.cache)
+        self.step_zero: StepZero | None = None  # what the first batch showed
         if model is not None:
             self.view(model)
 
@@ -111,8 +117,13 @@ class CachedLoss:
         self._check_layout(model, batch)
         if self._check and len(batch[f"{PREFIX}rows"]):
             probe_own_loss(model)
-            view.check_first_batch(model, batch)
+            self._view = view = view.held_against(model)
+            self.step_zero = view.check_first_batch(model, batch)
             self._check = False
+            if view.left_out:
+                logger.warning("CachedLoss with %s: not compared: %s.", self.cache.path, "; ".join(view.left_out))
+            if self.step_zero is not None and view.rules.other_precision:
+                logger.warning("CachedLoss: before step 1 the KL to the base was %.2g nats.", self.step_zero.kl_nats)
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
         weight = self.objective.weight if kl_weight is None else kl_weight
