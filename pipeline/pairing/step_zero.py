@@ -37,7 +37,7 @@ NUM_NOISE = 4
 """Documents by which the model's own noise is measured."""
 
 PADDING = 7
-"""Tokens that are put behind a document, where it is run a second time."""
+"""Tokens behind the longest of them, where they are run a second time, in one batch."""
 
 PLAIN_LOSS_BYTES = 16 * 2**20
 """Of float32 logits; the plain forms hold several times that."""
@@ -56,7 +56,7 @@ SAME_SHARE = 0.01
 
 TIMES_OWN_NOISE = 5
 """In 16 bits, and of 8-bit weights, where not every weight could be compared: so many times what the model differs by
-from itself, alone and padded (SmolLM2-135M in bfloat16: 8e-5, and 1.2e-4 to its cache)."""
+from itself, alone and padded in a batch (SmolLM2-135M in bfloat16: 8e-5, and 1.2e-4 to its cache)."""
 
 MAX_START_KL_NATS = {"8bit": 0.1, "fp8": 0.1}
 """`PairingRules.max_start_kl` by default, where cache and model hold their weights in different formats: the largest of
@@ -182,6 +182,9 @@ def _kl_with_adapter_off(model: nn.Module, batches: Sequence[Batch], probe: Prob
     """The same KL of the model below the adapter; None where there is no adapter that PEFT can switch off."""
     if not isinstance(model, PeftModel):
         return None
+    if model.active_peft_config.is_prompt_learning:  # of which PEFT switches off more than the adapter: its forward
+        kls, _ = _values(model.get_base_model(), batches, probe)
+        return float(kls.mean())
     with model.disable_adapter():
         kls, _ = _values(model, batches, probe)
     return float(kls.mean())
@@ -262,22 +265,26 @@ def _needs_noise(probe: Probe, causal_lm: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def own_noise(model: nn.Module, documents: Sequence[NDArray[np.uint32]]) -> float:
-    """Mean KL, nats a position, between what a model says of documents alone and with padding behind them."""
+    """Mean KL, nats a position, between what a model says of documents alone and padded, together in a batch."""
     causal_lm, values = causal_lm_of(model), []
     head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
-    device = head_device(causal_lm)
     with _probing(model):
-        for tokens in documents:
-            alone = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
-            padded = nn.functional.pad(alone, (0, PADDING))
-            runs = []
-            for ids in (alone, padded):
-                mask = (torch.arange(ids.shape[1], device=device) < len(tokens)).long()[None]
-                runs.append(hidden_states(model, input_ids=ids, attention_mask=mask)[0, : len(tokens)])
+        together = _hidden_of(model, documents, max(map(len, documents)) + PADDING)
+        for tokens, padded in zip(documents, together, strict=True):
+            runs = (_hidden_of(model, [tokens], len(tokens))[0], padded[: len(tokens)])
             for start in range(0, len(tokens), num_rows):
                 p, q = (head(run[start : start + num_rows]).float().log_softmax(-1) for run in runs)
                 values.append((p.exp() * (p - q)).sum(-1))
     return max(0.0, float(torch.cat(values).mean()))
+
+
+def _hidden_of(model: nn.Module, documents: Sequence[NDArray[np.uint32]], length: int) -> Tensor:
+    """Hidden states of documents, padded on the right to this length."""
+    ids, mask = torch.zeros(2, len(documents), length, dtype=torch.int64, device=head_device(causal_lm_of(model)))
+    for row, tokens in enumerate(documents):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        mask[row, : len(tokens)] = 1
+    return hidden_states(model, input_ids=ids, attention_mask=mask)
 
 
 @torch.no_grad()

@@ -116,7 +116,13 @@ def test_step_zero_is_off_and_says_so(taught: tuple[Path, CliResult, Weights], t
     assert "Before step 1" not in said.err
     run = read_run(out)
     assert run["result"]["step_zero"] is None and run["adapter"] == {"kind": "none"}
-    expected = {"teacher_is_not_base": True, "ignore_padding": False, "other_precision": False, "load_in": None}
+    expected = {
+        "teacher_is_not_base": True,
+        "ignore_padding": False,
+        "other_precision": False,
+        "max_start_kl": None,
+        "load_in": None,
+    }
     assert run["pairing"] == expected
     assert run["model"]["name"] == str(tiny_model)
 
