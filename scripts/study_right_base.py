@@ -37,12 +37,12 @@ from logitcache.errors import NotTheBase
 from logitcache.models.loading import Source, load_base, load_tokenizer
 from logitcache.models.weights_in_memory import compare_weights
 from logitcache.pairing.base_in_memory import check_config
-from logitcache.pairing.step_zero import Probe, measure, own_noise
+from logitcache.pairing.step_zero import Probe, measure, tolerance_of
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 
 OUT = BENCHMARKS / "right_base.csv"
-LENGTH, NUM_SAMPLES, NUM_PROBED = 128, 24, 8
+LENGTH, NUM_SAMPLES = 96, 8
 LEARNING_RATE, RANK = 2e-4, 16
 CPU = torch.device("cpu")
 
@@ -117,6 +117,7 @@ def cases(config: Any) -> list[Case]:
         Case("the base, float32 weights", dtype="float32"),
         Case("the base, float32 weights in autocast", dtype="float32", autocast=True),
         Case("the base, eager attention", attention="eager"),
+        Case("the base in 4bit", ("float32", "4bit"), "bfloat16", "4bit"),
         *(Case(f"noise of {share:.1%}", change=noisy(share)) for share in (0.001, 0.003, 0.01, 0.03)),
         Case("LoRA merged after one step", change=one_step_merged),
         Case("weights rounded to 8 bits", change=rounded_to_8_bits),
@@ -171,15 +172,15 @@ class Bench:
             config = ""
         except NotTheBase as error:
             config = str(error).partition("config.")[2].partition(";")[0].partition(". ")[0]
-        probed = self.samples[:: NUM_SAMPLES // NUM_PROBED]
-        batches = [with_targets(pad_samples([sample]), cache) for sample in probed]
+        batches = [with_targets(pad_samples([sample]), cache) for sample in self.samples]
         rules = PairingRules(other_precision=True)
-        probe = Probe(cache, Objective(), rules=rules, is_verified=not compared.left_out)
+        unseen = Probe(cache, Objective(), rules=rules)
+        probe = replace(unseen, is_verified=not compared.left_out)
         autocast = torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext()
         with autocast:
-            found, _ = measure(model, batches, probe, [s.token_ids for s in probed])
-            unseen, _ = measure(model, batches, replace(probe, is_verified=False), [s.token_ids for s in probed])
-            noise = own_noise(model, [s.token_ids for s in probed])
+            found, _ = measure(model, batches, unseen, [s.token_ids for s in self.samples])
+            noise = found.own_noise_nats
+            bound = tolerance_of(probe, model, noise if case.load_in == "8bit" or compared.left_out else None)
         refused = "weights" if compared.differing else "configuration" if config else ""
         return {
             "model": self.name,
@@ -192,10 +193,10 @@ class Bench:
             "not_compared": compared.said,
             "config": config,
             "kl_nats": f"{found.kl_nats:.3g}",
-            "own_noise_nats": f"{noise:.3g}",
-            "bound_nats": f"{found.tolerance_nats:.3g}",
-            "bound_unseen_nats": f"{unseen.tolerance_nats:.3g}",
-            "refused_by": refused or ("" if found.kl_nats <= found.tolerance_nats else "KL"),
+            "own_noise_nats": "" if noise is None else f"{noise:.3g}",
+            "bound_nats": f"{bound:.3g}",
+            "bound_unseen_nats": f"{found.tolerance_nats:.3g}",
+            "refused_by": refused or ("" if found.kl_nats <= bound else "KL"),
         }
 
 

@@ -185,7 +185,7 @@ def _not_comparable(tensor: Tensor, stored: Any) -> str:
     if tensor.is_meta:
         return "not in memory"
     if stored.get_dtype() not in _FLOATS or not tensor.is_floating_point():
-        return "packed or no numbers"
+        return "packed"
     return "" if tuple(tensor.shape) == tuple(stored.get_shape()) else "of other shapes in memory"
 
 

@@ -175,7 +175,9 @@ def _bound_said(found: StepZero, probe: Probe, causal_lm: PreTrainedModel) -> st
         return "--max-start-kl"
     if found.own_noise_nats is not None:
         return f"{TIMES_OWN_NOISE} times its own noise of {found.own_noise_nats:.2g}"
-    return "float32 on both sides" if _is_float32(probe.cache, causal_lm) else "for 16 bits, run otherwise"
+    if found.tolerance_nats < KL_RUN_OTHERWISE_NATS:
+        return "float32 on both sides"
+    return "with the same weights" if _is_run_alike(probe.cache, causal_lm) else "in another dtype or attention"
 
 
 def _kl_with_adapter_off(model: nn.Module, batches: Sequence[Batch], probe: Probe) -> float | None:
@@ -251,16 +253,24 @@ def tolerance_of(probe: Probe, causal_lm: PreTrainedModel, own_noise_nats: float
     stored = kept.max_error**2 / 3 + (KL_TOLERANCE_REMAINDER_NATS if kept.tail_from_remainder else 0.0)
     if own_noise_nats is not None:
         return KL_FLOAT32_NATS + TIMES_OWN_NOISE * own_noise_nats + stored
-    return (KL_FLOAT32_NATS if _is_float32(probe.cache, causal_lm) else KL_RUN_OTHERWISE_NATS) + stored
+    is_exact = _is_float32(probe.cache, causal_lm) and not formats & DIFFERS_FROM_ITSELF
+    return (KL_FLOAT32_NATS if is_exact else KL_RUN_OTHERWISE_NATS) + stored
 
 
 def _needs_noise(probe: Probe, causal_lm: PreTrainedModel) -> bool:
     """Whether the model's own noise is the measure: it is run as the cache's base was, and that has noise."""
-    stated, formats = probe.cache.manifest.model, _formats(probe.cache, causal_lm)
-    ours = (str(computed_in(causal_lm)).removeprefix("torch."), str(causal_lm.config._attn_implementation))
-    if len(formats) > 1 or (stated.dtype, stated.attention) != ours:
+    formats = _formats(probe.cache, causal_lm)
+    if len(formats) > 1 or not _is_run_alike(probe.cache, causal_lm):
         return False
-    return bool(formats & DIFFERS_FROM_ITSELF) or (ours[0] != "float32" and not probe.is_verified)
+    if formats & DIFFERS_FROM_ITSELF:
+        return True
+    return not (_is_float32(probe.cache, causal_lm) or probe.is_verified)
+
+
+def _is_run_alike(cache: LogitCache, causal_lm: PreTrainedModel) -> bool:
+    stated = cache.manifest.model
+    ours = (str(computed_in(causal_lm)).removeprefix("torch."), str(causal_lm.config._attn_implementation))
+    return (stated.dtype, stated.attention) == ours
 
 
 @torch.no_grad()

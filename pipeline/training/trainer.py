@@ -102,9 +102,9 @@ class CachedKL(_AnyTrainer):
         self.cache_view: CacheView | None = None
         if cache is not None and chosen.regularizer != "none":
             self.cache_view = CacheView.of(cache, self.model, chosen, top_k, rules)
-            if check:
+            if check:  # else somebody has done it, and has said what could not be compared
                 self.cache_view = self.cache_view.held_against(self.model)
-            if self.is_world_process_zero() and self.cache_view.left_out:
+            if check and self.is_world_process_zero() and self.cache_view.left_out:
                 where, what = self.cache_view.cache.path, "; ".join(self.cache_view.left_out)
                 logger.warning("CachedKL with %s: not compared: %s.", where, what)
         handler = getattr(self.accelerator, "ddp_handler", None)

@@ -394,7 +394,7 @@ def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: P
     line.append("--other-precision")
     said = done(*line).err
     start = f"nats ({load_in} weights against a cache of unquantised ones; --max-start-kl is {START[load_in]:g})"
-    assert start in said and "Not compared: weights: 14 packed or no numbers (of 21 tensors of the checkpoint)." in said
+    assert start in said and "Not compared: weights: 14 packed (of 21 tensors of the checkpoint)." in said
     assert "cast" not in said
     near = ["--max-start-kl", 1e-5, "--out", tmp_path / "near"]
     told = refused(4, *line, *near)
