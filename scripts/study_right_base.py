@@ -130,6 +130,11 @@ def cases(config: Any) -> list[Case]:
     ]
 
 
+def shortened(sample: Sample, length: int) -> Sample:
+    """Its first tokens."""
+    return Sample(sample.token_ids[:length], sample.supervised[:length], sample.origin)
+
+
 class Bench:
     """A model, its texts, and its caches, each made when it is first asked for."""
 
@@ -138,8 +143,8 @@ class Bench:
         base = load_base(self.source, "float32", CPU)
         rows = read_rows(str(data / "new_train.jsonl"))
         tokenizer = load_tokenizer(self.source)
-        self.samples: list[Sample] = make_samples(rows, tokenizer, LENGTH, base.identity.vocab_size).samples
-        self.samples = self.samples[:NUM_SAMPLES]
+        found = make_samples(rows, tokenizer, LENGTH, base.identity.vocab_size).samples[:NUM_SAMPLES]
+        self.samples = [shortened(sample, LENGTH - 7 * i) for i, sample in enumerate(found)]  # batches have padding
         self.config = base.model.config
 
     def cache(self, dtype: str, load_in: str | None) -> LogitCache:

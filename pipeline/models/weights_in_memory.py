@@ -80,11 +80,11 @@ def local_checkpoint(name: str, revision: str | None = None) -> Path | None:
     """The folder of a model, or the local snapshot of a hub id; None where there is none. Nothing is downloaded."""
     if not name:
         return None
-    if Path(name).is_dir():
-        return Path(name)
     try:
+        if Path(name).is_dir():
+            return Path(name)
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # the hub client raises many kinds: not in its cache, no hub id at all
+    except Exception:  # the hub client raises many kinds: not in its cache, no hub id at all; too long for a path
         return None
 
 

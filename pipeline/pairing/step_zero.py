@@ -135,21 +135,27 @@ def check_first_batch(model: nn.Module, probe: Probe, batch: Batch) -> StepZero:
 def check_step_zero(model: nn.Module, found: StepZero, probe: Probe, batches: Sequence[Batch], worst: str) -> None:
     """Raise `NotTheBase` unless what `measure` found on the batches is noise, or as near as it was asked to be.
 
-    worst: where log p(label) differs most. What may be the cause is measured and listed.
+    worst: where log p(label) differs most. What may be the cause is measured and listed. Where the bound is as wide as
+    another format of the weights needs, an adapter that leads further away is refused within it too.
     """
-    if found.kl_nats <= found.tolerance_nats:
-        return
     cache, causal_lm = probe.cache, causal_lm_of(model)
+    is_near, is_wide = found.kl_nats <= found.tolerance_nats, len(_formats(cache, causal_lm)) > 1
+    if is_near and not is_wide:
+        return
+    off, slack = _kl_with_adapter_off(model, batches, probe), SAME_SHARE * found.kl_nats + KL_FLOAT32_NATS
+    if is_near and (off is None or found.kl_nats <= off + slack):
+        return
     how = _run_otherwise(cache, causal_lm)
-    off = _kl_with_adapter_off(model, batches, probe)
     if off is not None:
-        is_identity = abs(off - found.kl_nats) <= SAME_SHARE * found.kl_nats + KL_FLOAT32_NATS
-        starts = "it starts as the identity" if is_identity else "it does not start as the identity"
+        starts = (
+            "it starts as the identity" if abs(off - found.kl_nats) <= slack else "it does not start as the identity"
+        )
         how.append(f"adapter: with it off the KL is {off:.4g} nats, so {starts}")
     otherwise = f"What differs: {'; '.join(how)}. " if how else ""
-    why = _bound_said(found, probe, causal_lm)
+    why = "that of the model below it" if is_near else _bound_said(found, probe, causal_lm)
+    at_most = off if is_near and off is not None else found.tolerance_nats
     raise NotTheBase(
-        f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {found.tolerance_nats:.4g} "
+        f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {at_most:.4g} "
         f"nats with an untrained adapter ({why}), found {found.kl_nats:.4g}; log p(label) differs "
         f"most in {worst}, by {found.worst_label_error_nats:.4g} nats. The model does not start from the "
         f"distributions of the cache. {otherwise}{_advice(cache, causal_lm)}"

@@ -335,6 +335,21 @@ def test_trainers_and_loops_refuse_another_precision_too(
 
 
 @bitsandbytes
+def test_an_adapter_that_is_no_identity_does_not_hide_below_what_quantisation_costs(
+    tiny: Path, cache: LogitCache
+) -> None:
+    """Within the bound of 4 bits, and further away than the model below it."""
+    model = attach(load(tiny, "4bit").model, AdapterSettings(rank=2, alpha=4.0), "tiny")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    anchored = CachedLoss(cache, rules=PairingRules(other_precision=True))
+    with pytest.raises(NotTheBase, match=r"\(that of the model below it\), found .* it does not start as the identity"):
+        anchored(model, pad_samples(SAMPLES[:4]))
+
+
+@bitsandbytes
 def test_a_cache_goes_on_in_one_precision(tiny: Path, quantised_caches: dict[str, LogitCache]) -> None:
     held = quantised_caches["4bit"]
     for how in (None, "8bit"):

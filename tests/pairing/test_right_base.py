@@ -310,6 +310,7 @@ def test_a_checkpoint_that_is_not_here_is_not_looked_for_elsewhere(
     monkeypatch.setattr(weights_in_memory, "snapshot_download", snapshot)
     assert local_checkpoint("some/model", "abc") == folder and local_checkpoint("other/model") is None
     assert local_checkpoint("") is None and local_checkpoint(str(tmp_path)) == tmp_path
+    assert local_checkpoint("x" * 5000) is None  # no name of a file either
     assert asked == [("some/model", "abc", True), ("other/model", None, True)]
 
 
