@@ -207,10 +207,10 @@ def _said_of(found: "StepZero", cache: "LogitCache", base: "Base", named: bool) 
     """named: there are several caches."""
     why, theirs, ours = "noise floor", cache.manifest.model.quantization, base.identity.quantization
     if theirs != ours:
-        why += f" of {ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; above "
-        why += f"{found.tolerance_nats:.2g} they are refused"
+        why = f"{ours or 'unquantised'} weights against a cache of {theirs or 'unquantised'} ones; --max-start-kl is "
+        why += f"{found.tolerance_nats:.2g}"
     where = f" on {cache.path}" if named else ""
-    return f"Before step 1 the KL to the base{where} was {abs(found.kl_nats):.1g} nats ({why})."
+    return f"Before step 1 the KL to the base{where} was {abs(found.kl_nats):.2g} nats ({why})."
 
 
 def _summary(report: "TrainReport", out: Path) -> str:

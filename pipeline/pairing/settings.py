@@ -12,7 +12,8 @@ class PairingRules(Settings):
 
     teacher_is_not_base: it is of another one with the same tokenizer. ignore_padding: where the two have logits of
     different widths, what lies beyond the narrower is no token of either. other_precision: the base may have been held
-    in another format than the model is (8bit, 4bit or neither); then step 0 has a wider bound.
+    in another format than the model is (8bit, 4bit or neither); then what that costs is measured before step 1, and
+    refused above max_start_kl.
     """
 
     teacher_is_not_base: bool = option(
@@ -23,7 +24,13 @@ class PairingRules(Settings):
     )
     other_precision: bool = option(
         False,
-        "The cache is of the base with its weights in another format than --load-in: the bound of step 0 is wider.",
+        "The cache is of the base with its weights in another format than --load-in: what that costs is measured.",
+    )
+    max_start_kl: float | None = option(
+        None,
+        "Largest KL to the base before step 1 with --other-precision, nats a position.  [default: .1 where the "
+        "formats are 8bit and none, else 1]",
+        above=0,
     )
 
     @property
@@ -35,3 +42,8 @@ class PairingRules(Settings):
         """Raise `InvalidSettings` for a rule that is of the other kind of teacher."""
         if self.other_precision and self.teacher_is_not_base:
             raise InvalidSettings("--other-precision is for the cache of the student's own base.")
+        if self.max_start_kl is not None and not self.other_precision:
+            raise InvalidSettings(
+                "--max-start-kl goes with --other-precision: where weights are held alike, only noise lies between a "
+                "model and its cache. Leave it out."
+            )

@@ -6,7 +6,7 @@ themselves are in `identity_checks` and `step_zero`. Must not train.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -19,9 +19,11 @@ from logitcache.data.chat_templates import template_digests
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.losses.formulas import Objective
+from logitcache.models.head import causal_lm_of
 from logitcache.models.loading import Base
 from logitcache.storage import LogitCache
 
+from .base_in_memory import check_config, check_weights
 from .identity_checks import (
     PairingRules,
     check_identity,
@@ -33,11 +35,11 @@ from .identity_checks import (
     check_width,
     common_width,
 )
-from .step_zero import StepZero, check_first_batch, probe_step_zero
+from .step_zero import Probe, StepZero, check_first_batch, probe_step_zero
 from .targets import Batch, CachedCollator, Collator, collated, cut_of, groups_of
 from .vocab_cut import VocabCut
 
-NO_FOLDER = "the fingerprints of weights, configuration and tokenizer (a model in memory has no folder)"
+NO_TOKENIZER = "the tokenizer (a model in memory has none)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,10 @@ class CacheView:
     vocab_size: int | None
     """The first tokens of both vocabularies, which are compared; None: all, and both have the same."""
     left_out: tuple[str, ...]
-    """Checks that could not be made, and why, a phrase each."""
+    """What could not be compared, and why, a phrase each."""
+    is_verified: bool
+    """Whether the configuration and every weight were held against the checkpoint of the base (of a model in memory:
+    every frozen one, by `held_against`)."""
     _cut: VocabCut | None = field(repr=False)
     _groups: dict[torch.device, Tensor] = field(repr=False)
     _templates: Callable[[], frozenset[str]] | None = field(repr=False)
@@ -80,11 +85,10 @@ class CacheView:
         opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
         check_tail(opened, objective, top_k)
         module: nn.Module = model.model if isinstance(model, Base) else model
-        left_out: tuple[str, ...] = ()
+        left_out: tuple[str, ...] = (NO_TOKENIZER,)
         if isinstance(model, Base):
             check_identity(opened, model, tokenizer, rules)
-        else:
-            left_out = (NO_FOLDER,)
+            left_out = check_weights(opened, module, model.source.folder) if rules.teacher_is_base else ()
         if rules.teacher_is_base:
             check_precision(module, opened, rules.other_precision)
         vocab_size = common_width(module, opened) if rules.ignore_padding else None
@@ -94,7 +98,7 @@ class CacheView:
         has_templates = tokenizer is not None and rules.teacher_is_base
         templates = partial(template_digests, tokenizer, how) if has_templates else None
         cut = cut_of(opened, vocab_size)
-        return cls(opened, objective, rules, top_k, vocab_size, left_out, cut, places, templates)
+        return cls(opened, objective, rules, top_k, vocab_size, left_out, not left_out, cut, places, templates)
 
     @classmethod
     def of(
@@ -105,6 +109,17 @@ class CacheView:
             return cls.paired(cache, model, objective, top_k=top_k, rules=rules)
         cache.check_width(model)
         return cache
+
+    def held_against(self, model: nn.Module) -> "CacheView":
+        """The view, once configuration and frozen weights of a model in memory are those of the cache's base.
+
+        Raises `NotTheBase`. What could not be compared is in `left_out`; nothing is compared with another teacher.
+        """
+        if not self.rules.teacher_is_base:
+            return self
+        said = check_config(self.cache, model, self.vocab_size is not None)
+        said += check_weights(self.cache, model, chosen=lambda tensor: not tensor.requires_grad)
+        return replace(self, left_out=(*self.left_out, *said), is_verified=not said)
 
     def token_groups(self, device: torch.device) -> Tensor | None:
         """The tail group of each token, uint8 [V], copied to a device once; None where the objective reads none."""
@@ -132,13 +147,23 @@ class CacheView:
         check_width(model, self.cache, self.objective, self.vocab_size)
 
     def step_zero(self, model: nn.Module, samples: Sequence[Sample]) -> StepZero:
-        """KL(base || model) on a few samples. Raises `NotTheBase` where it is more than noise."""
-        return probe_step_zero(model, self.cache, samples, self.objective, self.vocab_size)
+        """KL(base || model) on a few samples. Raises `NotTheBase` where it is above its tolerance."""
+        return probe_step_zero(model, self._probe(self.is_verified), samples)
 
-    def check_first_batch(self, model: nn.Module, batch: Batch) -> None:
-        """The same on a batch with targets; not where the teacher is another model, which it need not equal."""
-        if self.rules.teacher_is_base:
-            check_first_batch(model, batch, self.cache, self.objective, self.vocab_size)
+    def check_first_batch(self, model: nn.Module, batch: Batch) -> StepZero | None:
+        """The same on a batch with targets, and the weights of the base that are to be trained, as they are now.
+
+        None where the teacher is another model, which it need not equal.
+        """
+        if not self.rules.teacher_is_base:
+            return None
+        said: tuple[str, ...] = ()
+        if any(p.requires_grad for p in causal_lm_of(model).parameters()):
+            said = check_weights(self.cache, model, chosen=lambda tensor: tensor.requires_grad)
+        return check_first_batch(model, self._probe(self.is_verified and not said), batch)
+
+    def _probe(self, is_verified: bool) -> Probe:
+        return Probe(self.cache, self.objective, self.vocab_size, self.rules, is_verified)
 
 
 AnyCache: TypeAlias = CacheView | LogitCache | str | Path

@@ -131,8 +131,7 @@ def prepare(
             samples
         )
     for anchor in dict.fromkeys(anchor for run in runs for anchor in _anchors(anchors, run)):
-        other = common.pairing.other_precision
-        AnchorTerm.paired(anchor, base, 0, tokenizer=tokenizer, other_precision=other, how=config.how)
+        AnchorTerm.paired(anchor, base, 0, tokenizer=tokenizer, rules=common.pairing, how=config.how)
     texts = {name: read(name) for name in ("new", "prior")}
     described = _description(config, base, cache, anchors, samples, texts)
     with _locked(out / f"{SWEEP}.lock"):

@@ -85,20 +85,22 @@ class AnchorTerm:
         seed: int,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        other_precision: bool = False,
+        rules: PairingRules | None = None,
         how: DataSettings = DEFAULT,
     ) -> "AnchorTerm":
         """An anchor held against the model's own base, also where another teacher's cache goes with the new data.
 
-        how: with which chat template the run's chats are rendered, and the anchor's must have been.
+        rules: of the run; in which number format the base may have been held is the anchor's too. how: with which chat
+        template the run's chats are rendered, and the anchor's must have been.
 
         Raises what `CacheView.paired` and `Anchor.opened` raise, and `TrainingFailed` for a cache with fewer samples
         than a step is to have.
         """
         opened = anchor.opened().open_cache
-        rules = PairingRules(other_precision=other_precision)
+        asked = rules or PairingRules()
+        own = PairingRules(other_precision=asked.other_precision, max_start_kl=asked.max_start_kl)
         objective = _objective_of(opened, anchor.settings)
-        view = CacheView.paired(opened, model, objective, tokenizer=tokenizer, rules=rules, how=how)
+        view = CacheView.paired(opened, model, objective, tokenizer=tokenizer, rules=own, how=how)
         samples = anchor_samples(opened)
         if len(samples) < anchor.settings.batch:
             raise TrainingFailed(
@@ -122,7 +124,9 @@ class AnchorTerm:
 
     def step_zero(self, model: nn.Module) -> StepZero:
         """KL(base || model) on a few of the samples. Raises `NotTheBase` where it is more than noise."""
-        return self.view.step_zero(unwrapped(model), self.samples)
+        causal_lm = unwrapped(model)
+        view = self.view if self.view.is_verified else self.view.held_against(causal_lm)
+        return view.step_zero(causal_lm, self.samples)
 
 
 @dataclass(frozen=True)
@@ -199,8 +203,7 @@ def anchors_of(
     if isinstance(anchor, Anchors):
         return anchor
     given = [anchor] if isinstance(anchor, Anchor) else anchor
-    other = rules is not None and rules.other_precision
-    return Anchors([AnchorTerm.paired(each, model, seed, other_precision=other) for each in given])
+    return Anchors([AnchorTerm.paired(each, model, seed, rules=rules) for each in given])
 
 
 def named_means(totals: Sequence[float], num_steps: NDArray[np.int64]) -> dict[str, float]:

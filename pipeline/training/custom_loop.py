@@ -12,6 +12,7 @@ With anchors, caches of what the base says far from the new data, the loop says 
 Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import unwrapped
 from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
+from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.targets import (
     PREFIX,
     Batch,
@@ -41,16 +43,19 @@ from .anchors import Anchor, Anchors, anchors_of
 from .batch_loss import batch_loss
 from .own_loss import check_own_loss, probe_own_loss
 
+logger = logging.getLogger(__name__)
+
 
 class CachedLoss:
     """mean CE + weight * mean regulariser of a batch, each over its own positions.
 
     cache: a path, an opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own. model: held
     against the cache now instead of at the first call; needed beforehand where the rules ignore padding. top_k: read
-    fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: on
-    the first batch, measure the model (an untrained adapter) against the cache; False where training goes on from a
-    trained adapter. anchor: a cache, or several, on whose own samples the model is compared with the base and learns
-    nothing else; cache may then be None, with an objective `none`. seed: of the order of the anchors' samples.
+    fewer alternatives than the cache has. rules: how the cache may belong to another model or number format. check: at
+    the first batch, hold the model's configuration and weights against the checkpoint of the cache's base, and measure
+    it (an untrained adapter) against the cache, which is then `step_zero`; False where training goes on from a trained
+    adapter. anchor: a cache, or several, on whose own samples the model is compared with the base and learns nothing
+    else; cache may then be None, with an objective `none`. seed: of the order of the anchors' samples.
     Raises what `CacheView.paired` raises, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed`
     where the model's own loss has a term that is not made here, or a batch brings what nothing reads.
     """
@@ -83,6 +88,7 @@ class CachedLoss:
         self._anchors: Anchors | None = None
         #: Of the last call: the share of its batch in each anchor's mean KL, nats a position, float32 [anchors].
         self.anchor_kl = torch.zeros(len(self._anchor))
+        self.step_zero: StepZero | None = None  # what the first batch showed
         if model is not None:
             self.view(model)
             self.anchors(model)
@@ -100,6 +106,12 @@ class CachedLoss:
         if self._anchors is None:
             self._anchors = anchors_of(self._anchor, model, self._seed, self._rules)
         return self._anchors
+
+    def _tell(self, view: CacheView) -> None:
+        if view.left_out:
+            logger.warning("CachedLoss with %s: not compared: %s.", view.cache.path, "; ".join(view.left_out))
+        if self.step_zero is not None and view.rules.other_precision:
+            logger.warning("CachedLoss: before step 1 the KL to the base was %.2g nats.", self.step_zero.kl_nats)
 
     def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
@@ -147,7 +159,9 @@ class CachedLoss:
         if self._check and len(batch[f"{PREFIX}rows"]):
             probe_own_loss(model)
             if view is not None:
-                view.check_first_batch(model, batch)
+                self._view = view = view.held_against(model)
+                self.step_zero = view.check_first_batch(model, batch)
+                self._tell(view)
             self.anchors(model).step_zero(model)
             self._check = False
         counts = count_positions(batch, self.objective) if counts is None else counts

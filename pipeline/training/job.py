@@ -96,9 +96,9 @@ class Job:
 
         Raises as `AnchorTerm.paired`.
         """
-        seed, other = self.settings.seed, self.pairing.other_precision
+        seed, rules = self.settings.seed, self.pairing
         found = (
-            AnchorTerm.paired(anchor, self.base, seed, tokenizer=self.tokenizer, other_precision=other, how=self.how)
+            AnchorTerm.paired(anchor, self.base, seed, tokenizer=self.tokenizer, rules=rules, how=self.how)
             for anchor in self.anchors
         )
         return Anchors(tuple(found))

@@ -150,7 +150,8 @@ def run(
     with ExitStack() as stack:
         found = decided(lambda: stack.enter_context(run_folder.claimed(out, description, resume)))
         run_folder.check_shared(out)
-        for sentence in found.said if leads() else ():
+        unseen = [f"Not compared: {phrase}." for phrase in (() if view is None else view.left_out)]
+        for sentence in (*found.said, *unseen) if leads() else ():
             on_message(sentence)
         if found.result is None:
             return _train(job, view, anchors, description, arguments, found.checkpoint, callbacks, on_step_zero)

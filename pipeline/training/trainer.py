@@ -24,6 +24,7 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.head import OutputHead, causal_lm_of, check_head
 from logitcache.pairing.identity_checks import EVERY, PairingRules
 from logitcache.pairing.layout import LayoutCheck
+from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.targets import (
     OWN_TOKENS,
     PREFIX,
@@ -62,8 +63,9 @@ class CachedKL(_AnyTrainer):
         CachedKLSFTTrainer(cache="cache/", objective=Objective(weight=1.0), model=..., args=..., train_dataset=...)
 
     Samples are found by content in whatever batches the trainer's own collator makes: padded, packed or padding-free.
-    top_k: read fewer alternatives than the cache has. check: look up the data set before step 1, and compare the
-    untrained model with the cache on the first batch (leave it on, unless that has been done). rules: how the cache may
+    top_k: read fewer alternatives than the cache has. check: hold configuration and weights against the checkpoint of
+    the cache's base, look up the data set before step 1, and compare the untrained model with the cache on the first
+    batch, which is then `step_zero` (leave it on, unless that has been done). rules: how the cache may
     belong to another teacher, a padded vocabulary or another number format, else `IdentityMismatch`. cache: a path, an
     opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own.
     replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
@@ -115,10 +117,8 @@ class CachedKL(_AnyTrainer):
         check_supported(self)
         self.cache_view: CacheView | None = None
         if cache is not None and chosen.regularizer != "none":
-            self.cache_view = CacheView.of(cache, self.model, chosen, top_k, rules)
-            if self.is_world_process_zero() and self.cache_view.left_out:
-                where, what = self.cache_view.cache.path, "; ".join(self.cache_view.left_out)
-                logger.warning("CachedKL with %s: not compared: %s.", where, what)
+            view = CacheView.of(cache, self.model, chosen, top_k, rules)
+            self.cache_view = self._held_against_model(view) if check else view  # unchecked: somebody has done it
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
         handler = getattr(self.accelerator, "ddp_handler", None)
@@ -126,6 +126,7 @@ class CachedKL(_AnyTrainer):
             handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
         device = self.args.device
         self._check, self._check_start, self._check_anchors = check, check, check
+        self.step_zero: StepZero | None = None  # what the first batch showed
         self._check_layout = None if self.cache_view is None else LayoutCheck(self.cache_view.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
@@ -141,6 +142,13 @@ class CachedKL(_AnyTrainer):
             self.add_callback(self._tokens)
         if self.kl_objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
+
+    def _held_against_model(self, view: CacheView) -> CacheView:
+        """The view of this model; what could not be compared is said once."""
+        held = view.held_against(self.model)
+        if held.left_out and self.is_world_process_zero():
+            logger.warning("CachedKL with %s: not compared: %s.", held.cache.path, "; ".join(held.left_out))
+        return held
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches bring their targets along, made where they are collated."""
@@ -212,7 +220,9 @@ class CachedKL(_AnyTrainer):
         if self._check_start and self.cache_view is not None and len(inputs[f"{PREFIX}rows"]):
             self._check_start = False
             with self.accelerator.autocast():
-                self.cache_view.check_first_batch(model, inputs)
+                self.step_zero = self.cache_view.check_first_batch(model, inputs)
+            if self.step_zero is not None and self.cache_view.rules.other_precision:
+                logger.warning("CachedKL: before step 1 the KL to the base was %.2g nats.", self.step_zero.kl_nats)
         if num_items_in_batch is None:
             num_items_in_batch = count_positions(inputs, self.kl_objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)

@@ -35,7 +35,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.errors import InvalidSettings, TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective
-from logitcache.pairing.step_zero import probe_step_zero
+from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.batch_loss import batch_loss
@@ -87,14 +87,14 @@ def test_starts_at_the_base_and_leaves_it_or_not(
         assert disabled > 0.1 * base.abs().max()
     else:
         assert disabled == 0
-    found = probe_step_zero(model, cache, SAMPLES, Objective())
+    found = probe_step_zero(model, Probe(cache, Objective()), SAMPLES)
     assert abs(found.kl_nats) < 1e-6 and found.label_error_nats < 1e-4
     with model.disable_adapter(), torch.no_grad():
         if rewrites_base(settings):
             with pytest.raises(Exception, match="does not start from the distributions"):
-                probe_step_zero(model, cache, SAMPLES, Objective())
+                probe_step_zero(model, Probe(cache, Objective()), SAMPLES)
         else:
-            probe_step_zero(model, cache, SAMPLES, Objective())
+            probe_step_zero(model, Probe(cache, Objective()), SAMPLES)
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES, ids=IDS)

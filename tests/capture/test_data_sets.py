@@ -212,7 +212,7 @@ def test_ray_names_data_as_they_were_given(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     save(Path("d.jsonl"), BEFORE)
     spec = absolute(JobSpec("base", "d.jsonl", str(tmp_path / "c")))
-    assert spec.data == str(tmp_path / "d.jsonl") and spec.name == "d.jsonl"
+    assert spec.data == (str(tmp_path / "d.jsonl"),) and spec.name == "d.jsonl"
 
 
 def test_ray_writes_the_data_set_where_no_share_did(tmp_path: Path, tiny_model: Path) -> None:

@@ -78,7 +78,8 @@ FLAGS: dict[str, list[str]] = {
     ],
     "pull": ["--config", "--revision", "CACHE", "REPO_ID"],
     "train": [
-        *("--device-map", "--ignore-padding", "--load-in", "--other-precision", "--student", "--teacher-is-not-base"),
+        *("--device-map", "--ignore-padding", "--load-in", "--max-start-kl", "--other-precision"),
+        *("--student", "--teacher-is-not-base"),
         "--adapter",
         "--alpha",
         "--batch-size",
@@ -208,6 +209,7 @@ DEFAULTS = {
         "dropout": "0.0",
         "target-modules": "all-linear",
         "variant": "v1",
+        "max-start-kl": ".1 where the formats are 8bit and none, else 1",
         "lr": "0.0002",
         "epochs": "1.0",
         "batch-size": "8",

@@ -116,7 +116,13 @@ def test_step_zero_is_off_and_says_so(taught: tuple[Path, CliResult, Weights], t
     assert "Before step 1" not in said.err
     run = read_run(out)
     assert run["result"]["step_zero"] is None and run["adapter"] == {"kind": "none"}
-    expected = {"teacher_is_not_base": True, "ignore_padding": False, "other_precision": False, "load_in": None}
+    expected = {
+        "teacher_is_not_base": True,
+        "ignore_padding": False,
+        "other_precision": False,
+        "max_start_kl": None,
+        "load_in": None,
+    }
     assert run["pairing"] == expected
     assert run["model"]["name"] == str(tiny_model)
 
@@ -193,18 +199,20 @@ def test_a_bfloat16_model_has_float32_weights_and_computes_in_bfloat16(
     model = make_model(tie_word_embeddings=True).to(torch.bfloat16)
     base = folder_of(tmp_path / "base", model)
     precompute(base, data, tmp_path / "c")
-    seen, original = set(), LlamaModel.forward
+    original = LlamaModel.forward
+    seen: set[tuple[bool, torch.dtype]] = set()
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.layers[0].mlp.up_proj.weight.dtype == torch.float32
-        self.layers[0].mlp.up_proj.register_forward_hook(lambda _m, _i, o: seen.add(o.dtype))
+        self.layers[0].mlp.up_proj.register_forward_hook(lambda m, _i, o: seen.add((m.training, o.dtype)))
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
     monkeypatch.setattr("logitcache.training.run.check_head", lambda _: None)  # before the weights are float32
     line = train_line(base, tmp_path / "c", tmp_path / "o", *WHOLE, "--lr", 1e-6, "--dtype", dtype)
     done(*line)
-    assert seen == {torch.bfloat16}
+    assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+    assert (False, torch.float32) in seen  # step 0 is measured outside autocast
     step_zero = read_run(tmp_path / "o")["result"]["step_zero"]
     assert 0 < abs(step_zero["kl_nats"]) < 0.01
     weights, before = load_file(tmp_path / "o" / "model.safetensors"), model.state_dict()

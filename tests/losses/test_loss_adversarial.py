@@ -24,7 +24,7 @@ from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_values
 from logitcache.losses.fused import linear_loss
 from logitcache.models.head import check_head
-from logitcache.pairing.step_zero import probe_step_zero
+from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss
@@ -187,7 +187,7 @@ def test_a_base_that_is_certain_everywhere_is_still_compared(tmp_path: Path) -> 
             samples.append(Sample(np.array(ids, dtype=np.uint32), supervised, f"row {i}"))
     cache = capture_of(tmp_path / "c", sure, samples)
     with pytest.raises(NotTheBase):
-        probe_step_zero(make_model(seed=1), cache, samples, Objective())
+        probe_step_zero(make_model(seed=1), Probe(cache, Objective()), samples)
 
 
 def test_bfloat16_autocast_is_judged_as_bfloat16(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase
 from logitcache.losses.formulas import Objective, regularizer_values
 from logitcache.models.head import hidden_states
-from logitcache.pairing.step_zero import probe_step_zero
+from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import sparse_targets
 from logitcache.storage import LogitCache
 from logitcache.storage.records import NO_TOKEN
@@ -268,9 +268,9 @@ def test_another_model_is_no_base_of_labels_alone(tmp_path: Path) -> None:
     chosen = CaptureSettings(top_k=0, max_length=64, tail_groups=4)
     fill(make_base(), samples, tmp_path / "c", chosen)
     cache, objective = LogitCache.open(tmp_path / "c"), Objective(tail="groups")
-    assert probe_step_zero(make_model(), cache, samples, objective).kl_nats < 1e-5
+    assert probe_step_zero(make_model(), Probe(cache, objective), samples).kl_nats < 1e-5
     with pytest.raises(NotTheBase):
-        probe_step_zero(make_model(seed=1), cache, samples, objective)
+        probe_step_zero(make_model(seed=1), Probe(cache, objective), samples)
 
 
 @pytest.mark.parametrize(

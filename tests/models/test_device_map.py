@@ -28,7 +28,7 @@ from logitcache.models import device_map
 from logitcache.models.device_map import devices_of, head_device, input_device, is_spread, offloaded_parts
 from logitcache.models.head import check_head, hidden_states
 from logitcache.models.loading import Base, find_model, load_base
-from logitcache.pairing.step_zero import probe_step_zero
+from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training.batch_loss import batch_loss
@@ -114,7 +114,7 @@ def test_records_of_a_spread_model_are_those_of_the_whole_one_bit_for_bit(
 @pytest.mark.parametrize("where", MAPS)
 def test_checks_and_evaluation_of_a_spread_model(where: str, tmp_path: Path, tiny: Path, cache: LogitCache) -> None:
     whole, spread = load(tiny), load(tiny, MAPS[where])
-    expected, found = (probe_step_zero(base.model, cache, SAMPLES, Objective()) for base in (whole, spread))
+    expected, found = (probe_step_zero(base.model, Probe(cache, Objective()), SAMPLES) for base in (whole, spread))
     assert found == expected and abs(found.kl_nats) < 1e-6
     folder = str(save(tmp_path / "whole", seed=1))  # in place of one that was trained as a whole
     before = compare(whole.model, load_adapter(whole.model, folder), SAMPLES).as_dict()

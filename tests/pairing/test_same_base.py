@@ -370,8 +370,8 @@ def test_tf32_is_recorded_and_named(
     with pytest.raises(IdentityMismatch, match=r"model\.tf32: False here, True there"):
         precompute(str(bases["plain"]), str(data["text"]), tmp_path / "c", SETTINGS)
     pair(bases["plain"], tmp_path / "c", data["text"])
-    monkeypatch.setitem(step_zero.KL_TOLERANCE_NATS, "float32", -1.0)
-    with pytest.raises(NotTheBase, match="run otherwise: tf32: True in the cache, False in the model"):
+    monkeypatch.setattr(step_zero, "KL_FLOAT32_NATS", -1.0)
+    with pytest.raises(NotTheBase, match="What differs: tf32: True in the cache, False in the model"):
         pair(bases["plain"], tmp_path / "c", data["text"])
 
 

@@ -18,6 +18,7 @@ from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
 from logitcache.capture.settings import CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli, run
 from logitcache.cli.options import options_of, settings_from
+from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidData, InvalidSettings, PipelineError
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
@@ -221,7 +222,7 @@ def test_a_field_is_a_flag_with_its_help_default_and_bounds() -> None:
 
 def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     """All flags of train that come from settings, and all that a sweep takes, are the fields and no list besides."""
-    settings = set(run_settings())
+    settings = {*run_settings(), *(s.key for s in line_settings(DataSettings))}
     flags = {str(p.name) for p in cli.commands["train"].params}
     assert settings == flags - {"config", "model", "cache", "anchor_cache", "out", "data", "max_length", "resume"}
     assert {*FIELDS, *SHARED} - {"probe_top_k"} == settings - {"dtype", "device"}

@@ -339,8 +339,8 @@ def test_a_sweep_of_a_quantised_base(inputs: dict[str, Any], tmp_path: Path) -> 
     assert "unquantised weights, the model has 8bit" in refused(4, "sweep", "--config", config, "--out", tmp_path / "a")
     config = write_config(tmp_path, inputs, **ONE, load_in="8bit", other_precision=True)
     done("sweep", "--config", config, "--out", tmp_path / "b")
-    pairing = {"teacher_is_not_base": False, "ignore_padding": False, "other_precision": True, "load_in": "8bit"}
-    assert run_json(tmp_path / "b")["pairing"] == pairing
+    rules = {"teacher_is_not_base": False, "ignore_padding": False, "other_precision": True, "max_start_kl": None}
+    assert run_json(tmp_path / "b")["pairing"] == {**rules, "load_in": "8bit"}
     assert run_json(tmp_path / "b")["model"]["quantization"] == "8bit"
     probe = json.loads((tmp_path / "b" / "probe" / "prior" / "manifest.json").read_text(encoding="utf-8"))
     assert "8bit" in json.dumps(probe)

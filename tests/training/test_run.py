@@ -29,7 +29,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
-from logitcache.pairing.step_zero import probe_step_zero
+from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, samples_of, with_targets
 from logitcache.storage import LogitCache, PositionNotCaptured, SampleNotCached
 from logitcache.training.run import TrainSettings
@@ -259,13 +259,13 @@ def test_step_zero_refuses_a_model_that_is_not_the_base(
 ) -> None:
     samples, cache = cached
     with pytest.raises(NotTheBase, match=r"row \d+ at position \d+"):
-        probe_step_zero(make_model(seed=1), cache, samples, Objective(regularizer))
+        probe_step_zero(make_model(seed=1), Probe(cache, Objective(regularizer)), samples)
 
 
 def test_step_zero_leaves_the_mode_of_the_model(cached: tuple[list[Sample], LogitCache]) -> None:
     samples, cache = cached
     model = make_model().train()
-    probe_step_zero(model, cache, samples, Objective())
+    probe_step_zero(model, Probe(cache, Objective()), samples)
     assert model.training
 
 
