@@ -155,6 +155,24 @@ def test_an_element_that_is_no_object_is_skipped(tmp_path: Path) -> None:
     assert [row for _, row in read_rows(path, SKIP) if isinstance(row, dict)] == [{"text": "a"}, {"text": "b"}]
 
 
+def test_an_element_with_a_key_twice_is_skipped_and_those_behind_it_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"m": [{"r": 1, "r": 2}]}, {"text": "c"}]', encoding="utf-8")
+    rows = [row for _, row in read_rows(path, DataSettings(skip_bad_rows=True))]
+    assert [rows[0], rows[2]] == [{"text": "a"}, {"text": "c"}]
+    assert isinstance(rows[1], Skipped) and "row 2: it has the key 'r' twice" in rows[1].reason
+
+
+@pytest.mark.parametrize("rest", ['\n[{"text": "b"}]\n', '\n{"text": "b"}', ",", "]"])
+def test_what_stands_behind_an_array_is_not_left_out_without_a_word(rest: str, tmp_path: Path) -> None:
+    """Two exports in one file: the rows of the second would not be read."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}]' + rest, encoding="utf-8")
+    assert "a.json: expected nothing behind the list that it begins with" in refusal(path)
+    path.write_text('[{"text": "a"}]' + " \n\t" * 40_000, encoding="utf-8")
+    assert [row for _, row in read_rows(path)] == [{"text": "a"}]
+
+
 def test_no_null_is_added_to_a_row(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, {"messages": [{"role": "user"}]}]
     buffer = io.StringIO()
