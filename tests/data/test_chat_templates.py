@@ -1,6 +1,7 @@
 """Which chat template renders the chats: the tokenizer's, one of several, a file's, TRL's; and its digest."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from logitcache.data import chat_rendering, chat_templates
 from logitcache.data.chat_templates import template_digest, template_digests
 from logitcache.data.samples import SampleSet, make_samples
 from logitcache.data.settings import DEFAULT, DataSettings
-from logitcache.errors import InputNotFound, InvalidData
+from logitcache.errors import InputNotFound, InvalidData, install_line
 from logitcache.storage.identity import digest_json
 
 CHATS = Path(__file__).parent / "chats"
@@ -144,7 +145,7 @@ def test_without_trl_the_way_out_names_it(monkeypatch: pytest.MonkeyPatch) -> No
     template = CHATML.replace("m['content'] +", shown)
     for module in (chat_templates, chat_rendering):
         monkeypatch.setattr(module, "find_spec", lambda _: None)
-    with pytest.raises(InvalidData, match=r"pip install 'logitcache\[trl\]'"):
+    with pytest.raises(InvalidData, match=re.escape(install_line("trl"))):
         read(template, {"messages": [*ONE, *ONE]})
     assert learnt(template, {"messages": ONE}) == "<think></think>It is 4.<|im_end|>\n"
 
