@@ -299,10 +299,19 @@ def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row that is there already."""
+    """A row of columns, which is there already."""
 
     row: Row
 
     def __call__(self) -> Row:
-        """The row."""
-        return self.row
+        """The row without the nulls in objects of it: in Arrow and Parquet each has the fields of all others, and what
+        one lacks is null there, so that a call would be learnt with the arguments of other rows' calls."""
+        return {name: _without_nulls(value) for name, value in self.row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        return [_without_nulls(each) for each in value]
+    return value

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,3 +182,30 @@ def test_no_null_is_added_to_a_row(tmp_path: Path) -> None:
     json.dump(rows, buffer)
     (tmp_path / "a.json").write_text(buffer.getvalue(), encoding="utf-8")
     assert rows_of(tmp_path / "a.json") == rows
+
+
+CALLS = [
+    {
+        "messages": [
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            {"role": "tool", "content": "sunny"},
+        ],
+        "tools": [{"function": {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}}}],
+        "input_ids": None,
+    }
+    for name, arguments in (("city", {"city": "Rome"}), ("zip", {"zip": ["1", "2"]}))
+]
+"""The arguments of one are not those of the other."""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_rows_of_columns_have_no_fields_of_other_rows(kind: str, tmp_path: Path) -> None:
+    """Arrow gives each object the fields of all, null: {"city": "Rome", "zip": null} would be learnt."""
+    dataset = datasets.Dataset(pa.Table.from_pylist(CALLS))
+    assert dataset[0]["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "zip": None}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(CALLS), path)
+    else:
+        dataset.save_to_disk(path)
+    assert rows_of(path) == CALLS
