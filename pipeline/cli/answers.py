@@ -39,7 +39,7 @@ def answers(model: str, adapter: str | None, prompts: str | None, out: Path, **v
     from logitcache.evaluation.answers import answers as job
     from logitcache.evaluation.prompts import everyday_prompts, read_prompts
 
-    chats = everyday_prompts() if prompts is None else read_prompts(prompts)
+    chats = everyday_prompts() if prompts is None else read_prompts(prompts, note)
     with progress_bar("answers", len(chats), unit=" prompts") as bar:
         try:
             answered = job(model, chats, out, adapter=adapter, settings=settings, loading=loading, progress=bar.update)

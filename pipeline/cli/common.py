@@ -3,6 +3,7 @@
 Owns the presentation of work in progress: bars with tokens/s and time left, on stderr, silent when it is no terminal.
 """
 
+import json
 import logging
 import os
 import sys
@@ -140,7 +141,9 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     nested = [key for key, value in plain.items() if not _is_plain(value)]
     nested += [key for key, values in lists.items() if not values or not all(map(_is_plain, values))]
     if nested:
-        raise click.UsageError(f"{path}: expected one plain value for {shown(nested[0])}.", ctx)
+        found = plain.get(nested[0])
+        way = f" Write it as JSON in quotes: '{json.dumps(found, default=str)}'." if isinstance(found, dict) else ""
+        raise click.UsageError(f"{path}: expected one plain value for {shown(nested[0])}.{way}", ctx)
     # as text, as on the line: else 8.5 would be a whole number, and true a 1
     texts: dict[str, Any] = {known[key]: _as_typed(value) for key, value in plain.items()}
     texts |= {known[key]: [_as_typed(value) for value in values] for key, values in lists.items()}

@@ -19,6 +19,19 @@ _SHAREGPT_NAMES = {"human": "user", "gpt": "assistant"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which data sets keep a turn's reasoning. The first is the one that chat templates read."""
 
+_SAYS = {
+    "function_call": "Write it as 'tool_calls'.",
+    "refusal": "Write it as the turn's content.",
+    "audio": "Only text is learnt here. Remove the row.",
+}
+"""What a turn may say besides its content, in data of OpenAI's form, which chat templates do not read; what to do."""
+
+_WEIGHS = ("weight", "train", "training")
+"""Names under which data sets say of a turn whether it is learnt."""
+
+_BESIDE = ("system", "system_prompt", "functions")
+"""Columns beside the turns that say what belongs before them, and that TRL reads as little as this."""
+
 RESERVED = frozenset(
     {
         *("messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt", "tokenize"),
@@ -46,6 +59,31 @@ class Chat:
 def has_tools(row: Row) -> bool:
     """Whether a row comes with tools, be they readable or not."""
     return row.get("tools") not in (None, "", "[]", [])
+
+
+def unread_beside(row: Row) -> list[str]:
+    """A sentence for each column of a row with turns that belongs to the chat and is not read."""
+    turns: list[Row] = next(
+        (row[name] for name in ("messages", "conversations", "prompt") if row.get(name) is not None), []
+    )
+    said = [turn.get("content", turn.get("value")) for turn in turns]
+    unread = [name for name in _BESIDE if row.get(name) not in (None, "", "[]", [], *said)]
+    return [
+        f"Rows have {name!r} beside their turns, which is not read: their samples are those of rows without. Put it "
+        f"{'into tools' if name == 'functions' else 'in front, as a turn of the role system'} if it is to count."
+        for name in unread
+    ]
+
+
+def check_learnt(turn: Row, where: str) -> None:
+    """Raise `InvalidData` for a turn that is to be learnt and says of itself that it is not, or only in part."""
+    odd = next((name for name in _WEIGHS if turn.get(name) is not None and turn[name] != 1), None)
+    if odd is not None:
+        raise InvalidData(
+            f"{where}: it says {odd!r}: {turn[odd]!r:.40}, and nothing here weighs turns: it would be learnt like the "
+            "others. Put what is not learnt into 'prompt' and the rest into 'completion', learn the last turn alone "
+            "(--supervise last), or give input_ids and labels."
+        )
 
 
 def first_turns(chat: Chat, num_turns: int) -> Chat:
@@ -111,6 +149,12 @@ def _turn(turn: Row, where: str) -> Row:
         named["content"] = named.pop("value")
     if not isinstance(named.get("role"), str):
         raise InvalidData(f"{where}: expected a string as its role, found {named.get('role')!r:.60}.")
+    unread = next((name for name in _SAYS if named.get(name) not in (None, "", {}, [])), None)
+    if unread is not None:
+        raise InvalidData(
+            f"{where}: it has {unread!r}, which no chat template reads: it would be learnt as if it were not said. "
+            f"{_SAYS[unread]}"
+        )
     calls = named.get("tool_calls")
     if calls is not None and not _is_turns(calls):
         if calls != []:

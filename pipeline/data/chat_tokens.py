@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.errors import InvalidData
 
 from .chat_rendering import Renderer, Spans, Template
-from .chat_rows import Chat, first_turns
+from .chat_rows import Chat, check_learnt, first_turns
 from .chat_templates import special_tokens
 from .chat_turns import check_calls, check_no_repr, spans_by_turn
 from .settings import Supervise
@@ -27,6 +27,9 @@ def chat_tokens(
             f"reading {origin}: no turn of its messages is the assistant's: nothing is supervised. Remove the row, or "
             "name the speaker 'assistant'."
         )
+    chosen = learnt[-1:] if supervise == "last" else learnt
+    for i in chosen if supervise != "all" else ():
+        check_learnt(chat.messages[i], f"reading {origin}: turn {i} of its messages")
     renderer = Renderer(template, special_tokens(tokenizer), origin)
     try:
         text, turns, prompt = _rendered(chat, renderer, supervise)
@@ -40,7 +43,6 @@ def chat_tokens(
     ids, offsets = _encode(text, tokenizer, origin)
     if supervise == "all":
         return ids, np.ones(len(ids), dtype=np.bool_)
-    chosen = learnt[-1:] if supervise == "last" else learnt
     supervised = _overlapping(offsets, [span for i in chosen for span in turns[i]])
     if prompt:
         supervised[: common_prefix(_encode(prompt, tokenizer, origin)[0], ids)] = False

@@ -37,7 +37,9 @@ def spans_by_turn(found: Rendered, chat: Chat, renderer: Renderer) -> dict[int, 
             f"reading {renderer.origin}: the chat template renders its turns differently with other words in "
             f"them, so it cannot be checked what is the assistant's. {ADVICE}"
         )
-    return _assigned(found, marked, marks, chat, renderer.origin)
+    turns = _assigned(found, marked, marks, chat, renderer.origin)
+    _check_said(found, turns, marks, chat, renderer)
+    return turns
 
 
 def _marks(chat: Chat, text: str) -> list[str]:
@@ -133,10 +135,38 @@ def _check_turns(turns: dict[int, Spans], held: set[int], marked: _Marked, chat:
             )
         turn = chat.messages[i]
         if i not in held and (i in shown or (turn["content"].strip() and "tool_calls" not in turn)):
-            raise InvalidData(
-                f"reading {origin}: of turn {i}, {turn['content']!r:.60}, the chat template has only the end learnt, "
-                f"or drops the words. The model would learn to say nothing. {ADVICE}"
-            )
+            raise _only_end(i, chat, origin)
+
+
+def _check_said(found: Rendered, turns: dict[int, Spans], marks: list[str], chat: Chat, renderer: Renderer) -> None:
+    """Raise `InvalidData` where as much is learnt of a turn that says something as of one that says nothing: templates
+    that drop the reasoning of earlier turns leave nothing of one that only reasons."""
+
+    def learnt(text: str, spans: Spans) -> str:
+        return "".join(text[start:stop] for start, stop in spans)
+
+    doubtful = {}
+    for i, spans in turns.items():
+        said = chat.messages[i]["content"].strip()
+        if said and "tool_calls" not in chat.messages[i] and said not in learnt(found.text, spans):
+            doubtful[i] = learnt(found.text, spans)
+    if not doubtful:
+        return
+    silent = [{**turn, "content": marks[i]} if i in doubtful else turn for i, turn in enumerate(chat.messages)]
+    bare = renderer.rendered(replace(chat, messages=silent))
+    if len(bare.spans) != len(found.spans):
+        return
+    places = dict(zip(found.spans, bare.spans, strict=True))
+    for i, text in doubtful.items():
+        if learnt(bare.text, [places[span] for span in turns[i]]).replace(marks[i], "") == text:
+            raise _only_end(i, chat, renderer.origin)
+
+
+def _only_end(i: int, chat: Chat, origin: str) -> InvalidData:
+    return InvalidData(
+        f"reading {origin}: of turn {i}, {chat.messages[i]['content']!r:.60}, the chat template has only the end "
+        f"learnt, or drops the words. The model would learn to say nothing. {ADVICE}"
+    )
 
 
 def check_calls(text: str, turns: dict[int, Spans], chat: Chat, renderer: Renderer) -> None:

@@ -137,7 +137,7 @@ class _Line:
 
 def _array_rows(f: IO[bytes], name: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
     """The elements of a list, each parsed when it is reached, with no more of the file in memory than one takes."""
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    decoder = json.JSONDecoder(object_pairs_hook=_or_twice)
     text, number, size = _Buffer(f, name), first, _CHUNK
     text.skip("[")
     while not text.starts_with("]"):
@@ -148,10 +148,6 @@ def _array_rows(f: IO[bytes], name: str, first: int, wanted: Wanted) -> Iterator
             try:
                 row, end = decoder.raw_decode(text.ahead(size))
                 break
-            except _TwiceError as error:
-                raise InvalidData(
-                    f"{where}: it has the key {error} twice. Which counts is not said. Leave one out."
-                ) from error
             except (ValueError, RecursionError) as error:
                 if size <= MAX_ROW_BYTES and text.has_more(size):
                     size *= 2
@@ -161,6 +157,12 @@ def _array_rows(f: IO[bytes], name: str, first: int, wanted: Wanted) -> Iterator
         size = _CHUNK
         yield f"{name}, row {number - first + 1}", (_Element(row, where) if wanted(number) else None)
         number += 1
+    text.skip("]")
+    if rest := text.ahead(20):
+        raise InvalidData(
+            f"reading {name}: expected nothing behind the list that it begins with, found {shown(rest[:20])}. What "
+            "follows would not be read. Make it one list, or a .jsonl file with a row a line."
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,34 @@ class _Element:
     where: str
 
     def __call__(self) -> Row:
+        twice = next(_twice_in(self.value), None)
+        if twice is not None:
+            raise InvalidData(f"{self.where}: it has the key {twice} twice. Which counts is not said. Leave one out.")
         return _object(self.value, self.where, "A list of objects is expected.")
+
+
+@dataclass(frozen=True)
+class _Twice:
+    """In place of an object that has a key twice: its row can be told, and those behind it read."""
+
+    key: str
+
+
+def _or_twice(pairs: list[tuple[str, Any]]) -> Row | _Twice:
+    try:
+        return _once(pairs)
+    except _TwiceError as error:
+        return _Twice(str(error))
+
+
+def _twice_in(value: Any) -> Iterator[str]:
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, _Twice):
+            yield found.key
+        elif isinstance(found, (dict, list)):
+            left += found.values() if isinstance(found, dict) else found
 
 
 class _Buffer:
@@ -270,10 +299,19 @@ def _parquet_rows(file: str, first: int, wanted: Wanted) -> Iterator[Unparsed]:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row that is there already."""
+    """A row of columns, which is there already."""
 
     row: Row
 
     def __call__(self) -> Row:
-        """The row."""
-        return self.row
+        """The row without the nulls in objects of it: in Arrow and Parquet each has the fields of all others, and what
+        one lacks is null there, so that a call would be learnt with the arguments of other rows' calls."""
+        return {name: _without_nulls(value) for name, value in self.row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        return [_without_nulls(each) for each in value]
+    return value

@@ -16,7 +16,7 @@ from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
 from logitcache.storage.plain_text import one_line, without_secrets
 
 from .settings import DataSettings
-from .splits import DEFAULT_CONFIG, SUFFIXES, TRAIN, choose, choose_one, is_data
+from .splits import DEFAULT_CONFIG, SUFFIXES, TRAIN, choose, choose_one, is_data, is_of_another_kind, named_files
 
 Named = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Data by their names: a path, URL or hub id, or several of them, whose rows follow one another."""
@@ -117,18 +117,31 @@ def _chosen(
     root: str, name: str, listing: Iterable[str], card: str, how: DataSettings, join: Callable[[str, str], str]
 ) -> Place:
     """The files of a folder that are read."""
-    files = sorted(file for file in listing if is_data(file))
+    listed = sorted(listing)
+    files, others = [file for file in listed if is_data(file)], [file for file in listed if is_of_another_kind(file)]
     if not files:
-        raise InputNotFound(f"reading data {name!r}: expected {KINDS} in this folder, found none.")
+        found = f"files of other kinds ({named_files(others)}). Convert them" if others else "none"
+        raise InputNotFound(f"reading data {name!r}: expected {KINDS} in this folder, found {found}.")
     chosen = choose(name, files, card, how.split, how.config_name)
-    return Place(name, tuple(join(root, file) for file in chosen.files), said=chosen.said)
+    of_others = f"{name}: not read, as of other kinds than {KINDS}: {named_files(others)}." if others else ""
+    said = " ".join(sentence for sentence in (chosen.said, of_others) if sentence)
+    return Place(name, tuple(join(root, file) for file in chosen.files), said=said)
 
 
 def _local_listing(folder: Path) -> Iterable[str]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+    """Behind links too, each folder once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_not_listed):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith((".", "__")))
         inside = Path(root).relative_to(folder)
-        yield from ((inside / name).as_posix() for name in files)
+        yield from ((inside / name).as_posix() for name in (() if real in seen else files))
+        seen.add(real)
+
+
+def _not_listed(error: OSError) -> None:
+    """A folder that may not be looked into would be left out without a word."""
+    raise error
 
 
 def _card(folder: Path) -> str:

@@ -6,6 +6,8 @@ and what becomes of an empty file and of a row that cannot be read. Where files 
 """
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +21,7 @@ from logitcache.storage.plain_text import without_secrets
 from .files import Parsed, Row, Unparsed, Wanted, count_rows_of_file, rows_of_file
 from .places import Named, OnMessage, Place, open_hub, open_saved, places_of
 from .settings import DEFAULT, DataSettings
+from .splits import named_files
 
 COUNTED_BYTES = 2**30
 """Of local files, up to which they are read beforehand: their lines counted, their checksums made."""
@@ -125,8 +128,17 @@ def _unparsed(data: Named, how: DataSettings, wanted: Wanted, on_message: OnMess
     for place in places:
         if place.said:
             on_message(place.said)
+    twice = _given_twice(places)
+    if twice:
+        on_message(f"Given more than once, and read as often: {named_files(twice)}.")
     opened = [None if place.files else _opened(place, how, on_message) for place in places]
     return _joined(places, opened, wanted, on_message)
+
+
+def _given_twice(places: Sequence[Place]) -> list[str]:
+    units = [unit for place in places for unit in (place.files or (place.saved or place.hub_id,))]
+    counts = Counter(unit if "://" in unit else os.path.realpath(unit) for unit in units)
+    return [without_secrets(unit) for unit, count in counts.items() if count > 1]
 
 
 def _opened(place: Place, how: DataSettings, on_message: OnMessage) -> Iterable[Row]:

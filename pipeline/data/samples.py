@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.errors import InvalidData
 
-from .chat_rows import has_tools, is_chat
+from .chat_rows import has_tools, is_chat, unread_beside
 from .chat_templates import ChatTemplates, chat_templates
 from .files import Row
 from .rows import Skipped
@@ -110,7 +110,7 @@ def read_samples(
         num_truncated, num_cut = num_truncated + (cut > 0), num_cut + cut
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
         if rendered and templates is not None:
-            notes.update(dict.fromkeys(templates.notes(has_tools(row))))
+            notes.update(dict.fromkeys([*templates.notes(has_tools(row)), *unread_beside(row)]))
         sample = Sample(*kept, origin, cut, templates.digest if rendered and templates is not None else "")
         if len(sample.positions):
             samples.append(sample)

@@ -6,7 +6,7 @@ nothing. Must not open files of data, nor know rows.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,8 +19,13 @@ from logitcache.storage.plain_text import one_line
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 """Of the files whose rows are read here, without `datasets`."""
 
+OTHER_KINDS = (".csv", ".tsv", ".arrow", ".ndjson", ".jsonlines", ".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar")
+"""Endings, whatever their case, of files that people keep rows in and that are not read here."""
+
 ABOUT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside data: of them, not data."""
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 TRAIN, DEFAULT_CONFIG = "train", "default"
 
@@ -42,9 +47,18 @@ class Chosen:
 
 def is_data(relative: str) -> bool:
     """Whether a file in a folder holds rows: of a kind that is read, and neither hidden nor about data."""
-    path = PurePosixPath(relative)
-    hidden = any(part.startswith((".", "__")) for part in path.parts)  # macOS puts a ._ file beside each
-    return relative.endswith(SUFFIXES) and not hidden and path.name not in ABOUT_DATA
+    return relative.endswith(SUFFIXES) and not _is_hidden(relative) and PurePosixPath(relative).name not in ABOUT_DATA
+
+
+def is_of_another_kind(relative: str) -> bool:
+    """Whether a file in a folder may hold rows too, of a kind that is not read."""
+    may_hold = relative.lower().endswith((*OTHER_KINDS, *SUFFIXES)) and not relative.endswith(SUFFIXES)
+    return may_hold and not _is_hidden(relative)
+
+
+def _is_hidden(relative: str) -> bool:
+    """macOS puts a ._ file beside each."""
+    return any(part.startswith((".", "__")) for part in PurePosixPath(relative).parts)
 
 
 def choose(where: str, files: Sequence[str], card: str, split: str, config: str) -> Chosen:
@@ -151,22 +165,44 @@ def _matching(files: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
 def _said(
     where: str, files: Sequence[str], splits: Mapping[str, tuple[str, ...]], picked: str, configuration: str
 ) -> str:
-    """A sentence where a person may not know what is read: of several splits, of files in folders, of a choice."""
-    others = {name: some for name, some in splits.items() if name != picked}
+    """What a person may not know of what is read: of several splits, of files in folders, of a choice."""
+    read = splits[picked]
+    others = {name: [file for file in some if file not in read] for name, some in splits.items() if name != picked}
     placed = {file for some in splits.values() for file in some}
     unplaced = tuple(file for file in files if file not in placed)
-    left = [f"{_files(some)} (--split {name})" for name, some in others.items()]
+    left = [f"{named_files(some)} (--split {name})" for name, some in others.items() if some]
     if unplaced:
-        left.append(f"{_files(unplaced)} (of no split{' of this configuration' if configuration else ''})")
-    deep = any("/" in file for file in splits[picked])
-    if not left and not deep and not configuration and picked == TRAIN:
+        left.append(f"{named_files(unplaced)} (of no split{' of this configuration' if configuration else ''})")
+    doubts = "".join(_doubts(files, splits, picked, configuration))
+    deep, kinds = any("/" in file for file in read), {PurePosixPath(file).suffix for file in read}
+    if not left and not deep and not configuration and not doubts and picked == TRAIN and len(kinds) == 1:
         return ""
     of_config = f" of configuration {configuration}" if configuration else ""
     rest = f"; not read: {', '.join(left)}" if left else ""
-    return f"{where}: reading split {picked}{of_config}: {_files(splits[picked])}{rest}."
+    return f"{where}: reading split {picked}{of_config}: {named_files(read)}{rest}.{doubts}"
 
 
-def _files(names: Sequence[str]) -> str:
+def _doubts(
+    files: Sequence[str], splits: Mapping[str, tuple[str, ...]], picked: str, configuration: str
+) -> Iterator[str]:
+    """Sentences where the rule may not give what a person means."""
+    for name, some in splits.items():
+        both = [file for file in some if file in splits[picked]] if name != picked else []
+        if both:
+            yield f" By its name {named_files(both)} is of split {name} too."
+    if not configuration and set(splits) != set(_rule([file.lower() for file in files])):
+        yield " In names of splits capital letters count: what is written with them is of no split of its own."
+    shards: dict[tuple[str, int], set[int]] = {}
+    for file in splits[picked]:
+        if found := _SHARD.search(file):
+            shards.setdefault((file[: found.start()], int(found[2])), set()).add(int(found[1]))
+    for (start, count), there in shards.items():
+        if len(there) < count:
+            yield f" Missing: {count - len(there):,} of the {count:,} files {start}-*-of-{count:05}."
+
+
+def named_files(names: Sequence[str]) -> str:
+    """The first of them by name, and how many more."""
     shown = ", ".join(names[:NAMED])
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED:,} more"
 

@@ -271,20 +271,32 @@ def _document_sums(
     for model in models:
         check_length(causal_lm_of(model), len(documents[0].token_ids))
     parts: dict[str, list[NDArray[np.float64]]] = {}
+    shared = shared_beginning(documents)
     for batch in batches:
         counts = np.array([len(s.positions) for s in batch])
         starts = np.cumsum(counts) - counts
         columns = {name: column.double().cpu().numpy() for name, column in values(batch).items()}
         sums = {name: np.add.reduceat(column, starts) for name, column in columns.items()}
         if "agreement" in columns:
-            sums["first_changed"] = 1 - columns["agreement"][starts]
-            sums["first_undecided"] = columns["undecided"][starts]
+            sums["first_changed"] = 1 - columns["agreement"][starts + shared]
+            sums["first_undecided"] = columns["undecided"][starts + shared]
         for name, column in {**sums, "positions": counts.astype(np.float64)}.items():
             parts.setdefault(name, []).append(column)
         progress(sum(len(s.token_ids) for s in batch))
     found = {name: np.concatenate(columns) for name, columns in parts.items()}
     _check_finite(found, documents)
     return found, documents
+
+
+def shared_beginning(documents: Sequence[Sample]) -> int:
+    """How many labels all documents begin with in common, none of them to its end: such as the <think> that a chat
+    template puts before every answer, where no model has anything to decide."""
+    labels = [sample.token_ids[sample.positions + 1] for sample in documents]
+    length = min(map(len, labels)) - 1 if len(labels) > 1 else 0
+    same = np.ones(length, dtype=np.bool_)
+    for found in labels:
+        same &= found[:length] == labels[0][:length]
+    return length if same.all() else int(np.argmin(same))
 
 
 def _check_finite(sums: dict[str, NDArray[np.float64]], documents: Sequence[Sample]) -> None:

@@ -19,7 +19,8 @@ DocumentSums = Mapping[str, FloatArray]
 """Sums over the supervised positions of each document, float64 [D]: `positions`; `ce_before` and `hits_before`; with an
 adapter `ce_after`, `hits_after`, `kl`, `base_ce`, `agreement` and `undecided` (see `Comparison`). hits: positions whose
 label is predicted first; agreement: those where both predict the same token first. Of the first of these positions
-alone, also 0 or 1 each: `first_changed`, where they predict another token first, and `first_undecided`."""
+whose label is not the same in all documents alone, also 0 or 1 each: `first_changed`, where they predict another token
+first, and `first_undecided`."""
 
 NUM_RESAMPLES = 1_000
 SEED = 0
@@ -62,6 +63,7 @@ class Comparison:
     #: Share of positions where both predict the same token first.
     agreement: float | None = None
     #: Documents at whose first supervised position they predict another token first: where greedy answers part at once.
+    #: What all documents begin with, such as a template's <think>, is passed over.
     num_first_changed: int | None = None
     #: Share of positions where the cache's rounding leaves open which token that is for the base.
     undecided: float = 0.0

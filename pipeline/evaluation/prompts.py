@@ -13,14 +13,15 @@ from typing import Any
 
 from logitcache.data.files import Row
 from logitcache.data.rows import Skipped, read_rows
+from logitcache.data.splits import SUFFIXES
 from logitcache.errors import InputNotFound, InvalidData
+from logitcache.events import OnMessage
 from logitcache.storage.plain_text import shown, without_secrets
 
 EVERYDAY = Path(__file__).with_name("prompts.jsonl")
 """100 prompts of eleven kinds; each is an anchor or a test, halves that share neither subject nor wording, and the kind
 "code" is in the tests alone."""
 
-_ROWS = (".jsonl", ".json", ".parquet")
 _KNOWN = ("prompt", "messages")
 _UNREAD = ("completion", "tools", "chat_template_kwargs")
 """What rows of chats may have and answers do not take."""
@@ -53,22 +54,23 @@ def everyday_prompts() -> tuple[Prompt, ...]:
     return tuple(_of_row(json.loads(line), f"{EVERYDAY.name}:{number}") for number, line in enumerate(lines, 1))
 
 
-def read_prompts(prompts: str | Path) -> list[Prompt]:
+def read_prompts(prompts: str | Path, on_message: OnMessage = lambda _: None) -> list[Prompt]:
     """The prompts of a file, in its order: one a line of a text file, or a row each of JSONL or Parquet, a folder of
     these or a hub data set: `prompt` (text, or messages) or `messages`, and perhaps `kind` and `part`.
 
-    Raises `InputNotFound`, and `InvalidData` with the line that is wrong or where there is no prompt.
+    on_message is told which split is read. Raises `InputNotFound`, and `InvalidData` with the line that is wrong or
+    where there is no prompt.
     """
     name = str(prompts)
-    is_text = "://" not in name and not name.endswith(_ROWS) and (Path(name).is_file() or name.endswith(".txt"))
-    found = list(_of_lines(Path(name)) if is_text else _of_rows(name))
+    is_text = "://" not in name and not name.endswith(SUFFIXES) and (Path(name).is_file() or name.endswith(".txt"))
+    found = list(_of_lines(Path(name)) if is_text else _of_rows(name, on_message))
     if not found:
         raise InvalidData(f"reading prompts {without_secrets(name)}: expected one a line, found none.")
     return found
 
 
-def _of_rows(name: str) -> Iterator[Prompt]:
-    for origin, row in read_rows(name):
+def _of_rows(name: str, on_message: OnMessage) -> Iterator[Prompt]:
+    for origin, row in read_rows(name, on_message=on_message):
         assert not isinstance(row, Skipped)  # no row is skipped unless that is asked for
         yield _of_row(row, origin)
 
@@ -84,8 +86,21 @@ def _of_lines(path: Path) -> Iterator[Prompt]:
             "UTF-8."
         ) from error
     for number, line in enumerate(lines, 1):
+        if _is_row(line):
+            raise InvalidData(
+                f"reading prompts {path}: expected a text with a prompt a line, found a row of JSON in line {number}. "
+                f"It would be put to the model as it stands. Give the file one of the endings {', '.join(SUFFIXES)}."
+            )
         if line.strip():
             yield Prompt(({"role": "user", "content": line.strip()},), f"{path}:{number}")
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line is an object of JSON, as lines of prompts are not."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _of_row(row: Row, origin: str) -> Prompt:

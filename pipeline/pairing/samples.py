@@ -63,7 +63,10 @@ def samples_for(
     for note in found.notes:
         on_message(note)
     if found.num_truncated:
-        on_message(f"{found.num_truncated:,} rows were cut to {length} tokens.")
+        lost = f"; {found.num_without_labels:,} of them kept no supervised token and are left out"
+        on_message(
+            f"{found.num_truncated:,} rows were cut to {length} tokens{lost if found.num_without_labels else ''}."
+        )
     if found.num_unlabelled:
         on_message(said_of_unlabelled(found.num_unlabelled))
     if found.skipped:

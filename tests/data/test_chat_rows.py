@@ -97,6 +97,50 @@ def test_tools_that_are_none_are_refused(tools: Any) -> None:
     assert "'tools'" in refusal({**PLAIN, "tools": tools})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("function_call", {"name": "f", "arguments": "{}"}, "Write it as 'tool_calls'"),
+        ("refusal", "I cannot.", "Write it as the turn's content"),
+        ("audio", {"id": "a"}, "Only text is learnt"),
+    ],
+)
+def test_what_a_turn_says_besides_its_content_is_not_learnt_as_silence(field: str, value: Any, instead: str) -> None:
+    user, said = PLAIN["messages"]
+    spoken = {"messages": [user, {"role": "assistant", "content": None, field: value}]}
+    assert f"turn 1 of 'messages': it has '{field}'" in refusal(spoken) and instead in refusal(spoken)
+    assert texts({"messages": [user, {**said, field: None}]}) == texts(PLAIN)
+
+
+@pytest.mark.parametrize("says", [{"weight": 0}, {"weight": 0.5}, {"train": False}, {"training": False}])
+def test_a_turn_that_says_it_is_not_learnt_is_not(says: Row) -> None:
+    """OpenAI's `weight`, and what other trainers call it: refused where the turn would be learnt, and there alone."""
+    user, said = PLAIN["messages"]
+    row = {"messages": [user, {**said, **says}, user, said]}
+    assert f"turn 1 of its messages: it says '{next(iter(says))}'" in refusal(row)
+    assert texts(row, how=DataSettings(supervise="last"))[1] == "It is 4.<|im_end|>\n"
+    as_prompt = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
+    assert texts(as_prompt)[1] == "It is 4.<|im_end|>\n"
+    counted = {name: 1 if name == "weight" else True for name in says}
+    assert texts({"messages": [user, {**said, **counted}]}) == texts(PLAIN)
+
+
+def test_a_system_prompt_in_a_column_of_its_own_is_not_left_out_without_a_word() -> None:
+    """As ShareGPT and ToolACE have it, and as TRL reads it: not at all."""
+
+    def notes(row: Row) -> tuple[str, ...]:
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = CHATML
+        return make_samples([("row", row)], tokenizer, 4096, V).notes
+
+    (note,) = notes({**PLAIN, "system": "Be brief."})
+    assert note.startswith("Rows have 'system' beside their turns, which is not read")
+    (note,) = notes({**PLAIN, "functions": [{"name": "f"}]})
+    assert "Put it into tools" in note
+    in_front = [{"role": "system", "content": "Be brief."}, *PLAIN["messages"]]
+    assert notes({"messages": in_front, "system": "Be brief."}) == notes({**PLAIN, "system": ""}) == ()
+
+
 def test_sharegpt_is_the_same_chat() -> None:
     """Also with the names and the fields of other data sets."""
     (row,) = rows_of("sharegpt")

@@ -233,3 +233,19 @@ def test_a_template_that_counts_on_the_end_of_what_is_said_is_read() -> None:
 def test_a_slow_tokenizer_is_refused_by_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(TOKENIZER), "is_fast", False)
     assert "which does not say of which characters a token is" in refusal([USER, SAID], MARKED)
+
+
+DROPS_THOUGHT = MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgen",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1].strip() }}<|im_end|>{% endgen",
+)
+
+
+def test_a_turn_that_only_reasons_is_not_learnt_as_one_that_says_nothing() -> None:
+    """Of it the template leaves the end mark; of one that answers too, the answer."""
+    thought = {"role": "assistant", "content": "<think>\nreason\n</think>\n\n"}
+    answered = {"role": "assistant", "content": "<think>reason</think>It is 4."}
+    assert learnt([USER, answered, MORE, LAST], DROPS_THOUGHT) == "It is 4.<|im_end|>It is 6.<|im_end|>"
+    assert learnt([USER, thought], DROPS_THOUGHT) == "<think>\nreason\n</think>\n\n<|im_end|>"
+    said = refusal([USER, thought, MORE, LAST], DROPS_THOUGHT)
+    assert "of turn 1, '<think>" in said and "The model would learn to say nothing." in said

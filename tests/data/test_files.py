@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,9 +162,54 @@ def test_an_element_that_is_no_object_is_skipped(tmp_path: Path) -> None:
     assert [row for _, row in read_rows(path, SKIP) if isinstance(row, dict)] == [{"text": "a"}, {"text": "b"}]
 
 
+def test_an_element_with_a_key_twice_is_skipped_and_those_behind_it_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"m": [{"r": 1, "r": 2}]}, {"text": "c"}]', encoding="utf-8")
+    rows = [row for _, row in read_rows(path, DataSettings(skip_bad_rows=True))]
+    assert [rows[0], rows[2]] == [{"text": "a"}, {"text": "c"}]
+    assert isinstance(rows[1], Skipped) and "row 2: it has the key 'r' twice" in rows[1].reason
+
+
+@pytest.mark.parametrize("rest", ['\n[{"text": "b"}]\n', '\n{"text": "b"}', ",", "]"])
+def test_what_stands_behind_an_array_is_not_left_out_without_a_word(rest: str, tmp_path: Path) -> None:
+    """Two exports in one file: the rows of the second would not be read."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}]' + rest, encoding="utf-8")
+    assert "a.json: expected nothing behind the list that it begins with" in refusal(path)
+    path.write_text('[{"text": "a"}]' + " \n\t" * 40_000, encoding="utf-8")
+    assert [row for _, row in read_rows(path)] == [{"text": "a"}]
+
+
 def test_no_null_is_added_to_a_row(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, {"messages": [{"role": "user"}]}]
     buffer = io.StringIO()
     json.dump(rows, buffer)
     (tmp_path / "a.json").write_text(buffer.getvalue(), encoding="utf-8")
     assert rows_of(tmp_path / "a.json") == rows
+
+
+CALLS = [
+    {
+        "messages": [
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            {"role": "tool", "content": "sunny"},
+        ],
+        "tools": [{"function": {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}}}],
+        "input_ids": None,
+    }
+    for name, arguments in (("city", {"city": "Rome"}), ("zip", {"zip": ["1", "2"]}))
+]
+"""The arguments of one are not those of the other."""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_rows_of_columns_have_no_fields_of_other_rows(kind: str, tmp_path: Path) -> None:
+    """Arrow gives each object the fields of all, null: {"city": "Rome", "zip": null} would be learnt."""
+    dataset = datasets.Dataset(pa.Table.from_pylist(CALLS))
+    assert dataset[0]["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "zip": None}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(CALLS), path)
+    else:
+        dataset.save_to_disk(path)
+    assert rows_of(path) == CALLS

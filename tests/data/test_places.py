@@ -236,3 +236,69 @@ def test_files_of_no_split_and_of_folders_are_told(tmp_path: Path) -> None:
     assert told == [
         f"{tmp_path}: reading split train: deep/train.jsonl, train.jsonl; not read: more.jsonl (of no split)."
     ]
+
+
+# --- what a person may not know ---------------------------------------------------------------------------------------
+
+
+def written(folder: Path, *names: str) -> Path:
+    """A folder of files with one row each, which says its file's name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f'{{"text": "{name}"}}\n', encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        (["a.jsonl", "b.JSONL", "c.jsonl.zst", "d.csv"], ["a.jsonl"], "b.JSONL, c.jsonl.zst, d.csv."),
+        (["train.json", "train.jsonl"], ["train.json", "train.jsonl"], "reading split train: train.json, train.jsonl."),
+        (["Test.jsonl", "Train.jsonl"], ["Test.jsonl", "Train.jsonl"], "capital letters count"),
+        (["test.jsonl", "train-test.jsonl"], ["train-test.jsonl"], "train-test.jsonl is of split test too."),
+        (
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            "Missing: 1 of the 3 files train-*-of-00003.",
+        ),
+    ],
+)
+def test_what_a_person_may_not_know_of_a_folder_is_said(
+    names: list[str], read: list[str], said: str, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    assert texts(written(tmp_path, *names), told) == read
+    assert len(told) == 1 and said in told[0]
+
+
+def test_no_file_is_both_read_and_not_read(tmp_path: Path) -> None:
+    told: list[str] = []
+    texts(written(tmp_path, "test.jsonl", "train-test.jsonl"), told)
+    assert "; not read: test.jsonl (--split test)." in told[0]
+
+
+def test_nothing_is_said_of_shards_that_are_all_there(tmp_path: Path) -> None:
+    told: list[str] = []
+    texts(written(tmp_path, "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "NOTES.txt"), told)
+    assert told == []
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    """A data folder on a larger disk; and a link that leads back."""
+    written(tmp_path / "far", "b.jsonl")
+    folder = written(tmp_path / "data", "a.jsonl")
+    for name, target in (("more", tmp_path / "far"), ("same", tmp_path / "far"), ("back", folder)):
+        (folder / name).symlink_to(target)
+    assert texts(folder) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_folder_without_a_file_that_is_read_says_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFound, match=r"found files of other kinds \(a\.csv, b\.parquet\.zip\)\. Convert them"):
+        places_of(written(tmp_path, "a.csv", "b.parquet.zip"), DataSettings())
+
+
+def test_a_file_that_is_given_twice_is_read_twice_aloud(tmp_path: Path) -> None:
+    told: list[str] = []
+    folder = written(tmp_path, "a.jsonl", "b.jsonl")
+    assert texts([folder, folder / "a.jsonl"], told) == ["a.jsonl", "b.jsonl", "a.jsonl"]
+    assert told == [f"Given more than once, and read as often: {folder / 'a.jsonl'}."]

@@ -23,7 +23,14 @@ from logitcache.errors import (
     NotTheBase,
     UnsupportedModel,
 )
-from logitcache.evaluation.compare import Comparison, compare, compare_cached, evaluate, samples_fingerprint
+from logitcache.evaluation.compare import (
+    Comparison,
+    compare,
+    compare_cached,
+    evaluate,
+    samples_fingerprint,
+    shared_beginning,
+)
 from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import samples_of
 from logitcache.storage import LogitCache, ModelIdentity, PositionNotCaptured, SampleNotCached
@@ -139,6 +146,24 @@ def test_two_models_equal_the_oracle(batch_tokens: int) -> None:
     assert 0 < expected["num_first_changed"] < expected["num_documents"]
     assert numbers(found) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert found.before_from == "base" and found.undecided == 0
+
+
+def test_the_first_token_is_that_of_the_answer_and_not_the_templates(tmp_path: Path) -> None:
+    """Chat templates begin every answer alike (Qwen3: <think>, an empty line): no model has to decide there."""
+    base, adapted, rng = make_model(), make_adapted(), np.random.default_rng(3)
+    whole, answers = [], []
+    for i in range(12):
+        tokens = np.concatenate([rng.integers(0, V, 3), [5, 6], rng.integers(0, V, 4)]).astype(np.uint32)
+        for found, start in ((whole, 3), (answers, 5)):
+            found.append(Sample(tokens, np.arange(9) >= start, f"row {i}"))
+    changed = compare(base, adapted, answers).num_first_changed
+    at_the_templates = sum(compare(base, adapted, [sample]).num_first_changed or 0 for sample in whole)
+    assert changed != at_the_templates
+    assert compare(base, adapted, whole).num_first_changed == changed
+    cache = make_cache(tmp_path, whole, V - 1, model=base)
+    assert compare_cached(adapted, cache, whole).num_first_changed == changed
+    assert shared_beginning(whole) == 2 and shared_beginning(whole[:1]) == 0
+    assert shared_beginning([whole[0], whole[0]]) == 5  # none is passed over to its end
 
 
 def test_the_base_alone_has_its_own_numbers_only() -> None:

@@ -1,5 +1,6 @@
 """Prompts: the everyday ones that come with the package, and those of a file."""
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -117,3 +118,22 @@ def test_files_that_hold_no_prompts_are_refused(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"prompt": "a"}) + "\n{\n")
     with pytest.raises(InvalidData, match="line 2 is not JSON"):
         read_prompts(rows)
+
+
+def test_a_folder_of_prompts_says_which_of_it_is_read(tmp_path: Path) -> None:
+    told: list[str] = []
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}?"}}\n', encoding="utf-8")
+    assert [p.messages[0]["content"] for p in read_prompts(tmp_path, told.append)] == ["train?"]
+    assert told == [f"{tmp_path}: reading split train: train.jsonl; not read: test.jsonl (--split test)."]
+
+
+def test_rows_are_not_put_to_the_model_as_they_stand(tmp_path: Path) -> None:
+    """Rows of JSON whose file has another name, and packed ones, which are rows by their name."""
+    row = b'{"prompt": "Why?"}\n'
+    path = tmp_path / "prompts.ndjson"
+    path.write_bytes(b"\n" + row)
+    with pytest.raises(InvalidData, match=r"found a row of JSON in line 2\. It would be put to the model as it stands"):
+        read_prompts(path)
+    (tmp_path / "prompts.jsonl.gz").write_bytes(gzip.compress(row))
+    assert [p.messages for p in read_prompts(tmp_path / "prompts.jsonl.gz")] == [(user("Why?"),)]

@@ -51,3 +51,13 @@ def test_without_rows_they_are_the_caches(cache: LogitCache) -> None:
     assert sample.token_ids.tolist() == [4, 5, 6, 7] and sample.positions.tolist() == [1, 2]
     with pytest.raises(ValueError, match="give one of them"):
         samples_for(None, None, None, V)
+
+
+def test_rows_of_which_nothing_is_left_are_told() -> None:
+    """The tokens that are learnt lie behind the cut: the row is not among the samples."""
+    told: list[str] = []
+    labels = [-100] * 8 + [9, 10]
+    late = ("late", {"input_ids": list(range(1, 11)), "labels": labels})
+    found = samples_for(iter([*rows(4), late]), None, None, 260, 5, told.append)
+    assert lengths_of(found) == [4]
+    assert told == ["1 rows were cut to 5 tokens; 1 of them kept no supervised token and are left out."]
