@@ -249,3 +249,10 @@ def test_a_turn_that_only_reasons_is_not_learnt_as_one_that_says_nothing() -> No
     assert learnt([USER, thought], DROPS_THOUGHT) == "<think>\nreason\n</think>\n\n<|im_end|>"
     said = refusal([USER, thought, MORE, LAST], DROPS_THOUGHT)
     assert "of turn 1, '<think>" in said and "The model would learn to say nothing." in said
+
+
+def test_a_template_that_cannot_be_parsed_is_told_from_a_row_that_it_refuses() -> None:
+    said = refusal([USER, SAID], "{% for m in messages %}\n{{ m.content }")
+    assert "the chat template cannot be parsed (line 2: " in said and "Repair it" in said
+    said = refusal([USER, SAID], "{{ raise_exception('roles must alternate') }}")
+    assert "refuses its messages (roles must alternate). Change the row" in said
