@@ -112,7 +112,6 @@ def train(
     settings, pairing, how = settings or TrainSettings(), pairing or PairingRules(), how or DataSettings()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
     named = are_names(data)
-    how = listed_beside(how, str(out)) if named else how
     rows = check_before_loading(
         data,
         opened,
@@ -124,6 +123,7 @@ def train(
         how=how,
         on_message=on_message,
     )
+    how = listed_beside(how, str(out)) if named else how
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
