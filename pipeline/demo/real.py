@@ -95,6 +95,7 @@ def run_real_demo(
     config = sweep_config(out / BASE, out, settings)
     with clock.part("precompute"):
         cache = fill_cache(config, settings, on_message, "auto")
+    on_message(f"Training: {len(config.runs)} runs of {settings.max_steps} steps, each told when it is done.")
     with clock.part("training and evaluation"):
         sweep = train_and_evaluate(config, out, "auto", on_message)
     with clock.part("questions"):
