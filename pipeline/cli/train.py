@@ -112,7 +112,6 @@ def train(
     for doubt in settings.doubts() if speaks else []:
         note(doubt)
     tell_user = note if speaks else lambda _: None
-    how = listed_beside(how, str(out))
     rows = check_before_loading(
         data,
         opened,
@@ -124,6 +123,7 @@ def train(
         how=how,
         on_message=tell_user,
     )
+    how = listed_beside(how, str(out))  # the list of an earlier run stays where this one is refused
     source = find_model(model)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading)

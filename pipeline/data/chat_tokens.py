@@ -5,6 +5,7 @@ by the masks of transformers, which differ between its versions. Must not know f
 """
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +38,15 @@ def chat_tokens(
         raise
     except Exception as error:  # a template is a program of the model's author and raises what it likes
         said = " ".join(str(error).split())
-        raise InvalidData(f"reading {origin}: the chat template refuses its messages ({said}).") from error
+        if isinstance(error, TemplateSyntaxError):
+            raise InvalidData(
+                f"reading {origin}: the chat template cannot be parsed (line {error.lineno}: {said}), so it renders no "
+                "chat. Repair it, or give another by --chat-template FILE."
+            ) from error
+        raise InvalidData(
+            f"reading {origin}: the chat template refuses its messages ({said}). Change the row, or give a template "
+            "that takes it by --chat-template FILE."
+        ) from error
     check_no_repr(text, chat, renderer)
     check_calls(text, turns, chat, renderer)
     ids, offsets = _encode(text, tokenizer, origin)

@@ -174,13 +174,12 @@ def check_calls(text: str, turns: dict[int, Spans], chat: Chat, renderer: Render
 
     turns: their spans in the text; without any, all of it counts.
     """
-    for i, turn in enumerate(chat.messages):
-        called = turn.get("tool_calls")
-        if turn["role"] != "assistant" or not called:
-            continue
+    callers = {i: turn["tool_calls"] for i, turn in enumerate(chat.messages) if _calls(turn)}
+    unshown = _unshown(text, chat, renderer) if callers else {}
+    for i, called in callers.items():
         shown = "".join(text[start:stop] for start, stop in turns[i]) if turns else text
         names = Counter(str(_function(call).get("name")) for call in called)
-        dropped = next((name for name, times in names.items() if shown.count(name) < times), None)
+        dropped = next((name for name, times in names.items() if shown.count(name) < times), unshown.get(i))
         if dropped is not None:
             raise InvalidData(
                 f"reading {renderer.origin}: the chat template drops a call of {dropped!r:.60} in turn {i}, so the "
@@ -193,6 +192,33 @@ def check_calls(text: str, turns: dict[int, Spans], chat: Chat, renderer: Render
                 "tools: the model would learn to call what it was not shown. Remove the row's 'tools' if a turn says "
                 "them, or give a template that shows them by --chat-template FILE."
             )
+
+
+def _calls(turn: Row) -> bool:
+    return turn["role"] == "assistant" and bool(turn.get("tool_calls"))
+
+
+def _unshown(text: str, chat: Chat, renderer: Renderer) -> dict[int, str]:
+    """By its turn, a call that another rendering does not show, in which calls have names that stand nowhere else: what
+    is called may well be named in what is said."""
+    marks, twins = _marks(chat, text), list(chat.messages)
+    named: dict[str, tuple[int, str]] = {}
+    for i, turn in enumerate(chat.messages):
+        if not _calls(turn):
+            continue
+        called = {f"{marks[i]}{j}c": call for j, call in enumerate(turn["tool_calls"])}
+        twins[i] = {**turn, "tool_calls": [_renamed(call, mark) for mark, call in called.items()]}
+        named.update({mark: (i, str(_function(call).get("name"))) for mark, call in called.items()})
+    try:
+        second = renderer.text(replace(chat, messages=twins))
+    except Exception:  # a template may know the names of its tools, and raise what it likes for others
+        return {}
+    return {i: name for mark, (i, name) in named.items() if mark not in second}
+
+
+def _renamed(call: Row, name: str) -> Row:
+    function = call.get("function")
+    return {**call, "function": {**function, "name": name}} if isinstance(function, dict) else {**call, "name": name}
 
 
 def _function(call: Row) -> Row:

@@ -45,9 +45,11 @@ class Place:
 
 
 def names_of(data: Named) -> tuple[str, ...]:
-    """The names, one by one; a ~ in front is the home folder."""
+    """The names, one by one; a ~ in front is the home folder. Raises `InputNotFound` for an empty one."""
     names = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     plain = [os.fspath(name) for name in names]
+    if "" in plain:  # as of a variable of the shell that is not set; as a path it would be the folder one is in
+        raise InputNotFound("reading data '': expected a path, URL or hub id, found an empty name. Give --data one.")
     return tuple(str(Path(name).expanduser()) if name.startswith("~/") else name for name in plain)
 
 

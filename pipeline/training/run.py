@@ -119,9 +119,9 @@ def train(
     settings, pairing, how = settings or TrainSettings(), pairing or PairingRules(), how or DataSettings()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
     named = are_names(data)
-    how = listed_beside(how, str(out)) if named else how
     early = partial(check_before_loading, data, opened, out, objective, top_k=settings.top_k, resume=resume)
     rows = early(max_length=max_length, how=how, on_message=on_message)
+    how = listed_beside(how, str(out)) if named else how
     anchors = [anchor.opened() for anchor in anchors]
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):

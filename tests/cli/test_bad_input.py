@@ -202,7 +202,7 @@ def test_messages_without_a_chat_template_are_1(tmp_path: Path, tiny_model: Path
         ),
         ("{{ messages[-1].content }}", "renders turn 1 differently once later turns follow"),
         ("{{ raise_exception('two turns\nat most') }}", "the chat template refuses its messages (two turns at most)"),
-        ("{% if %}", "the chat template refuses its messages"),
+        ("{% if %}", "the chat template cannot be parsed (line 1: "),
         ("nothing of it", "has nothing of turn 1 that is learnt"),
     ],
 )

@@ -154,3 +154,15 @@ def test_names_that_are_no_utf8_go_through_and_are_spelt_out(tmp_path: Path, tin
     assert lines_of(tmp_path / "c.skipped.jsonl")[0]["origin"].endswith("/a.jsonl:2")
     assert facts(tmp_path / "c")["data_sets"][0]["name"].count("caf") == 1
     done("verify", tmp_path / "c")
+
+
+def test_a_run_that_is_refused_leaves_the_list_of_the_one_before(tmp_path: Path, tiny_model: Path) -> None:
+    """The folder is in use: what was left out of the adapter in it is still listed."""
+    data = bad_rows(tmp_path / "rows.jsonl")
+    precompute(tiny_model, data, tmp_path / "c", "--skip-bad-rows")
+    line = train_line(tiny_model, tmp_path / "c", tmp_path / "o", "--data", data, "--skip-bad-rows")
+    done(*line)
+    listed = lines_of(tmp_path / "o.skipped.jsonl")
+    assert len(listed) == 2
+    refused(1, *line)
+    assert lines_of(tmp_path / "o.skipped.jsonl") == listed

@@ -249,3 +249,23 @@ def test_a_turn_that_only_reasons_is_not_learnt_as_one_that_says_nothing() -> No
     assert learnt([USER, thought], DROPS_THOUGHT) == "<think>\nreason\n</think>\n\n<|im_end|>"
     said = refusal([USER, thought, MORE, LAST], DROPS_THOUGHT)
     assert "of turn 1, '<think>" in said and "The model would learn to say nothing." in said
+
+
+def test_a_template_that_cannot_be_parsed_is_told_from_a_row_that_it_refuses() -> None:
+    said = refusal([USER, SAID], "{% for m in messages %}\n{{ m.content }")
+    assert "the chat template cannot be parsed (line 2: " in said and "Repair it" in said
+    said = refusal([USER, SAID], "{{ raise_exception('roles must alternate') }}")
+    assert "refuses its messages (roles must alternate). Change the row" in said
+
+
+@pytest.mark.parametrize("supervise", ["assistant", "all"])
+def test_a_call_that_is_named_in_what_is_said_is_not_taken_for_shown(supervise: Supervise) -> None:
+    """The template shows no call: 'Let me search.' would be learnt as all that there is to say."""
+    call = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
+    calling = {"role": "assistant", "content": "Let me search.", "tool_calls": [call]}
+    with pytest.raises(InvalidData, match="drops a call of 'search' in turn 1"):
+        sample_of([USER, calling], MARKED, supervise)
+    shown = MARKED.replace(
+        "m['content'] + '<|im_end|>' }}{% endgen", "m['content'] + (m.tool_calls | tojson) }}{% endgen"
+    )
+    assert '"name": "search"' in learnt([USER, calling], shown, supervise)

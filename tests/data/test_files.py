@@ -115,11 +115,7 @@ def test_an_array_that_is_none_is_refused_with_its_row(content: bytes, expected:
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "expected UTF-8, found UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2: expected UTF-8, found the byte 0xe9"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "not a whole file of gzip"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(b'{"text": "abcdefghijklmnop"}\n' * 99, mtime=0)[:-12],
-            "not a whole file of gzip",
-        ),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abcdefghijklmno"}\n' * 99, mtime=0)[:-12], "not a whole file of gzip"),
         ("a.json", b'{\n "text": "a"\n}\n', "line 1 is not JSON"),
     ],
 )

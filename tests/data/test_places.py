@@ -302,3 +302,11 @@ def test_a_file_that_is_given_twice_is_read_twice_aloud(tmp_path: Path) -> None:
     folder = written(tmp_path, "a.jsonl", "b.jsonl")
     assert texts([folder, folder / "a.jsonl"], told) == ["a.jsonl", "b.jsonl", "a.jsonl"]
     assert told == [f"Given more than once, and read as often: {folder / 'a.jsonl'}."]
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--data "$DATA" where DATA is not set."""
+    monkeypatch.chdir(written(tmp_path, "train.jsonl"))
+    for data in ("", ["train.jsonl", ""]):
+        with pytest.raises(InputNotFound, match="found an empty name"):
+            texts(data)
