@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache.data.batches import pad_samples
@@ -15,8 +15,11 @@ from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase
 from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mask, regularizer_values
 from logitcache.models.device_map import head_device
-from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, rows_at_once, unwrapped
+from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, rows_at_once
+from logitcache.models.head_layer import HeadLayer
+from logitcache.models.inside_forward import inside_forward
 from logitcache.models.quantization import held_in
+from logitcache.models.sharding import called_in_checks
 from logitcache.models.tf32 import tf32_is_on
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import differing
@@ -84,9 +87,12 @@ def check_first_batch(
 ) -> None:
     """`measure` on a batch with targets. Raises `NotTheBase` where it is above the noise, naming row and column.
 
-    Not through a distributed wrapper: the first batch of another process may have nothing to measure.
+    Not through a distributed wrapper, since the first batch of another process may have nothing to measure; but of a
+    model in pieces by all processes together, of which one without positions says nothing.
     """
-    found, (_, place) = measure(unwrapped(model), [batch], cache, objective, vocab_size)
+    found, (_, place) = measure(called_in_checks(model), [batch], cache, objective, vocab_size)
+    if not found.num_positions:
+        return
     row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
     check_step_zero(model, found, cache, f"row {row} of the first batch at column {column}")
 
@@ -139,27 +145,12 @@ def measure(
     numerical noise where the model is the base. vocab_size: the first tokens only, as the batches have it.
     """
     causal_lm = causal_lm_of(model)
-    head = OutputHead(causal_lm, vocab_size)
-    num_rows = rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
-    values, errors = [], []
+    values, errors = list[Tensor](), list[Tensor]()
     with evaluation_mode(model):
         for batch in batches:
-            hidden = hidden_states(model, **model_inputs(model, batch)).flatten(0, 1)
-            batch = placed(batch, hidden.device)
-            targets = targets_of(batch)
-            assert targets is not None
-            masked = objective.masked and targets.alternative_ids.shape[1] > 0  # the tail alone would agree with any
-            form = Objective("masked-kl" if masked else "full-kl", min_base_rest=objective.min_base_rest)
-            hidden = hidden.index_select(0, batch[f"{PREFIX}rows"])
-            errors.append(torch.zeros(len(hidden), device=hidden.device))
-            for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
-                rows = slice(start, start + num_rows)
-                logits, part = head(hidden[rows]).float(), targets.rows(rows)
-                kl, counts = regularizer_values(logits, part, form), regularizer_mask(part, form)
-                if not bool(counts.all()):  # where masked KL says nothing, full KL does
-                    kl = torch.where(counts, kl, regularizer_values(logits, part, Objective("full-kl")))
-                values.append(kl)
-                errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
+            kl, error = _differences(model, batch, objective, vocab_size)
+            values.append(kl)
+            errors.append(error)
     torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     kls, error = torch.cat(values), torch.cat(errors)
     dtypes = {cache.manifest.model.dtype, str(computed_in(causal_lm)).removeprefix("torch.")}
@@ -169,8 +160,40 @@ def measure(
     formats = {cache.manifest.model.quantization, held_in(causal_lm) or ""}
     counted = formats if len(formats) > 1 else formats & DIFFERS_FROM_ITSELF
     tolerance += sum(KL_TOLERANCE_QUANTIZED_NATS.get(name, 0.0) for name in counted)
+    if not len(error):
+        return StepZero(len(errors), 0, 0.0, 0.0, 0.0, tolerance), (0, 0)
     mean_kl = float(kls.mean())
     worst = int(error.nan_to_num(torch.inf).argmax())
     found = StepZero(len(errors), len(error), mean_kl, float(error.mean()), float(error[worst]), tolerance)
     batch_of = [(i, j) for i, e in enumerate(errors) for j in range(len(e))]
     return found, batch_of[worst]
+
+
+def _differences(model: nn.Module, batch: Batch, objective: Objective, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """KL(base || model) and the error of log p(label) at each position of a batch with targets, float32 [N]."""
+    causal_lm = causal_lm_of(model)
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def compare(hidden: Tensor, layer: HeadLayer) -> Tensor:
+        targets, head = targets_of(placed(batch, hidden.device)), OutputHead(causal_lm, vocab_size, layer)
+        if targets is None:  # no document: the head runs as it does on other processes
+            nothing = head(hidden)[:, 0].float()
+            found.append((nothing, nothing))
+            return hidden.new_zeros(())
+        masked = objective.masked and targets.alternative_ids.shape[1] > 0  # the tail alone would agree with any
+        form = Objective("masked-kl" if masked else "full-kl", min_base_rest=objective.min_base_rest)
+        num_rows = max(1, len(hidden)) if layer.has_parts else rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
+        kls, errors = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+        for start in range(0, max(1, len(hidden)), num_rows):  # the loss holds no more of the logits either
+            rows = slice(start, start + num_rows)
+            logits, part = head(hidden[rows]).float(), targets.rows(rows)
+            kl, counts = regularizer_values(logits, part, form), regularizer_mask(part, form)
+            if not bool(counts.all()):  # where masked KL says nothing, full KL does
+                kl = torch.where(counts, kl, regularizer_values(logits, part, Objective("full-kl")))
+            kls[rows] = kl
+            errors[rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
+        found.append((kls, errors))
+        return hidden.new_zeros(())
+
+    inside_forward(model, model_inputs(model, batch), batch[f"{PREFIX}rows"], compare)
+    return found[0]
