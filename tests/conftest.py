@@ -18,8 +18,8 @@ pytest.register_assert_rewrite("support.backend_suite")
 SLOW = {
     "process": (
         *("capture/test_kill", "capture/test_ray", "capture/test_worker", "capture/test_worker_modes"),
-        *("losses/test_trained_head", "models/test_tensor_parallel", "storage/test_locks_off"),
-        "training/test_normalisation",
+        *("models/test_tensor_parallel", "pairing/test_in_pieces", "storage/test_locks_off"),
+        *("training/test_layouts", "training/test_normalisation"),
     ),
     "training": (
         *(

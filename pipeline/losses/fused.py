@@ -11,13 +11,15 @@ Shapes: N positions, n of a slice, D hidden, V vocabulary, K alternatives, G gro
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from logitcache.errors import TrainingFailed
 
 from .formulas import (
     Objective,
@@ -31,7 +33,6 @@ from .formulas import (
     regularizer_values,
     sampled_kl,
 )
-from .leaves import check_gradients, check_leaves, names_in
 
 LOSS_SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Size of a slice of float32 logits, by the kind of device."""
@@ -62,7 +63,6 @@ def linear_loss(
     objective: Objective,
     kl_weight: float | Tensor,
     head_parameters: Sequence[Tensor] = (),
-    idle_parameters: Sequence[Tensor] = (),
     top1: Tensor | None = None,
     supervised: Tensor | None = None,
 ) -> LinearLoss:
@@ -70,14 +70,14 @@ def linear_loss(
 
     hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
     targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
-    are trained; idle_parameters: those of them that may have no part in the logits, and then get no gradient.
+    are trained, each of which must have a part in the logits (`leaves.trained_in` finds them).
     kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
     to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
     costs a synchronisation a slice, and no pass over its logits. supervised: bool [N], the positions at which the
     cross-entropy (and top1) counts, with targets; None: all. Equals the sums of
     `formulas.cross_entropy` (smoothed as the objective says) and `formulas.regularizer_values` (where
     `formulas.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
-    another of these, or with a trained tensor that is none of them.
+    one of these.
     """
     parameters = [p for p in head_parameters if p.requires_grad]
     if objective.regularizer == "none":
@@ -85,10 +85,7 @@ def linear_loss(
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
     if targets is None and supervised is not None:
         raise ValueError("supervised: expected None without a regulariser, which is what counts elsewhere")
-    names = names_in(head)
-    call = _Call(
-        head, label_ids, targets, objective, kl_weight, with_gradient, idle_parameters, names, top1, supervised
-    )
+    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, top1, supervised)
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -102,8 +99,6 @@ class _Call:
     objective: Objective
     kl_weight: float | Tensor
     with_gradient: bool
-    idle: Sequence[Tensor] = ()
-    names: Mapping[int, str] = field(default_factory=dict)
     top1: Tensor | None = None
     supervised: Tensor | None = None
     _groups: tuple[Tensor, Tensor] | None = None
@@ -129,8 +124,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, ce, kl; keeps the gradients of the loss."""
         ce, kl = (torch.zeros((), device=hidden.device) for _ in range(2))
-        idle = {id(p) for p in call.idle}
-        gradients = [None if id(p) in idle else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        gradients = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         by_hidden = torch.zeros_like(hidden)
         num_rows = _num_rows(call, hidden)
         for start in range(0, len(hidden), num_rows):
@@ -143,13 +137,10 @@ class _LinearLoss(torch.autograd.Function):
             if part.gradient is not None:
                 with torch.autocast(hidden.device.type, enabled=False):
                     by_h, *found = torch.autograd.grad(part.logits, (h, *parameters), part.gradient, allow_unused=True)
-                check_gradients(found, parameters, call.idle, call.names)
-                check_leaves(part.logits, (h, *parameters))
                 if by_h is not None:  # a head may detach what it is given
                     by_hidden[rows] += by_h
-                for i, gradient in enumerate(found):
-                    if gradient is not None:
-                        gradients[i] = _sum(gradients[i], gradient)
+                for total, gradient in zip(gradients, found, strict=True):
+                    total.add_(_found(gradient, total))
                 del by_h, found
             del part  # before the next slice is made
         ctx.save_for_backward(by_hidden, *gradients)
@@ -163,14 +154,17 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
         """Those, times the gradient of the loss."""
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # a scale in half precision would lose digits
-        return (None, *(None if g is None else (g.float() * grad_loss).to(dtype) for g, dtype in saved))
+        return (None, *((g.float() * grad_loss).to(dtype) for g, dtype in saved))
 
 
-def _sum(total: Tensor | None, gradient: Tensor) -> Tensor:
-    """In float32, and in place where there is one."""
-    if total is None:
-        total = torch.zeros_like(gradient, dtype=torch.float32)
-    return total.add_(gradient)
+def _found(gradient: Tensor | None, total: Tensor) -> Tensor:
+    """It, if it was found. total: the sum that it belongs to, of its shape."""
+    if gradient is None:
+        raise TrainingFailed(
+            "making the loss: expected the head to compute with every tensor that is given as trained in it, found no "
+            f"gradient for one of shape {list(total.shape)}, which would stay as it is. Leave it out."
+        )
+    return gradient
 
 
 class _Slice(NamedTuple):
@@ -224,9 +218,11 @@ def _are_unshared(logits: Tensor, head: Head) -> bool:
     layer = head if isinstance(head, nn.Module) else getattr(head, "plain_layer", None)
     if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter):
         return False
-    is_patched = "forward" in vars(layer) or getattr(layer, "_compiled_call_impl", None) is not None
-    has_hooks = bool(layer._forward_hooks or nn.modules.module._global_forward_hooks)
-    return not is_patched and not has_hooks and not logits._is_view()
+    if layer is head:  # who has a `plain_layer` calls its forward, and knows whether that is its own
+        is_patched = "forward" in vars(layer) or getattr(layer, "_compiled_call_impl", None) is not None
+        if is_patched or layer._forward_hooks or nn.modules.module._global_forward_hooks:
+            return False
+    return not logits._is_view()
 
 
 def _plain_slice(

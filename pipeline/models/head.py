@@ -8,13 +8,10 @@ the split against the model itself on a few tokens: what a model does beyond thi
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -22,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from logitcache.errors import UnsupportedModel
 
 from .device_map import head_device, input_device
+from .head_layer import PASSING_ON, HeadLayer, is_untouched, shadowed
 
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -35,11 +33,14 @@ class OutputHead:
     """Hidden states [..., D] -> logits [..., V], as the model's own forward makes them.
 
     logits = cap * tanh(lm_head(h) * multiplier / divisor / cap), each only where the configuration has it. vocab_size:
-    of a wider head, the logits of the first tokens only; what it pads with is as good as not there.
+    of a wider head, the logits of the first tokens only; what it pads with is as good as not there. layer: the head's
+    own, within its forward (`inside_forward`), which is then called in place of the whole module.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, vocab_size: int | None = None) -> None:
-        self._causal_lm, self._vocab_size = causal_lm, vocab_size
+    def __init__(
+        self, causal_lm: PreTrainedModel, vocab_size: int | None = None, layer: HeadLayer | None = None
+    ) -> None:
+        self._causal_lm, self._vocab_size, self._layer = causal_lm, vocab_size, layer
         config = causal_lm.config.get_text_config()
         self.multiplier = math.prod(_number(config, name, 1.0) for name in _MULTIPLIERS)
         self.divisor = math.prod(_number(config, name, 1.0) for name in _DIVISORS)
@@ -54,9 +55,13 @@ class OutputHead:
 
     @property
     def plain_layer(self) -> nn.Module | None:
-        """The output embedding where the logits are what it returns, with nothing done to them after it; else None."""
-        is_plain = self.multiplier == 1.0 and self.divisor == 1.0 and self.soft_cap is None
-        return self.module if is_plain else None
+        """What is called, where the logits are what the forward of its class returns, and nothing is done to them after
+        it; else None."""
+        if self.multiplier != 1.0 or self.divisor != 1.0 or self.soft_cap is not None:
+            return None
+        if self._layer is not None:
+            return self._layer.layer if self._layer.untouched else None
+        return self.module if is_untouched(self.module) else None
 
     @property
     def vocab_size(self) -> int:
@@ -67,13 +72,9 @@ class OutputHead:
         """Everything the output embedding computes with, trained or frozen."""
         return list(self.module.parameters())
 
-    def idle_parameters(self) -> list[Tensor]:
-        """Those of adapters that are not active, and of an original in place of which a copy is trained."""
-        return [p for module in self.module.modules() for part in _idle_parts(module) for p in part]
-
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] in the model's dtype. Returns logits [..., V] in that dtype."""
-        logits: Tensor = self.module(hidden)
+        logits: Tensor = self.module(hidden) if self._layer is None else self._layer.logits_of(hidden)
         if self._vocab_size is not None and logits.shape[-1] > self._vocab_size:
             logits = logits[..., : self._vocab_size]
         if self.multiplier != 1.0:
@@ -86,9 +87,9 @@ class OutputHead:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The PEFT model, or the causal language model without one, inside DistributedDataParallel and torch.compile."""
+    """The PEFT model, or the causal language model without one, inside distributed and compiling wrappers."""
     inner = model
-    while wrapped := [m for n, m in inner.named_children() if n in ("module", "_orig_mod")]:
+    while wrapped := [m for n, m in inner.named_children() if n in PASSING_ON]:
         (inner,) = wrapped
     return inner
 
@@ -96,7 +97,9 @@ def unwrapped(model: nn.Module) -> Any:
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT or distributed wrapper, or the model itself."""
     inner = unwrapped(model)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    while isinstance(inner, (PeftModel, PeftMixedModel)):
+        inner = unwrapped(inner.get_base_model() if isinstance(inner, PeftModel) else inner.base_model.model)
+    return inner
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -113,13 +116,19 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     with _head_skipped(causal_lm):
         output = model(**{**placed, "use_cache": False})
     hidden: Tensor = output.last_hidden_state.to(head_device(causal_lm))
-    if hidden.shape[:2] != inputs["input_ids"].shape:
-        raise UnsupportedModel(
-            f"running {type(causal_lm).__name__} on {tuple(inputs['input_ids'].shape)} tokens: found hidden "
-            f"states of {tuple(hidden.shape[:2])}. Adapters that add virtual tokens (prompt tuning) are not supported. "
-            "Use one that leaves the sequence as it is, such as LoRA."
-        )
+    no_virtual_tokens(causal_lm, inputs["input_ids"], hidden)
     return hidden
+
+
+def no_virtual_tokens(causal_lm: PreTrainedModel, input_ids: Tensor | None, hidden: Tensor) -> None:
+    """Raise `UnsupportedModel` unless there is one hidden state a token."""
+    if input_ids is None or hidden.shape[:2] != input_ids.shape:
+        given = "no" if input_ids is None else tuple(input_ids.shape)
+        raise UnsupportedModel(
+            f"running {type(causal_lm).__name__} on {given} tokens: found hidden states of {tuple(hidden.shape[:2])}. "
+            "Adapters that add virtual tokens (prompt tuning) are not "
+            "supported. Use one that leaves the sequence as it is, such as LoRA."
+        )
 
 
 def logits_width(model: PreTrainedModel) -> int:
@@ -148,9 +157,15 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     """Raise `UnsupportedModel` unless head(hidden states) equals the model's own logits on a few tokens."""
     ids, mask = few_tokens(causal_lm)
     with torch.inference_mode(), evaluation_mode(causal_lm):
-        own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().cpu()
-        ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask)).float().cpu()
-    tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 1e-2
+        own = causal_lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        ours = OutputHead(causal_lm)(hidden_states(causal_lm, input_ids=ids, attention_mask=mask))
+    check_same_logits(causal_lm, own, ours)
+
+
+def check_same_logits(causal_lm: PreTrainedModel, own: Tensor, ours: Tensor) -> None:
+    """Raise `UnsupportedModel` unless a model's own logits are head(hidden states), but for noise."""
+    tolerance = 1e-4 if causal_lm.dtype == ours.dtype == torch.float32 else 1e-2
+    own, ours = own.float().cpu(), ours.float().cpu()
     if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp(min=1.0):
         raise UnsupportedModel(
             f"splitting {type(causal_lm).__name__} into body and head: its own logits differ from lm_head(hidden) "
@@ -161,9 +176,15 @@ def check_head(causal_lm: PreTrainedModel) -> None:
 
 def few_tokens(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, [1, 8], to hold a model against itself."""
-    vocab = causal_lm.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=input_device(causal_lm)) * 7919 % vocab).reshape(1, 8)
+    ids = (torch.arange(8, device=input_device(causal_lm)) * 7919 % num_tokens(causal_lm)).reshape(1, 8)
     return ids, torch.ones_like(ids)
+
+
+def num_tokens(causal_lm: PreTrainedModel) -> int:
+    """How many tokens the input embedding knows."""
+    weight = causal_lm.get_input_embeddings().weight
+    in_pieces = weight.dim() != 2 or not len(weight)  # FSDP and ZeRO-3 show what lies here
+    return int(causal_lm.config.get_text_config().vocab_size if in_pieces else weight.shape[0])
 
 
 def body_of(causal_lm: PreTrainedModel) -> nn.Module:
@@ -209,19 +230,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _idle_parts(module: Any) -> Iterator[list[Tensor]]:
-    """Of one of PEFT's wrappers; nothing where the module is none."""
-    if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        return
-    active = [] if module.disable_adapters else module.active_adapters
-    for name in module.adapter_layer_names:
-        for adapter, part in attrgetter(name)(module).items():
-            if adapter not in active:
-                yield list(part.parameters()) if isinstance(part, nn.Module) else [part]
-    if isinstance(module, ModulesToSaveWrapper) and active and all(name in module.modules_to_save for name in active):
-        yield list(module.original_module.parameters())
-
-
 def _number(config: Any, name: str, default: float) -> float:
     value = getattr(config, name, None)
     if value is None:
@@ -241,12 +249,5 @@ def _head_skipped(causal_lm: PreTrainedModel) -> Iterator[None]:
         output: BaseModelOutput = body(**{k: v for k, v in kwargs.items() if v is not None}, return_dict=True)
         return output
 
-    shadowed = vars(causal_lm).get("forward")  # an instance's own forward, where a library has patched one in
-    causal_lm.forward = forward
-    try:
+    with shadowed(causal_lm, forward):
         yield
-    finally:
-        if shadowed is None:
-            del causal_lm.forward
-        else:
-            causal_lm.forward = shadowed

@@ -9,26 +9,30 @@ Shapes: B rows, T time, D hidden, L tokens of a document.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from logitcache.errors import TrainingFailed
-from logitcache.models.head import causal_lm_of, evaluation_mode, hidden_states, unwrapped
+from logitcache.models.head import causal_lm_of, evaluation_mode, num_tokens
+from logitcache.models.head_layer import HeadLayer
+from logitcache.models.inside_forward import inside_forward
 from logitcache.models.quantization import held_in
+from logitcache.models.sharding import called_in_checks, dtype_as_called, is_sharded
 from logitcache.storage import LogitCache
 
 from .inputs import model_inputs
-from .step_zero import computed_in
 from .targets import PREFIX, Batch
 
 PROBED_TOKENS = 16
 """Of each of the two documents, at most."""
+
+_PADDING = 0
+"""Stands for whatever pads, where all processes must ask the same: a mask hides any token."""
 
 SEEN, MOVED = "seen", "moved"
 
@@ -70,7 +74,9 @@ class LayoutCheck:
 
     Called with every batch that is trained on. Packed batches, and such as might be (position_ids and no mask), are
     probed when the first of their layout comes, whatever it holds, so that all processes probe in the same step; padded
-    ones when a document stands behind padding. Costs six forwards of 32 tokens or less, once a model and layout.
+    ones when a document stands behind padding. Costs six forwards of 32 tokens or less, once a model and layout. A
+    model in pieces, which all processes must run together, is asked at the first batch about all that later ones of the
+    same inputs may be.
     """
 
     def __init__(self, cache: LogitCache) -> None:
@@ -84,10 +90,14 @@ class LayoutCheck:
         """batch: with targets. Raises `TrainingFailed`."""
         causal_lm, preceded = causal_lm_of(model), batch[f"{PREFIX}preceded"]
         layout = _layout_of(batch, model)
-        if layout is None or (layout.padded and not len(preceded)):
+        if layout is None or (layout.padded and not len(preceded) and not is_sharded(model)):
             return
         found = self._found.setdefault(causal_lm, {})
-        if layout not in found:
+        if layout not in found and is_sharded(model):
+            for several in (False, True):
+                sort = replace(layout, several_rows=several)
+                found[sort] = self._probe(model, sort, _PADDING if layout.padded else None)
+        elif layout not in found:
             padding = int(batch["input_ids"].flatten()[preceded[0] - 1]) if layout.padded else None
             found[layout] = self._probe(model, layout, padding)
         fault = found[layout]
@@ -105,11 +115,11 @@ class LayoutCheck:
     def _probe(self, model: nn.Module, layout: Layout, padding: int | None) -> str | None:
         """What is wrong with documents behind others, or behind this token, in this layout; None where nothing is."""
         causal_lm = causal_lm_of(model)
-        vocab_size = causal_lm.get_input_embeddings().weight.shape[0]
+        vocab_size = num_tokens(causal_lm)
         ends = [self._cache.sample(i).token_ids[:PROBED_TOKENS] for i in (len(self._cache) - 1, 0)]
         document, other = (ids.astype(np.int64) % vocab_size for ids in ends)
         others = [other, (other + 1) % vocab_size] if padding is None else [np.full_like(other, padding)]
-        tolerance = TOLERANCE[_format(causal_lm)]
+        tolerance = TOLERANCE[_format(model)]
         for what, change in _changes(model, layout, document, others).items():
             noise = min(change.noise, MOST_NOISE)
             if not change.size <= NOISE_FACTOR * noise + tolerance[what]:
@@ -146,12 +156,12 @@ def _layout_of(batch: Batch, model: nn.Module) -> Layout | None:
     return Layout(names, len(batch["input_ids"]) > 1, attention)
 
 
-def _format(causal_lm: PreTrainedModel) -> str:
+def _format(model: nn.Module) -> str:
     """Which tolerance is that of the model's arithmetic."""
-    held = held_in(causal_lm)
+    held = held_in(causal_lm_of(model))
     if held == "8bit":
         return "8bit"
-    return "16bit" if held is not None or computed_in(causal_lm).itemsize < 4 else "float32"
+    return "16bit" if held is not None or dtype_as_called(model).itemsize < 4 else "float32"
 
 
 @torch.no_grad()
@@ -160,14 +170,25 @@ def _changes(
 ) -> dict[str, _Change]:
     """Of a document behind one of the others, from alone as precompute runs it (MOVED); from one to the next (SEEN).
 
-    Not through a distributed or compiling wrapper: nothing is sent to other processes or compiled for these shapes.
+    Not through a distributed or compiling wrapper: nothing is sent to other processes or compiled for these shapes;
+    but a model in pieces is whole only there.
     """
-    inner = unwrapped(model)
+    inner, device = called_in_checks(model), next(model.parameters()).device
 
     def states(layout: Layout, *parts: NDArray[np.int64]) -> Tensor:
         begin = 0 if parts[0] is document else len(parts[0])
         present = [part is document or layout is not padded for part in parts]
-        return hidden_states(inner, **_inputs(layout, parts, present))[:, begin : begin + len(document)].float()
+        inputs = _inputs(layout, parts, present)
+        found = list[Tensor]()
+
+        def keep(hidden: Tensor, _layer: HeadLayer) -> Tensor:
+            found.append(hidden)
+            return hidden.new_zeros(())
+
+        placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        inside_forward(inner, placed, None, keep)
+        rows: Tensor = found[0].unflatten(0, tuple(inputs["input_ids"].shape))
+        return rows[:, begin : begin + len(document)].float()
 
     padded = layout if layout.padded else None
     with evaluation_mode(inner):

@@ -22,8 +22,11 @@ from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase
 from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mask, regularizer_values
 from logitcache.models.device_map import head_device
-from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, hidden_states, rows_at_once, unwrapped
+from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, num_tokens, rows_at_once, unwrapped
+from logitcache.models.head_layer import HeadLayer
+from logitcache.models.inside_forward import inside_forward
 from logitcache.models.quantization import LOAD_IN, held_in
+from logitcache.models.sharding import called_in_checks, dtype_as_called, is_sharded
 from logitcache.models.tf32 import tf32_is_on
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import differing
@@ -38,6 +41,9 @@ NUM_NOISE = 4
 
 PADDING = 7
 """Tokens behind the longest of them, where they are run a second time, in one batch."""
+
+NOISE_TOKENS = 512
+"""Of each of them at most, where they are not those of the batch."""
 
 PLAIN_LOSS_BYTES = 16 * 2**20
 """Of float32 logits; the plain forms hold several times that."""
@@ -119,17 +125,29 @@ def probe_step_zero(model: nn.Module, probe: Probe, samples: Sequence[Sample]) -
     return found
 
 
-def check_first_batch(model: nn.Module, probe: Probe, batch: Batch) -> StepZero:
+def check_first_batch(model: nn.Module, probe: Probe, batch: Batch) -> StepZero | None:
     """`measure` on a batch with targets. Raises `NotTheBase` where it is above the tolerance, naming row and column.
 
-    Not through a distributed wrapper: the first batch of another process may have nothing to measure.
+    Not through a distributed wrapper, since the first batch of another process may have nothing to measure; but of a
+    model in pieces by all processes together, of which one without positions says nothing: None.
     """
-    inner = unwrapped(model)
-    on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    found, (_, place) = measure(inner, [batch], probe, [d.token_ids for d in documents_of(on_cpu)])
+    called = called_in_checks(model)
+    found, (_, place) = measure(called, [batch], probe, _documents_of(called, probe, batch))
+    if not found.num_positions:
+        return None
     row, column = divmod(int(batch[f"{PREFIX}rows"][place]), batch["input_ids"].shape[1])
-    check_step_zero(inner, found, probe, [batch], f"row {row} of the first batch at column {column}")
+    check_step_zero(called, found, probe, [batch], f"row {row} of the first batch at column {column}")
     return found
+
+
+def _documents_of(model: nn.Module, probe: Probe, batch: Batch) -> list[NDArray[np.uint32]]:
+    """To measure noise on: those of the batch; for a model in pieces the cache's, as many on every process."""
+    if not is_sharded(model):
+        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return [document.token_ids for document in documents_of(on_cpu)]
+    vocab_size, step = num_tokens(causal_lm_of(model)), max(1, len(probe.cache) // NUM_NOISE)
+    spread = range(0, len(probe.cache), step)[:NUM_NOISE]
+    return [probe.cache.sample(i).token_ids[:NOISE_TOKENS] % vocab_size for i in spread]
 
 
 def check_step_zero(model: nn.Module, found: StepZero, probe: Probe, batches: Sequence[Batch], worst: str) -> None:
@@ -138,33 +156,33 @@ def check_step_zero(model: nn.Module, found: StepZero, probe: Probe, batches: Se
     worst: where log p(label) differs most. What may be the cause is measured and listed. Where the bound is as wide as
     another format of the weights needs, an adapter that leads further away is refused within it too.
     """
-    cache, causal_lm = probe.cache, causal_lm_of(model)
-    is_near, is_wide = found.kl_nats <= found.tolerance_nats, len(_formats(cache, causal_lm)) > 1
+    cache = probe.cache
+    is_near, is_wide = found.kl_nats <= found.tolerance_nats, len(_formats(cache, model)) > 1
     if is_near and not is_wide:
         return
     off, slack = _kl_with_adapter_off(model, batches, probe), SAME_SHARE * found.kl_nats + KL_FLOAT32_NATS
     if is_near and (off is None or found.kl_nats <= off + slack):
         return
-    how = _run_otherwise(cache, causal_lm)
+    how = _run_otherwise(cache, model)
     if off is not None:
         starts = (
             "it starts as the identity" if abs(off - found.kl_nats) <= slack else "it does not start as the identity"
         )
         how.append(f"adapter: with it off the KL is {off:.4g} nats, so {starts}")
     otherwise = f"What differs: {'; '.join(how)}. " if how else ""
-    why = "that of the model below it" if is_near else _bound_said(found, probe, causal_lm)
+    why = "that of the model below it" if is_near else _bound_said(found, probe, model)
     at_most = off if is_near and off is not None else found.tolerance_nats
     raise NotTheBase(
         f"checking step 0 against {cache.path}: expected KL(base || adapted) of at most {at_most:.4g} "
         f"nats with an untrained adapter ({why}), found {found.kl_nats:.4g}; log p(label) differs "
         f"most in {worst}, by {found.worst_label_error_nats:.4g} nats. The model does not start from the "
-        f"distributions of the cache. {otherwise}{_advice(cache, causal_lm)}"
+        f"distributions of the cache. {otherwise}{_advice(cache, model)}"
     )
 
 
-def _advice(cache: LogitCache, causal_lm: PreTrainedModel) -> str:
-    ours = held_in(causal_lm) or ""
-    if len(_formats(cache, causal_lm)) == 1:
+def _advice(cache: LogitCache, model: nn.Module) -> str:
+    ours = held_in(causal_lm_of(model)) or ""
+    if len(_formats(cache, model)) == 1:
         return "Use the dtype, attention implementation and TF32 of the cache, and an adapter that starts as identity."
     how = (
         f"--load-in {ours}" if ours in LOAD_IN else "the checkpoint that is trained" if ours else "unquantised weights"
@@ -175,20 +193,21 @@ def _advice(cache: LogitCache, causal_lm: PreTrainedModel) -> str:
     )
 
 
-def _bound_said(found: StepZero, probe: Probe, causal_lm: PreTrainedModel) -> str:
+def _bound_said(found: StepZero, probe: Probe, model: nn.Module) -> str:
     """Why the tolerance is what it is."""
-    if len(_formats(probe.cache, causal_lm)) > 1:
+    if len(_formats(probe.cache, model)) > 1:
         return "--max-start-kl"
     if found.own_noise_nats is not None:
         return f"{TIMES_OWN_NOISE} times its own noise of {found.own_noise_nats:.2g}"
     if found.tolerance_nats < KL_RUN_OTHERWISE_NATS:
         return "float32 on both sides"
-    return "with the same weights" if _is_run_alike(probe.cache, causal_lm) else "in another dtype or attention"
+    return "with the same weights" if _is_run_alike(probe.cache, model) else "in another dtype or attention"
 
 
 def _kl_with_adapter_off(model: nn.Module, batches: Sequence[Batch], probe: Probe) -> float | None:
-    """The same KL of the model below the adapter; None where there is no adapter that PEFT can switch off."""
-    if not isinstance(model, PeftModel):
+    """The same KL of the model below the adapter; None where there is no adapter that PEFT can switch off, or a model
+    in pieces, which other processes would have to run with this one."""
+    if not isinstance(model, PeftModel) or is_sharded(model):
         return None
     if model.active_peft_config.is_prompt_learning:  # of which PEFT switches off more than the adapter: its forward
         kls, _ = _values(model.get_base_model(), batches, probe)
@@ -198,31 +217,28 @@ def _kl_with_adapter_off(model: nn.Module, batches: Sequence[Batch], probe: Prob
     return float(kls.mean())
 
 
-def computed_in(causal_lm: PreTrainedModel) -> torch.dtype:
-    """Of float32 weights that, as they are probed outside autocast; of others their own, or that of autocast."""
-    kind = head_device(causal_lm).type
-    if causal_lm.dtype == torch.float32 or not torch.is_autocast_enabled(kind):
-        own: torch.dtype = causal_lm.dtype
-        return own
-    return torch.get_autocast_dtype(kind)
+def computed_in(model: nn.Module) -> torch.dtype:
+    """Of float32 weights that, as they are probed outside autocast; of others, and in pieces, as they are called."""
+    own: torch.dtype = causal_lm_of(model).dtype
+    return own if own == torch.float32 and not is_sharded(model) else dtype_as_called(model)
 
 
-def _is_float32(cache: LogitCache, causal_lm: PreTrainedModel) -> bool:
-    return {cache.manifest.model.dtype, str(computed_in(causal_lm)).removeprefix("torch.")} == {"float32"}
+def _is_float32(cache: LogitCache, model: nn.Module) -> bool:
+    return {cache.manifest.model.dtype, str(computed_in(model)).removeprefix("torch.")} == {"float32"}
 
 
-def _formats(cache: LogitCache, causal_lm: PreTrainedModel) -> set[str]:
+def _formats(cache: LogitCache, model: nn.Module) -> set[str]:
     """In which the weights of cache and model are held; one where they are held alike."""
-    return {cache.manifest.model.quantization, held_in(causal_lm) or ""}
+    return {cache.manifest.model.quantization, held_in(causal_lm_of(model)) or ""}
 
 
-def _run_otherwise(cache: LogitCache, causal_lm: PreTrainedModel) -> list[str]:
+def _run_otherwise(cache: LogitCache, model: nn.Module) -> list[str]:
     """How the model is run otherwise than the cache's base was, a phrase each: what may make more than noise."""
     theirs = cache.manifest.model
     ours = {
-        "dtype": str(computed_in(causal_lm)).removeprefix("torch."),
-        "attention": str(causal_lm.config._attn_implementation),
-        "quantization": held_in(causal_lm) or "",
+        "dtype": str(computed_in(model)).removeprefix("torch."),
+        "attention": str(causal_lm_of(model).config._attn_implementation),
+        "quantization": held_in(causal_lm_of(model)) or "",
         "tf32": tf32_is_on(),
     }
     stated = {name: getattr(theirs, name) for name in ours}
@@ -239,8 +255,10 @@ def measure(
     measure the model's own noise on.
     """
     kls, errors = _values(model, batches, probe)
-    noise = own_noise(model, documents[:NUM_NOISE]) if _needs_noise(probe, causal_lm_of(model)) else None
-    error, tolerance = torch.cat(errors), tolerance_of(probe, causal_lm_of(model), noise)
+    noise = own_noise(model, documents[:NUM_NOISE]) if _needs_noise(probe, model) else None
+    error, tolerance = torch.cat(errors), tolerance_of(probe, model, noise)
+    if not len(error):
+        return StepZero(len(errors), 0, 0.0, 0.0, 0.0, tolerance, noise), (0, 0)
     worst = int(error.nan_to_num(torch.inf).argmax())
     found = StepZero(
         len(errors), len(error), float(kls.mean()), float(error.mean()), float(error[worst]), tolerance, noise
@@ -249,9 +267,9 @@ def measure(
     return found, batch_of[worst]
 
 
-def tolerance_of(probe: Probe, causal_lm: PreTrainedModel, own_noise_nats: float | None) -> float:
+def tolerance_of(probe: Probe, model: nn.Module, own_noise_nats: float | None) -> float:
     """The largest mean KL with which a model is the base, or is near enough, in nats."""
-    kept, formats = probe.cache.manifest.capture, _formats(probe.cache, causal_lm)
+    kept, formats = probe.cache.manifest.capture, _formats(probe.cache, model)
     if len(formats) > 1:
         asked = probe.rules.max_start_kl
         names = formats - {""}
@@ -259,48 +277,76 @@ def tolerance_of(probe: Probe, causal_lm: PreTrainedModel, own_noise_nats: float
     stored = kept.max_error**2 / 3 + (KL_TOLERANCE_REMAINDER_NATS if kept.tail_from_remainder else 0.0)
     if own_noise_nats is not None:
         return KL_FLOAT32_NATS + TIMES_OWN_NOISE * own_noise_nats + stored
-    is_exact = _is_float32(probe.cache, causal_lm) and not formats & DIFFERS_FROM_ITSELF
+    is_exact = _is_float32(probe.cache, model) and not formats & DIFFERS_FROM_ITSELF
     return (KL_FLOAT32_NATS if is_exact else KL_RUN_OTHERWISE_NATS) + stored
 
 
-def _needs_noise(probe: Probe, causal_lm: PreTrainedModel) -> bool:
+def _needs_noise(probe: Probe, model: nn.Module) -> bool:
     """Whether the model's own noise is the measure: it is run as the cache's base was, and that has noise."""
-    formats = _formats(probe.cache, causal_lm)
-    if len(formats) > 1 or not _is_run_alike(probe.cache, causal_lm):
+    formats = _formats(probe.cache, model)
+    if len(formats) > 1 or not _is_run_alike(probe.cache, model):
         return False
     if formats & DIFFERS_FROM_ITSELF:
         return True
-    return not (_is_float32(probe.cache, causal_lm) or probe.is_verified)
+    return not (_is_float32(probe.cache, model) or probe.is_verified)
 
 
-def _is_run_alike(cache: LogitCache, causal_lm: PreTrainedModel) -> bool:
-    stated = cache.manifest.model
-    ours = (str(computed_in(causal_lm)).removeprefix("torch."), str(causal_lm.config._attn_implementation))
+def _is_run_alike(cache: LogitCache, model: nn.Module) -> bool:
+    """As the cache's base was; autocast over float32 weights, which a model in pieces keeps, is not as 16 bits are."""
+    causal_lm, stated = causal_lm_of(model), cache.manifest.model
+    in_autocast = torch.is_autocast_enabled(head_device(causal_lm).type)
+    if is_sharded(model) and in_autocast and causal_lm.dtype == torch.float32:
+        return False
+    ours = (str(computed_in(model)).removeprefix("torch."), str(causal_lm.config._attn_implementation))
     return (stated.dtype, stated.attention) == ours
 
 
 @torch.no_grad()
 def own_noise(model: nn.Module, documents: Sequence[NDArray[np.uint32]]) -> float:
     """Mean KL, nats a position, between what a model says of documents alone and padded, together in a batch."""
-    causal_lm, values = causal_lm_of(model), []
-    head, num_rows = OutputHead(causal_lm), rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
+    together: list[Tensor] = []
+
+    def keep(hidden: Tensor, _layer: HeadLayer) -> Tensor:
+        together.append(hidden)
+        return hidden.new_zeros(())
+
+    length = max(map(len, documents)) + PADDING
     with _probing(model):
-        together = _hidden_of(model, documents, max(map(len, documents)) + PADDING)
-        for tokens, padded in zip(documents, together, strict=True):
-            runs = (_hidden_of(model, [tokens], len(tokens))[0], padded[: len(tokens)])
-            for start in range(0, len(tokens), num_rows):
-                p, q = (head(run[start : start + num_rows]).float().log_softmax(-1) for run in runs)
-                values.append((p.exp() * (p - q)).sum(-1))
+        inside_forward(model, _inputs_of(model, documents, length), None, keep)
+        padded = together[0].unflatten(0, (len(documents), length))
+        values = [_noise_of(model, tokens, padded[i, : len(tokens)]) for i, tokens in enumerate(documents)]
     return max(0.0, float(torch.cat(values).mean()))
 
 
-def _hidden_of(model: nn.Module, documents: Sequence[NDArray[np.uint32]], length: int) -> Tensor:
-    """Hidden states of documents, padded on the right to this length."""
-    ids, mask = torch.zeros(2, len(documents), length, dtype=torch.int64, device=head_device(causal_lm_of(model)))
+def _noise_of(model: nn.Module, tokens: NDArray[np.uint32], padded: Tensor) -> Tensor:
+    """KL of each position of a document alone to the same of these hidden states, [T]."""
+    causal_lm, values = causal_lm_of(model), list[Tensor]()
+
+    def compare(alone: Tensor, layer: HeadLayer) -> Tensor:
+        head = OutputHead(causal_lm, layer=layer)
+        for rows in _slices(causal_lm, layer, len(alone)):
+            p, q = (head(run[rows]).float().log_softmax(-1) for run in (alone, padded))
+            values.append((p.exp() * (p - q)).sum(-1))
+        return alone.new_zeros(())
+
+    inside_forward(model, _inputs_of(model, [tokens], len(tokens)), None, compare)
+    return torch.cat(values)
+
+
+def _slices(causal_lm: PreTrainedModel, layer: HeadLayer, num: int) -> list[slice]:
+    """Of so many rows of hidden states, one at least; one alone where parts of the head are gathered each time."""
+    num_rows = max(1, num) if layer.has_parts else rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
+    return [slice(start, start + num_rows) for start in range(0, max(1, num), num_rows)]
+
+
+def _inputs_of(model: nn.Module, documents: Sequence[NDArray[np.uint32]], length: int) -> dict[str, Tensor]:
+    """Documents, padded on the right to this length."""
+    device = next(model.parameters()).device
+    ids, mask = torch.zeros(2, len(documents), length, dtype=torch.int64, device=device)
     for row, tokens in enumerate(documents):
         ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
         mask[row, : len(tokens)] = 1
-    return hidden_states(model, input_ids=ids, attention_mask=mask)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -310,40 +356,52 @@ def _values(model: nn.Module, batches: Sequence[Batch], probe: Probe) -> tuple[T
     Always with the tail as a bucket, which holds the whole distribution against the cache and is stored most exactly;
     without the label where the objective is without it, unless nothing or one outcome is left there.
     """
-    causal_lm, objective = causal_lm_of(model), probe.objective
-    head = OutputHead(causal_lm, probe.vocab_size)
-    num_rows = rows_at_once(causal_lm, PLAIN_LOSS_BYTES)
-    values, errors = [], []
+    values, errors = list[Tensor](), list[Tensor]()
     with _probing(model):
         for batch in batches:
-            hidden = hidden_states(model, **model_inputs(model, batch)).flatten(0, 1)
-            batch = placed(batch, hidden.device)
-            targets = targets_of(batch)
-            assert targets is not None
-            masked = objective.masked and targets.alternative_ids.shape[1] > 0  # the tail alone would agree with any
-            form = Objective("masked-kl" if masked else "full-kl", min_base_rest=objective.min_base_rest)
-            hidden = hidden.index_select(0, batch[f"{PREFIX}rows"])
-            errors.append(torch.zeros(len(hidden), device=hidden.device))
-            for start in range(0, len(hidden), num_rows):  # the loss holds no more of the logits either
-                rows = slice(start, start + num_rows)
-                logits, part = head(hidden[rows]).float(), targets.rows(rows)
-                kl, counts = regularizer_values(logits, part, form), regularizer_mask(part, form)
-                if not bool(counts.all()):  # where masked KL says nothing, full KL does
-                    kl = torch.where(counts, kl, regularizer_values(logits, part, Objective("full-kl")))
-                values.append(kl)
-                errors[-1][rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
+            kl, error = _differences(model, batch, probe)
+            values.append(kl)
+            errors.append(error)
     torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     return torch.cat(values), errors
+
+
+def _differences(model: nn.Module, batch: Batch, probe: Probe) -> tuple[Tensor, Tensor]:
+    """KL(base || model) and the error of log p(label) at each position of a batch with targets, float32 [N]."""
+    causal_lm, objective = causal_lm_of(model), probe.objective
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def compare(hidden: Tensor, layer: HeadLayer) -> Tensor:
+        targets, head = targets_of(placed(batch, hidden.device)), OutputHead(causal_lm, probe.vocab_size, layer)
+        if targets is None:  # no document: the head runs as it does on other processes
+            nothing = head(hidden)[:, 0].float()
+            found.append((nothing, nothing))
+            return hidden.new_zeros(())
+        masked = objective.masked and targets.alternative_ids.shape[1] > 0  # the tail alone would agree with any
+        form = Objective("masked-kl" if masked else "full-kl", min_base_rest=objective.min_base_rest)
+        kls, errors = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+        for rows in _slices(causal_lm, layer, len(hidden)):  # the loss holds no more of the logits either
+            logits, part = head(hidden[rows]).float(), targets.rows(rows)
+            kl, counts = regularizer_values(logits, part, form), regularizer_mask(part, form)
+            if not bool(counts.all()):  # where masked KL says nothing, full KL does
+                kl = torch.where(counts, kl, regularizer_values(logits, part, Objective("full-kl")))
+            kls[rows] = kl
+            errors[rows] = (part.label_logprobs.float() + cross_entropy(logits, part.label_ids)).abs()
+        found.append((kls, errors))
+        return hidden.new_zeros(())
+
+    inside_forward(model, model_inputs(model, batch), batch[f"{PREFIX}rows"], compare)
+    return found[0]
 
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and float32 weights outside autocast: also outside the one that accelerate puts around an
-    instance's forward."""
+    instance's forward. A model in pieces is called as it is trained, since its wrapper casts the weights anyway."""
     inner, causal_lm = unwrapped(model), causal_lm_of(model)
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        if causal_lm.dtype == torch.float32:
+        if causal_lm.dtype == torch.float32 and not is_sharded(model):
             stack.enter_context(torch.autocast(head_device(causal_lm).type, enabled=False))
             if "forward" in vars(inner) and hasattr(inner, "_original_forward"):
                 stack.enter_context(_forward_of(inner, inner._original_forward))

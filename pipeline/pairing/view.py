@@ -21,6 +21,7 @@ from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of
 from logitcache.models.loading import Base
+from logitcache.models.sharding import is_sharded
 from logitcache.storage import LogitCache
 
 from .base_in_memory import check_config, check_weights
@@ -40,6 +41,7 @@ from .targets import Batch, CachedCollator, Collator, collated, cut_of, groups_o
 from .vocab_cut import VocabCut
 
 NO_TOKENIZER = "the tokenizer (a model in memory has none)"
+IN_PIECES = "weights (FSDP or ZeRO-3 divides them over processes)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,15 +112,19 @@ class CacheView:
         cache.check_width(model)
         return cache
 
-    def held_against(self, model: nn.Module) -> "CacheView":
+    def held_against(self, model: nn.Module, in_pieces: bool = False) -> "CacheView":
         """The view, once configuration and frozen weights of a model in memory are those of the cache's base.
 
+        in_pieces: the model is, or will be, divided over processes, which may hold no weights of it until then.
         Raises `NotTheBase`. What could not be compared is in `left_out`; nothing is compared with another teacher.
         """
         if not self.rules.teacher_is_base:
             return self
         said = check_config(self.cache, model, self.vocab_size is not None)
-        said += check_weights(self.cache, model, chosen=lambda tensor: not tensor.requires_grad)
+        if in_pieces or is_sharded(model):
+            said += (IN_PIECES,)
+        else:
+            said += check_weights(self.cache, model, chosen=lambda tensor: not tensor.requires_grad)
         return replace(self, left_out=(*self.left_out, *said), is_verified=not said)
 
     def token_groups(self, device: torch.device) -> Tensor | None:
@@ -153,12 +159,13 @@ class CacheView:
     def check_first_batch(self, model: nn.Module, batch: Batch) -> StepZero | None:
         """The same on a batch with targets, and the weights of the base that are to be trained, as they are now.
 
-        None where the teacher is another model, which it need not equal.
+        None where the teacher is another model, which it need not equal, and where this process has no position of a
+        batch that all run together. Weights in pieces are not compared.
         """
         if not self.rules.teacher_is_base:
             return None
         said: tuple[str, ...] = ()
-        if any(p.requires_grad for p in causal_lm_of(model).parameters()):
+        if not is_sharded(model) and any(p.requires_grad for p in causal_lm_of(model).parameters()):
             said = check_weights(self.cache, model, chosen=lambda tensor: tensor.requires_grad)
         return check_first_batch(model, self._probe(self.is_verified and not said), batch)
 

@@ -23,7 +23,8 @@ from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import LinearLoss
-from logitcache.models.head import unwrapped
+from logitcache.models.head import causal_lm_of, unwrapped
+from logitcache.models.sharding import check_parts, is_sharded, on_any_process
 from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.step_zero import StepZero
@@ -42,6 +43,7 @@ from logitcache.storage import LogitCache
 from .anchors import Anchor, Anchors, anchors_of
 from .batch_loss import batch_loss
 from .own_loss import check_own_loss, probe_own_loss
+from .supported import check_in_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +156,14 @@ class CachedLoss:
         self._check_step(step, part)
         view, batch = self.view(model), self.looked_up(batch)
         check_own_loss(model)
+        check_parts(model)
+        _check_autocast(model, batch)
+        orthogonality = Orthogonality.of(unwrapped(model))
+        if is_sharded(model):
+            check_in_pieces(penalised=orthogonality is not None, anchored=bool(self._anchor))
         if self._check_layout is not None:
             self._check_layout(model, batch)
-        if self._check and len(batch[f"{PREFIX}rows"]):
+        if self._check and on_any_process(model, len(batch[f"{PREFIX}rows"]) > 0):
             probe_own_loss(model)
             if view is not None:
                 self._view = view = view.held_against(model)
@@ -167,8 +174,8 @@ class CachedLoss:
         counts = count_positions(batch, self.objective) if counts is None else counts
         num_ce, num_kl = counts.to(batch["input_ids"].device).clamp(min=1)
         weight = self.objective.weight if kl_weight is None else kl_weight
-        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, view)
-        loss, orthogonality = sums.loss / num_ce, Orthogonality.of(unwrapped(model))
+        sums = batch_loss(model, batch, self.objective, weight * num_ce / num_kl, view, scale=1 / num_ce)
+        loss = sums.loss
         if step is not None:
             found = self.anchors(model).loss(model, step, *part, loss.device)
             loss, self.anchor_kl = loss + found.loss, found.sums / found.counts
@@ -186,3 +193,15 @@ class CachedLoss:
             )
         if not self._anchor and (step is not None or part != (0, 1)):
             raise ValueError("step, part: expected none without anchors, since nothing reads them. Leave them out.")
+
+
+def _check_autocast(model: nn.Module, batch: Batch) -> None:
+    """Raise `TrainingFailed` where accelerate has put autocast into a forward that is not run here."""
+    causal_lm, kind = causal_lm_of(model), batch["input_ids"].device.type
+    if "_original_forward" in vars(causal_lm) and not torch.is_autocast_enabled(kind):
+        raise TrainingFailed(
+            f"training {type(causal_lm).__name__}, which accelerate prepared for mixed precision: expected autocast to "
+            "be on, found it off. accelerate switches it on in the model's own forward, in place of which the loss is "
+            "made, and all would be computed in the precision of the weights. Call CachedLoss within "
+            "accelerator.autocast()."
+        )

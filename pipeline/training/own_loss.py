@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
 from logitcache.models.head import causal_lm_of, evaluation_mode, few_tokens, unwrapped
+from logitcache.models.sharding import called_in_checks
 
 ROUTER = (
     "the router's auxiliary loss of a mixture of experts is not computed here. "
@@ -56,8 +57,8 @@ def check_own_loss(model: nn.Module) -> None:
 def probe_own_loss(model: nn.Module) -> None:
     """Raise `TrainingFailed` unless the model's own loss of a few tokens is their cross-entropy and what is served.
 
-    In evaluation mode. A model that takes no labels, or returns no loss or no logits for the same tokens (virtual
-    ones, which are refused elsewhere), has nothing to be compared.
+    In evaluation mode; of a model in pieces by all processes together. A model that takes no labels, or returns no loss
+    or no logits for the same tokens (virtual ones, which are refused elsewhere), has nothing to be compared.
     """
     inner, causal_lm = unwrapped(model), causal_lm_of(model)
     taken = inspect.signature(type(causal_lm).forward).parameters
@@ -65,7 +66,7 @@ def probe_own_loss(model: nn.Module) -> None:
         return
     ids, mask = few_tokens(causal_lm)
     with evaluation_mode(inner), _returning_names(causal_lm.config):
-        output: Any = inner(input_ids=ids, attention_mask=mask, labels=ids)
+        output: Any = called_in_checks(model)(input_ids=ids, attention_mask=mask, labels=ids)
     torch.clear_autocast_cache()  # torch < 2.11 keeps casts made without gradient
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if loss is None or logits is None or logits.shape[:2] != ids.shape:
@@ -73,7 +74,8 @@ def probe_own_loss(model: nn.Module) -> None:
     ce = float(cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device)))
     orthogonality = Orthogonality.of(inner)
     served = 0.0 if orthogonality is None else orthogonality.weight * float(orthogonality())
-    relative = _TOLERANCE if loss.dtype == torch.float32 else _TOLERANCE_HALF
+    rounded = any(loss.to(half).to(loss.dtype) == loss for half in (torch.bfloat16, torch.float16))  # by a wrapper too
+    relative = _TOLERANCE_HALF if rounded else _TOLERANCE
     allowed = relative * max(1.0, abs(ce)) + _TOLERANCE_HALF * served  # which PEFT makes in the adapter's own dtype
     if abs(float(loss) - ce - served) > allowed:
         raise TrainingFailed(

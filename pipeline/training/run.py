@@ -62,6 +62,7 @@ from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
 from .settings import PenaltySettings
 from .settings import TrainSettings as TrainSettings
+from .supported import in_pieces
 from .trainer import CachedKLTrainer
 
 
@@ -201,6 +202,7 @@ def _train(
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
         anchor=anchors,
     )
+    _check_whole(trainer, out)
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         run_folder.begin(out, description, checkpoint)
@@ -231,6 +233,15 @@ def _measured(
     for each in at_anchors if found is None else [found, *at_anchors]:
         on_step_zero(each)
     return found, at_anchors
+
+
+def _check_whole(trainer: CachedKLTrainer, out: Path) -> None:
+    """Raise `TrainingFailed` where no process has the weights that are saved at the end."""
+    if in_pieces(trainer):
+        raise TrainingFailed(
+            f"training into {out} under FSDP or ZeRO-3: the job saves whole weights, and each process has a part of "
+            "them. Use torchrun alone, or CachedKL in a Trainer of your own, which saves as it is set to."
+        )
 
 
 def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from logitcache.errors import TrainingFailed
 from logitcache.models.head import causal_lm_of
+from logitcache.models.sharding import is_sharded
 
 from .normalisation import num_replicas, parallelism
 from .own_loss import ROUTER, check_own_loss
@@ -21,7 +22,6 @@ from .own_loss import ROUTER, check_own_loss
 def check_supported(trainer: Any) -> None:
     """Raise `TrainingFailed` for settings under which this loss would be silently another one."""
     args, model = trainer.args, trainer.model
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     refused: tuple[tuple[Callable[[], bool], str], ...] = (
         (
             lambda: args.n_gpu > 1,
@@ -44,10 +44,6 @@ def check_supported(trainer: Any) -> None:
             "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
         ),
         (
-            lambda: trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3),
-            "FSDP and ZeRO-3 keep the output head in pieces outside of the model's forward. Use DDP, or ZeRO-1 or -2",
-        ),
-        (
             lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
             "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
             "Leave it at its default",
@@ -58,6 +54,33 @@ def check_supported(trainer: Any) -> None:
         if holds():
             raise TrainingFailed(f"training {type(causal_lm_of(model)).__name__}: {why}.")
     check_own_loss(model)
+
+
+def in_pieces(trainer: Any) -> bool:
+    """Whether the weights are, or will be once the trainer has wrapped the model, in pieces between forwards."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    zero = plugin is not None and plugin.zero_stage == 3
+    return bool(trainer.is_fsdp_enabled) or zero or is_sharded(trainer.model)
+
+
+def check_in_pieces(*, penalised: bool, anchored: bool) -> None:
+    """Raise `TrainingFailed` for terms of the loss that a model in pieces cannot have."""
+    for has, what, why in (
+        (
+            penalised,
+            "a penalty on the weights (AdaLoRA has one)",
+            "each process would pull on its part alone",
+        ),
+        (
+            anchored,
+            "anchors",
+            "the wrapper expects one forward before a backward, and theirs is another",
+        ),
+    ):
+        if has:
+            raise TrainingFailed(
+                f"training with {what} under FSDP or ZeRO-3: {why}. Use DistributedDataParallel, or leave them out."
+            )
 
 
 def _is_divided(model: nn.Module) -> bool:

@@ -21,7 +21,9 @@ from transformers.trainer_callback import ExportableState
 from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
-from logitcache.models.head import OutputHead, causal_lm_of, check_head
+from logitcache.models.head import causal_lm_of, check_head
+from logitcache.models.inside_forward import check_head_inside
+from logitcache.models.sharding import check_parts, is_sharded, local_part, on_any_process
 from logitcache.pairing.identity_checks import EVERY, PairingRules
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.step_zero import StepZero
@@ -31,6 +33,7 @@ from logitcache.pairing.targets import (
     Batch,
     CachedCollator,
     Collator,
+    collated,
     count_positions,
     documents_of,
 )
@@ -44,7 +47,7 @@ from .normalisation import FirstStep, already_normalised, num_replicas, over_pro
 from .own_loss import probe_own_loss
 from .penalties import Penalty
 from .replaced import TokenMetrics, check_replaced, logs_tokens
-from .supported import check_supported, what_cuts
+from .supported import check_in_pieces, check_supported, in_pieces, what_cuts
 
 CHECKED_ROWS = 100_000
 """Rows of a data set that are looked up before the first step; later ones when their step comes."""
@@ -115,17 +118,17 @@ class CachedKL(_AnyTrainer):
                 "tensor parallelism."
             )
         check_supported(self)
+        check_parts(self.model)
         self.cache_view: CacheView | None = None
         if cache is not None and chosen.regularizer != "none":
             view = CacheView.of(cache, self.model, chosen, top_k, rules)
             self.cache_view = self._held_against_model(view) if check else view  # unchecked: somebody has done it
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
-        handler = getattr(self.accelerator, "ddp_handler", None)
-        if handler is not None and any(p.requires_grad for p in OutputHead(causal_lm_of(self.model)).parameters()):
-            handler.find_unused_parameters = False  # DDP looks in what its forward returns, which is before the head
+        if in_pieces(self):
+            check_in_pieces(penalised=any(self._terms()), anchored=len(self.anchors) > 0)
         device = self.args.device
-        self._check, self._check_start, self._check_anchors = check, check, check
+        self._check, self._check_start, self._check_anchors, self._check_split = check, check, check, False
         self.step_zero: StepZero | None = None  # what the first batch showed
         self._check_layout = None if self.cache_view is None else LayoutCheck(self.cache_view.cache)
         self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
@@ -145,14 +148,16 @@ class CachedKL(_AnyTrainer):
 
     def _held_against_model(self, view: CacheView) -> CacheView:
         """The view of this model; what could not be compared is said once."""
-        held = view.held_against(self.model)
+        held = view.held_against(self.model, in_pieces(self))
         if held.left_out and self.is_world_process_zero():
             logger.warning("CachedKL with %s: not compared: %s.", held.cache.path, "; ".join(held.left_out))
         return held
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own, whose batches bring their targets along, made where they are collated."""
-        if self._check:
+        if self._check and in_pieces(self):  # which the wrapper alone puts together
+            self._check_split = True
+        elif self._check:
             check_head(causal_lm_of(self.model))
             probe_own_loss(self.model)
         collator, settings = self.data_collator, self.accelerator.dataloader_config
@@ -175,6 +180,7 @@ class CachedKL(_AnyTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from its last step: the Trainer would do one more
             return [], torch.zeros(2, dtype=torch.int64, device=device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._looked_up(batch) for batch in batches]
         if len(batches) < num_batches:  # a stream has ended
             batches = []
         self._micro_batch, self._num_micro_batches = 0, max(1, len(batches))
@@ -209,35 +215,30 @@ class CachedKL(_AnyTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The part of this micro-batch in the loss of the whole step, a float32 scalar."""
-        if f"{PREFIX}rows" not in inputs or not model.training:  # evaluation
+        if not model.training:  # evaluation
             inputs = {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
             if self._tokens is not None:
                 self._tokens.settle()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if self._check_layout is not None:
-            with self.accelerator.autocast():
-                self._check_layout(model, inputs)
-        if self._check_start and self.cache_view is not None and len(inputs[f"{PREFIX}rows"]):
-            self._check_start = False
-            with self.accelerator.autocast():
-                self.step_zero = self.cache_view.check_first_batch(model, inputs)
-            if self.step_zero is not None and self.cache_view.rules.other_precision:
-                logger.warning("CachedKL: before step 1 the KL to the base was %.2g nats.", self.step_zero.kl_nats)
+        inputs = self._looked_up(inputs)
+        with self.accelerator.autocast():
+            self._check_batch(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = count_positions(inputs, self.kl_objective)
         num_ce, num_kl = num_items_in_batch.to(self.args.device).clamp(min=1)
+        # distributed training averages gradients over its data-parallel processes; these are sums
+        num_averaged = self.accelerator.num_processes // num_replicas(self)
         with self.accelerator.autocast():  # the head too, and a model that has no wrapper around its own forward
             weight = self.kl_weight * num_ce / num_kl
             top1 = None if self._tokens is None else torch.zeros((), dtype=torch.int64, device=self.args.device)
-            found = batch_loss(model, inputs, self.kl_objective, weight, self.cache_view, top1)
+            found = batch_loss(model, inputs, self.kl_objective, weight, self.cache_view, top1, num_averaged / num_ce)
         if self._tokens is not None and top1 is not None:
             self._tokens.add(inputs, top1)
         means = torch.stack([found.ce / num_ce, found.kl / num_kl])
         self._meter += means
         self._step_meter += means
         anchors = self._anchor_loss(model)
-        # distributed training averages gradients over its data-parallel processes; these are sums
-        loss = (found.loss / num_ce + anchors.loss) * (self.accelerator.num_processes // num_replicas(self))
+        loss = found.loss + anchors.loss * num_averaged
         others = torch.zeros_like(loss)
         for name, term in self._terms():  # the same on every process, so that the average of its gradients is its own
             part = (term() / self._num_micro_batches).to(loss.device)
@@ -248,6 +249,30 @@ class CachedKL(_AnyTrainer):
             counts = [*count_positions(inputs, self.kl_objective), *anchors.counted]
             self._first_step.add_terms([found.ce, found.kl, *anchors.sums], counts, others, loss)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
+
+    def _looked_up(self, batch: Batch) -> Batch:
+        """A batch with its targets: as it is, or where another collator made it, looked up now."""
+        if f"{PREFIX}rows" in batch:
+            return batch
+        view = self.cache_view
+        return (CachedCollator(collated, None) if view is None else view.collator()).looked_up(batch)
+
+    def _check_batch(self, model: nn.Module, inputs: Batch) -> None:
+        """Raise where the model is not the base, or does not keep the documents of this batch apart."""
+        if self._check_split:
+            self._check_split = False
+            check_head_inside(model)
+            probe_own_loss(model)
+        if self._first_step.pending:
+            check_parts(model)
+        if self._check_layout is not None:
+            self._check_layout(model, inputs)
+        view = self.cache_view
+        if self._check_start and view is not None and on_any_process(model, len(inputs[f"{PREFIX}rows"]) > 0):
+            self._check_start = False
+            self.step_zero = view.check_first_batch(model, inputs)
+            if self.step_zero is not None and view.rules.other_precision:
+                logger.warning("CachedKL: before step 1 the KL to the base was %.2g nats.", self.step_zero.kl_nats)
 
     def _anchor_loss(self, model: nn.Module) -> AnchorLoss:
         """The part of this micro-batch in the terms of the anchors, and their meters moved on by it.
@@ -319,8 +344,11 @@ class CachedKL(_AnyTrainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves no weights that are not finite, since the checkpoint before would be removed for them."""
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        if not all(torch.isfinite(p).all() for p in trained):
+        trained = [local_part(p) for p in self.model.parameters() if p.requires_grad]
+        finite = torch.tensor(float(all(bool(torch.isfinite(p).all()) for p in trained)), device=self.args.device)
+        if is_sharded(self.model_wrapped):
+            finite = self.accelerator.reduce(finite, reduction="mean")  # all stop, or all save together
+        if finite < 1:
             raise TrainingFailed(
                 f"training, step {self.state.global_step}: what is trained is not finite. "
                 "The last checkpoint is kept. Try a lower --lr."

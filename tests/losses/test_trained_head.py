@@ -1,18 +1,14 @@
 """A trained output head gets the gradient of what it computes with, or training is refused; never none in silence."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support import sharded_head_rank
 from support.tiny_model import make_model
-from support.tiny_runs import make_cache, make_samples
-from support.two_processes import run_under_torchrun
+from support.tiny_runs import make_samples
 from torch import nn
 
 from logitcache.data.batches import pad_samples
@@ -193,24 +189,7 @@ def test_a_trained_head_gets_the_gradients_of_its_own_logits(what: str) -> None:
 
 
 def test_no_position_is_no_reason_to_refuse() -> None:
-    model, batch = with_head(Swapped), pad_samples(make_samples(2))
+    model, batch = make_model(), pad_samples(make_samples(2))
     batch["labels"][:] = -100
     batch_loss(model, with_targets(batch, None), PLAIN, 0.0, None).loss.backward()
     assert not model.lm_head.weight.grad.any()
-
-
-# --- two processes
-
-
-def test_a_head_sharded_on_its_own_is_refused_or_right(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "c", make_samples(8))
-    expected = sharded_head_rank.step(cache, 0, 1, None)
-    run_under_torchrun("sharded_head_rank.py", tmp_path)
-    for rank in range(2):
-        results = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
-        assert results.keys() == sharded_head_rank.LAYOUTS.keys()
-        for layout, found in results.items():
-            if layout.startswith("the head alone") and "refused" in found:
-                assert "no gradient for weight of the output head" in found["refused"]
-            else:
-                assert found == pytest.approx(expected, rel=1e-5), layout

@@ -79,6 +79,7 @@ def seen_by(module: torch.nn.Module) -> list[dict[str, Any]]:
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch hides its own, in compiling
 @pytest.mark.parametrize("wrapper", ["plain", "PEFT", "compiled"])
 @pytest.mark.parametrize("name", UNREAD)
 def test_a_loop_refuses_what_nothing_reads(name: str, wrapper: str, cached: Cached) -> None:

@@ -307,3 +307,22 @@ def test_what_accelerate_was_told_counts_where_the_trainer_does_not_know(
     setattr(sizes, f"{kind}_size", 2)
     with pytest.raises(TrainingFailed, match={"tp": "2 processes hold it together", "cp": "Set cp_size=1"}[kind]):
         check_supported(trainer)
+
+
+class OwnLoader(CachedKL, Trainer):
+    """Makes its batches by itself, without anything of the cache in them."""
+
+    def get_train_dataloader(self) -> Any:
+        return Trainer.get_train_dataloader(self)
+
+
+def test_batches_of_another_loader_are_looked_up_where_they_arrive(cached: Cached, tmp_path: Path) -> None:
+    samples, cache = cached
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    expected = gradients_after_one_step(trainer_over(Trainer, tmp_path, samples[:6], cache, **sizes))
+    trainer = trainer_over(Trainer, tmp_path, samples[:6], cache, **sizes)
+    trainer.__class__ = type("Mixed", (OwnLoader,), {})
+    found = gradients_after_one_step(trainer)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)

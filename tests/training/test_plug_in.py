@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import (
     IA3Config,
@@ -501,6 +503,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         return iter(self.samples)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch hides its own, in compiling
 @pytest.mark.parametrize("how", ["streamed", "columns of text", "compiled"])
 def test_trainer_sees_every_position(
     how: str,
@@ -706,6 +709,7 @@ def test_trainer_trains_an_adapted_head_as_dense_logits_do(head: str, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # as above
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # as above
 @pytest.mark.parametrize("how", ["checkpointing", "reentrant checkpointing", "compiled", "accumulated", "looked up"])
 def test_what_surrounds_a_model_leaves_its_gradient(how: str, tmp_path: Path) -> None:
     base, samples = make_model(), make_samples(6)
@@ -844,3 +848,21 @@ def test_the_page_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert (PAGE.parent / target).exists(), target
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", text, re.MULTILINE)}
+
+
+def test_a_loop_outside_the_autocast_that_accelerate_switches_on_is_refused(cached: Cached) -> None:
+    """accelerate's wrapper is the forward of a bare model, in place of which the loss is made."""
+    samples, cache = cached
+    AcceleratorState._reset_state(True)  # of a trainer before
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        model = accelerator.prepare_model(make_model())
+        anchored, batch = CachedLoss(cache, Objective(weight=WEIGHT), check=False), pad_samples(samples[:2])
+        with pytest.raises(TrainingFailed, match="expected autocast to be on, found it off"):
+            anchored(model, batch)
+        with accelerator.autocast():
+            half = anchored(model, batch).loss
+    finally:
+        AcceleratorState._reset_state(True)
+    whole = anchored(make_model(), batch).loss
+    assert 1e-5 < abs(float((half / whole).detach()) - 1) < 0.02
