@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 ANCHORS_OWN = tuple(run_settings("anchor"))
 """What has no place where there is no anchor cache."""
 
+ANCHOR_WEIGHT = (
+    "Weight of the KL on the samples of the anchor cache; given once for each, or once for all.  "
+    f"[default: {AnchorSettings().weight}]"
+)
+"""Its help on the line, where it may be given several times."""
+
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
 """What has no place where there is no adapter."""
 
@@ -60,7 +66,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
     tail={"default": "auto"},
-    anchor_weight={"multiple": True, "default": None, "show_default": str(AnchorSettings().weight)},
+    anchor_weight={"multiple": True, "default": None, "show_default": False, "help": ANCHOR_WEIGHT},
     load_in={"help": "Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md)."},
 )
 @click.option(

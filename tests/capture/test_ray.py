@@ -338,7 +338,7 @@ def test_paths_of_this_machine_become_whole(tmp_path: Path, monkeypatch: pytest.
     found = ray_engine.absolute(JobSpec("m", "d.jsonl", "c", CaptureSettings()))
     assert (found.model, found.data, found.cache) == (
         str(tmp_path / "m"),
-        str(tmp_path / "d.jsonl"),
+        (str(tmp_path / "d.jsonl"),),
         str(tmp_path / "c"),
     )
     given = JobSpec("org/model", "org/data", "s3://bucket/cache", CaptureSettings())

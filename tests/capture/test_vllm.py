@@ -26,7 +26,7 @@ from logitcache.capture.engines.vllm import (
 )
 from logitcache.capture.teacher import TransformersTeacher
 from logitcache.data.samples import Sample
-from logitcache.errors import EngineFailed, InputNotFound, InvalidSettings, NonFiniteLogits, PipelineError
+from logitcache.errors import EngineFailed, InputNotFound, InvalidSettings, NonFiniteLogits, PipelineError, install_line
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import (
     BaseLogprobs,
@@ -263,7 +263,7 @@ def test_engine_that_is_absent_does_not_start_or_breaks_off(tiny_model: Path, mo
     monkeypatch.setattr(LikeLLM, "generate", lambda *_, **__: [])
     assert "expected 1 outputs, found 0" in refusal(EngineFailed, lambda: teacher(SAMPLES[1:]))
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert "logitcache[vllm]" in refusal(InputNotFound, lambda: start_vllm(source, identity, 8, 30))
+    assert install_line("vllm") in refusal(InputNotFound, lambda: start_vllm(source, identity, 8, 30))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

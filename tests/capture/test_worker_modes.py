@@ -116,4 +116,4 @@ def test_a_quantised_base_says_so(tmp_path: Path, tiny_model: Path, write_rows: 
     assert "quantization" in refused(4, *again)
     train = ["train", "--model", tiny_model, "--cache", tmp_path / "c", "--out", tmp_path / "o", "--max-steps", 1]
     assert "--other-precision" in refused(4, *train)
-    assert "noise floor" in done(*train, "--other-precision", "--batch-size", 2).err
+    assert "--max-start-kl is 0.1" in done(*train, "--other-precision", "--batch-size", 2).err

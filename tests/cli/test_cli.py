@@ -82,6 +82,7 @@ FLAGS: dict[str, list[str]] = {
         *("--student", "--teacher-is-not-base"),
         "--adapter",
         "--alpha",
+        *("--anchor-batch", "--anchor-cache", "--anchor-every", "--anchor-regularizer", "--anchor-weight"),
         "--batch-size",
         "--cache",
         "--data",
@@ -150,7 +151,7 @@ FLAGS: dict[str, list[str]] = {
     ],
     "report": ["--config", "--out", "DIR"],
     "sweep": ["--dry-run", "--jobs", "--out", "--retry-failed", *RUNTIME],
-    "demo": ["--config", "--out"],
+    "demo": ["--config", "--out", "--real"],
 }
 """The public surface. A change here is a change for users: it belongs into the changelog."""
 
@@ -209,6 +210,10 @@ DEFAULTS = {
         "dropout": "0.0",
         "target-modules": "all-linear",
         "variant": "v1",
+        "anchor-weight": "4.0",
+        "anchor-batch": "4",
+        "anchor-every": "1",
+        "anchor-regularizer": "full-kl",
         "max-start-kl": ".1 where the formats are 8bit and none, else 1",
         "lr": "0.0002",
         "epochs": "1.0",

@@ -131,12 +131,13 @@ def test_the_real_base_answers(tmp_path: Path) -> None:
     if importlib.util.find_spec(MODULE) is None:
         pytest.skip("the package that carries the model, of 100 MB, is not installed")
     from logitcache.evaluation.answers import answers_of
-    from logitcache.evaluation.prompts import everyday_prompts
+    from logitcache.evaluation.prompts import Prompt
     from logitcache.evaluation.settings import AnswerSettings
 
     unpack(packed_model(), tmp_path / "base", torch.bfloat16)
     source = find_model(str(tmp_path / "base"))
     base = load_base(source, "auto", torch.device("cpu"))
     assert base.identity.vocab_size == 49_152 and base.identity.quantization == ""
-    answered = answers_of(base.model, load_tokenizer(source), everyday_prompts()[:1], AnswerSettings(12, 1))
+    asked = Prompt(({"role": "user", "content": "What is the capital of France?"},), "the test")
+    answered = answers_of(base.model, load_tokenizer(source), [asked], AnswerSettings(12, 1))
     assert answered.answers[0].text == "The capital of France is Paris."

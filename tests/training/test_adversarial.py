@@ -172,7 +172,7 @@ def test_padding_and_broken_masks_are_refused(extra: dict[str, Any]) -> None:
 
 
 def test_tools_are_not_dropped_in_silence() -> None:
-    """Said where the template does not show them; refused where the model would learn to call what it is not shown."""
+    """Said where the template does not show them; refused where a call is not rendered either."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
     found = samples_of_rows([("r", row), ("s", {"messages": messages})], make_tokenizer(), 99, 260)
@@ -181,5 +181,5 @@ def test_tools_are_not_dropped_in_silence() -> None:
     assert "tools, which the chat template does not show" in said
     messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]  # type: ignore[assignment]
     messages[1]["content"] = "f"  # as if the template had shown the call
-    with pytest.raises(InvalidData, match="does not show the row's tools"):
+    with pytest.raises(InvalidData, match="drops a call of 'f' in turn 1"):
         samples_of_rows([("r", row)], make_tokenizer(), 99, 260)
