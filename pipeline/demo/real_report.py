@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Picture, Table, as_markdown
-from logitcache.reports.plots import frontier_picture
+from logitcache.reports.page import Block, Bullets, Heading, Paragraph, Table, as_markdown
 from logitcache.reports.results import Sweep
 from logitcache.storage import LogitCache
 from logitcache.storage.files import replace_file
 
 from .kept import Clock
-from .run import DemoSettings, by_method, relative_sentences, summary_rows
+from .run import MEASURED, DemoSettings, by_method, frontier, relative_sentences, summary_rows, what_was_run
 
 Answered = Mapping[str, Mapping[str, str]]
 """By method, then question: the answer."""
@@ -31,9 +30,6 @@ def write_real_report(
     clock: Clock,
 ) -> None:
     """frontier.png and report.md."""
-    what = about["new text"]["what"]
-    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in by_method(sweep).items()}
-    frontier_picture(points, out / "frontier.png", f"{cache.num_positions:,} tokens of {what}, one cache")
     page = [
         *_results(out, sweep, cache, settings, about),
         *_questions(answered),
@@ -48,7 +44,8 @@ def _results(
     text, num_seeds = about["new text"], len(settings.seeds)
     prior = next(iter(by_method(sweep).values()))[0].prior
     seeds = "One seed" if num_seeds == 1 else f"Means over {num_seeds} seeds, ± half the range"
-    learning_rates = "; ".join(f"{method.name} {method.lr:g}" for method in settings.methods)
+    title = f"{cache.num_positions:,} tokens of {text['what']}, one cache"
+    fixed = "The settings are those of a trial of one seed, fixed before this demo was first run."
     return [
         Heading("logitcache demo --real: a language model learns, and forgets", 1),
         Paragraph(
@@ -56,25 +53,13 @@ def _results(
             f"the base's own greedy answers to everyday prompts, {prior.num_positions:,} tokens; nothing is trained on "
             "them."
         ),
+        Paragraph(what_was_run(cache, settings)),
         Paragraph(
-            f"Every method sees the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran "
-            f"once over them, into a cache of {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, "
-            f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
-        ),
-        Paragraph(
-            "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
-            "KL(base || adapted) on prior text, over the base's most probable tokens with the rest as one outcome. "
-            f"First tokens changed: answers of which the first token is predicted otherwise. {seeds}."
+            f"{MEASURED} First tokens changed: answers of which the first token is predicted otherwise. {seeds}."
         ),
         Table(summary_rows(sweep)),
         Bullets(tuple(relative_sentences(sweep))),
-        Picture(
-            out / "frontier",
-            "learning against forgetting",
-            f"Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, "
-            f"cosine schedule, weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the "
-            "tail as one outcome. The settings are those of a trial of one seed, fixed before this demo was first run.",
-        ),
+        frontier(out, sweep, settings, title, fixed),
     ]
 
 

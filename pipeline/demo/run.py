@@ -37,6 +37,12 @@ from .text import Document, code_documents, prose_documents, split
 
 MARKER = "demo.json"
 
+MEASURED = (
+    "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
+    "KL(base || adapted) on prior text, over the base's most probable tokens with the rest as one outcome."
+)
+"""What the columns of a demo's table are."""
+
 T = TypeVar("T")
 
 
@@ -205,35 +211,46 @@ def relative_sentences(sweep: Sweep) -> list[str]:
 
 def write_report(out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSettings) -> None:
     """frontier.png and report.md."""
-    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in by_method(sweep).items()}
     title = f"{cache.num_positions:,} tokens of source code, {len(settings.seeds)} seeds, one cache"
-    frontier_picture(points, out / "frontier.png", title)
-    learning_rates = "; ".join(f"{m.name} {m.lr:g}" for m in settings.methods)
+    fixed = "Methods, learning rates, weight and seeds were fixed before the first run."
     page: list[Block] = [
         Heading("logitcache demo: learning and forgetting", 1),
         Paragraph(
-            "A small base model that knows English prose (Python's documentation) is fine-tuned on source code. Every "
-            f"method sees the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran once over "
-            f"them, into a cache of {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, "
-            f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
+            "A small base model that knows English prose (Python's documentation) is fine-tuned on source code. "
+            f"{what_was_run(cache, settings)}"
         ),
         Paragraph(
-            "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
-            "KL(base || adapted) on prior text, over the base's most probable tokens with the rest as one outcome. "
-            "First tokens changed: documents of prior text whose first token is predicted otherwise. Means over "
-            f"{len(settings.seeds)} seeds, ± half the range."
+            f"{MEASURED} First tokens changed: documents of prior text whose first token is predicted otherwise. "
+            f"Means over {len(settings.seeds)} seeds, ± half the range."
         ),
         Table(summary_rows(sweep)),
         Bullets(tuple(relative_sentences(sweep))),
-        Picture(
-            out / "frontier",
-            "learning against forgetting",
-            f"Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, "
-            f"cosine schedule, weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the "
-            "tail as one outcome. Methods, learning rates, weight and seeds were fixed before the first run.",
-        ),
+        frontier(out, sweep, settings, title, fixed),
     ]
     (out / "report.md").write_text(as_markdown(page), encoding="utf-8")
+
+
+def what_was_run(cache: LogitCache, settings: DemoSettings) -> str:
+    """Sentences on the work of a demo: that of every method, and that of the base."""
+    return (
+        f"Every method sees the same {settings.max_steps} steps of {settings.batch_size} samples. The base ran once "
+        f"over them, into a cache of {cache.num_positions:,} positions ({cache.num_bytes / 2**20:.1f} MiB, "
+        f"{cache.num_bytes / cache.num_positions:.0f} bytes a position), and never again."
+    )
+
+
+def frontier(out: Path, sweep: Sweep, settings: DemoSettings, title: str, fixed: str) -> Picture:
+    """Draw frontier.png; the picture with a demo's hyperparameters below it. fixed: when they were, a sentence."""
+    points = {method: [(r.learning, r.forgetting) for r in runs] for method, runs in by_method(sweep).items()}
+    frontier_picture(points, out / "frontier.png", title)
+    learning_rates = "; ".join(f"{method.name} {method.lr:g}" for method in settings.methods)
+    return Picture(
+        out / "frontier",
+        "learning against forgetting",
+        f"Peak learning rates: {learning_rates}. LoRA rank {settings.rank} on every linear layer but the head, "
+        f"cosine schedule, weight of the KL {settings.weight:g}, {settings.top_k} alternatives a position with the "
+        f"tail as one outcome. {fixed}",
+    )
 
 
 def claim_folder(out: Path, settings: DemoSettings) -> None:
