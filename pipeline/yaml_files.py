@@ -103,3 +103,8 @@ def read_yaml(path: Path) -> Any:
         raise yaml.YAMLError("it is not UTF-8") from error
     except yaml.YAMLError as error:
         raise yaml.YAMLError(one_line(str(error), 500)) from error
+
+
+def at_home(text: str) -> str:
+    """A text of a file as a shell would hand it over: ~/ in front is the home folder."""
+    return str(Path(text).expanduser()) if text.startswith("~/") else text

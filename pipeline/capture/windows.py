@@ -11,12 +11,13 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.files import Wanted
-from logitcache.data.places import Named, OnMessage
+from logitcache.data.places import Named
 from logitcache.data.rows import count_rows, read_windows, sizes_of
 from logitcache.data.samples import Sample, SampleSet, read_samples
 from logitcache.data.settings import DataSettings
 from logitcache.data.tokenize import check_row_tokens
 from logitcache.errors import InvalidData
+from logitcache.events import OnMessage
 
 
 class Data(Protocol):

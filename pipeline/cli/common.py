@@ -19,7 +19,7 @@ import yaml
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import line_settings
 from logitcache.storage.plain_text import escaped, safe, shown
-from logitcache.yaml_files import read_yaml
+from logitcache.yaml_files import at_home, read_yaml
 
 from .options import options_of, settings_from
 
@@ -145,20 +145,14 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         way = f" Write it as JSON in quotes: '{json.dumps(found, default=str)}'." if isinstance(found, dict) else ""
         raise click.UsageError(f"{path}: expected one plain value for {shown(nested[0])}.{way}", ctx)
     # as text, as on the line: else 8.5 would be a whole number, and true a 1
-    texts: dict[str, Any] = {known[key]: _as_typed(value) for key, value in plain.items()}
-    texts |= {known[key]: [_as_typed(value) for value in values] for key, values in lists.items()}
+    texts: dict[str, Any] = {known[key]: at_home(str(value)) for key, value in plain.items()}
+    texts |= {known[key]: [at_home(str(value)) for value in values] for key, values in lists.items()}
     texts |= {known[key]: [texts[known[key]]] for key in plain if key in several}
     ctx.default_map = {**(ctx.default_map or {}), **texts}
 
 
 def _is_plain(value: Any) -> bool:
     return value is not None and not isinstance(value, (dict, list))
-
-
-def _as_typed(value: Any) -> str:
-    """A value of a file as a shell would hand it over: ~ is the home folder."""
-    text = str(value)
-    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def quiet_libraries() -> None:

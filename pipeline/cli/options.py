@@ -9,7 +9,6 @@ import errno
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Option, Setting, Settings, line_settings
+from logitcache.yaml_files import at_home
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
@@ -110,8 +110,8 @@ class Verbs(click.Group):
 
 def _at_home(argument: str) -> str:
     """--flag=~/x as the shell hands over --flag ~/x."""
-    flag, equals, value = argument.partition("=~/")
-    return f"{flag}={Path.home()}/{value}" if equals and flag.startswith("--") else argument
+    flag, equals, value = argument.partition("=")
+    return f"{flag}={at_home(value)}" if equals and flag.startswith("--") else argument
 
 
 def _check_given_once(command: click.Command, ctx: click.Context, arguments: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from logitcache.settings import Setting, Settings, line_settings, option
 from logitcache.storage.identity import digest_json
 from logitcache.storage.plain_text import one_line, shown
 from logitcache.training.settings import PENALTIES, RunSettings, run_settings
-from logitcache.yaml_files import read_yaml
+from logitcache.yaml_files import at_home, read_yaml
 
 SETTINGS = run_settings("objective", "anchor", "adapter", "training")
 FIELDS = tuple(SETTINGS)
@@ -176,7 +176,7 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
         runs += _runs(method, {**axes, **({} if anchors else {"anchor_weight": [0.0]})}, shared, where)
         _check_count(len(runs), origin)
     _check_distinct(runs, origin)
-    model, cache = (_at_home(top[name]) for name in ("model", "cache"))
+    model, cache = (at_home(top[name]) for name in ("model", "cache"))
     return SweepConfig(model, cache, texts["new"], texts["prior"], data, anchors, shared, tuple(runs))
 
 
@@ -185,12 +185,7 @@ def _names(value: Any, name: str, origin: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, str) for v in values):
         raise InvalidData(f"reading {origin}: expected {name}, a path or a list of them, found {shown(value)}.")
-    return tuple(map(_at_home, values))
-
-
-def _at_home(path: str) -> str:
-    """A path as a shell would hand it over: ~ is the home folder."""
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
+    return tuple(map(at_home, values))
 
 
 def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], where: str) -> list[RunSpec]:
