@@ -3,7 +3,8 @@
 Owns the measurements behind docs/benchmarks/step.csv. One run, every method in a fresh process, the repeats going round
 the methods; every method trains the same adapter on the same rows with transformers' Trainer, and what counts are the
 ratios to plain cross-entropy. The live methods are masked KL as arXiv 2605.29498 describes it, written plainly: full
-logits of both sides, lambda 1. Steps are timed from end to end of each other, data included, without the first 2; the
+logits of both sides, lambda 1. A step with anchors has as many of them as new samples, of 64 tokens, as answers to
+everyday prompts have them. Steps are timed from end to end of each other, data included, without the first 2; the
 peak is that of the whole process, step_growth what the steps after the first need beyond what stays between them.
 Models: the demo's embedded base on its own text, and one of random weights with V = 151,936 on random tokens, whose
 head is a larger part of it than of a real model (see the columns body and head).
@@ -62,6 +63,8 @@ from logitcache.demo.text import code_documents
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.pairing import targets
+from logitcache.training.anchors import Anchor
+from logitcache.training.settings import AnchorSettings
 from logitcache.training.trainer import CachedKLTrainer
 
 DEFAULT_OUT = BENCHMARKS / "step.csv"
@@ -69,10 +72,13 @@ METHODS = {
     "plain CE": "Trainer's own loss",
     "cache, bucket": "masked KL, base read from the cache",
     "cache, groups": "masked KL, base read from the cache",
+    "plain CE + anchors": "and full KL on anchors, base read from their cache",
+    "cache, bucket + anchors": "masked KL and full KL on anchors, base read from the caches",
     "live, adapter disabled": "masked KL, base run in every step",
     "live, second model": "masked KL, base run in every step",
 }
 TOP_K, TAIL_GROUPS, RANK = 64, 64, 16
+NUM_ANCHORS, ANCHOR_LENGTH = 16, 64
 LEFT_OUT_STEPS = 2
 LEAST_REST = 1e-4
 
@@ -87,15 +93,18 @@ def prepare(job: dict[str, Any]) -> dict[str, float]:
     if shape != DEMO:
         make_model(shape, folder / "model", job)
     with the_base(job) as base:
-        rows = demo_rows(base, num_rows, job["length"]) if shape == DEMO else random_rows(shape, num_rows, job)
+        made = num_rows + NUM_ANCHORS
+        every = demo_rows(base, made, job["length"]) if shape == DEMO else random_rows(shape, made, job)
+        rows = every[:num_rows]
         np.save(folder / "rows.npy", rows)
         fill_cache(base, rows, folder / "cache")
+        fill_cache(base, every[num_rows:, :ANCHOR_LENGTH], folder / "anchors")
         head = base.model.get_output_embeddings().weight.numel()
-        every = sum(p.numel() for p in base.model.parameters())
+        parameters = sum(p.numel() for p in base.model.parameters())
         embedding = base.model.get_input_embeddings().weight.numel()
         tied = base.model.config.tie_word_embeddings
     size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
-    body = every - embedding - (0 if tied else head)
+    body = parameters - embedding - (0 if tied else head)
     return {"body": body, "head": head, "cache_bytes_a_token": size / rows.size}
 
 
@@ -227,8 +236,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         elif method.startswith("live"):
             trainer = LiveKLTrainer(**common, teacher=teacher)
         else:
-            tail: Any = method.removeprefix("cache, ")
-            trainer = CachedKLTrainer(**common, cache=folder / "cache", objective=Objective(tail=tail))
+            trainer = cached_trainer(common, method, folder, job["batch_size"])
         loss = trainer.train().training_loss
     seconds, lookups = (np.diff(times)[LEFT_OUT_STEPS - 1 :] for times in (meter.ends, meter.looked_up))
     return {
@@ -238,6 +246,16 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "growth": meter.memory[1].growth,
         "mean_loss": loss,
     }
+
+
+def cached_trainer(common: dict[str, Any], method: str, folder: Path, batch_size: int) -> Trainer:
+    """Of the methods that read a cache: the main one, that of the anchors, or both."""
+    what, _, anchored = method.partition(" + ")
+    anchor = Anchor(folder / "anchors", AnchorSettings(batch=batch_size)) if anchored else ()
+    if what == "plain CE":
+        return CachedKLTrainer(**common, cache=None, objective=Objective("none"), anchor=anchor)
+    tail: Any = what.removeprefix("cache, ")
+    return CachedKLTrainer(**common, cache=folder / "cache", objective=Objective(tail=tail), anchor=anchor)
 
 
 def arguments(job: dict[str, Any]) -> TrainingArguments:

@@ -59,6 +59,7 @@ class Cell:
     anchors: str = ""
     anchor_weight: float = 4.0
     every: int = 1
+    lr: float = 1e-3
     seed: int = 0
 
     @property
@@ -66,14 +67,17 @@ class Cell:
         """Its folder, and its name in the lines."""
         held = f"-{self.anchors}-w{self.anchor_weight:g}-e{self.every}" if self.anchors else ""
         weight = "" if self.regularizer == "none" else f"{self.weight:g}"
-        return f"{self.domain}-{self.regularizer}{weight}{held}-s{self.seed}"
+        lr = "" if self.lr == 1e-3 else f"-lr{self.lr:g}"
+        return f"{self.domain}-{self.regularizer}{weight}{held}{lr}-s{self.seed}"
 
 
 def cells() -> list[Cell]:
-    """Each seed whole before the next: the six objectives, then what is varied beside plain + anchor, then near."""
+    """Each seed whole before the next: the six objectives, plain at a lower learning rate (the honest competitor), then
+    what is varied beside plain + anchor, then the near domain."""
     held = Cell(anchors="greedy")
     plain, masked, full = Cell(), Cell(regularizer="masked-kl"), Cell(regularizer="full-kl")
     found = [plain, masked, full, *(replace(cell, anchors="greedy") for cell in (plain, masked, full))]
+    found += [replace(plain, lr=2e-4)]
     found += [
         replace(held, anchors=name) for name in ("greedy-9", "greedy-18", "long", "sampled", "few-kinds", "prose")
     ]
@@ -199,7 +203,7 @@ class Study:
         plain = cell.regularizer == "none"
         objective = Objective(cell.regularizer, weight=1.0 if plain else cell.weight)  # type: ignore[arg-type]
         out = self.work / "runs" / cell.name
-        job = TrainSettings(lr=1e-3, batch_size=self.batch_size, max_steps=self.steps, seed=cell.seed)
+        job = TrainSettings(lr=cell.lr, batch_size=self.batch_size, max_steps=self.steps, seed=cell.seed)
         report = train(
             *(str(self.base), None, cache, out, AdapterSettings(rank=16), objective, job),
             resume=True,

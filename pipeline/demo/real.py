@@ -6,6 +6,8 @@ Owns the real demo's settings, which were fixed before its first run (docs/log.m
     base/                       the model as an ordinary checkpoint
     about.json                  what base and new text are, where they are from, and their licences
     data/prior_heldout.jsonl    the base's own greedy answers to everyday prompts, on which forgetting shows
+    data/anchors.jsonl          those to other everyday prompts, by which two of the methods hold the base
+    anchors/                    the cache of these
     answers.json                what base and adapted models answer to the same questions
     cost.json                   seconds by part, and memory
 
@@ -34,6 +36,7 @@ from .manpages import PACKAGE, NewText, new_text
 from .real_base import check_installed, unpacked_base
 from .real_report import write_real_report
 from .run import (
+    ANCHORS,
     DemoSettings,
     Method,
     claim_folder,
@@ -45,7 +48,8 @@ from .run import (
 )
 from .text import split
 
-BASE, ABOUT, ANSWERS, PRIOR = "base", "about.json", "answers.json", "prior_heldout.jsonl"
+BASE, ABOUT, ANSWERS = "base", "about.json", "answers.json"
+PRIOR, ANCHOR_ROWS = "prior_heldout.jsonl", "anchors.jsonl"
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -62,18 +66,22 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class RealDemoSettings(DemoSettings):
-    """Sizes and hyperparameters: those of a trial of one seed (docs/log.md), before the demo was run."""
+    """Sizes and hyperparameters: those of a trial of one seed (docs/log.md), before the demo was run; of its 100 steps
+    as many as five methods can do in half an hour."""
 
     seeds: tuple[int, ...] = (0,)
-    max_steps: int = 100
+    max_steps: int = 60
     batch_size: int = 4
     methods: tuple[Method, ...] = (
         Method("plain LoRA", "none", 1e-3),
         Method("plain LoRA, lower lr", "none", 2e-4),
         Method("masked KL", "masked-kl", 1e-3),
+        Method("plain LoRA + anchors", "none", 1e-3, anchor_weight=4.0),
+        Method("masked KL + anchors", "masked-kl", 1e-3, anchor_weight=4.0),
     )
-    #: Everyday prompts of the part "test" that the base answers for the prior text.
+    #: Everyday prompts that the base answers: of the part "test" for the prior text, of the part "anchor" for anchors.
     num_prior: int = 50
+    num_anchors: int = 50
     max_answer_tokens: int = 64
     questions: tuple[str, ...] = QUESTIONS
 
@@ -94,13 +102,17 @@ def run_real_demo(
     _make_inputs(out, settings, clock, on_message)
     config = sweep_config(out / BASE, out, settings)
     with clock.part("precompute"):
-        cache = fill_cache(config, settings, on_message, "auto")
+        data = out / "data"
+        cache = fill_cache(out / BASE, data / "new_train.jsonl", out / "cache", settings, on_message, "auto")
+        anchors = fill_cache(
+            out / BASE, data / ANCHOR_ROWS, out / ANCHORS, settings, on_message, "auto", what="Anchors"
+        )
     on_message(f"Training: {len(config.runs)} runs of {settings.max_steps} steps, each told when it is done.")
     with clock.part("training and evaluation"):
         sweep = train_and_evaluate(config, out, "auto", on_message)
     with clock.part("questions"):
         answered = answer_questions(out, sweep, settings)
-    write_real_report(out, sweep, cache, settings, read_kept(out / ABOUT), answered, clock)
+    write_real_report(out, sweep, cache, anchors, settings, read_kept(out / ABOUT), answered, clock)
     return sweep
 
 
@@ -119,10 +131,15 @@ def _make_inputs(out: Path, settings: RealDemoSettings, clock: Clock, on_message
             about["new text"] = {"what": text.what, "source": text.source, "licence": text.licence, "told": told}
             write_kept(out / ABOUT, about)
     on_message(about["new text"]["told"])
-    if not (out / "data" / PRIOR).is_file():
-        with clock.part("the base's answers"):
-            told = write_prior(out / BASE, out / "data" / PRIOR, settings)
-        on_message(told)
+    parts = {
+        "Prior text": (PRIOR, "test", settings.num_prior),
+        "Anchors": (ANCHOR_ROWS, "anchor", settings.num_anchors),
+    }
+    for what, (name, part, num_prompts) in parts.items():
+        if not (out / "data" / name).is_file():
+            with clock.part(f"the base's answers: {what.lower()}"):
+                told = write_answers(out / BASE, out / "data" / name, part, num_prompts, settings.max_answer_tokens)
+            on_message(f"{what}: {told}")
 
 
 def write_new_text(folder: Path, text: NewText, settings: RealDemoSettings) -> None:
@@ -142,13 +159,13 @@ def write_new_text(folder: Path, text: NewText, settings: RealDemoSettings) -> N
         replace_file(folder / f"copyright-{PACKAGE}", text.copyright.encode())
 
 
-def write_prior(base: Path, path: Path, settings: RealDemoSettings) -> str:
-    """The base's own answers to everyday prompts of the part "test", as rows; returns a sentence about them."""
-    prompts = spread([p for p in everyday_prompts() if p.part == "test"], settings.num_prior)
-    asked = AnswerSettings(max_new_tokens=settings.max_answer_tokens, batch_size=25)
+def write_answers(base: Path, path: Path, part: str, num_prompts: int, max_tokens: int) -> str:
+    """The base's own answers to everyday prompts of a part, as rows; returns a sentence about them."""
+    prompts = spread([p for p in everyday_prompts() if p.part == part], num_prompts)
+    asked = AnswerSettings(max_new_tokens=max_tokens, batch_size=25)
     answered = answers(base, prompts, path, settings=asked, loading=LoadSettings(device="cpu"))
     num_tokens = sum(answer.num_tokens for answer in answered.kept)
-    return f"Prior text: the base's own greedy answers to {len(answered.kept)} everyday prompts, {num_tokens:,} tokens."
+    return f"the base's own greedy answers to {len(answered.kept)} everyday prompts, {num_tokens:,} tokens."
 
 
 def answer_questions(out: Path, sweep: Sweep, settings: RealDemoSettings) -> dict[str, dict[str, str]]:

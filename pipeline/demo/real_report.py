@@ -24,6 +24,7 @@ def write_real_report(
     out: Path,
     sweep: Sweep,
     cache: LogitCache,
+    anchors: LogitCache,
     settings: DemoSettings,
     about: Mapping[str, Any],
     answered: Answered,
@@ -31,7 +32,7 @@ def write_real_report(
 ) -> None:
     """frontier.png and report.md."""
     page = [
-        *_results(out, sweep, cache, settings, about),
+        *_results(out, sweep, cache, anchors, settings, about),
         *_questions(answered),
         *_cost(sweep, cache, clock),
     ]
@@ -39,13 +40,14 @@ def write_real_report(
 
 
 def _results(
-    out: Path, sweep: Sweep, cache: LogitCache, settings: DemoSettings, about: Mapping[str, Any]
+    out: Path, sweep: Sweep, cache: LogitCache, anchors: LogitCache, settings: DemoSettings, about: Mapping[str, Any]
 ) -> list[Block]:
     text, num_seeds = about["new text"], len(settings.seeds)
     prior = next(iter(by_method(sweep).values()))[0].prior
     seeds = "One seed" if num_seeds == 1 else f"Means over {num_seeds} seeds, ± half the range"
     title = f"{cache.num_positions:,} tokens of {text['what']}, one cache"
     fixed = "The settings are those of a trial of one seed, fixed before this demo was first run."
+    weights = sorted({f"{method.anchor_weight:g}" for method in settings.methods if method.anchor_weight})
     return [
         Heading("logitcache demo --real: a language model learns, and forgets", 1),
         Paragraph(
@@ -54,6 +56,11 @@ def _results(
             "them."
         ),
         Paragraph(what_was_run(cache, settings)),
+        Paragraph(
+            "Methods with anchors hold the base by its own answers to other everyday prompts as well, of other "
+            f"subjects: a second cache of {anchors.num_positions:,} positions ({anchors.num_bytes / 2**20:.1f} MiB). "
+            f"Each step compares a few of them with the base (full KL, weight {', '.join(weights)})."
+        ),
         Paragraph(
             f"{MEASURED} First tokens changed: answers of which the first token is predicted otherwise. {seeds}."
         ),

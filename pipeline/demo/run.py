@@ -35,7 +35,7 @@ from logitcache.sweeps.run import prepare, run_one
 
 from .text import Document, code_documents, prose_documents, split
 
-MARKER = "demo.json"
+MARKER, ANCHORS = "demo.json", "anchors"
 
 MEASURED = (
     "Nats a token on held-out text: learnt is the fall of cross-entropy (CE) on new text, forgot the "
@@ -48,11 +48,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Method:
-    """One way of training: its name in tables, its regulariser and its peak learning rate."""
+    """One way of training: its name in tables, its regulariser, its peak learning rate and the weight of anchors."""
 
     name: str
     regularizer: str
     lr: float
+    #: 0: without anchors.
+    anchor_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ def run_demo(out: Path, settings: DemoSettings, on_message: Callable[[str], None
     """
     claim_folder(out, settings)
     on_message("Writing data: standard-library prose (what the base knows) and source code (the new domain).")
-    write_data(out / "data", settings)
+    new_train, _, _ = write_data(out / "data", settings)
     with as_file(files("logitcache.demo").joinpath("base")) as base:
         config = sweep_config(base, out, settings)
-        cache = fill_cache(config, settings, on_message)
+        cache = fill_cache(base, new_train, out / "cache", settings, on_message)
         sweep = train_and_evaluate(config, out, "float32", on_message)
     write_report(out, sweep, cache, settings)
     return sweep
@@ -114,10 +116,12 @@ def train_and_evaluate(config: SweepConfig, out: Path, dtype: str, on_message: C
 def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
     """The demo as a sweep: every method with the first seed, then with the next."""
     data = out / "data"
+    anchored = any(method.anchor_weight for method in settings.methods)
     config = make_config(
         {
             "model": str(base),
             "cache": str(out / "cache"),
+            **({"anchor_cache": str(out / ANCHORS)} if anchored else {}),
             "data": str(data / "new_train.jsonl"),
             "new": str(data / "new_heldout.jsonl"),
             "prior": str(data / "prior_heldout.jsonl"),
@@ -128,7 +132,11 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
                 "rank": settings.rank,
                 "weight": settings.weight,
             },
-            "methods": {m.name: {"regularizer": m.regularizer, "lr": m.lr} for m in settings.methods},
+            "methods": {
+                m.name: {"regularizer": m.regularizer, "lr": m.lr}
+                | ({"anchor_weight": m.anchor_weight} if anchored else {})
+                for m in settings.methods
+            },
         },
         "the demo",
     )
@@ -136,18 +144,23 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
 
 
 def fill_cache(
-    config: SweepConfig, settings: DemoSettings, on_message: Callable[[str], None], dtype: Dtype = "float32"
+    model: str | Path,
+    data: Path,
+    path: Path,
+    settings: DemoSettings,
+    on_message: Callable[[str], None],
+    dtype: Dtype = "float32",
+    what: str = "Precompute",
 ) -> LogitCache:
-    """The cache that the demo's runs are trained with."""
-    assert config.data is not None
+    """A cache that the demo's runs are trained with. what: its name in the message."""
     started = perf_counter()
     job = CaptureSettings(top_k=settings.top_k, max_length=settings.max_length)
-    report = precompute(config.model, config.data, config.cache, job, loading=LoadSettings(dtype=dtype, device="cpu"))
-    cache = LogitCache.open(config.cache)
+    report = precompute(model, data, path, job, loading=LoadSettings(dtype=dtype, device="cpu"))
+    cache = LogitCache.open(path)
     ran = f"the base ran once over {report.num_tokens:,} tokens in {perf_counter() - started:.0f} s"
     done = ran if report.num_tokens else "nothing left to run"
     on_message(
-        f"Precompute: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB."
+        f"{what}: {done}; the cache holds {cache.num_positions:,} positions in {cache.num_bytes / 2**20:.1f} MiB."
     )
     return cache
 

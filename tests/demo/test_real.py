@@ -11,7 +11,16 @@ from support.cli_harness import logitcache
 
 from logitcache.demo import real
 from logitcache.demo.manpages import NewText
-from logitcache.demo.real import ANSWERS, QUESTIONS, RealDemoSettings, run_real_demo, write_new_text, write_prior
+from logitcache.demo.real import (
+    ANCHOR_ROWS,
+    ANSWERS,
+    PRIOR,
+    QUESTIONS,
+    RealDemoSettings,
+    run_real_demo,
+    write_answers,
+    write_new_text,
+)
 from logitcache.demo.run import summary_rows
 from logitcache.demo.text import Document, is_held_out
 from logitcache.errors import TrainingFailed
@@ -24,6 +33,7 @@ SMALL = RealDemoSettings(
     num_held_out=3,
     top_k=8,
     num_prior=4,
+    num_anchors=12,
     max_answer_tokens=20,
     questions=QUESTIONS[:2],
 )
@@ -56,16 +66,21 @@ def test_real_demo_writes_what_it_says_and_goes_on_where_it_was_interrupted(
         patched.setattr(real, "answer_questions", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_real_demo(out, SMALL, said.append)
-    assert [line.split(":")[0] for line in said[:4]] == ["Base", "New text", "Prior text", "Precompute"]
+    assert [line.split(":")[0] for line in said[:6]] == [
+        *("Base", "New text", "Prior text", "Anchors", "Precompute", "Anchors")
+    ]
     assert not (out / "report.md").exists()
     adapters = {p: p.stat().st_mtime_ns for p in out.glob("sweep/runs/*/adapter_model.safetensors")}
-    assert len(adapters) == 3
+    assert len(adapters) == 5
 
     said.clear()
     sweep = run_real_demo(out, SMALL, said.append)
     assert "nothing left to run" in said[2] and {p: p.stat().st_mtime_ns for p in adapters} == adapters
-    assert [(run.method, run.settings["lr"]) for run in sweep.finished] == [(m.name, m.lr) for m in SMALL.methods]
-    laid_out = {*("about.json", "answers.json", "base", "cache", "cost.json", "data", "demo.json"), "sweep"}
+    done = [(run.method, run.settings["lr"], run.settings["anchor_weight"]) for run in sweep.finished]
+    assert done == [(m.name, m.lr, m.anchor_weight) for m in SMALL.methods]
+    prior, anchors = (asked(out / "data" / name) for name in (PRIOR, ANCHOR_ROWS))
+    assert len(anchors) > len(prior) > 0 and not anchors & (prior | set(QUESTIONS))
+    laid_out = {*("about.json", "anchors", "answers.json", "base", "cache", "cost.json", "data", "demo.json"), "sweep"}
     assert {path.name for path in out.iterdir()} == laid_out | {"frontier.png", "report.md"}
     assert (out / "data" / "copyright-manpages-de").read_text() == TEXT.copyright
     report = (out / "report.md").read_text()
@@ -84,7 +99,7 @@ def test_real_demo_writes_what_it_says_and_goes_on_where_it_was_interrupted(
 
 @pytest.mark.usefixtures("run")
 def test_every_model_answers_every_question_side_by_side(tmp_path: Path) -> None:
-    settings = replace(SMALL, seeds=(0, 1), methods=SMALL.methods[::2])
+    settings = replace(SMALL, seeds=(0, 1), methods=(SMALL.methods[0], SMALL.methods[2]))
     run_real_demo(tmp_path, settings, lambda _: None)
     answered = json.loads((tmp_path / ANSWERS).read_text())
     assert list(answered) == ["base", "plain LoRA", "masked KL"]
@@ -97,12 +112,16 @@ def test_every_model_answers_every_question_side_by_side(tmp_path: Path) -> None
     assert [row.split(" | ")[0] for row in rows[2:4]] == [f"| {question}" for question in QUESTIONS[:2]]
 
 
+def asked(rows: Path) -> set[str]:
+    return {json.loads(line)["messages"][0]["content"] for line in rows.read_text().splitlines()}
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def test_prior_text_is_the_bases_own_answer_to_prompts_that_no_anchor_has(tmp_path: Path, tiny_model: Path) -> None:
-    told = write_prior(tiny_model, tmp_path / "prior.jsonl", SMALL)
+    told = write_answers(tiny_model, tmp_path / "prior.jsonl", "test", 4, 20)
     rows = [json.loads(line) for line in (tmp_path / "prior.jsonl").read_text().splitlines()]
     assert f"answers to {len(rows)} everyday prompts" in told
     assert 0 < len(rows) <= 4 and {row["part"] for row in rows} == {"test"}
