@@ -7,7 +7,7 @@ finished run in --out; the same command goes on with what is not there, and a ru
 
     python scripts/study_anchors.py --work FOLDER            all cells, some 5 hours on 2 cores
     python scripts/study_anchors.py --work FOLDER --list     what there is to do
-    python scripts/study_anchors.py --table                  means over seeds of what is there
+    python scripts/study_anchors.py --table                  means over seeds of what is there, and the picture
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from bench_common import ROOT
+from matplotlib.figure import Figure
 
 from logitcache import Anchor, AnchorSettings, LogitCache, Objective, TrainSettings, precompute, train
 from logitcache.adapters.settings import AdapterSettings
@@ -266,23 +267,74 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
 
 
-def print_table(lines: list[dict[str, Any]]) -> None:
-    """Means over seeds, one line a cell: learning, and the drift of each probe as a share of plain's."""
+PROBES = {
+    "same": "answers, kinds that anchors have",
+    "code": "answers, the kind left out",
+    "prose": "prose about Python",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell, means over its seeds: learning in nats a token, KL to the base by probe, all beside plain training."""
+
+    name: str
+    domain: str
+    num_seeds: int
+    learnt: float
+    kl: dict[str, float]
+    changed: float
+    plain: Row | None
+
+    def cells(self) -> list[str]:
+        """One line of the table: shares are of plain training on the same domain at the same learning rate."""
+        of = self.plain
+        share = f"{self.learnt / of.learnt:.2f}" if of else ""
+        found = [f"{kl:.4f}" + (f" ({kl / of.kl[probe]:.2f})" if of else "") for probe, kl in self.kl.items()]
+        return [self.name, str(self.num_seeds), f"{self.learnt:.3f}", share, *found, f"{self.changed:.3g}"]
+
+
+def rows_of(lines: list[dict[str, Any]]) -> list[Row]:
+    """One a cell, in the order in which they were run."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         grouped.setdefault(line["name"].rpartition("-s")[0], []).append(line)
-    probes = ("same", "code", "prose")
-    print(f"{'':36}{'seeds':>6}{'learnt':>8}{'share':>7}" + "".join(f"{p + ' KL':>10}{'share':>7}" for p in probes))
+    rows: dict[str, Row] = {}
     for name, runs in grouped.items():
-        plain = grouped.get(f"{runs[0]['domain']}-none", [])
-        learnt, of = (mean(run["learnt"] for run in group) if group else float("nan") for group in (runs, plain))
-        cells = f"{len(runs):>6}{learnt:>8.3f}{learnt / of:>7.2f}"
-        for probe in probes:
-            kl, of = (
-                mean(r["measured"][probe]["kl"] for r in group) if group else float("nan") for group in (runs, plain)
-            )
-            cells += f"{kl:>10.4f}{kl / of:>7.2f}"
-        print(f"{name:36}{cells}")
+        kl = {probe: mean(run["measured"][probe]["kl"] for run in runs) for probe in PROBES}
+        changed = mean(sum(run["measured"][probe]["first_changed"] for probe in ("same", "code")) for run in runs)
+        domain, learnt = runs[0]["domain"], mean(run["learnt"] for run in runs)
+        rows[name] = Row(name, domain, len(runs), learnt, kl, changed, rows.get(f"{domain}-none"))
+    return list(rows.values())
+
+
+def print_table(rows: list[Row]) -> None:
+    """As Markdown: learning, and the drift of each probe, both also as a share of plain's."""
+    head = [
+        "cell",
+        "seeds",
+        "learnt",
+        "of plain's",
+        *(f"KL, {what}" for what in PROBES.values()),
+        "first tokens changed",
+    ]
+    for line in (head, ["---"] * len(head), *(row.cells() for row in rows)):
+        print(f"| {' | '.join(line)} |")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Learning against the KL on the kind of prompts that no anchor has, every cell of the far domain by its name."""
+    figure = Figure(figsize=(9.0, 6.0), dpi=130, layout="constrained")
+    axes: Any = figure.subplots()
+    for row in (row for row in rows if row.domain == "far"):
+        anchored, masked = "-w" in row.name, "kl" in row.name
+        axes.scatter(row.learnt, row.kl["code"], marker="^" if anchored else "o", color="C1" if masked else "C0")
+        axes.annotate(row.name.removeprefix("far-"), (row.learnt, row.kl["code"]), fontsize=7, ha="center", va="bottom")
+    axes.set_xlabel("learning: fall of cross-entropy on new text, nats a token (right is better)")
+    axes.set_ylabel("drift: KL(base || adapted) on answers of the kind left out, nats a token")
+    axes.set_yscale("log")
+    axes.set_title("Anchors (triangles) and a KL on the new text (orange)", fontsize=11)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -296,7 +348,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--list", action="store_true", help="say what is left, and stop")
-    parser.add_argument("--table", action="store_true", help="only print what is in --out")
+    parser.add_argument("--table", action="store_true", help="only print and draw what is in --out")
     args = parser.parse_args()
     done = {line["name"] for line in read_lines(args.out)}
     left = [cell for cell in cells() if cell.name not in done and cell.name.startswith(args.only)]
@@ -314,7 +366,10 @@ def main() -> None:
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             print(f"{number}/{len(left)} {cell.name}: learnt {line['learnt']:.3f}, {line['seconds']:.0f} s", flush=True)
-    print_table(read_lines(args.out))
+    rows = rows_of(read_lines(args.out))
+    print_table(rows)
+    if rows:
+        draw(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
