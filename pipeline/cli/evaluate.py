@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from logitcache.storage import LogitCache
 
 
+MAX_SCALE = 2.0
+
+
 @dataclass(frozen=True)
 class _Side:
     """New or prior text: its rows, and the cache that stands for the base; one of them, or both."""
@@ -78,6 +81,12 @@ class _Side:
     help="What --json printed for an adapter of plain cross-entropy: adds the shares of its KL and drift prevented.",
 )
 @click.option(
+    "--scales",
+    metavar="S,S,...",
+    help="Also measure the model at these parts of the adapter's change, 0 the base and 1 the whole: such as "
+    "0,.25,.5,.75,1. Needs memory for a second model and for the change.",
+)
+@click.option(
     "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
 )
 @click.option(
@@ -99,6 +108,7 @@ def evaluate(
     new_cache: str | None,
     prior_cache: str | None,
     against: Path | None,
+    scales: str | None,
     tasks: str | None,
     tasks_path: Path | None,
     max_length: int,
@@ -120,13 +130,15 @@ def evaluate(
     how = settings_from(DataSettings, values)
     check_device_map(device_map, device)
     _check_usage(adapter, given, against, tasks, names, tasks_path)
+    parts = _scales_of(scales, adapter, given)
     quiet_libraries()
     from logitcache.adapters.reloadable import check_reloadable
     from logitcache.data.places import settings_for
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
     from logitcache.evaluation.metrics import finite_or_none
-    from logitcache.evaluation.table import closing_sentence, evaluation_rows, table
+    from logitcache.evaluation.scales import curve
+    from logitcache.evaluation.table import closing_sentence, curve_rows, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
     if names:
@@ -154,7 +166,7 @@ def evaluate(
     adapted: Any = None
     if adapter is not None:
         check_adapter(adapter, base)
-        needs_base = bool(names) or any(side.cache is None for side in sides)
+        needs_base = bool(names or parts) or any(side.cache is None for side in sides)
         second = load_base(source, dtype, where, device_map=device_map) if needs_base else base
         adapted = load_adapter(second.model, adapter, device_map)
     texts = {side.name: _text_name(*given[side.name]) for side in sides}
@@ -181,6 +193,15 @@ def evaluate(
                 max(1, batch_tokens // max_length),
             )
         found["tasks"] = [score.as_dict() for score in scores]
+    points = []
+    if parts:
+        points = curve(
+            base.model,
+            adapted,
+            parts,
+            lambda model: {side.name: _compared(side, base, model, samples[side.name], batch_tokens) for side in sides},
+        )
+        found["scales"] = [point.as_dict() for point in points]
     if as_json:
         say_lines(json.dumps(found, indent=2))
         return
@@ -188,6 +209,8 @@ def evaluate(
     if results:
         say_lines("")
         say(closing_sentence(results, texts))
+    if points:
+        say_lines("\n" + table(curve_rows([(point.scale, point.results) for point in points])))
 
 
 def _check_usage(
@@ -214,6 +237,25 @@ def _check_usage(
         raise click.UsageError("--tasks names no task. Give names separated by commas.")
     if tasks_path is not None and not names:
         raise click.UsageError("--tasks-path is where --tasks are looked up. Give --tasks.")
+
+
+def _scales_of(
+    scales: str | None, adapter: str | None, given: dict[str, tuple[tuple[str, ...] | None, str | None]]
+) -> list[float]:
+    """The numbers of --scales, in their order; none where it was not given."""
+    if scales is None:
+        return []
+    if adapter is None or all(sources == (None, None) for sources in given.values()):
+        raise click.UsageError("--scales are parts of an adapter's change, measured on text: give --adapter and text.")
+    try:
+        found = [float(part) for part in scales.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= scale <= MAX_SCALE for scale in found) or len(set(found)) < len(found):
+        raise click.UsageError(
+            f"--scales: expected different numbers from 0 to {MAX_SCALE:g} separated by commas, found {scales!r}."
+        )
+    return found
 
 
 def _side(name: str, text: tuple[str, ...] | None, how: DataSettings, cache: str | None) -> _Side:

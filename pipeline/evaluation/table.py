@@ -59,6 +59,20 @@ def evaluation_rows(
     return rows + [_score_row(score) for score in scores]
 
 
+def curve_rows(points: Sequence[tuple[float, Mapping[str, Comparison]]]) -> list[list[str]]:
+    """Heading and rows of the curve between base and adapted model, a row a scale; of the texts that there are."""
+    columns: list[tuple[str, str, Callable[[Comparison], str]]] = [
+        ("learnt", "new", lambda r: _number(-(r.ce_change_nats or 0.0), ".3f")),
+        ("forgot (KL)", "prior", lambda r: _number(r.kl_nats or 0.0, ".3f")),
+        ("first tokens changed", "prior", lambda r: f"{r.num_first_changed:,} of {r.num_documents:,}"),
+        ("new CE", "new", lambda r: "" if r.after is None else _number(r.after.ce_nats, ".3f")),
+        ("prior CE", "prior", lambda r: "" if r.after is None else _number(r.after.ce_nats, ".3f")),
+    ]
+    shown = [column for column in columns if all(column[1] in results for _, results in points)]
+    rows = [["scale", *(title for title, _, _ in shown)]]
+    return rows + [[f"{scale:g}", *(cell(results[name]) for _, name, cell in shown)] for scale, results in points]
+
+
 def closing_sentence(results: Mapping[str, Comparison], texts: Mapping[str, str]) -> str:
     """`outcome_words` as a sentence, or that there is no adapter to say it of."""
     words = outcome_words(results, texts)

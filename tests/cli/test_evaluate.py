@@ -256,6 +256,29 @@ def test_another_number_format_than_the_caches_is_told(
     assert "prior: the cache was made in float32" in outcome.err
 
 
+def test_scales_go_from_the_base_to_the_adapter(
+    tiny_model: Path, data: Path, prior: Path, caches: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    line = ["--model", tiny_model, "--adapter", adapters["plain"], "--max-length", 40, "--scales", "0,.5,1"]
+    texts = ["--data", data, "--prior", prior]
+    live = found(*line, *texts)
+    cached = found(*line[:-2], "--new-cache", caches["new"], "--prior-cache", caches["prior"], "--scales", "0,.5,1")
+    for result, rounding in ((live, 1e-6), (cached, 1e-4)):
+        assert [point["scale"] for point in result["scales"]] == [0, 0.5, 1]
+        first, middle, last = (point["prior"] for point in result["scales"])
+        assert abs(first["kl_nats"]) < rounding < middle["kl_nats"] < last["kl_nats"]
+        for text in ("new", "prior"):
+            point = result["scales"][2][text]
+            assert point["kl_nats"] == pytest.approx(result[text]["kl_nats"], rel=1e-4)
+            assert point["after"]["ce_nats"] == pytest.approx(result[text]["after"]["ce_nats"], abs=1e-5)
+    shown = done("evaluate", *line, *texts).out
+    assert "scale  learnt  forgot (KL)  first tokens changed  new CE  prior CE" in shown
+    middle = live["scales"][1]["new"]
+    assert f"\n0.5     {middle['before']['ce_nats'] - middle['after']['ce_nats']:.3f} " in shown
+    alone = done("evaluate", *line, "--prior", prior).out
+    assert "scale  forgot (KL)  first tokens changed  prior CE" in alone
+
+
 BAD_USAGE: dict[str, tuple[list[str], str]] = {
     "no text": (["--adapter", "a"], "--prior for what was forgotten, --data for what was learnt, or a cache of either"),
     "a cache without an adapter": (
@@ -266,6 +289,13 @@ BAD_USAGE: dict[str, tuple[list[str], str]] = {
         ["--data", "d", "--prior", "p", "--against", __file__],
         "--against compares the drift of two adapters",
     ),
+    "scales without an adapter": (["--data", "d", "--scales", "0,1"], "--scales are parts of an adapter's change"),
+    "scales that are none": (
+        ["--data", "d", "--adapter", "a", "--scales", "0,x"],
+        "--scales: expected different numbers from 0 to 2 separated by commas, found '0,x'",
+    ),
+    "a negative scale": (["--data", "d", "--adapter", "a", "--scales=-1"], "numbers from 0 to 2"),
+    "a scale twice": (["--data", "d", "--adapter", "a", "--scales", "1,1.0"], "different numbers"),
     "no task": (["--data", "d", "--prior", "p", "--tasks", " ,"], "--tasks names no task"),
     "a folder of tasks alone": (["--data", "d", "--prior", "p", "--tasks-path", "."], "Give --tasks"),
     "against without prior text": (
