@@ -127,13 +127,13 @@ PACKAGES = {
     "data": {"errors", "settings", "storage"},
     "models": {"errors", "settings", "storage"},
     "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "losses", "models", "pairing", "settings", "storage"),
     },
     "training": {
-        *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),
+        *("adapters", "capture", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),
         "storage",
     },
     "sweeps": {
