@@ -19,7 +19,7 @@ SLOW = {
     "process": (
         *("capture/test_kill", "capture/test_ray", "capture/test_worker", "capture/test_worker_modes"),
         *("models/test_tensor_parallel", "pairing/test_in_pieces", "storage/test_locks_off"),
-        *("training/test_layouts", "training/test_normalisation"),
+        *("training/test_fill_processes", "training/test_layouts", "training/test_normalisation"),
     ),
     "training": (
         *(

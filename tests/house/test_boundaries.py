@@ -205,6 +205,12 @@ def test_package_imports_only_what_it_may(package: str) -> None:
         assert not imports_of(path, package)[2] & {"click", "logitcache"}, path
 
 
+def test_training_captures_in_one_file() -> None:
+    """A cache that fills itself; everything else of training reads."""
+    importing = {path.stem for path in files_of("training") if "capture" in imports_of(path, "training")[1]}
+    assert importing == {"fill"}
+
+
 def test_losses_import_torch_and_the_ground_floor() -> None:
     for path in (ROOT / "pipeline" / "losses").rglob("*.py"):
         _, rooms, foreign = imports_of(path, "losses")
