@@ -19,7 +19,7 @@ SLOW = {
     "process": (
         *("capture/test_kill", "capture/test_ray", "capture/test_worker", "capture/test_worker_modes"),
         *("models/test_tensor_parallel", "pairing/test_in_pieces", "storage/test_locks_off"),
-        *("training/test_layouts", "training/test_normalisation"),
+        *("training/test_fill_processes", "training/test_layouts", "training/test_normalisation"),
     ),
     "training": (
         *(
@@ -32,7 +32,7 @@ SLOW = {
             "models/test_quantization",
         ),
         *("pairing/test_distil", "pairing/test_layout", "sweeps/test_run", "training/", "house/test_docs"),
-        *("models/test_device_map", "models/test_prequantised", "capture/test_wanted_samples", "capture/test_vllm"),
+        *("models/test_device_map", "models/test_prequantised", "pairing/test_wanted_samples", "capture/test_vllm"),
     ),
     "faults": ("storage/test_faults", "storage/test_hostile", "storage/test_adversarial", "reports/test_flips"),
     "peer": ("evaluation/test_lm_eval", "storage/test_interop", "storage/test_remote", "hub/"),

@@ -34,7 +34,7 @@ MOST_NATS = 1000.0
 def check_against(held: HeldRecords, base: Base, batch_tokens: int) -> ModelCheck:
     """The samples captured again by the base, beside others and alone, and compared with what the cache holds.
 
-    The base must be the one that the cache says it is of (`calibration.check_cache`), held as it was then.
+    The base must be the one that the cache says it is of (`identity_checks.check_identity`), held as it was then.
     batch_tokens: in one forward, padding included.
     """
     capture = held.cache.manifest.capture

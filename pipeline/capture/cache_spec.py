@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from logitcache.storage.manifest import MAX_TEXT, features_of
 from logitcache.storage.plain_text import one_line
 from logitcache.storage.records import keep_mass
 
-from .settings import CaptureSettings
+from .settings import CaptureSettings, Precision, Store
 
 PACKAGES = ("logitcache", "torch", "transformers", "zarr", "pyarrow", "numcodecs", "pcodec")
 """Whose versions a manifest names, and the engine's where there is one."""
@@ -49,6 +50,23 @@ class CacheSpec:
             CachedSample(sample.token_ids, keep_mass(record, min_mass, self.token_groups), sample.num_tokens_cut)
             for sample, record in captured
         ]
+
+
+def settings_of(manifest: Manifest) -> CaptureSettings:
+    """The settings of a cache that is there. How its work was cut, and at which positions, no manifest says: those are
+    the defaults."""
+    kept = manifest.capture
+    steps = kept.group_steps_per_nat
+    return CaptureSettings(
+        top_k=kept.top_k,
+        max_length=kept.max_length,
+        store=cast(Store, manifest.store),
+        precision=cast(Precision, kept.precision),
+        min_mass=kept.min_mass,
+        tail_groups=kept.num_tail_groups,
+        tail_group_step=1 / steps if steps else CaptureSettings.tail_group_step,
+        tail_samples=kept.num_tail_samples,
+    )
 
 
 def cache_spec(

@@ -9,14 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample, distinct
 from logitcache.errors import NotCalibrated, UnreadableSweep
 from logitcache.json_files import CheckedJson, write_checked
-from logitcache.models.loading import Base
 from logitcache.models.same_base import base_differences, base_of
-from logitcache.pairing.identity_checks import check_identity
 from logitcache.storage import BaseLogprobs, LogitCache, ModelIdentity, sample_id
 from logitcache.storage.identity import differing, digest
 from logitcache.storage.model_check import MIN_OVERLAP as MIN_OVERLAP
@@ -142,11 +139,6 @@ def choose_cached(cache: LogitCache, num_positions: int, at_least: int | None = 
     if count < least:
         raise _too_few(str(cache.path), least, count)
     return HeldRecords(cache, samples, records)
-
-
-def check_cache(held: HeldRecords, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise `IdentityMismatch` unless the cache is of this model and tokenizer; dtype and attention may differ."""
-    check_identity(held.cache, base, tokenizer)
 
 
 def records_of(teacher: Teacher, samples: Sequence[Sample], batch_tokens: int) -> list[BaseLogprobs]:

@@ -4,7 +4,7 @@ Owns that a job sees no difference between the two, and what is refused of sampl
 checked. Must not know plans, models or caches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,11 +65,23 @@ class Rows:
         return sizes_of(self.names, self.how)
 
 
+class SampleRows(Protocol):
+    """Samples in memory, or rows of which each slice makes samples when it is asked for: none, one or several a row."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Iterable[Sample]:
+        """The samples of these rows, in their order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Samples:
     """Samples in memory. Raises `InvalidData` where one is too long, of another vocabulary, or has no label."""
 
-    samples: Sequence[Sample]
+    samples: SampleRows
     max_length: int
     vocab_size: int
 
@@ -82,7 +94,8 @@ class Samples:
         """Slices of them."""
         for number, start in enumerate(range(0, len(self.samples), num_rows)):
             if wanted(number):
-                yield number, self._checked(self.samples[start : start + num_rows])
+                stop = min(start + num_rows, len(self.samples))
+                yield number, self._checked(list(self.samples[start:stop]), stop - start)
 
     def count(self) -> int:
         """All of them."""
@@ -92,7 +105,7 @@ class Samples:
         """Their number: no other process has them."""
         return [["samples in memory", len(self.samples)]]
 
-    def _checked(self, samples: Sequence[Sample]) -> SampleSet:
+    def _checked(self, samples: list[Sample], num_rows: int) -> SampleSet:
         for sample in samples:
             if len(sample.token_ids) > self.max_length:
                 raise InvalidData(
@@ -107,4 +120,4 @@ class Samples:
                     "a label). Leave the sample out."
                 )
         cut = [sample.num_tokens_cut for sample in samples if sample.num_tokens_cut]
-        return SampleSet(list(samples), len(samples), len(cut), sum(cut), 0)
+        return SampleSet(samples, num_rows, len(cut), sum(cut), 0)

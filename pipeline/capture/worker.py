@@ -58,7 +58,7 @@ from .settings import JobSpec as JobSpec
 from .shard_pipeline import ShardPipeline, failed_text
 from .teacher import Teacher, teacher_of
 from .vocab_groups import groups_for
-from .windows import Data, Rows, Samples
+from .windows import Data, Rows, SampleRows, Samples
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 
@@ -99,7 +99,7 @@ class Loaded:
     teacher: Teacher
     base: Base | None
     #: The data, where they are in memory; None: the job names them.
-    samples: Sequence[Sample] | None = None
+    samples: SampleRows | None = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def calibrate(
     from logitcache.data.skipped import listed_beside
     from logitcache.models.head import check_head, check_length
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
+    from logitcache.pairing.identity_checks import check_identity
 
     if cache is None and engine == "vllm":
         vllm_version()  # before the reference has run for nothing
@@ -120,7 +121,7 @@ def calibrate(
     held = None if cache is None else _held(cache, num_positions)
     base = load_base(source, dtype, where)
     if held is not None:
-        job.check_cache(held, base, tokenizer)
+        check_identity(held.cache, base, tokenizer)
         chosen, top_k = held.samples, held.cache.manifest.capture.top_k
     else:
         chosen = _chosen(

@@ -30,8 +30,8 @@ def prune(path: str, data: tuple[str, ...], model: str | None, dry_run: bool, **
     """
     how = settings_from(DataSettings, values)
     quiet_libraries()
-    from logitcache.capture.wanted_samples import ids_of_data
     from logitcache.data.skipped import listed_beside
+    from logitcache.pairing.wanted_samples import ids_of_data
     from logitcache.storage import LogitCache
     from logitcache.storage import prune as remove
 

@@ -68,16 +68,17 @@ def _against(path: str, model: str, settings: AgainstSettings, device: str) -> "
     """Run the model as the cache says its base was run, compare, and keep the answer."""
     quiet_libraries()
     from logitcache.capture.against_model import check_against
-    from logitcache.capture.calibration import check_cache, choose_cached
+    from logitcache.capture.calibration import choose_cached
     from logitcache.models.head import check_head
     from logitcache.models.loading import find_model, load_as_stated, load_tokenizer, pick_device
+    from logitcache.pairing.identity_checks import check_identity
     from logitcache.storage import LogitCache
     from logitcache.storage.model_check import write_model_check
 
     source, where, cache = find_model(model), pick_device(device), LogitCache.open(path)
     base = load_as_stated(source, cache.manifest.model, where)
     held = choose_cached(cache, settings.num_positions, at_least=1)
-    check_cache(held, base, load_tokenizer(source))
+    check_identity(cache, base, load_tokenizer(source))
     check_head(base.model)
     found = check_against(held, base, settings.batch_tokens)
     write_model_check(path, found)

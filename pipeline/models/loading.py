@@ -149,22 +149,31 @@ def load_base(
         model, info = _from_pretrained(source, dtype, how, attention)
         if device_map is not None:
             keep_while(model, how)
-    with _said_in_one_sentence(source):
-        digests = tensor_digests(source.folder)
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         raise UnsupportedModel(
             f"loading model {source.name!r}: {len(missing)} weights are not in its files, or not of the shape that its "
             f"config asks for ({missing[0]}, ...). They would be random. Check that the checkpoint is complete."
         )
-    _check_tied(digests, model.config, source)
     model.eval()
     if not how:
         model.to(device)
     held = _held(model, source, stated, load_in)
     if held in LOAD_IN:
         make_trainable(model, source.name)
-    identity = ModelIdentity(
+    return Base(source, model, identity_of(source, model, held))
+
+
+def identity_of(source: Source, model: PreTrainedModel, held: str = "") -> ModelIdentity:
+    """The identity of a model in memory that has the weights and the configuration of the checkpoint in `source`, which
+    is not compared here. held: the format of its weights.
+
+    Raises `UnsupportedModel` where the files cannot be read, or store a head that the config ties to the embedding.
+    """
+    with _said_in_one_sentence(source):
+        digests = tensor_digests(source.folder)
+    _check_tied(digests, model.config, source)
+    return ModelIdentity(
         weights=fingerprint_of(digests),
         config=_config_text(source),
         vocab_size=logits_width(model),
@@ -173,7 +182,6 @@ def load_base(
         quantization=held,
         tf32=tf32_is_on(),
     )
-    return Base(source, model, identity)
 
 
 def checkpoint_format(source: Source) -> str:

@@ -1,7 +1,8 @@
 """Are the weights of a model in memory those of a checkpoint? A fixed sample of rows of every tensor, bit for bit.
 
-Owns where the checkpoint of a model in memory lies, under which name a stored tensor stands in memory, and why one
-cannot be compared: packed, divided over processes, rewritten by an adapter, converted while it was loaded. Must not
+Owns where the checkpoint of a model in memory lies, under which name a stored tensor stands in memory, which tensors
+there are an adapter's, and why one cannot be compared: packed, divided over processes, rewritten by an adapter,
+converted while it was loaded. Must not
 know caches, nor decide what a difference means. Trade-off: a sample, so that a model of any size takes seconds; single
 values that changed between the rows are not seen, a matrix that changed is.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,6 +69,8 @@ class WeightsCompared:
     differing: tuple[str, ...]
     #: Why tensors were not compared, and how many each.
     left_out: Mapping[str, int]
+    #: Parameters of the base in memory, by their names there, that the checkpoint has not.
+    not_stored: tuple[str, ...] = ()
 
     @property
     def said(self) -> str:
@@ -74,6 +78,11 @@ class WeightsCompared:
         total = self.num_compared + sum(self.left_out.values())
         parts = [f"{number} {why}" for why, number in self.left_out.items()]
         return f"{', '.join(parts)} (of {total} tensors of the checkpoint)" if parts else ""
+
+
+def own_checkpoint(causal_lm: PreTrainedModel) -> Path | None:
+    """`local_checkpoint` of what a model in memory names, in the revision that it was loaded from."""
+    return local_checkpoint(causal_lm.name_or_path or "", getattr(causal_lm.config, "_commit_hash", None))
 
 
 def local_checkpoint(name: str, revision: str | None = None) -> Path | None:
@@ -111,23 +120,25 @@ def _fingerprint(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def compare_weights(
-    model: nn.Module, folder: Path, chosen: Callable[[Tensor], bool] = lambda _: True
+    model: nn.Module, folder: Path, chosen: Callable[[Tensor], bool] = lambda _: True, exact: bool = False
 ) -> WeightsCompared:
     """The tensors of the checkpoint in this folder against those in memory, cast to their dtype.
 
     chosen: of the tensors in memory, those to compare; others are not counted. A float32 weight that is the stored one
-    rounded to 16 bits is the same: it was loaded so, and then widened.
+    rounded to 16 bits is the same, since it was loaded so, and then widened; exact: it is another one.
     Raises OSError and ValueError where the files cannot be read.
     """
     causal_lm = causal_lm_of(model)
     here, rename = _tensors_of(causal_lm), _renamed(causal_lm)
     rewritten = _rewritten(model, causal_lm)
-    num_compared, differing, left_out = 0, [], Counter[str]()
+    num_compared, differing, left_out, stored_here = 0, [], Counter[str](), set[int]()
     for name, stored in _stored(folder):
         found = rename(name)
         tensor = None if found is None else _look_up(here, found, causal_lm.base_model_prefix)
-        if tensor is not None and not chosen(tensor):
-            continue
+        if tensor is not None:
+            stored_here.add(id(tensor))
+            if not chosen(tensor):
+                continue
         why = "of other names in memory" if tensor is None else _not_comparable(tensor, stored)
         if tensor is not None and not why and id(tensor) in rewritten:
             why = "rewritten by the adapter"
@@ -135,9 +146,25 @@ def compare_weights(
             left_out[why] += 1
             continue
         num_compared += 1
-        if not _same_rows(tensor, stored):
+        if not _same_rows(tensor, stored, exact):
             differing.append(name)
-    return WeightsCompared(num_compared, tuple(differing), dict(left_out))
+    not_stored = tuple(name for name, tensor in base_parameters(causal_lm) if id(tensor) not in stored_here)
+    return WeightsCompared(num_compared, tuple(differing), dict(left_out), not_stored)
+
+
+def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model without those that PEFT's layers have beside them, by name, tied ones as often as they
+    are used."""
+    if isinstance(module, BaseTunerLayer):
+        yield from base_parameters(module.get_base_layer(), prefix)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        yield from base_parameters(module.original_module, prefix)
+    else:
+        yield from (
+            (f"{prefix}{name}", p) for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        )
+        for name, child in module.named_children():
+            yield from base_parameters(child, f"{prefix}{name}.")
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -151,7 +178,12 @@ def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
 def _tensors_of(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and buffers by the names that they have without wrappers."""
     named = [*causal_lm.named_parameters(remove_duplicate=False), *causal_lm.named_buffers(remove_duplicate=False)]
-    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor for name, tensor in named}
+    return {without_wrappers(name): tensor for name, tensor in named}
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor or a module as its checkpoint knows it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _look_up(here: Mapping[str, Tensor], name: str, prefix: str) -> Tensor | None:
@@ -189,22 +221,24 @@ def _not_comparable(tensor: Tensor, stored: Any) -> str:
     return "" if tuple(tensor.shape) == tuple(stored.get_shape()) else "of other shapes in memory"
 
 
-def _same_rows(tensor: Tensor, stored: Any) -> bool:
+def _same_rows(tensor: Tensor, stored: Any, exact: bool) -> bool:
     shape = tuple(stored.get_shape())
     if not shape:
-        return _same(tensor.detach().cpu(), torch.as_tensor(stored[...]))
+        return _same(tensor.detach().cpu(), torch.as_tensor(stored[...]), exact)
     if len(shape) == 1:
-        return _same(tensor.detach()[:MAX_ROW].cpu(), stored[:MAX_ROW])
+        return _same(tensor.detach()[:MAX_ROW].cpu(), stored[:MAX_ROW], exact)
     width = min(shape[1], max(1, MAX_ROW // math.prod(shape[2:])))
     places = torch.linspace(0, shape[0] - 1, min(shape[0], NUM_ROWS), dtype=torch.float64).long()
     ours = tensor.detach()[:, :width].index_select(0, places.to(tensor.device)).cpu()
-    return _same(ours, torch.cat([stored[i : i + 1, :width] for i in places.tolist()]))
+    return _same(ours, torch.cat([stored[i : i + 1, :width] for i in places.tolist()]), exact)
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def _same(ours: Tensor, theirs: Tensor, exact: bool) -> bool:
     if torch.equal(ours, theirs.to(ours.dtype)):
         return True
-    return ours.dtype == torch.float32 and any(torch.equal(ours, theirs.to(t).float()) for t in _TRANSFORMED)
+    return (
+        not exact and ours.dtype == torch.float32 and any(torch.equal(ours, theirs.to(t).float()) for t in _TRANSFORMED)
+    )
 
 
 def _rewritten(model: nn.Module, causal_lm: PreTrainedModel) -> set[int]:

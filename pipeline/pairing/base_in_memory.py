@@ -5,7 +5,7 @@ Owns which checkpoint a model in memory is held against, and the refusals. How w
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from logitcache.models.weights_in_memory import (
     fingerprint_in,
     has_weights,
     local_checkpoint,
+    own_checkpoint,
 )
 from logitcache.storage import LogitCache
 from logitcache.storage.configs import config_text
@@ -36,18 +37,10 @@ def check_config(cache: LogitCache, model: nn.Module, is_padded: bool = False) -
     is_padded: their vocabularies may be padded to different widths.
     """
     causal_lm = causal_lm_of(model)
-    theirs = json.loads(cache.manifest.model.config)
-    if theirs.get("model_type") not in CONFIG_MAPPING:
-        return ("the configuration (the cache's names no model_type that transformers knows)",)
-    try:
-        ours = json.loads(config_text(json.loads(causal_lm.config.to_json_string(use_diff=False))))
-    except (ValueError, TypeError) as error:
-        return (f"the configuration ({error})",)
-    for fields in (theirs, ours):
-        for name in ("quantization_config", *(["vocab_size"] if is_padded else [])):
-            fields.pop(name, None)
-    texts = [config_text(fields) for fields in (theirs, ours)]
-    said = differing({"config": texts[0]}, {"config": texts[1]}, "in the cache", "in memory", config_differences)
+    leaving_out = ("quantization_config", *(["vocab_size"] if is_padded else []))
+    said, why_not = config_said(cache.manifest.model.config, "in the cache", causal_lm, leaving_out)
+    if why_not:
+        return (f"the configuration ({why_not})",)
     if said:
         raise NotTheBase(
             f"pairing {cache.path} with {_named(causal_lm)}: the cache was made from {cache.manifest.model_name}, and "
@@ -56,6 +49,22 @@ def check_config(cache: LogitCache, model: nn.Module, is_padded: bool = False) -
             "(PairingRules(teacher_is_not_base=True))."
         )
     return ()
+
+
+def config_said(
+    stated: str, where: str, causal_lm: PreTrainedModel, leaving_out: Collection[str] = ()
+) -> tuple[list[str], str]:
+    """Where the configuration in memory differs from the one that is stated `where`, a phrase each; and why it could
+    not be compared, "" where it could. leaving_out: fields that may differ."""
+    theirs = json.loads(stated)
+    if theirs.get("model_type") not in CONFIG_MAPPING:
+        return [], f"the one {where} names no model_type that transformers knows"
+    try:
+        ours = json.loads(config_text(json.loads(causal_lm.config.to_json_string(use_diff=False))))
+    except (ValueError, TypeError) as error:
+        return [], str(error)
+    texts = [config_text({n: v for n, v in fields.items() if n not in leaving_out}) for fields in (theirs, ours)]
+    return differing({"config": texts[0]}, {"config": texts[1]}, where, "in memory", config_differences), ""
 
 
 def check_weights(
@@ -88,7 +97,7 @@ def _check_other(
     cache: LogitCache, causal_lm: PreTrainedModel, model: nn.Module, chosen: Callable[[Tensor], bool]
 ) -> tuple[str, ...]:
     """No checkpoint here is the cache's: refuse a model that has the weights of another one."""
-    other = _own_folder(causal_lm)
+    other = own_checkpoint(causal_lm)
     if other is None or fingerprint_in(other) is None:
         looked = " or ".join(repr(name) for name in (causal_lm.name_or_path, cache.manifest.model_name) if name)
         return (f"weights (no checkpoint of the base is here by the name of {looked or 'any'})",)
@@ -106,13 +115,9 @@ def _check_other(
 
 def _checkpoint(cache: LogitCache, causal_lm: PreTrainedModel) -> Path | None:
     """A folder with the weights of the cache's base."""
-    folders = (_own_folder(causal_lm), local_checkpoint(cache.manifest.model_name))
+    folders = (own_checkpoint(causal_lm), local_checkpoint(cache.manifest.model_name))
     wanted = cache.manifest.model.weights
     return next((f for f in folders if f is not None and fingerprint_in(f) == wanted), None)
-
-
-def _own_folder(causal_lm: PreTrainedModel) -> Path | None:
-    return local_checkpoint(causal_lm.name_or_path or "", getattr(causal_lm.config, "_commit_hash", None))
 
 
 def _named(causal_lm: PreTrainedModel) -> str:

@@ -18,7 +18,14 @@ from logitcache.models.head import causal_lm_of, logits_width
 from logitcache.models.loading import Base, tokenizer_identity
 from logitcache.models.quantization import LOAD_IN, held_in
 from logitcache.models.same_base import base_differences, base_of
-from logitcache.storage import IdentityMismatch, LogitCache, PositionNotCaptured, SampleNotCached, sample_id
+from logitcache.storage import (
+    CaptureIdentity,
+    IdentityMismatch,
+    LogitCache,
+    PositionNotCaptured,
+    SampleNotCached,
+    sample_id,
+)
 from logitcache.storage.identity import differing
 
 from .settings import PairingRules as PairingRules
@@ -121,27 +128,32 @@ def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None = None) -> None:
     """Raise `TrainingFailed` where the cache, read with top_k alternatives, does not hold what is to be compared."""
-    if cache is None or objective.regularizer == "none":
+    if cache is not None:
+        check_kept(cache.manifest.capture, cache.path, objective, top_k)
+
+
+def check_kept(kept: CaptureIdentity, path: str, objective: Objective, top_k: int | None = None) -> None:
+    """`check_tail` of what a cache at this path keeps, or will."""
+    if objective.regularizer == "none":
         return
-    kept = cache.manifest.capture
     if top_k is not None and top_k > kept.top_k:
         raise TrainingFailed(
-            f"training with --top-k {top_k}: {cache.path} holds {kept.top_k} alternatives a position, and no more "
+            f"training with --top-k {top_k}: {path} holds {kept.top_k} alternatives a position, and no more "
             "can be read. Use a smaller one, or precompute a cache with more."
         )
     if top_k is not None and top_k < kept.top_k and kept.num_tail_samples:
         raise TrainingFailed(
-            f"training with --top-k {top_k}: the draws in {cache.path} are from the tail beyond {kept.top_k} "
+            f"training with --top-k {top_k}: the draws in {path} are from the tail beyond {kept.top_k} "
             "alternatives, and say nothing of a larger one. Leave --top-k out, or use a cache without draws."
         )
     if objective.tail == "groups" and not kept.num_tail_groups:
         raise TrainingFailed(
-            f"training with tail groups: {cache.path} holds the tail as one mass. "
+            f"training with tail groups: {path} holds the tail as one mass. "
             "Use --tail bucket, or precompute a cache with --tail-groups."
         )
     if objective.tail == "sampled" and not kept.num_tail_samples:
         raise TrainingFailed(
-            f"training with tail sampled: {cache.path} holds no draws from the tail. "
+            f"training with tail sampled: {path} holds no draws from the tail. "
             "Use --tail bucket, or precompute a cache with --tail-samples."
         )
     width = kept.top_k if top_k is None else top_k
@@ -149,7 +161,7 @@ def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None
     if outcomes < 2 and objective.tail in ("bucket", "renormalize"):
         raise TrainingFailed(
             f"training with {objective.regularizer} and tail {objective.tail}: {'one' if width else 'no'} alternative "
-            f"a position is read from {cache.path}. One outcome alone always has probability 1, and nothing would be "
+            f"a position is read from {path}. One outcome alone always has probability 1, and nothing would be "
             f"compared. {_MORE_OUTCOMES[width > 0]}"
         )
 

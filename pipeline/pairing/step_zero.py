@@ -311,7 +311,7 @@ def own_noise(model: nn.Module, documents: Sequence[NDArray[np.uint32]]) -> floa
         return hidden.new_zeros(())
 
     length = max(map(len, documents)) + PADDING
-    with _probing(model):
+    with probing(model):
         inside_forward(model, _inputs_of(model, documents, length), None, keep)
         padded = together[0].unflatten(0, (len(documents), length))
         values = [_noise_of(model, tokens, padded[i, : len(tokens)]) for i, tokens in enumerate(documents)]
@@ -357,7 +357,7 @@ def _values(model: nn.Module, batches: Sequence[Batch], probe: Probe) -> tuple[T
     without the label where the objective is without it, unless nothing or one outcome is left there.
     """
     values, errors = list[Tensor](), list[Tensor]()
-    with _probing(model):
+    with probing(model):
         for batch in batches:
             kl, error = _differences(model, batch, probe)
             values.append(kl)
@@ -395,7 +395,7 @@ def _differences(model: nn.Module, batch: Batch, probe: Probe) -> tuple[Tensor, 
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and float32 weights outside autocast: also outside the one that accelerate puts around an
     instance's forward. A model in pieces is called as it is trained, since its wrapper casts the weights anyway."""
     inner, causal_lm = unwrapped(model), causal_lm_of(model)

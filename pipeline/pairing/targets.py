@@ -166,6 +166,16 @@ def documents_of(batch: Batch, every: bool = False) -> Iterator[Document]:
                 yield found
 
 
+def samples_in(batch: Batch, origin: str) -> list[Sample]:
+    """The documents of a batch on the CPU as samples, those that have supervised positions. Raises `InvalidBatch`."""
+    samples = []
+    for document in documents_of(batch):
+        supervised = np.zeros(len(document.token_ids), dtype=np.bool_)
+        supervised[document.positions + 1] = True
+        samples.append(Sample(document.token_ids, supervised, origin))
+    return samples
+
+
 def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None = None) -> SparseTargets:
     """Records one after the other as tensors on the CPU. token_groups: [V], where the records have tail groups."""
     labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)

@@ -9,11 +9,17 @@ With anchors, caches of what the base says far from the new data, the loop says 
     anchored = CachedLoss("cache/", Objective(weight=1.0), anchor=Anchor("anchors/"))
     loss = anchored(model, batch, step=step).loss
 
-Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s.
+A cache that lacks some of the data, or is not there, is filled before the first step:
+
+    anchored = CachedLoss("cache/", Objective(weight=1.0), fill=True)
+    anchored.fill(model, loader)
+
+Owns nothing but this arrangement: looking up and all checks of a pairing are `pairing`'s, the loss is `batch_loss`'s,
+filling is `fill`'s.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +48,7 @@ from logitcache.storage import LogitCache
 
 from .anchors import Anchor, Anchors, anchors_of
 from .batch_loss import batch_loss
+from .fill import CaptureSettings, Filling, JobReport, samples_of
 from .own_loss import check_own_loss, probe_own_loss
 from .supported import check_in_pieces
 
@@ -57,7 +64,9 @@ class CachedLoss:
     the first batch, hold the model's configuration and weights against the checkpoint of the cache's base, and measure
     it (an untrained adapter) against the cache, which is then `step_zero`; False where training goes on from a trained
     adapter. anchor: a cache, or several, on whose own samples the model is compared with the base and learns nothing
-    else; cache may then be None, with an objective `none`. seed: of the order of the anchors' samples.
+    else; cache may then be None, with an objective `none`. seed: of the order of the anchors' samples. fill: the cache
+    at this path is given what it lacks by the method `fill`, which must be called before anything is looked up; a cache
+    that is not there is made, with capture in place of the default settings.
     Raises what `CacheView.paired` raises, `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`, and `TrainingFailed`
     where the model's own loss has a term that is not made here, or a batch brings what nothing reads.
     """
@@ -73,18 +82,23 @@ class CachedLoss:
         check: bool = True,
         anchor: Anchor | Sequence[Anchor] = (),
         seed: int = 0,
+        fill: bool = False,
+        capture: CaptureSettings | None = None,
     ) -> None:
         self.objective = objective_of(cache, objective, top_k, rules)
         if self.objective.kl_budget is not None:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step (kl_controller.BudgetedWeight)")
         if cache is None and self.objective.regularizer != "none":
             raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
+        self._filling = Filling.asked(cache, fill, capture, self.objective, top_k, rules)
+        self.filled: JobReport | None = None  # what this process captured before training
         self._view = cache if isinstance(cache, CacheView) else None
-        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-        self.cache = opened.cache if isinstance(opened, CacheView) else opened
-        check_tail(self.cache, self.objective, top_k)
+        self.cache: LogitCache | None = None
         self._top_k, self._rules = top_k, PairingRules() if rules is None else rules
-        self._check, self._check_layout = check, None if self.cache is None else LayoutCheck(self.cache)
+        self._check = check
+        self._check_layout: LayoutCheck | None = None
+        if self._filling is None:
+            self._open(cache)
         given = [anchor] if isinstance(anchor, Anchor) else anchor
         self._anchor, self._seed = [each.opened() for each in given], seed
         self._anchors: Anchors | None = None
@@ -95,8 +109,35 @@ class CachedLoss:
             self.view(model)
             self.anchors(model)
 
+    def _open(self, cache: AnyCache | None) -> None:
+        opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
+        self.cache = opened.cache if isinstance(opened, CacheView) else opened
+        check_tail(self.cache, self.objective, self._top_k)
+        self._check_layout = None if self.cache is None else LayoutCheck(self.cache)
+
+    def fill(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Capture what the cache lacks of the documents of these batches, with the model below its untrained adapter.
+
+        batches: a `DataLoader`, say, of all that will be learnt; it is gone through once, and what it draws next time
+        is as if it had not been. All processes must call it, each with its own batches; `filled` says what this one
+        captured. Raises `NotTheBase` where the adapter has rewritten or left the base, `TrainingFailed`.
+        """
+        if self._filling is None:
+            raise ValueError("fill: expected CachedLoss(..., fill=True), which says that the cache may be written to")
+        self.filled = self._filling.fill(model, samples_of(batches))
+        self._open(self._filling.path)
+
+    def _check_open(self) -> None:
+        """Raise `TrainingFailed` where the cache still has to be filled."""
+        if self._filling is not None and self.cache is None:
+            raise TrainingFailed(
+                f"looking up {self._filling.path}: expected it to be filled before, as fill=True says, found that "
+                "nobody did. Call fill(model, batches) before the first step."
+            )
+
     def view(self, model: nn.Module) -> CacheView | None:
         """The cache as this model reads it, held against it; the first model decides how much padding is ignored."""
+        self._check_open()
         if self._view is None and self.cache is not None:
             self._view = CacheView.paired(self.cache, model, self.objective, top_k=self._top_k, rules=self._rules)
         if self._view is not None:
@@ -117,6 +158,7 @@ class CachedLoss:
 
     def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets, so that a `DataLoader`'s workers look them up ahead."""
+        self._check_open()
         if self._view is not None:
             return self._view.collator(collator)
         if self._rules.ignore_padding and self.cache is not None:

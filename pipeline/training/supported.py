@@ -63,6 +63,16 @@ def in_pieces(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled) or zero or is_sharded(trainer.model)
 
 
+def divided_by(trainer: Any) -> str:
+    """What divides the model over processes, or will place it later, so that it is not whole here before training; ""
+    where each process has its own."""
+    if num_replicas(trainer) > 1:
+        return "tensor parallelism"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    return "FSDP" if in_pieces(trainer) else ""
+
+
 def check_in_pieces(*, penalised: bool, anchored: bool) -> None:
     """Raise `TrainingFailed` for terms of the loss that a model in pieces cannot have."""
     for has, what, why in (

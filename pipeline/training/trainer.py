@@ -3,19 +3,18 @@
 Owns normalisation: the cross-entropy and the regulariser are each a mean over their own positions of the whole
 accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes give one gradient. The formulas are in
 `losses`, the way from batch to loss in `batch_loss`, the terms of anchor caches in `anchors`, what is refused in
-`supported`.
+`supported`, how the cache gains what it lacks in `fill`.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from logitcache.adapters.adalora import Orthogonality
@@ -24,35 +23,22 @@ from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of, check_head
 from logitcache.models.inside_forward import check_head_inside
 from logitcache.models.sharding import check_parts, is_sharded, local_part, on_any_process
-from logitcache.pairing.identity_checks import EVERY, PairingRules
+from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.step_zero import StepZero
-from logitcache.pairing.targets import (
-    OWN_TOKENS,
-    PREFIX,
-    Batch,
-    CachedCollator,
-    Collator,
-    collated,
-    count_positions,
-    documents_of,
-)
+from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, collated, count_positions
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
-from logitcache.storage import PositionNotCaptured, SampleNotCached
 
 from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
 from .batch_loss import batch_loss
+from .fill import CaptureSettings, Filling, JobReport
 from .kl_controller import BudgetedWeight
 from .normalisation import FirstStep, already_normalised, num_replicas, over_processes
 from .own_loss import probe_own_loss
 from .penalties import Penalty
 from .replaced import TokenMetrics, check_replaced, logs_tokens
-from .supported import check_in_pieces, check_supported, in_pieces, what_cuts
-
-CHECKED_ROWS = 100_000
-"""Rows of a data set that are looked up before the first step; later ones when their step comes."""
-
-_ROWS_AT_ONCE = 64
+from .rows import Rows, check_rows
+from .supported import check_in_pieces, check_supported, divided_by, in_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +57,9 @@ class CachedKL(_AnyTrainer):
     batch, which is then `step_zero` (leave it on, unless that has been done). rules: how the cache may
     belong to another teacher, a padded vocabulary or another number format, else `IdentityMismatch`. cache: a path, an
     opened cache, or a `CacheView`, which has an objective, a top_k and rules of its own.
+    fill: what the cache at this path lacks of the training data is captured here and now, before anything is trained,
+    with the model below its adapter (`filled` says how much of it by this process); a cache that is not there is made,
+    with capture in place of the default settings. `NotTheBase` where the adapter has rewritten or left the base.
     replace_loss: the trainer that this is mixed into has a loss of its own, which is not to be used in training.
     penalty: on the change of the weights, times its weight a term of the loss of every step, whatever its batches.
     AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
@@ -97,12 +86,15 @@ class CachedKL(_AnyTrainer):
         penalty: Penalty | None = None,
         anchor: Anchor | Anchors | Sequence[Anchor] = (),
         replace_loss: bool = False,
+        fill: bool = False,
+        capture: CaptureSettings | None = None,
         **kwargs: Any,  # of the trainer that this is mixed into
     ) -> None:
         if not replace_loss:
             check_replaced(type(self), CachedKL)
         super().__init__(*args, **kwargs)
         self.kl_objective = chosen = objective_of(cache, objective, top_k, rules)
+        filling = Filling.asked(cache, fill, capture, chosen, top_k, rules)
         if cache is None and chosen.regularizer != "none":
             raise TrainingFailed(f"training with {chosen.regularizer}: a cache is needed. Give cache=.")
         if penalty is not None and chosen.label_smoothing:
@@ -119,32 +111,50 @@ class CachedKL(_AnyTrainer):
             )
         check_supported(self)
         check_parts(self.model)
-        self.cache_view: CacheView | None = None
-        if cache is not None and chosen.regularizer != "none":
-            view = CacheView.of(cache, self.model, chosen, top_k, rules)
-            self.cache_view = self._held_against_model(view) if check else view  # unchecked: somebody has done it
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
         if in_pieces(self):
             check_in_pieces(penalised=any(self._terms()), anchored=len(self.anchors) > 0)
-        device = self.args.device
+        self.filled: JobReport | None = None  # what this process captured before training
+        self.cache_view: CacheView | None = None
+        if cache is not None and chosen.regularizer != "none":
+            if filling is not None:
+                self._fill(filling)
+            view = CacheView.of(cache, self.model, chosen, top_k, rules)
+            self.cache_view = self._held_against_model(view) if check else view  # unchecked: somebody has done it
         self._check, self._check_start, self._check_anchors, self._check_split = check, check, check, False
         self.step_zero: StepZero | None = None  # what the first batch showed
         self._check_layout = None if self.cache_view is None else LayoutCheck(self.cache_view.cache)
-        self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
-        self._anchor_meter, self._anchor_step_meter = (torch.zeros(len(self.anchors), device=device) for _ in range(2))
-        self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
-        self.reset_meters()
-        self._step_counts = torch.ones((), dtype=torch.int64, device=device)
+        self._make_meters(self.args.device)
         self.kl_weight = self.kl_objective.weight
-        self._first_step = FirstStep(device, 2 + len(self.anchors))
         self.add_callback(_MeterReset(self))
         self.add_callback(_FirstStepCheck(self))
         if self._tokens is not None:
             self.add_callback(self._tokens)
         if self.kl_objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
+
+    def _make_meters(self, device: torch.device) -> None:
+        """What the logs are made of, and the check of the first step."""
+        self._meter, self._step_meter = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        self._anchor_meter, self._anchor_step_meter = (torch.zeros(len(self.anchors), device=device) for _ in range(2))
+        self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
+        self.reset_meters()
+        self._step_counts = torch.ones((), dtype=torch.int64, device=device)
+        self._first_step = FirstStep(device, 2 + len(self.anchors))
+
+    def _fill(self, filling: Filling) -> None:
+        """Give the cache what it lacks of the training data."""
+        if not hasattr(self.train_dataset, "__len__"):
+            raise TrainingFailed(
+                f"filling {filling.path}: expected training data of a known length, found "
+                f"{type(self.train_dataset).__name__}. What it will bring cannot be captured before step 1. Give data "
+                "that have one, or make the cache beforehand and leave fill out."
+            )
+        made_by = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer = made_by if isinstance(made_by, PreTrainedTokenizerBase) else None
+        self.filled = filling.fill(self.model, Rows.of(self, self.train_dataset), tokenizer, divided_by(self))
 
     def _held_against_model(self, view: CacheView) -> CacheView:
         """The view of this model; what could not be compared is said once."""
@@ -170,7 +180,7 @@ class CachedKL(_AnyTrainer):
         finally:
             self.data_collator, settings.dispatch_batches = collator, dispatch
         if self._check and view is not None:
-            self._check_data(view, loader.dataset)
+            check_rows(self, view, loader.dataset)
         return loader
 
     def get_batch_samples(
@@ -365,35 +375,6 @@ class CachedKL(_AnyTrainer):
         self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in {kind.__name__ for kind in kinds}}
         super()._load_callback_state()
         self.state.stateful_callbacks = {**own, **saved}
-
-    def _check_data(self, view: CacheView, dataset: Any) -> None:
-        """Look up every document of the first rows. A miss names the row, and what the trainer's settings do to it."""
-        if not hasattr(dataset, "__len__"):
-            return
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        rows = iter(range(min(len(dataset), CHECKED_ROWS)))
-        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            if self._miss(view, dataset, chunk, collate) is None:
-                continue
-            for index in chunk:  # one by one, for the first in the order of the data
-                error = self._miss(view, dataset, [index], collate)
-                if error is not None:
-                    every = self.kl_objective.kl_positions == "all"
-                    others = OWN_TOKENS if isinstance(error, PositionNotCaptured) else ""
-                    why = (EVERY if every else others) + what_cuts(self.args)
-                    raise type(error)(f"row {index} of the training data: {error}{why}") from error
-
-    def _miss(
-        self, view: CacheView, dataset: Any, indices: list[int], collate: Collator
-    ) -> SampleNotCached | PositionNotCaptured | None:
-        """What the cache says of the documents of these rows; None where it has them all."""
-        batch = collate([dataset[i] for i in indices])
-        documents = list(documents_of(batch, every=view.objective.kl_positions == "all"))
-        try:
-            view.cache.require_all([d.token_ids for d in documents], [d.positions for d in documents])
-        except (SampleNotCached, PositionNotCaptured) as error:
-            return error
-        return None
 
 
 class CachedKLTrainer(CachedKL, Trainer):

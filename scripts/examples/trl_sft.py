@@ -1,9 +1,10 @@
-"""TRL's SFTTrainer with the base from a cache: mix `CachedKL` in, give it the cache and what to compare.
+"""TRL's SFTTrainer with the base from a cache that fills itself: mix `CachedKL` in, name the cache and what to compare.
 
-    logitcache precompute --model base/ --data train.jsonl --cache cache/
     python scripts/examples/trl_sft.py --model base/ --cache cache/ --data train.jsonl --out adapter/
 
---packing packs documents (best fit decreasing) without padding; each is still found, by its own tokens.
+The first run captures what the cache lacks of the data, before it trains; later ones read it. --packing packs documents
+(best fit decreasing) without padding; each is still found, by its own tokens. --assistant-only learns the assistant's
+turns of chats.
 """
 
 import argparse
@@ -29,12 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--assistant-only", action="store_true")
     args = parser.parse_args(arguments)
 
     rows = [json.loads(line) for line in Path(args.data).read_text(encoding="utf-8").splitlines()]
     model = AutoModelForCausalLM.from_pretrained(args.model)
     trainer = CachedSFTTrainer(
-        cache=args.cache,  # 2: made by `logitcache precompute`
+        cache=args.cache,  # 2: where it is, or will be; `logitcache precompute` may have made it
+        fill=True,  # the base runs now over what it lacks
         objective=Objective(weight=args.weight),  # 3: what is compared, and how much it counts
         model=model,
         processing_class=AutoTokenizer.from_pretrained(args.model),
@@ -47,8 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
             num_train_epochs=1,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            max_length=1024,  # as precompute's --max-length, or less
+            max_length=1024,  # as the cache's, or less: CaptureSettings(max_length=...)
             packing=args.packing,
+            assistant_only_loss=args.assistant_only,
             bf16="bfloat16" in str(model.dtype),  # TRL's default is True: autocast, over float32 weights too
             seed=0,
             data_seed=0,

@@ -127,13 +127,13 @@ PACKAGES = {
     "data": {"errors", "settings", "storage"},
     "models": {"errors", "settings", "storage"},
     "pairing": {"data", "errors", "losses", "models", "settings", "storage"},
-    "capture": {"data", "errors", "events", "json_files", "models", "pairing", "settings", "storage"},
+    "capture": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "adapters": {"data", "errors", "events", "json_files", "models", "settings", "storage"},
     "evaluation": {
         *("adapters", "data", "errors", "events", "losses", "models", "pairing", "settings", "storage"),
     },
     "training": {
-        *("adapters", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),
+        *("adapters", "capture", "data", "errors", "events", "json_files", "losses", "models", "pairing", "settings"),
         "storage",
     },
     "sweeps": {
@@ -203,6 +203,12 @@ def test_package_imports_only_what_it_may(package: str) -> None:
     assert rooms_of(package) <= PACKAGES[package]
     for path in files_of(package):
         assert not imports_of(path, package)[2] & {"click", "logitcache"}, path
+
+
+def test_training_captures_in_one_file() -> None:
+    """A cache that fills itself; everything else of training reads."""
+    importing = {path.stem for path in files_of("training") if "capture" in imports_of(path, "training")[1]}
+    assert importing == {"fill"}
 
 
 def test_losses_import_torch_and_the_ground_floor() -> None:

@@ -59,6 +59,7 @@ def lora(**changes: Any) -> LoraConfig:
 def make_sft(out: Path, data: Any, cache: Any, model: Any = None, **changes: Any) -> CachedSFTTrainer:
     """A trainer of one step over all rows; `changes` are of SFTConfig, or of the trainer where that knows the name."""
     names = ("objective", "check", "peft_config", "processing_class", "compute_loss_func", "eval_dataset", "callbacks")
+    names += ("fill", "capture")
     of_trainer = {name: changes.pop(name) for name in names if name in changes}
     if not isinstance(model, PeftModel):
         of_trainer = {"peft_config": lora(), **of_trainer}

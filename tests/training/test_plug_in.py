@@ -819,7 +819,7 @@ def test_trl_script_packs(workplace: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_page_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["python", "python", "python", "python", "python", ""]
+    assert [kind for kind, _ in blocks] == ["python"] * 6 + [""]
     for name in ("base", "cache"):
         (tmp_path / name).symlink_to(workplace / name)
     monkeypatch.chdir(tmp_path)

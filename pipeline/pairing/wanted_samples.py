@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from logitcache.data.chat_templates import template_digests
-from logitcache.data.places import Named, names_of
+from logitcache.data.places import Named, OnMessage, names_of
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import make_samples
 from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.data.skipped import list_skipped, said_of_skipped
-from logitcache.events import OnMessage
 from logitcache.models.loading import find_tokenizer, load_tokenizer, tokenizer_identity
-from logitcache.pairing.identity_checks import check_templates
 from logitcache.storage import IdentityMismatch, LogitCache, sample_id
+
+from .identity_checks import check_templates
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""A cache that fills itself: killed and started again, and by several processes, each its part."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from support.cli_harness import cache_bytes
+from support.filling import SAMPLES, SMALL, load, make_trainer, moved, precomputed
+from support.plug_ins import logs_of, lora
+from support.two_processes import in_two_processes
+
+from logitcache import CachedLoss, CaptureSettings
+from logitcache.data.batches import pad_samples
+from logitcache.errors import NotTheBase, TrainingFailed
+from logitcache.storage import IncompleteCache, LogitCache
+from logitcache.training.fill import FILLED
+
+# TRL's SFTConfig sets gradient_checkpointing, whose name transformers 5.23 has changed
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def _killed(folder: str, out: str, cache: str) -> None:
+    from logitcache.capture.shard_pipeline import ShardPipeline
+
+    write = ShardPipeline._write
+
+    def once(self: Any, captured: Any) -> Any:
+        write(self, captured)
+        os._exit(9)
+
+    ShardPipeline._write = once  # type: ignore[method-assign]
+    make_trainer(Path(out), Path(folder), cache, capture=CaptureSettings(**SMALL))
+
+
+def test_killed_while_filling_and_started_again(tiny_model: Path, tmp_path: Path) -> None:
+    arguments_ = (str(tiny_model), str(tmp_path / "o"), str(tmp_path / "c"))
+    process = torch.multiprocessing.get_context("spawn").Process(target=_killed, args=arguments_)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    with pytest.raises(IncompleteCache):
+        LogitCache.open(tmp_path / "c")
+    trainer = make_trainer(tmp_path / "o", tiny_model, str(tmp_path / "c"), capture=CaptureSettings(**SMALL))
+    assert 0 < trainer.filled.num_samples < len(SAMPLES)
+    assert cache_bytes(tmp_path / "c") == cache_bytes(precomputed(tiny_model, SAMPLES, tmp_path / "expected", **SMALL))
+
+
+def _trained_on_a_rank(_rank: int, folder: str, out: str, capture: CaptureSettings) -> tuple[int, int, list[float]]:
+    trainer = make_trainer(
+        Path(out) / "o", Path(folder), f"{out}/c", capture=capture, max_steps=2, gradient_checkpointing=False
+    )
+    trainer.train()
+    return trainer.filled.num_samples, trainer.filled.num_positions, [entry["kl"] for entry in logs_of(trainer)]
+
+
+def test_two_processes_each_fill_their_part(tiny_model: Path, tmp_path: Path) -> None:
+    capture = CaptureSettings(**SMALL)
+    found = in_two_processes(_trained_on_a_rank, str(tiny_model), str(tmp_path), capture)
+    assert all(samples for samples, _, _ in found) and sum(samples for samples, _, _ in found) == len(SAMPLES)
+    assert sum(positions for _, positions, _ in found) == sum(len(s.positions) for s in SAMPLES)
+    assert found[0][2] == found[1][2] and found[0][2][0] <= 5e-5
+    expected = precomputed(tiny_model, SAMPLES, tmp_path / "expected", **SMALL)
+    assert cache_bytes(tmp_path / "c") == cache_bytes(expected)
+
+
+def _refused_on_a_rank(rank: int, folder: str, out: str) -> str:
+    dist.init_process_group("gloo")
+    model = load(Path(folder))
+    model = moved(model) if rank else get_peft_model(model, lora())
+    try:
+        CachedLoss(f"{out}/c", fill=True).fill(model, [pad_samples(SAMPLES)])
+    except (NotTheBase, TrainingFailed) as error:
+        return str(error)
+    return ""
+
+
+def test_what_one_process_refuses_all_refuse(tiny_model: Path, tmp_path: Path) -> None:
+    told = in_two_processes(_refused_on_a_rank, str(tiny_model), str(tmp_path))
+    assert "process 1 could not do its part: NotTheBase" in told[0] and "untrained" in told[1]
+
+
+def _loop_on_a_rank(rank: int, folder: str, out: str) -> tuple[int, list[float]]:
+    """Each process has a part of its own, with one sample in both."""
+    dist.init_process_group("gloo")
+    model = get_peft_model(load(Path(folder)), lora())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    mine = [*SAMPLES[rank::2], SAMPLES[0]]
+    anchored = CachedLoss(f"{out}/c", fill=True)
+    anchored.fill(wrapped, [pad_samples(mine[:4]), pad_samples(mine[4:])])
+    assert anchored.filled is not None
+    return anchored.filled.num_samples, [float(anchored(wrapped, pad_samples(mine[i : i + 3])).kl) for i in (0, 3, 6)]
+
+
+def test_a_loop_of_two_processes_fills_the_part_of_each(tiny_model: Path, tmp_path: Path) -> None:
+    found = in_two_processes(_loop_on_a_rank, str(tiny_model), str(tmp_path))
+    assert [samples for samples, _ in found] == [8, 9]
+    assert all(kl <= 5e-5 for _, kls in found for kl in kls)
+    cache = LogitCache.open(tmp_path / "c")
+    assert len(cache) == len(SAMPLES)
+    assert [(e.name, e.num_samples) for e in cache.data_sets] == [
+        (f"{FILLED}, part 1 of 2", 8),
+        (f"{FILLED}, part 2 of 2", 9),
+    ]
