@@ -9,6 +9,7 @@ any job, nor import torch or click.
 import math
 import numbers
 import os
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -18,6 +19,7 @@ from logitcache.errors import InvalidSettings
 
 T = TypeVar("T")
 _OPTION = "option"
+_FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Option:
     at_most: float | None = None
     #: Of a text; those of a Literal need not be given.
     choices: tuple[str, ...] = ()
+    #: Whether it may also name a function of the user's own, as FILE.py:FUNCTION.
+    or_function: bool = False
     #: Its name on the command line where that is not its own.
     flag: str = ""
     #: What stands for its value in the help.
@@ -52,12 +56,13 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    or_function: bool = False,
     flag: str = "",
     metavar: str | None = None,
     on_line: bool = True,
 ) -> T:
     """A field of a settings dataclass: its default, and what `Option` says."""
-    said = Option(help, above, at_least, below, at_most, choices, flag, metavar, on_line)
+    said = Option(help, above, at_least, below, at_most, choices, or_function, flag, metavar, on_line)
     made: T = field(default=default, metadata={_OPTION: said})
     return made
 
@@ -94,10 +99,15 @@ class Setting:
         return "--" + self.key.replace("_", "-")
 
     @property
+    def takes_function(self) -> bool:
+        """Whether it may name a function of the user's own."""
+        return self.option is not None and self.option.or_function
+
+    @property
     def expected(self) -> str:
         """What its value must be, in words."""
         if self.choices:
-            what = f"one of {', '.join(self.choices)}"
+            what = f"one of {', '.join(self.choices)}{' or FILE.py:FUNCTION' if self.takes_function else ''}"
         else:
             noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
             noun[tuple] = "a text, or several in a list"
@@ -127,7 +137,7 @@ class Setting:
             found = value
         else:
             raise self._wrong(value)
-        if self.choices and found not in self.choices:
+        if self.choices and found not in self.choices and not (self.takes_function and names_function(found)):
             raise self._wrong(value)
         if self.kind in (int, float) and not self._within(found):
             raise self._wrong(value)
@@ -165,6 +175,11 @@ class Setting:
             f"setting {self.owner.__name__}.{self.name}: expected {self.expected}, found {value!r:.200}. Nothing was "
             f"started. Give another {self.name}."
         )
+
+
+def names_function(text: str) -> bool:
+    """Whether a text names a function in a file, as FILE.py:FUNCTION."""
+    return _FUNCTION.fullmatch(text) is not None
 
 
 class Derived(float):

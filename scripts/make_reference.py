@@ -18,7 +18,7 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, settings_of
 from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings
-from logitcache.training.settings import AnchorSettings, PenaltySettings, RunSettings, TrainSettings
+from logitcache.training.settings import RECIPES, AnchorSettings, PenaltySettings, RunSettings, TrainSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
@@ -73,13 +73,15 @@ def reference() -> str:
     """The whole page."""
     swept = ", ".join(f"`{name}`" for name in FIELDS)
     shared = ", ".join(f"`{name}`" for name in SHARED)
+    recipes = ", ".join(f"`{name}`" for name in RECIPES)
     return "\n".join(
         [
             HEAD,
             "## Settings\n",
             *map(settings_table, CLASSES),
             "## Fields of a sweep\n",
-            f"In `grid` and `methods`: {swept}.\n\nFor all runs, beside `model`: {shared}.\n",
+            f"In `grid` and `methods`: {swept}. In `methods` also `recipe`: {recipes}.\n",
+            f"For all runs, beside `model`: {shared}.\n",
             "## Verbs\n",
             *(verb_table(name, command) for name, command in cli.commands.items()),
         ]

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
-from logitcache.settings import Option, Setting, Settings, line_settings
+from logitcache.settings import Option, Setting, Settings, line_settings, names_function
 from logitcache.yaml_files import at_home
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +31,13 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class ChoiceOrFunction(click.Choice[str]):
+    """One of some texts, or a function of the user's own, as FILE.py:FUNCTION."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and names_function(value) else super().convert(value, param, ctx)
 
 
 def options_of(
@@ -144,7 +151,7 @@ def _arguments(setting: Setting) -> dict[str, Any]:
             max_open=said.below is not None,
         )
     elif setting.choices:
-        found["type"] = click.Choice(setting.choices)
+        found["type"] = (ChoiceOrFunction if setting.takes_function else click.Choice)(setting.choices)
     return {**found, "show_default": default is not None}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
-from logitcache.training.settings import PENALTIES, AnchorSettings, RunSettings, run_settings
+from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
 from .options import as_usage, check_has_rows, options_of, settings_from, was_given
@@ -47,7 +47,7 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     "--cache",
     type=CachePath(),
     metavar="DIR",
-    help="Cache made by precompute; not needed with --regularizer none, l2-sp or ewc.",
+    help="Cache made by precompute; not needed with --regularizer none, l2-sp or ewc, unless --ce-weight reads it.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the adapter or model."
@@ -70,6 +70,12 @@ ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
     load_in={"help": "Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md)."},
 )
 @click.option(
+    "--recipe",
+    type=click.Choice(tuple(RECIPES)),
+    help="A published method as settings; what is given beside it wins. asft: --regularizer full-kl --weight .05 "
+    "--ce-weight dft.",
+)
+@click.option(
     "--max-length",
     type=click.IntRange(min=2),
     default=None,
@@ -82,13 +88,15 @@ def train(
     out: Path,
     data: tuple[str, ...] | None,
     anchor_cache: tuple[str, ...],
+    recipe: str | None,
     max_length: int | None,
     resume: bool,
     **values: Any,
 ) -> None:
     """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
 
-    Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md).
+    Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md). --ce-weight
+    weighs the cross-entropy of each token.
 
     Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), files.json (its checksums),
     run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
@@ -96,6 +104,8 @@ def train(
     """
     how = settings_from(DataSettings, values)
     weights = _anchor_weights(anchor_cache, values.pop("anchor_weight"))
+    ctx = click.get_current_context()
+    values |= {name: value for name, value in RECIPES.get(recipe or "", {}).items() if not was_given(ctx, name)}
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
@@ -189,6 +199,8 @@ def _check_usage(
     regularizer, ctx = values["regularizer"], click.get_current_context()
     if regularizer not in ("none", *PENALTIES) and cache is None:
         raise click.UsageError(f"--regularizer {regularizer} needs --cache.")
+    if cache is None and not without_base({**values, "regularizer": "none"}):
+        raise click.UsageError(f"--ce-weight {values['ce_weight']} needs --cache: it reads what the base says.")
     if cache is None and data is None:
         raise click.UsageError(f"--regularizer {regularizer} needs --data, or a --cache to take the samples from.")
     if data is None and was_given(ctx, "max_length"):

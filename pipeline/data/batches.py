@@ -14,6 +14,7 @@ from logitcache.storage import sample_id
 
 from .files import IGNORED
 from .samples import Sample, distinct
+from .tokenize import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ def pad_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -
     labels = torch.full_like(padded.input_ids, IGNORED)
     labels.view(-1)[padded.rows + 1] = padded.label_ids
     return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, "labels": labels}
+
+
+def pad_weighted(samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`pad_samples`, and the weights that they bring as loss_scale, float32 [B, T], aligned as labels are."""
+    batch = pad_samples(samples, device)
+    weights = torch.zeros(batch["labels"].shape, dtype=torch.float32)
+    for row, sample in zip(weights, samples, strict=True):
+        assert sample.weights is not None  # `pairing.samples.check_weights` has refused the others
+        row[: len(sample.weights)] = torch.from_numpy(sample.weights)
+    return {**batch, WEIGHTS[0]: weights.to(device)}
 
 
 def batches_by_length(samples: Iterable[Sample], batch_tokens: int) -> Iterator[tuple[Sample, ...]]:

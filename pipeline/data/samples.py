@@ -19,7 +19,7 @@ from .chat_templates import ChatTemplates, chat_templates
 from .files import Row
 from .rows import Skipped
 from .settings import DEFAULT, DataSettings
-from .tokenize import check_row_tokens, tokenize_row
+from .tokenize import check_row_tokens, row_weights, tokenize_row
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Sample:
     num_tokens_cut: int = 0
     #: Digest of the chat template that rendered it, "" where none did.
     chat_template: str = ""
+    #: float32 [n], of the cross-entropy of each token as a label, where the row brings them.
+    weights: NDArray[np.float32] | None = None
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
@@ -98,6 +100,7 @@ def read_samples(
         try:
             token_ids, supervised = tokenize_row(row, tokenizer, origin, templates, how)
             check_row_tokens(token_ids, vocab_size, origin)
+            weights = row_weights(row, len(token_ids), origin)
         except InvalidData as error:
             if not how.skip_bad_rows:
                 raise
@@ -111,7 +114,8 @@ def read_samples(
         kept = token_ids[:max_length].astype(np.uint32), supervised[:max_length]
         if rendered and templates is not None:
             notes.update(dict.fromkeys([*templates.notes(has_tools(row)), *unread_beside(row)]))
-        sample = Sample(*kept, origin, cut, templates.digest if rendered and templates is not None else "")
+        template = templates.digest if rendered and templates is not None else ""
+        sample = Sample(*kept, origin, cut, template, None if weights is None else weights[:max_length])
         if len(sample.positions):
             samples.append(sample)
         else:
@@ -139,7 +143,7 @@ def check_samples_left(num_rows: int, num_samples: int, max_length: int, skipped
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
     """The different token sequences among the samples, in order; equal ones become one with the union of labels, of a
-    chat template only if all of them are."""
+    chat template only if all of them are. Weights are nobody's there: this is for what the base says of tokens."""
     merged: dict[bytes, Sample] = {}
     for sample in samples:
         key = sample.token_ids.tobytes()

@@ -24,6 +24,9 @@ from .chat_tokens import chat_tokens, common_prefix
 from .files import IGNORED, Row
 from .settings import DEFAULT, DataSettings
 
+WEIGHTS = ("loss_scale", "weights")
+"""Columns with a weight a token, by ms-swift's name and others'."""
+
 
 def tokenize_row(
     row: Row,
@@ -52,6 +55,40 @@ def tokenize_row(
         f"reading {origin}: expected text, prompt + completion, messages or input_ids, found {sorted(row)}. "
         "Rename the fields of the data."
     )
+
+
+def row_weights(row: Row, num_tokens: int, origin: str) -> NDArray[np.float32] | None:
+    """The weight of each token that a row brings (`loss_scale`, or `weights`), [n]; None where it brings none.
+
+    A number counts for every token; a list, which only a row of `input_ids` can have, has one a token, aligned as its
+    labels are. Raises `InvalidData`, naming the origin.
+    """
+    named = [name for name in WEIGHTS if row.get(name) is not None]
+    if not named:
+        return None
+    if len(named) > 1:
+        raise InvalidData(f"reading {origin}: it has both {' and '.join(named)}: two weights a token. Leave one out.")
+    value = row[named[0]]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        weights = np.full(num_tokens, value, dtype=np.float32)
+    elif row.get("input_ids") is not None:
+        weights = _floats(value)
+    else:
+        return None
+    if weights.shape != (num_tokens,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise InvalidData(
+            f"reading {origin}: expected a number of 0 or more for each of its {num_tokens} tokens in {named[0]!r}, or "
+            f"one number for all, found {value!r:.60}. Repair or remove the field."
+        )
+    return weights
+
+
+def _floats(values: Any) -> NDArray[np.float32]:
+    """A list of numbers; an array of no dimension for anything else."""
+    numbers = isinstance(values, (list, tuple, np.ndarray)) and all(
+        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in values
+    )
+    return np.asarray(values if numbers else np.nan, dtype=np.float32)
 
 
 def _from_ids(row: Row, origin: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitcache.errors import TrainingFailed
+from logitcache.settings import names_function
+
+from .formula_files import formula
 from .objective import Objective as Objective
 from .objective import Regularizer as Regularizer
 from .objective import Tail as Tail
 from .objective import Weighting as Weighting
+
+NO_MASS = -1e4
+"""The logarithm of the mass 0, as a formula of one's own is given it: its exponential is 0 and its square a number."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
 
     masked-kl with bucket is a lower bound of the exact value, with groups a tighter one (data processing), equal to it
     for K = V - 1; sampled is unbiased for it; renormalize says nothing about T. Value 0 and gradient 0 at q = p
-    (sampled: the gradient only in expectation). No masked form has a gradient at the label.
+    (sampled: the gradient only in expectation). No masked form has a gradient at the label. A formula of one's own
+    compares the outcomes of full KL, the label first.
     """
     if objective.regularizer == "none":
         return torch.zeros(len(targets), device=logits.device)
@@ -124,14 +132,32 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
     return values
 
 
-def divergence(log_p: Tensor, log_q: Tensor, regularizer: Regularizer) -> Tensor:
-    """KL(P || Q), KL(Q || P) or JS(P, Q), [N], of log-probabilities [N, J] over outcomes; 0 log 0 = 0."""
+def divergence(log_p: Tensor, log_q: Tensor, regularizer: str) -> Tensor:
+    """KL(P || Q), KL(Q || P) or JS(P, Q), [N], of log-probabilities [N, J] over outcomes; 0 log 0 = 0.
+
+    Or a formula of the user's own (FILE.py:FUNCTION), which is given -1e4 for -inf. Raises `TrainingFailed` unless that
+    gives a number a position.
+    """
+    if names_function(regularizer):
+        return own_divergence(log_p, log_q, regularizer)
     if regularizer == "masked-reverse-kl":
         return _kl(log_q, log_p)
     if regularizer == "masked-js":
         log_m = torch.logaddexp(_finite(log_p), _finite(log_q)) - math.log(2)
         return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
     return _kl(log_p, log_q)
+
+
+def own_divergence(log_p: Tensor, log_q: Tensor, name: str) -> Tensor:
+    """A formula of the user's own, [N]; log_p and log_q: [N, J], where an outcome without mass has -1e4."""
+    found = formula(name).function(*(torch.where(x > NO_MASS, x, NO_MASS) for x in (log_p, log_q)))
+    if not isinstance(found, Tensor) or found.shape != log_p.shape[:1]:
+        what = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TrainingFailed(
+            f"regularising by {name}: expected a tensor with a number for each of {len(log_p)} positions, found {what}"
+            ". Sum over the outcomes, the last dimension, and over nothing else."
+        )
+    return found
 
 
 def group_logsumexp(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:

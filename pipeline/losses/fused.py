@@ -1,6 +1,7 @@
 """The loss of hidden states without [N, V] memory: slice by slice through the head, gradient in the same pass.
 
-Owns memory and the closed-form gradient; the formulas are those of `formulas`, which the tests hold this against.
+Owns memory and the gradient of cross-entropy and regulariser together; the formulas are those of `formulas` and
+`weights`, which the tests hold this against, and the regulariser's own gradient is `compared`'s.
 Tensors only. Trade-off: the gradient is made in the forward, so that a slice of logits is computed once and never kept;
 it cannot be differentiated twice. What the head does is autograd's own: any head is right, trained, adapted or scaled.
 
@@ -10,7 +11,6 @@ together. The maximum is the tail's own, so a tail far below its label loses no 
 Shapes: N positions, n of a slice, D hidden, V vocabulary, K alternatives, G groups, J outcomes.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,27 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from logitcache.errors import TrainingFailed
 
-from .formulas import (
-    Objective,
-    Regularizer,
-    SparseTargets,
-    base_outcomes,
-    base_rest,
-    cross_entropy,
-    divergence,
-    regularizer_mask,
-    regularizer_values,
-    sampled_kl,
-)
+from .compared import Compared, Tail, times
+from .formulas import Objective, SparseTargets, cross_entropy, regularizer_mask, regularizer_values
+from .weights import Weigher, top_logits, weigher_of
 
 LOSS_SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Size of a slice of float32 logits, by the kind of device."""
-
-LEAST_GROUP_SUM = 1e-30
-"""Of exp(z - max): below it a group's sum has lost digits, and the slice goes the plain way."""
-
-_COLUMNS = 16_384
-"""Of a slice whose gradient is made at a time, where it differs by group."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -65,27 +50,28 @@ def linear_loss(
     head_parameters: Sequence[Tensor] = (),
     top1: Tensor | None = None,
     supervised: Tensor | None = None,
+    for_ce: Tensor | None = None,
 ) -> LinearLoss:
     """Cross-entropy plus kl_weight times the regulariser, each summed over positions.
 
     hidden: [N, D]; head: [n, D] -> logits [n, V], with V as its vocab_size or found by a call; label_ids: [N];
-    targets: of the same positions, None for the regulariser `none`; head_parameters: the tensors inside the head that
-    are trained, each of which must have a part in the logits (`leaves.trained_in` finds them).
+    targets: of the same positions, None where the objective reads no base; head_parameters: the tensors inside the
+    head that are trained, each of which must have a part in the logits (`leaves.trained_in` finds them).
     kl_weight stands for `objective.weight`; a 0-dimensional tensor costs no synchronisation. top1: an integer scalar,
     to which the number of labels that have the largest logit is added (the first of equal ones, as argmax has it);
     costs a synchronisation a slice, and no pass over its logits. supervised: bool [N], the positions at which the
-    cross-entropy (and top1) counts, with targets; None: all. Equals the sums of
-    `formulas.cross_entropy` (smoothed as the objective says) and `formulas.regularizer_values` (where
-    `formulas.regularizer_mask` is true) over the whole [N, V]. Raises `TrainingFailed` where the head computes without
-    one of these.
+    cross-entropy (and top1) counts, with targets; None: all. for_ce: [N], what `weights.weigher_of` reads of a batch.
+    Equals the sums of `formulas.cross_entropy` (smoothed or weighted as the objective says; a weight is a constant for
+    the gradient) and `formulas.regularizer_values` (where `formulas.regularizer_mask` is true) over the whole [N, V].
+    Raises `TrainingFailed` where the head computes without one of these, and as `weights.weigher_of`.
     """
     parameters = [p for p in head_parameters if p.requires_grad]
-    if objective.regularizer == "none":
-        targets = None
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-    if targets is None and supervised is not None:
+    compared = None if objective.regularizer == "none" else targets
+    if compared is None and supervised is not None:
         raise ValueError("supervised: expected None without a regulariser, which is what counts elsewhere")
-    call = _Call(head, label_ids, targets, objective, kl_weight, with_gradient, top1, supervised)
+    call = _Call(head, label_ids, compared, objective, kl_weight, with_gradient, top1, supervised)
+    call.weigher = weigher_of(objective, label_ids, targets, supervised, for_ce, lambda: _label_logprobs(call, hidden))
     return LinearLoss(*_LinearLoss.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
@@ -101,12 +87,28 @@ class _Call:
     with_gradient: bool
     top1: Tensor | None = None
     supervised: Tensor | None = None
+    weigher: Weigher | None = None
     _groups: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's, [n, V]."""
         with torch.set_grad_enabled(self.with_gradient):
             return self.head(hidden)
+
+    def rows(self, rows: slice) -> "_Rows":
+        """These positions."""
+        targets = None if self.targets is None else self.targets.rows(rows)
+        return _Rows(rows, self.label_ids[rows], targets, None if self.supervised is None else self.supervised[rows])
+
+    def ce_factors(self, part: "_Rows", log_q: Tensor, top: Tensor | None) -> Tensor | None:
+        """By what the cross-entropy of each position is multiplied, float32 [n]; None: by 1 at all of them.
+
+        log_q: log q(y), [n]; top: as `weights.top_logits` has it.
+        """
+        weights = None if self.weigher is None else self.weigher.of(part.rows, log_q, top)
+        if part.supervised is None:
+            return weights
+        return torch.where(part.supervised, 1.0 if weights is None else weights, 0.0)
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """The group of each token, int64 [V], and the same as one-hot rows, float32 [V, G]."""
@@ -119,6 +121,15 @@ class _Call:
         return self._groups
 
 
+class _Rows(NamedTuple):
+    """What belongs to the positions of a slice."""
+
+    rows: slice
+    label_ids: Tensor
+    targets: SparseTargets | None
+    supervised: Tensor | None
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,10 +140,8 @@ class _LinearLoss(torch.autograd.Function):
         num_rows = _num_rows(call, hidden)
         for start in range(0, len(hidden), num_rows):
             rows = slice(start, start + num_rows)
-            targets = None if call.targets is None else call.targets.rows(rows)
             h = hidden.detach()[rows].requires_grad_(call.with_gradient)
-            supervised = None if call.supervised is None else call.supervised[rows]
-            part = _slice(call, h, call.label_ids[rows], targets, supervised)
+            part = _slice(call, h, call.rows(rows))
             ce, kl = ce + part.ce, kl + part.kl
             if part.gradient is not None:
                 with torch.autocast(hidden.device.type, enabled=False):
@@ -145,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
             del part  # before the next slice is made
         ctx.save_for_backward(by_hidden, *gradients)
         ctx.dtypes = [t.dtype for t in (hidden, *parameters)]
-        loss = ce + _times(call.kl_weight, kl)
+        loss = ce + times(call.kl_weight, kl)
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
@@ -176,6 +185,16 @@ class _Slice(NamedTuple):
     kl: Tensor
 
 
+def _label_logprobs(call: _Call, hidden: Tensor) -> Tensor:
+    """log q(y) of all positions, float32 [N], without a gradient: another pass over the head's slices."""
+    found, num_rows = [], _num_rows(call, hidden)
+    for start in range(0, len(hidden), num_rows):
+        z = call.logits(hidden.detach()[start : start + num_rows]).detach().float()
+        labels = call.label_ids[start : start + num_rows].long()[:, None]
+        found.append(z.gather(1, labels).squeeze(1) - z.logsumexp(dim=1))
+    return torch.cat(found) if found else torch.zeros(0, device=hidden.device)
+
+
 def _num_rows(call: _Call, hidden: Tensor) -> int:
     if call.objective.tokens_per_loss_chunk is not None:
         return call.objective.tokens_per_loss_chunk
@@ -188,18 +207,16 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
     return max(1, LOSS_SLICE_BYTES.get(hidden.device.type, LOSS_SLICE_BYTES["cuda"]) // (4 * vocab_size))
 
 
-def _slice(
-    call: _Call, hidden: Tensor, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
-) -> _Slice:
+def _slice(call: _Call, hidden: Tensor, part: _Rows) -> _Slice:
     logits = call.logits(hidden)
     overwrites = _are_unshared(logits, call.head)
     buffer = logits.detach().float()
     if buffer.data_ptr() == logits.data_ptr() and not overwrites:
         buffer = buffer.clone()
-    found = _losses_and_gradient(buffer, call, label_ids, targets, supervised)
+    found = _losses_and_gradient(buffer, call, part)
     if found is None:
         logits = call.logits(hidden)  # the first are overwritten
-        return _plain_slice(logits, call, label_ids, targets, supervised)
+        return _plain_slice(logits, call, part)
     ce, kl = found
     if not call.with_gradient:
         return _Slice(logits, None, ce, kl)
@@ -225,46 +242,39 @@ def _are_unshared(logits: Tensor, head: Head) -> bool:
     return not logits._is_view()
 
 
-def _plain_slice(
-    logits: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
-) -> _Slice:
+def _plain_slice(logits: Tensor, call: _Call, part: _Rows) -> _Slice:
     """The general way, by autograd over `losses`; several times the memory of a slice."""
+    targets = part.targets
     assert targets is not None
     z = logits.detach().float().requires_grad_(call.with_gradient)
     with torch.set_grad_enabled(call.with_gradient):
-        values = cross_entropy(z, label_ids)
-        ce = (values if supervised is None else torch.where(supervised, values, 0.0)).sum()
+        values = cross_entropy(z, part.label_ids)
+        factors = call.ce_factors(part, -values.detach(), top_logits(z.detach(), call.objective))
+        ce = (values if factors is None else times(factors, values)).sum()
         counts = regularizer_mask(targets, call.objective)
         kl = torch.where(counts, regularizer_values(z, targets, call.objective), 0.0).sum()
         gradient = (
-            torch.autograd.grad(ce + _times(call.kl_weight, kl), z)[0].to(logits.dtype) if call.with_gradient else None
+            torch.autograd.grad(ce + times(call.kl_weight, kl), z)[0].to(logits.dtype) if call.with_gradient else None
         )
     return _Slice(logits, gradient, ce.detach(), kl.detach())
 
 
 @torch.no_grad()
-def _losses_and_gradient(
-    buffer: Tensor, call: _Call, label_ids: Tensor, targets: SparseTargets | None, supervised: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+def _losses_and_gradient(buffer: Tensor, call: _Call, part: _Rows) -> tuple[Tensor, Tensor] | None:
     """The sums of the slice. None where digits would be lost.
 
-    buffer: float32 [n, V], the only memory of that size: logits z, then e = exp(z - max z) of `_Tail`, then d loss/d z.
+    buffer: float32 [n, V], the only memory of that size: logits z, then e = exp(z - max z) of `Tail`, then d loss/d z.
     """
-    labels, smoothing = label_ids.long()[:, None], call.objective.label_smoothing
+    targets, labels, smoothing = part.targets, part.label_ids.long()[:, None], call.objective.label_smoothing
+    top = top_logits(buffer, call.objective)
     if smoothing:
         z_mean = buffer.sub_(buffer.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
-    if targets is None:
-        kept_ids, kept_logits = labels, buffer.gather(1, labels)
-    else:
-        ids = targets.alternative_ids.long()
-        kept_ids = torch.cat([labels, ids], dim=1)
-        alternatives = torch.where(ids != labels, buffer.gather(1, ids), -torch.inf)
-        kept_logits = torch.cat([buffer.gather(1, labels), alternatives], dim=1)
+    kept_ids, kept_logits = _kept(buffer, labels, targets)
     drawn_ids = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
     drawn_logits = None if drawn_ids is None else buffer.gather(1, drawn_ids)
-    tail = _Tail(buffer.scatter_(1, kept_ids, -torch.inf))
+    tail = Tail(buffer.scatter_(1, kept_ids, -torch.inf))
     if call.top1 is not None:  # also where the slice goes the plain way after this
-        call.top1 += _num_largest(kept_logits, kept_ids, tail, supervised).to(call.top1)
+        call.top1 += _num_largest(kept_logits, kept_ids, tail, part.supervised).to(call.top1)
     largest = torch.cat([tail.top, kept_logits[:, 1:]], dim=1).amax(dim=1, keepdim=True)
     origin = torch.where(largest == -torch.inf, 0.0, largest)  # the logits' size costs no digits
     z_kept = kept_logits - origin
@@ -276,8 +286,10 @@ def _losses_and_gradient(
     kept_gradient = (z_kept - log_all).exp()
     kept_gradient[:, :1] = -(log_rest - log_all).exp()  # q(y) - 1, not as a difference
     beyond = (tail.log_sum - log_all).exp()
-    if supervised is not None:
-        values, kept_gradient, beyond = (_only(supervised, value) for value in (values, kept_gradient, beyond))
+    factors = call.ce_factors(part, -values, top)
+    if factors is not None:
+        values = times(factors, values)
+        kept_gradient, beyond = (times(factors[:, None], gradient) for gradient in (kept_gradient, beyond))
     ce = values.sum()
     if targets is None:
         tail.scale(beyond)
@@ -287,7 +299,8 @@ def _losses_and_gradient(
             kept_gradient += smoothing - smoothing / buffer.shape[1]
         buffer.scatter_(1, kept_ids, kept_gradient)
         return ce, torch.zeros_like(ce)
-    found = _Compared.of(z_kept, tail, z_drawn, (log_rest - log_all).squeeze(1), targets, call)
+    log_rest = (log_rest - log_all).squeeze(1)
+    found = Compared.of(z_kept, tail, z_drawn, log_rest, targets, call.objective, call.kl_weight, call.groups)
     if found is None:
         return None
     first = 1 if call.objective.masked else 0
@@ -301,12 +314,16 @@ def _losses_and_gradient(
     return ce, found.values.sum()
 
 
-def _only(supervised: Tensor, value: Tensor) -> Tensor:
-    """The rows [n, ...] at which the cross-entropy counts, 0 elsewhere."""
-    return torch.where(supervised if value.dim() == 1 else supervised[:, None], value, 0.0)
+def _kept(buffer: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[Tensor, Tensor]:
+    """Label and alternatives: their ids and their logits, [n, 1 + K]; -inf where an alternative is absent."""
+    if targets is None:
+        return labels, buffer.gather(1, labels)
+    ids = targets.alternative_ids.long()
+    alternatives = torch.where(ids != labels, buffer.gather(1, ids), -torch.inf)
+    return torch.cat([labels, ids], dim=1), torch.cat([buffer.gather(1, labels), alternatives], dim=1)
 
 
-def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail", supervised: Tensor | None) -> Tensor:
+def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "Tail", supervised: Tensor | None) -> Tensor:
     """How many labels, the first of the kept, have the largest logit, where cross-entropy counts; of equal ones the
     first id has it."""
     label, label_id, others = kept_logits[:, :1], kept_ids[:, :1], kept_logits[:, 1:]
@@ -317,120 +334,3 @@ def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "_Tail", supervise
         first = (tail.buffer[tied] == 1).int().argmax(dim=1)
         largest[tied] = label_id[tied, 0] < first
     return (largest if supervised is None else largest & supervised).sum()
-
-
-class _Tail:
-    """The tokens of a slice that are neither label nor kept: e = exp(z - max z), [n, V], in the buffer of z."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.top = buffer.amax(dim=1, keepdim=True)  # the largest logit; -inf where there is no tail
-        self.buffer = buffer.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
-        self.sum = self.buffer.sum(dim=1, keepdim=True)
-        self.top_from_origin = self.top
-        self.groups: Tensor | None = None
-        self.group_sums: Tensor | None = None
-
-    def measure_from(self, origin: Tensor) -> None:
-        """Give logarithms of sums of exp(z - origin) from now on; origin: [n, 1]."""
-        self.top_from_origin = self.top - origin
-
-    @property
-    def log_sum(self) -> Tensor:
-        """log sum of exp(z), [n, 1]; -inf where there is no tail."""
-        return self.top_from_origin + self.sum.log()
-
-    def split(self, groups: Tensor, one_hot: Tensor) -> Tensor:
-        """log of the sum in each group, [n, G]."""
-        with torch.autocast(self.buffer.device.type, enabled=False):
-            self.group_sums = self.buffer @ one_hot
-        self.groups = groups
-        return self.top_from_origin + self.group_sums.log()
-
-    def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
-        """e becomes the gradient: `gradient` [n, 1] of T shared out by e, and `parts` of T [n, 1] or its groups."""
-        of_tail = _share(gradient, self.sum)
-        if parts is None or (self.group_sums is None and not parts.shape[1]):
-            self.buffer.mul_(of_tail)
-            return
-        if self.group_sums is None or self.groups is None:
-            self.buffer.mul_(of_tail + _share(parts, self.sum))
-            return
-        of_groups = of_tail + _share(parts, self.group_sums)
-        for start in range(0, self.buffer.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
-            self.buffer[:, columns].mul_(of_groups.index_select(1, self.groups[columns]))
-
-
-@dataclass
-class _Compared:
-    """The regulariser of a slice: values [n], its gradient at the logit of each outcome [n, J] and at each draw [n, 1],
-    times kl_weight; 0 where a position does not count."""
-
-    values: Tensor
-    gradient: Tensor
-    drawn: Tensor | None
-
-    @staticmethod
-    def of(
-        z_kept: Tensor, tail: _Tail, z_drawn: Tensor | None, log_rest: Tensor, targets: SparseTargets, call: _Call
-    ) -> "_Compared | None":
-        """None where digits would be lost."""
-        objective = call.objective
-        log_p = base_outcomes(targets, objective)
-        parts = [z_kept[:, 1:] if objective.masked else z_kept]
-        if objective.tail == "groups":
-            parts.append(tail.split(*call.groups()))
-            if objective.regularizer in ("masked-kl", "full-kl") and tail.group_sums is not None:
-                counted = log_p[:, -tail.group_sums.shape[1] :] > -torch.inf
-                if bool((counted & (tail.group_sums < LEAST_GROUP_SUM)).any()):
-                    return None
-        elif objective.tail != "renormalize":
-            parts.append(tail.log_sum)
-        heated = torch.cat(parts, dim=1) / objective.temperature
-        norm = heated.logsumexp(dim=1, keepdim=True)
-        log_q = heated - torch.where(norm == -torch.inf, 0.0, norm)
-        if objective.tail == "sampled":
-            assert z_drawn is not None
-            values = sampled_kl(log_p, log_q, z_drawn - norm, targets)
-            gradient, drawn = log_q.exp(), -log_p[:, -1:].exp() / z_drawn.shape[1]
-            gradient[:, :-1] -= log_p[:, :-1].exp()
-        else:
-            values = divergence(log_p, log_q, objective.regularizer) * objective.temperature**2
-            gradient = outcome_gradient(log_p, log_q, objective.regularizer) * objective.temperature
-            drawn = None
-        counts = regularizer_mask(targets, objective)
-        if objective.masked and objective.min_adapted_rest > 0:
-            counts = counts & (log_rest >= math.log(objective.min_adapted_rest))
-        weights = base_rest(targets).exp() if objective.weighting == "non-target-mass" else torch.ones_like(values)
-        scale = (weights * call.kl_weight)[:, None]
-        return _Compared(
-            torch.where(counts, values * weights, 0.0),
-            torch.where(counts[:, None], _times(scale, gradient), 0.0),
-            None if drawn is None else torch.where(counts[:, None], _times(scale, drawn), 0.0),
-        )
-
-
-def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: Regularizer) -> Tensor:
-    """d divergence / d (logit of each outcome), [n, J], Q being the softmax of these logits.
-
-    KL(P || Q): Q - P. KL(Q || P): Q (log Q/P - KL(Q || P)). JS: Q (log Q/m - KL(Q || m)) / 2, m = (P + Q) / 2.
-    """
-    q = log_q.exp()
-    if regularizer in ("masked-kl", "full-kl"):
-        return q - log_p.exp()
-    against, factor = log_p, 1.0
-    if regularizer == "masked-js":
-        against, factor = torch.logaddexp(log_p, log_q) - math.log(2), 0.5
-    ratio = torch.where(q > 0, log_q - against, 0.0)
-    return factor * q * (ratio - (q * ratio).sum(dim=1, keepdim=True))
-
-
-def _times(weight: float | Tensor, value: Tensor) -> Tensor:
-    """weight * value, 0 where the weight is: without a weight an infinite value is nobody's business."""
-    weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
-    return torch.where(weight == 0, 0.0, weight * value)
-
-
-def _share(gradient: Tensor, total: Tensor) -> Tensor:
-    """gradient / total, 0 where there is nothing to share it out to."""
-    return torch.where(total > 0, gradient / torch.where(total > 0, total, 1.0), 0.0)

@@ -1,19 +1,51 @@
 """What the loss is: every setting that decides it, without the tensors.
 
-Owns the names of the regularisers, tails and weightings, and which of them go together. `formulas` and `fused` compute
-what stands here; docs/loss.md derives it. Must not import torch: the command line reads its options from these fields.
+Owns the names of the regularisers, tails and weights, and which of them go together. `formulas`, `weights` and `fused`
+compute what stands here; docs/loss.md derives it. Must not import torch: the command line reads its options from these
+fields.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from logitcache.errors import InvalidSettings
-from logitcache.settings import Settings, option
+from logitcache.settings import Derived, Settings, names_function, option
 
 Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]
 Tail = Literal["bucket", "groups", "renormalize", "sampled"]
 Weighting = Literal["uniform", "non-target-mass"]
 KLPositions = Literal["supervised", "all"]
+CEWeight = Literal["none", "dft", "stm", "eaft", "eaft-base", "rho1", "data"]
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """What is to be known of a weight of the cross-entropy beside its formula, which is in `weights`."""
+
+    #: Whether it needs what a cache says of the token.
+    reads_base: bool = False
+    #: Whether the mean is over the tokens that it keeps; else over all that are supervised.
+    over_kept: bool = False
+    #: The number in its formula, as published; None where it has none.
+    published: float | None = None
+    #: Bounds of that number.
+    least: float = 0.0
+    most: float = float("inf")
+
+
+WEIGHT_FORMS: dict[str, WeightForm] = {
+    "none": WeightForm(),
+    "dft": WeightForm(),
+    "stm": WeightForm(reads_base=True, over_kept=True, published=2.5, least=1.0),
+    "eaft": WeightForm(published=1.0),
+    "eaft-base": WeightForm(reads_base=True, published=1.0),
+    "rho1": WeightForm(reads_base=True, over_kept=True, published=0.6, most=1.0),
+    "data": WeightForm(over_kept=True),
+}
+"""By the name of the weight."""
+
+OWN_WEIGHT = WeightForm(reads_base=True)
+"""Of a formula of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +58,19 @@ class Objective(Settings):
     from the base's own tail. temperature: of both sides, the value times its square (Hinton et al. 2015).
     kl_positions: where the regulariser counts, at the supervised positions or at all of a document that has some; the
     cross-entropy counts at the supervised ones. min_base_rest leaves positions out of value and count (1e-4 in the
-    paper); min_adapted_rest makes them 0 (the paper clamps at 1e-6; log space needs none).
+    paper); min_adapted_rest makes them 0 (the paper clamps at 1e-6; log space needs none). ce_weight: by what each
+    token's cross-entropy is multiplied, a constant for the gradient (`weights`); ce_weight_value: the number in its
+    formula. regularizer and ce_weight may name a function of one's own (docs/how-to/your-own-loss.md).
     """
 
-    regularizer: Regularizer = option(
+    regularizer: str = option(
         "masked-kl",
         "masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; l2-sp: "
         "half the squared change of the adapted weights; ewc: the same weighted by their Fisher information from the "
-        "new data; none: plain cross-entropy.",
+        "new data; none: plain cross-entropy. FILE.py:FUNCTION: a divergence of your own "
+        "(docs/how-to/your-own-loss.md).",
+        choices=get_args(Regularizer),
+        or_function=True,
     )
     tail: Tail = option(
         "bucket",
@@ -77,6 +114,47 @@ class Objective(Settings):
         at_least=0,
         below=1,
     )
+    ce_weight: str = option(
+        "none",
+        "Weight of each token's cross-entropy. dft: the student's own probability of it; stm: tokens that the base "
+        "finds too unlikely are dropped; eaft: the student's entropy over its 20 best; eaft-base: the base's; rho1: "
+        "the share of a sample that is furthest behind the base; data: what the rows bring (loss_scale, weights). "
+        "FILE.py:FUNCTION: of your own (docs/how-to/your-own-loss.md).",
+        choices=get_args(CEWeight),
+        or_function=True,
+    )
+    ce_weight_value: float | None = option(
+        None,
+        "Of --ce-weight: the perplexity above which stm drops (2.5), the power of eaft and eaft-base (1), the share "
+        "that rho1 keeps (.6).  [default: as published]",
+        above=0,
+    )
+
+    @property
+    def weight_form(self) -> WeightForm:
+        """What is known of the weight of the cross-entropy."""
+        return WEIGHT_FORMS.get(self.ce_weight, OWN_WEIGHT)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the loss needs what the base says, so that there must be a cache."""
+        return self.regularizer != "none" or self.weight_form.reads_base
+
+    @property
+    def reader(self) -> str:
+        """What of it needs what the base says, by its name."""
+        return self.regularizer if self.regularizer != "none" else f"--ce-weight {self.ce_weight}"
+
+    @property
+    def own_formulas(self) -> tuple[str, ...]:
+        """Functions of the user's own, as FILE.py:FUNCTION."""
+        return tuple(name for name in (self.regularizer, self.ce_weight) if names_function(name))
+
+    def derived(self) -> dict[str, object]:
+        """The number of a weight is the published one where it was not given."""
+        given = self.ce_weight_value is not None and not isinstance(self.ce_weight_value, Derived)
+        published = self.weight_form.published
+        return {} if given else {"ce_weight_value": None if published is None else Derived(published)}
 
     @property
     def masked(self) -> bool:
@@ -108,7 +186,30 @@ class Objective(Settings):
                 f"temperature {self.temperature:g} with tail {self.tail}: the mass of a tail at another temperature "
                 "does not follow from its mass at 1. Use tail renormalize."
             )
-        if self.tail == "sampled" and self.regularizer in ("masked-reverse-kl", "masked-js"):
+        forward_only = self.regularizer in ("masked-reverse-kl", "masked-js") or names_function(self.regularizer)
+        if self.tail == "sampled" and forward_only:
             raise InvalidSettings(
                 f"{self.regularizer} with tail sampled: draws from the base estimate forward KL only. Use another tail."
+            )
+        self._check_weight()
+
+    def _check_weight(self) -> None:
+        form, value = self.weight_form, self.ce_weight_value
+        if self.label_smoothing and self.ce_weight != "none":
+            raise InvalidSettings(
+                f"--label-smoothing with --ce-weight {self.ce_weight}: no weight is defined of a smoothed label. Leave "
+                "one of them out."
+            )
+        if value is not None and form.published is None:
+            raise InvalidSettings(
+                f"--ce-weight-value {value:g} with --ce-weight {self.ce_weight}, whose formula has no number. Leave it "
+                "out."
+            )
+        if value is not None and not form.least <= value <= form.most:
+            bounds = (
+                f"from {form.least:g} to {form.most:g}" if form.most < float("inf") else f"of {form.least:g} or more"
+            )
+            raise InvalidSettings(
+                f"--ce-weight-value {value:g} with --ce-weight {self.ce_weight}: expected a number {bounds}. Give "
+                "another."
             )

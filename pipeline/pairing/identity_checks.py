@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidData, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
+from logitcache.losses.weights import TOP
 from logitcache.models.head import causal_lm_of, logits_width
 from logitcache.models.loading import Base, tokenizer_identity
 from logitcache.models.quantization import LOAD_IN, held_in
 from logitcache.models.same_base import base_differences, base_of
 from logitcache.storage import (
-    CaptureIdentity,
     IdentityMismatch,
     LogitCache,
+    Manifest,
     PositionNotCaptured,
     SampleNotCached,
     sample_id,
@@ -127,15 +128,16 @@ def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None = None) -> None:
-    """Raise `TrainingFailed` where the cache, read with top_k alternatives, does not hold what is to be compared."""
+    """Raise `TrainingFailed` where the cache, read with top_k alternatives, does not hold what the loss reads of it."""
     if cache is not None:
-        check_kept(cache.manifest.capture, cache.path, objective, top_k)
+        check_kept(cache.manifest, cache.path, objective, top_k)
 
 
-def check_kept(kept: CaptureIdentity, path: str, objective: Objective, top_k: int | None = None) -> None:
+def check_kept(manifest: Manifest, path: str, objective: Objective, top_k: int | None = None) -> None:
     """`check_tail` of what a cache at this path keeps, or will."""
-    if objective.regularizer == "none":
+    if not objective.reads_base:
         return
+    kept = manifest.capture
     if top_k is not None and top_k > kept.top_k:
         raise TrainingFailed(
             f"training with --top-k {top_k}: {path} holds {kept.top_k} alternatives a position, and no more "
@@ -146,6 +148,10 @@ def check_kept(kept: CaptureIdentity, path: str, objective: Objective, top_k: in
             f"training with --top-k {top_k}: the draws in {path} are from the tail beyond {kept.top_k} "
             "alternatives, and say nothing of a larger one. Leave --top-k out, or use a cache without draws."
         )
+    if objective.ce_weight == "eaft-base":
+        _check_entropy(manifest, path, kept.top_k if top_k is None else top_k)
+    if objective.regularizer == "none":
+        return
     if objective.tail == "groups" and not kept.num_tail_groups:
         raise TrainingFailed(
             f"training with tail groups: {path} holds the tail as one mass. "
@@ -164,6 +170,19 @@ def check_kept(kept: CaptureIdentity, path: str, objective: Objective, top_k: in
             f"a position is read from {path}. One outcome alone always has probability 1, and nothing would be "
             f"compared. {_MORE_OUTCOMES[width > 0]}"
         )
+
+
+def _check_entropy(manifest: Manifest, path: str, top_k: int) -> None:
+    """Raise `TrainingFailed` unless the most probable tokens over which EAFT takes the entropy are all recorded."""
+    needed, min_mass = min(TOP, manifest.model.vocab_size - 1), manifest.capture.min_mass
+    if top_k >= needed and min_mass == 1:
+        return
+    found = f"{top_k} alternatives" if top_k < needed else f"fewer in rows where {min_mass:g} of the mass is kept"
+    raise TrainingFailed(
+        f"training with --ce-weight eaft-base: expected the base's {TOP} most probable tokens at every position, which "
+        f"takes {needed} alternatives, found {found} read from {path}. The entropy would be of others. "
+        f"Precompute a cache with --top-k {needed} or more and no --min-mass, or use --ce-weight eaft."
+    )
 
 
 _MORE_OUTCOMES = {

@@ -53,7 +53,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
         raise TrainingFailed(
             f"reading a batch: the batch brings {', '.join(refused)}, which neither the loss here nor the forward of "
             f"{type(body_of(causal_lm_of(model))).__name__} reads. It would be without effect. Leave it out of the "
-            "batch; where it weights or selects the loss, only labels of -100 do so here."
+            "batch. Labels of -100 select what is learnt here, and loss_scale or weights weigh it with "
+            'Objective(ce_weight="data").'
         )
     return {name: value for name, value in given.items() if name not in unread}
 

@@ -1,10 +1,10 @@
 """Samples of data beside a cache: rows cut as the cache's were, or the cache's own.
 
-Owns how many tokens a sample has, and what is said of rows that were cut, for every job that reads text. Must not know
-models.
+Owns how many tokens a sample has, and what is said of rows that were cut, for every job that reads text; and that the
+weights that rows bring are read, or refused. Must not know models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +12,8 @@ from logitcache.data.rows import NamedRows
 from logitcache.data.samples import Sample, make_samples
 from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.data.skipped import list_skipped, said_of_skipped, said_of_unlabelled
+from logitcache.errors import TrainingFailed
+from logitcache.losses.objective import Objective
 from logitcache.storage import IdentityMismatch, LogitCache, data_samples
 
 from .targets import said_of, samples_named
@@ -31,6 +33,25 @@ def check_max_length(cache: LogitCache | None, max_length: int | None) -> None:
         f"pairing {cache.path} with --max-length {max_length}: expected at most the "
         f"{cache.manifest.capture.max_length} tokens a sample that the cache was made with. What comes behind them is "
         "not in it. Leave --max-length out, or precompute a cache with it."
+    )
+
+
+def check_weights(samples: Sequence[Sample], objective: Objective) -> None:
+    """Raise `TrainingFailed` where samples bring weights that the objective does not read, or lack those it reads."""
+    reads = objective.ce_weight == "data"
+    wrong = next((sample for sample in samples if (sample.weights is not None) != reads), None)
+    if wrong is None:
+        return
+    if reads:
+        raise TrainingFailed(
+            f"training with --ce-weight data on {wrong.origin}: expected a weight for every token (loss_scale or "
+            "weights, a list beside input_ids or one number), found none. The samples of a cache have none. Give rows "
+            "that bring them, or another --ce-weight."
+        )
+    raise TrainingFailed(
+        f"training on {wrong.origin}: it brings weights (loss_scale or weights), which --ce-weight "
+        f"{objective.ce_weight} does not read. They would be without effect. Use --ce-weight data, or leave the field "
+        "out of the rows."
     )
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from logitcache.data.files import IGNORED
 from logitcache.data.samples import Sample
+from logitcache.data.tokenize import WEIGHTS
 from logitcache.errors import InvalidBatch
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
+from logitcache.losses.weights import num_weighed
 from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, PositionNotCaptured, data_samples
 from logitcache.storage.records import NO_TOKEN
 
@@ -59,7 +61,8 @@ class CachedCollator:
     Those are the supervised ones; every: all of each document that has some, and base_supervised (bool [N]) says where
     the cross-entropy counts. Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]),
     base_preceded (int64, where
-    documents begin that do not begin their row: behind another, or behind padding) and, with a cache, base_*:
+    documents begin that do not begin their row: behind another, or behind padding); base_for_ce, int32 [N], where
+    ce_weight (of the objective) reads of a batch what `weights.weigher_of` says; and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
     nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
     first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
@@ -71,9 +74,10 @@ class CachedCollator:
     top_k: int | None = None
     cut: VocabCut | None = None
     every: bool = False
+    ce_weight: str = "none"
 
     def __call__(self, features: Sequence[Any]) -> Batch:
-        return with_targets(self.collator(features), self.cache, self.top_k, self.cut, self.every)
+        return self._with_targets(self.collator(features))
 
     def looked_up(self, batch: Batch) -> Batch:
         """A batch that has been collated, with its targets, on its device; as it is where they are there already."""
@@ -81,8 +85,11 @@ class CachedCollator:
             return batch
         device = batch["input_ids"].device
         on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        found = with_targets(on_cpu, self.cache, self.top_k, self.cut, self.every)
+        found = self._with_targets(on_cpu)
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
+
+    def _with_targets(self, batch: Batch) -> Batch:
+        return with_targets(batch, self.cache, self.top_k, self.cut, self.every, self.ce_weight)
 
 
 def collated(batch: Any) -> Batch:
@@ -97,8 +104,9 @@ def with_targets(
     top_k: int | None = None,
     cut: VocabCut | None = None,
     every: bool = False,
+    ce_weight: str = "none",
 ) -> Batch:
-    """A collated batch on the CPU with the base_* columns of `CachedCollator`."""
+    """A collated batch on the CPU with the base_* columns of `CachedCollator`, and without the weights it brought."""
     documents = list(documents_of(batch, every))
     width = batch["input_ids"].shape[1]
     rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
@@ -108,6 +116,14 @@ def with_targets(
     added["preceded"] = _joined(preceded, np.int64)
     if every:
         added["supervised"] = _joined([d.supervised for d in documents], np.bool_)
+    if ce_weight == "rho1":
+        numbers = [np.full(len(d.positions), i, dtype=np.int32) for i, d in enumerate(documents)]
+        added["for_ce"] = _joined(numbers, np.int32)
+    if ce_weight == "data":
+        name, weights = _weights_of(batch)
+        batch = {key: value for key, value in batch.items() if key != name}
+        taken = [weights[d.row, d.column + d.positions + 1] for d in documents]
+        added["for_ce"] = _joined(taken, np.float32).view(np.int32)  # bits, which nothing casts on the way to a device
     if cache is not None and documents:
         try:
             found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
@@ -115,6 +131,25 @@ def with_targets(
             raise PositionNotCaptured(f"{error}{'' if every else OWN_TOKENS}") from error
         added |= target_columns(found, cut)
     return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
+
+
+def _weights_of(batch: Batch) -> tuple[str, NDArray[np.float32]]:
+    """The weights that a batch brings, [B, T], aligned as its labels are, and their name."""
+    named = [name for name in WEIGHTS if batch.get(name) is not None]
+    if len(named) != 1:
+        raise InvalidBatch(
+            f"looking up a batch for the weight 'data': expected loss_scale or weights in it, found "
+            f"{' and '.join(named) or ', '.join(sorted(batch))}. Have the collator pad one of them, and "
+            "remove_unused_columns=False keep it."
+        )
+    weights, learnt = batch[named[0]].float().numpy(), batch["labels"].numpy() != IGNORED
+    if weights.shape != learnt.shape or not np.isfinite(weights[learnt]).all() or (weights[learnt] < 0).any():
+        raise InvalidBatch(
+            f"looking up a batch for the weight 'data': expected a number of 0 or more in {named[0]} for every token "
+            f"that is learnt, in the shape of labels {learnt.shape}, found {weights.shape} or other numbers. Repair "
+            "the weights."
+        )
+    return named[0], weights
 
 
 def documents_of(batch: Batch, every: bool = False) -> Iterator[Document]:
@@ -225,11 +260,17 @@ def placed(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_positions(batch: Batch, objective: Objective) -> Tensor:
-    """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device."""
-    targets, supervised = targets_of(batch), num_supervised(batch)
+    """Positions of a batch that count for the cross-entropy and for the regulariser, int64 [2], on its device.
+
+    Of a weighted cross-entropy, those that are supervised or those that the weight keeps: see `weights`.
+    """
+    targets, supervised = targets_of(batch), batch.get(f"{PREFIX}supervised")
+    if supervised is None:
+        supervised = torch.ones_like(batch[f"{PREFIX}label_ids"], dtype=torch.bool)
+    num_ce = num_weighed(objective, supervised, targets, batch.get(f"{PREFIX}for_ce"))
     if targets is None or objective.regularizer == "none":
-        return torch.stack([supervised, torch.zeros_like(supervised)])
-    return torch.stack([supervised, regularizer_mask(targets, objective).sum()])
+        return torch.stack([num_ce, torch.zeros_like(num_ce)])
+    return torch.stack([num_ce, regularizer_mask(targets, objective).sum()])
 
 
 def num_supervised(batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from logitcache.evaluation.metrics import drift_prevented
-from logitcache.sweeps.config import OBJECTIVE
+from logitcache.sweeps.config import OBJECTIVE, without_base
 
 from .results import Cost, Run, RunOutcome, Scalar
 
@@ -147,8 +147,10 @@ def pareto_front(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def is_reference(setting: Setting) -> bool:
-    """Plain cross-entropy: no regulariser and no label smoothing."""
-    return setting.values.get("regularizer") == "none" and not setting.values.get("label_smoothing")
+    """Plain cross-entropy: no regulariser, no label smoothing, every token with the same weight."""
+    values = setting.values
+    is_smoothed, weight = values.get("label_smoothing"), values.get("ce_weight")
+    return values.get("regularizer") == "none" and not is_smoothed and weight in (None, "none")
 
 
 def budgets_of(settings: Sequence[Setting]) -> Budgets:
@@ -241,7 +243,7 @@ class Spent:
 
 def spent_on(runs: Sequence[Run], cost: Cost) -> Spent:
     """What the finished runs took, as measured, and the base by `cost`. Plain cross-entropy needs no base."""
-    finished = [(run.settings.get("regularizer") == "none", run.outcome) for run in runs if run.outcome is not None]
+    finished = [(without_base(run.settings), run.outcome) for run in runs if run.outcome is not None]
     steps = sum(outcome.num_steps for plain, outcome in finished if not plain)
     return Spent(
         training=math.fsum(outcome.seconds for _, outcome in finished),

@@ -19,7 +19,8 @@ from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
 from logitcache.settings import Setting, Settings, line_settings, option
 from logitcache.storage.identity import digest_json
 from logitcache.storage.plain_text import one_line, shown
-from logitcache.training.settings import PENALTIES, RunSettings, run_settings
+from logitcache.training.settings import PENALTIES, RECIPES, RunSettings, run_settings
+from logitcache.training.settings import without_base as without_base
 from logitcache.yaml_files import at_home, read_yaml
 
 SETTINGS = run_settings("objective", "anchor", "adapter", "training")
@@ -30,7 +31,9 @@ OBJECTIVE = (*run_settings("objective", "anchor"), "top_k")
 """What a run's loss is: all else equal, two runs that differ here compare two objectives."""
 
 OF_A_REGULARIZER = tuple(
-    name for name in run_settings("objective") if name not in ("regularizer", "weight", "kl_budget", "label_smoothing")
+    name
+    for name in run_settings("objective")
+    if name not in ("regularizer", "weight", "kl_budget", "label_smoothing", "ce_weight", "ce_weight_value")
 )
 """What only a loss has that compares with the base's predictions."""
 
@@ -164,7 +167,7 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
         where = f"{origin}, method {shown(method)}"
         if not isinstance(method, str) or not method.strip() or method != one_line(method, MAX_METHOD):
             raise InvalidData(f"reading {where}: expected a name of at most {MAX_METHOD} characters that can be shown.")
-        own = _axes(_mapping(fields or {}, where, "fields and their values"), where)
+        own = _axes(_with_recipe(_mapping(fields or {}, where, "fields and their values"), where), where)
         if "weight" in own and own.get("regularizer") == ["none"]:
             raise InvalidData(f"reading {where}: weight with regularizer none: there is no regulariser to weigh.")
         axes = {**{"lr": list(LEARNING_RATES)}, **grid, **own}
@@ -223,7 +226,8 @@ def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str
     except InvalidSettings as error:
         raise InvalidData(f"reading {where}: {str(error).rstrip('.')}.") from error
     made = run.adapter.plain()
-    return {**found, "alpha": made["alpha"], "variant": made["variant"]}
+    value = run.objective.plain()["ce_weight_value"]
+    return {**found, "alpha": made["alpha"], "variant": made["variant"], "ce_weight_value": value}
 
 
 def _checked(setting: Setting, value: Any, where: str) -> Any:
@@ -233,6 +237,17 @@ def _checked(setting: Setting, value: Any, where: str) -> Any:
     except InvalidSettings as error:
         hint = " (YAML wants a point in it: 1.0e-3)" if isinstance(value, str) and re.match(r"\d+e", value) else ""
         raise InvalidData(f"reading {where}: {setting.wrong(value)}{hint}.") from error
+
+
+def _with_recipe(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a method, those of its recipe among them where it has one; what it says itself wins."""
+    own = {name: value for name, value in fields.items() if name != "recipe"}
+    if "recipe" not in fields:
+        return own
+    recipe = fields["recipe"]
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise InvalidData(f"reading {where}: recipe: expected one of {', '.join(RECIPES)}, found {shown(recipe)}.")
+    return {**RECIPES[recipe], **own}
 
 
 def _axes(fields: Mapping[str, Any], where: str) -> dict[str, list[Any]]:

@@ -13,7 +13,7 @@ import json
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -39,14 +39,14 @@ from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows
 from logitcache.models.loading import Base, find_model, load_base, load_tokenizer, pick_device
 from logitcache.models.same_base import described_differences
 from logitcache.models.settings import LoadSettings
-from logitcache.pairing.samples import samples_for
+from logitcache.pairing.samples import check_weights, samples_for
 from logitcache.pairing.targets import digests_of
 from logitcache.pairing.view import CacheView
 from logitcache.storage import CacheError, IdentityMismatch, LogitCache
 from logitcache.storage.files import is_unfinished
 from logitcache.storage.plain_text import one_line, safe, without_secrets
 from logitcache.training.anchors import Anchor, AnchorTerm
-from logitcache.training.description import data_fingerprint
+from logitcache.training.description import check_unchanged, data_fingerprint, tried_formulas
 from logitcache.training.run import train
 from logitcache.training.run_folder import LOG, RUN, clear
 from logitcache.training.settings import RunSettings
@@ -78,10 +78,18 @@ class Prepared:
     probes: dict[str, tuple[LogitCache, Sequence[Sample]]]
     #: Of the runs that have anchors.
     anchors: Sequence[LogitCache] = ()
+    #: Digests of the formulas of the user's own, by their names.
+    formulas: dict[str, str] = field(default_factory=dict)
 
     def anchors_of(self, run: RunSettings) -> list[Anchor]:
         """Those of a run."""
         return _anchors(self.anchors, run)
+
+    def samples_of(self, run: RunSettings) -> Sequence[Sample]:
+        """Those of a run, with the weights that rows bring where it reads them."""
+        if run.objective.ce_weight == "data":
+            return self.samples
+        return [s if s.weights is None else replace(s, weights=None) for s in self.samples]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,9 @@ def prepare(
         CacheView.paired(cache, base, objective, tokenizer=tokenizer, top_k=top_k, rules=rules, how=config.how).require(
             samples
         )
+    weighed = [run.objective for run in runs if run.objective.ce_weight == "data"]
+    check_weights(samples, (weighed or [run.objective for run in runs])[0])
+    formulas = tried_formulas((run.objective for run in runs), on_message)
     for anchor in dict.fromkeys(anchor for run in runs for anchor in _anchors(anchors, run)):
         AnchorTerm.paired(anchor, base, 0, tokenizer=tokenizer, rules=common.pairing, how=config.how)
     texts = {name: read(name) for name in ("new", "prior")}
@@ -137,7 +148,10 @@ def prepare(
     with _locked(out / f"{SWEEP}.lock"):
         stored = _stored(out)
         _check_same(stored, described, out)
-        write_checked(out / SWEEP, {**described, **_runs_of(config, out, stored), "cost": stored.get("cost")})
+        known = {**stored.get("formulas", {}), **formulas}
+        check_unchanged(stored.get("formulas", {}), formulas, out)
+        asked = {**_runs_of(config, out, stored), "formulas": known, "cost": stored.get("cost")}
+        write_checked(out / SWEEP, {**described, **asked})
         on_device = base if _stays(held) else _copy_of(base, device)
         top_k = config.probe.top_k(base.identity.vocab_size)
         probes: dict[str, tuple[LogitCache, Sequence[Sample]]] = {}
@@ -148,7 +162,7 @@ def prepare(
             if report.num_samples:
                 on_message(f"The base ran over {name}, {report.num_tokens:,} tokens of held-out text, into {path}.")
             probes[name] = (LogitCache.open(path), list(distinct(text)))
-    return Prepared(config, out, base, tokenizer, device, cache, samples, probes, anchors)
+    return Prepared(config, out, base, tokenizer, device, cache, samples, probes, anchors, formulas)
 
 
 def sweep(
@@ -216,9 +230,10 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
         clear(folder)
     run = prepared.config.run_of(spec, _has_groups(prepared.cache))
     told: list[str] = []
+    check_unchanged(prepared.formulas, tried_formulas([run.objective]), prepared.out)
     report = train(
         _fresh(prepared),
-        prepared.samples,
+        prepared.samples_of(run),
         prepared.cache,
         folder,
         run.adapter,
@@ -394,7 +409,7 @@ def measure_cost(prepared: Prepared) -> None:
     path = prepared.out / SWEEP
     config = prepared.config
     finished = [r for r in config.runs if state_of(prepared.out / RUNS / r.name) == "finished"]
-    regularized = [r for r in finished if config.run_of(r).objective.regularizer != "none"]
+    regularized = [r for r in finished if config.run_of(r).objective.reads_base]
     if not regularized or config.common.pairing.teacher_is_not_base:  # the teacher that was not run is not here
         return
     spec, settings = regularized[0], config.run_of(regularized[0]).training

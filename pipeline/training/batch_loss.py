@@ -60,6 +60,7 @@ def batch_loss(
             trained,
             top1,
             own.get(f"{PREFIX}supervised"),
+            own.get(f"{PREFIX}for_ce"),
         )
         made.append(sums._replace(loss=sums.loss * _on(hidden.device, scale)))
         return made[0].loss

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
+from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import causal_lm_of, unwrapped
@@ -41,7 +42,6 @@ from logitcache.pairing.targets import (
     Collator,
     collated,
     count_positions,
-    num_supervised,
 )
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from logitcache.storage import LogitCache
@@ -88,8 +88,10 @@ class CachedLoss:
         self.objective = objective_of(cache, objective, top_k, rules)
         if self.objective.kl_budget is not None:
             raise ValueError("kl_budget: a loop of one's own gives kl_weight every step (kl_controller.BudgetedWeight)")
-        if cache is None and self.objective.regularizer != "none":
-            raise TrainingFailed(f"training with {self.objective.regularizer}: a cache is needed. Give cache=.")
+        if cache is None and self.objective.reads_base:
+            raise TrainingFailed(f"training with {self.objective.reader}: a cache is needed. Give cache=.")
+        for sentence in check_formulas(self.objective):
+            logger.warning("CachedLoss: %s", sentence)
         self._filling = Filling.asked(cache, fill, capture, self.objective, top_k, rules)
         self.filled: JobReport | None = None  # what this process captured before training
         self._view = cache if isinstance(cache, CacheView) else None
@@ -166,7 +168,8 @@ class CachedLoss:
                 f"looking up {self.cache.path} before a model is known: the rules ignore padding, and how much of the "
                 "vocabulary that is follows from the model. Give CachedLoss(..., model=model)."
             )
-        return CachedCollator(collator, self.cache, self._top_k, every=self.objective.kl_positions == "all")
+        every, ce_weight = self.objective.kl_positions == "all", self.objective.ce_weight
+        return CachedCollator(collator, self.cache, self._top_k, every=every, ce_weight=ce_weight)
 
     def count(self, batch: Batch) -> Tensor:
         """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""
@@ -222,7 +225,7 @@ class CachedLoss:
             found = self.anchors(model).loss(model, step, *part, loss.device)
             loss, self.anchor_kl = loss + found.loss, found.sums / found.counts
         if orthogonality is not None:
-            share = num_supervised(batch).to(num_ce.device) / num_ce
+            share = count_positions(batch, self.objective)[0].to(num_ce.device) / num_ce
             loss = loss + orthogonality.weight * share * orthogonality().to(loss.device)
         return LinearLoss(loss, sums.ce / num_ce, torch.as_tensor(sums.kl / num_kl))
 

@@ -6,7 +6,7 @@ not know where it is written, nor the trainer.
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,15 @@ from logitcache.adapters.attach import AdapterSettings
 from logitcache.adapters.null_space import NullSpace, check_null_space
 from logitcache.adapters.registry import NO_ADAPTER
 from logitcache.data.samples import Sample
+from logitcache.events import OnMessage
+from logitcache.losses.formula_checks import check_formulas
+from logitcache.losses.formula_files import formula
+from logitcache.losses.objective import Objective
 from logitcache.models.device_map import devices_of
 from logitcache.models.loading import Base
 from logitcache.models.quantization import quantization_of
 from logitcache.pairing.targets import digests_of
-from logitcache.storage import LogitCache, sample_id
+from logitcache.storage import IdentityMismatch, LogitCache, sample_id
 from logitcache.storage.identity import digest, digest_json
 from logitcache.storage.model_check import read_model_check
 from logitcache.storage.plain_text import without_secrets
@@ -49,6 +53,7 @@ def describe(job: Job) -> dict[str, Any]:
         "pairing": {**asdict(job.pairing), "load_in": quantization_of(base.model)},
         "adapter": _describe_adapter(base, job.adapter),
         "objective": asdict(job.objective),
+        "formulas": {name: _describe_formula(name) for name in job.objective.own_formulas},
         "penalty": None if penalty is None else asdict(penalty),
         "anchors": [_describe_anchor(anchor) for anchor in job.anchors],
         "settings": asdict(job.settings),
@@ -64,6 +69,35 @@ def _describe_check(cache: LogitCache | None) -> dict[str, Any] | None:
     return None if check is None else {"within": check.is_within, "ratio": check.ratio, **asdict(check)}
 
 
+def tried_formulas(objectives: Iterable[Objective], on_message: OnMessage = lambda _: None) -> dict[str, str]:
+    """Try the formulas of the user's own in these objectives, as their files are now: digests by their names.
+
+    on_message is told what is to be known of them. Raises what `check_formulas` raises.
+    """
+    different = {objective.own_formulas: objective for objective in objectives}
+    said = [sentence for objective in different.values() for sentence in check_formulas(objective)]
+    for sentence in dict.fromkeys(said):
+        on_message(sentence)
+    return {name: formula(name).digest for names in different for name in names}
+
+
+def check_unchanged(known: Mapping[str, str], found: Mapping[str, str], out: Path) -> None:
+    """Raise `IdentityMismatch` where the file of a formula is not what it was: digests by the names of the formulas."""
+    for name, now in found.items():
+        then = known.get(name, now)
+        if then != now:
+            raise IdentityMismatch(
+                f"going on with {out}: the file of the formula {name} has changed since (SHA-256 {then[:12]}... then, "
+                f"{now[:12]}... now). Runs under one name would have different losses. Give the new formula "
+                "another name or file, or choose another --out."
+            )
+
+
+def _describe_formula(name: str) -> dict[str, str]:
+    """A formula of the user's own, word for word."""
+    return {"sha256": formula(name).digest, "text": formula(name).text}
+
+
 def _describe_anchor(anchor: Anchor) -> dict[str, Any]:
     cache = anchor.open_cache
     contents = {"contents": cache.contents_checksum, "data_sets": digests_of(cache)}
@@ -71,8 +105,15 @@ def _describe_anchor(anchor: Anchor) -> dict[str, Any]:
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:
-    """Of the samples, their order and their supervised tokens; two data sets with one fingerprint are the same."""
-    return digest_json([[sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())] for s in samples])
+    """Of the samples, their order, their supervised tokens and the weights of these; two data sets with one fingerprint
+    are the same."""
+    return digest_json(
+        [
+            [sample_id(s.token_ids).hex(), digest(s.supervised.tobytes())]
+            + ([] if s.weights is None else [digest(s.weights.tobytes())])
+            for s in samples
+        ]
+    )
 
 
 def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class Filling:
             groups = groups_for(base, settings, self.path)
             tokenizer = load_tokenizer(base.source) if tokenizer is None else tokenizer
             kept = cache_spec(base.source.name, base.identity, tokenizer, settings, groups)
-            check_kept(kept.manifest.capture, self.path, self.objective, self.top_k)
+            check_kept(kept.manifest, self.path, self.objective, self.top_k)
             spec = JobSpec(base.source.name, (name,), self.path, settings, data_name=name)
             return work(spec, Loaded(tokenizer, kept, teacher_of(base, kept), base, samples), share)
 

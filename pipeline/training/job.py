@@ -19,12 +19,13 @@ from logitcache.data.samples import Sample
 from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.errors import TrainingFailed
 from logitcache.events import OnMessage
+from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import is_spread, offloaded_parts
 from logitcache.models.loading import Base
 from logitcache.models.quantization import held_in
 from logitcache.pairing.identity_checks import PairingRules, check_tail
-from logitcache.pairing.samples import check_max_length
+from logitcache.pairing.samples import check_max_length, check_weights
 from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
 
@@ -74,7 +75,7 @@ class Job:
     @property
     def reads_cache(self) -> bool:
         """Whether the loss of the new data reads the cache; else it may be there for its samples alone."""
-        return self.cache is not None and self.objective.regularizer != "none"
+        return self.cache is not None and self.objective.reads_base
 
     def paired(self) -> CacheView | None:
         """The cache as the run reads it; None where its loss reads none. Raises as `CacheView.paired`."""
@@ -122,11 +123,13 @@ def check_before_loading(
     there. on_message is told what a person should know of the data. Raises `TrainingFailed`, `IdentityMismatch`, and
     what opening the data raises.
     """
-    if cache is None and objective.regularizer != "none":
-        raise TrainingFailed(f"training with {objective.regularizer}: a cache is needed. Give --cache.")
+    if cache is None and objective.reads_base:
+        raise TrainingFailed(f"training with {objective.reader}: a cache is needed. Give --cache.")
     if cache is None and data is None:
         raise TrainingFailed("training without a cache: expected data to train on, found none. Give --data.")
     check_tail(cache, objective, top_k)
+    for sentence in check_formulas(objective):
+        on_message(sentence)
     check_out(out, resume)
     if not are_names(data):
         return None
@@ -137,6 +140,7 @@ def check_before_loading(
 def _check_combination(job: Job) -> None:
     """Raise `TrainingFailed` for settings that would train something else than they say."""
     penalty, model = job.penalty, job.base.model
+    check_weights(job.samples, job.objective)
     if model.dtype == torch.float16:
         raise TrainingFailed(
             f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "

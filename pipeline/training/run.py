@@ -32,7 +32,7 @@ from transformers import (
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.adapters.saved_files import FILES
-from logitcache.data.batches import pad_samples
+from logitcache.data.batches import pad_samples, pad_weighted
 from logitcache.data.places import Named, are_names
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DataSettings
@@ -194,7 +194,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=list(job.samples),
-        data_collator=pad_samples,
+        data_collator=pad_weighted if job.objective.ce_weight == "data" else pad_samples,
         callbacks=[*own, *callbacks],
         cache=view,
         objective=job.objective if view is None else None,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from logitcache.adapters.settings import NO_ADAPTER, AdapterSettings
 from logitcache.errors import InvalidSettings
-from logitcache.losses.objective import Objective, Regularizer, Tail
+from logitcache.losses.objective import OWN_WEIGHT, WEIGHT_FORMS, Objective, Regularizer, Tail
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, line_settings, option
@@ -155,7 +155,7 @@ class RunSettings(Settings):
             raise InvalidSettings(
                 "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
             )
-        if self.pairing.teacher_is_not_base and self.objective.regularizer == "none":
+        if self.pairing.teacher_is_not_base and not self.objective.reads_base:
             named = "none" if self.penalty is None else self.penalty.kind
             raise InvalidSettings(
                 f"--teacher-is-not-base with --regularizer {named}: nothing is learnt from the teacher."
@@ -172,10 +172,26 @@ PARTS: dict[str, Any] = {
 }
 """The parts of a run that have flags, in the order of `train --help`."""
 
+
+def without_base(values: Mapping[str, Any]) -> bool:
+    """Whether the loss of a run without a regulariser, by its flat names, reads nothing of the base at all."""
+    weight = WEIGHT_FORMS.get(values.get("ce_weight") or "none", OWN_WEIGHT)
+    return values.get("regularizer") == "none" and not weight.reads_base
+
+
 REGULARIZERS = (*get_args(Regularizer)[:-1], *PENALTIES, "none")
 """Of the loss, or of the weights."""
 
 TAILS = ("auto", *get_args(Tail))
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "asft": {"regularizer": "full-kl", "ce_weight": "dft", "weight": 0.05},
+}
+"""Published methods as settings, by the flat names of a run; what is given beside a recipe wins.
+
+asft: Anchored Supervised Fine-Tuning (arXiv 2509.23753), sg(q(y)) CE + w KL(p || q), each a mean over the supervised
+tokens; w as its authors' repository runs it (`--kl_weight 0.05`; LLaMA-Factory's default is .1).
+"""
 
 
 def run_settings(*parts: str) -> dict[str, Setting]:

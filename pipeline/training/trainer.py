@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
+from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of, check_head
 from logitcache.models.inside_forward import check_head_inside
@@ -26,7 +27,7 @@ from logitcache.models.sharding import check_parts, is_sharded, local_part, on_a
 from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.step_zero import StepZero
-from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, collated, count_positions
+from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, collated, count_positions
 from logitcache.pairing.view import AnyCache, CacheView, objective_of
 
 from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
@@ -65,10 +66,10 @@ class CachedKL(_AnyTrainer):
     AdaLoRA's orthogonality term, which PEFT adds to a model's own loss, is added in the same way.
     anchor: a cache, or several, of what the base says far from the new data: on its samples the model is compared with
     the base, beside every batch, and learns nothing else; it needs no cache of the new data.
-    Logs `ce` (what is trained: smoothed, if so) and `kl`, nats a position and means over the logged steps, `kl_weight`,
-    `penalty`, `orthogonality` and `anchor_kl` (of several their mean, and each), without their weights, beside the
-    trainer's own; over TRL's SFTTrainer its `num_tokens` and `mean_token_accuracy` too. Batches of evaluation are the
-    trainer's own business.
+    Logs `ce` (what is trained: smoothed or weighted, if so) and `kl`, nats a position and means over the logged steps,
+    `kl_weight`, `penalty`, `orthogonality` and `anchor_kl` (of several their mean, and each), without their weights,
+    beside the trainer's own; over TRL's SFTTrainer its `num_tokens` and `mean_token_accuracy` too. Batches of
+    evaluation are the trainer's own business.
     Raises `TrainingFailed` for what would be silently wrong (see `check_supported`) and for a loss that is not finite,
     `NotTheBase`, `SampleNotCached`, `PositionNotCaptured`.
     """
@@ -95,8 +96,8 @@ class CachedKL(_AnyTrainer):
         super().__init__(*args, **kwargs)
         self.kl_objective = chosen = objective_of(cache, objective, top_k, rules)
         filling = Filling.asked(cache, fill, capture, chosen, top_k, rules)
-        if cache is None and chosen.regularizer != "none":
-            raise TrainingFailed(f"training with {chosen.regularizer}: a cache is needed. Give cache=.")
+        if cache is None and chosen.reads_base:
+            raise TrainingFailed(f"training with {chosen.reader}: a cache is needed. Give cache=.")
         if penalty is not None and chosen.label_smoothing:
             raise TrainingFailed(
                 "training with a penalty on the weights and label smoothing: these are two baselines. Use one of them."
@@ -111,13 +112,14 @@ class CachedKL(_AnyTrainer):
             )
         check_supported(self)
         check_parts(self.model)
+        self._check_formulas(chosen)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
         if in_pieces(self):
             check_in_pieces(penalised=any(self._terms()), anchored=len(self.anchors) > 0)
         self.filled: JobReport | None = None  # what this process captured before training
         self.cache_view: CacheView | None = None
-        if cache is not None and chosen.regularizer != "none":
+        if cache is not None and chosen.reads_base:
             if filling is not None:
                 self._fill(filling)
             view = CacheView.of(cache, self.model, chosen, top_k, rules)
@@ -156,6 +158,12 @@ class CachedKL(_AnyTrainer):
         tokenizer = made_by if isinstance(made_by, PreTrainedTokenizerBase) else None
         self.filled = filling.fill(self.model, Rows.of(self, self.train_dataset), tokenizer, divided_by(self))
 
+    def _check_formulas(self, objective: Objective) -> None:
+        """Try formulas of the user's own, and say once what is to be known of them."""
+        said = check_formulas(objective)
+        if said and self.is_world_process_zero():
+            logger.warning("CachedKL: %s", " ".join(said))
+
     def _held_against_model(self, view: CacheView) -> CacheView:
         """The view of this model; what could not be compared is said once."""
         held = view.held_against(self.model, in_pieces(self))
@@ -173,7 +181,7 @@ class CachedKL(_AnyTrainer):
         collator, settings = self.data_collator, self.accelerator.dataloader_config
         dispatch = settings.dispatch_batches
         view = self.cache_view
-        self.data_collator = CachedCollator(collator, None) if view is None else view.collator(collator)
+        self.data_collator = self._collator(collator)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
             loader = super().get_train_dataloader()
@@ -264,8 +272,13 @@ class CachedKL(_AnyTrainer):
         """A batch with its targets: as it is, or where another collator made it, looked up now."""
         if f"{PREFIX}rows" in batch:
             return batch
-        view = self.cache_view
-        return (CachedCollator(collated, None) if view is None else view.collator()).looked_up(batch)
+        return self._collator(collated).looked_up(batch)
+
+    def _collator(self, collator: Collator) -> CachedCollator:
+        """Another's batches, with what the loss reads beside them."""
+        if self.cache_view is not None:
+            return self.cache_view.collator(collator)
+        return CachedCollator(collator, None, ce_weight=self.kl_objective.ce_weight)
 
     def _check_batch(self, model: nn.Module, inputs: Batch) -> None:
         """Raise where the model is not the base, or does not keep the documents of this batch apart."""

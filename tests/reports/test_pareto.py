@@ -240,6 +240,17 @@ def test_what_was_spent_charges_a_live_base_to_regularised_steps_only() -> None:
     assert (spent.cached_sum, spent.live_sum) == (57, pytest.approx(80))
 
 
+def test_a_weighted_cross_entropy_is_not_plain_and_may_need_the_base() -> None:
+    """It is no reference for the drift of others, and a live base would be run for one that reads it."""
+    runs = [run(0.5, 0.1, method=name, ce_weight=name) for name in ("none", "dft", "stm", "my.py:f")]
+    plain, *weighed = settings_of(runs)
+    assert budgets_of([plain, *weighed]).of_reference
+    assert [prevented_by(s, [plain, *weighed]) for s in weighed] == [0.0, 0.0, 0.0]
+    assert [prevented_by(s, weighed) for s in weighed] == [None, None, None]
+    spent = spent_on(runs, Cost("r", 0.5, 0.2, 7.0))
+    assert (spent.num_plain, spent.num_regularized_steps) == (2, 100)
+
+
 def test_varying_names_what_differs_but_the_seed() -> None:
     assert varying([run(0, 0, lr=1.0, seed=0, weight=1.0), run(0, 0, lr=2.0, seed=1, weight=1.0)]) == ["lr"]
     assert varying([]) == []

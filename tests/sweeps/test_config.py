@@ -76,7 +76,33 @@ def test_a_run_keeps_its_name_when_the_grid_grows() -> None:
     assert renamed.runs[0].name != small.runs[0].name
 
 
+def test_a_recipe_is_its_settings_and_what_a_method_says_wins() -> None:
+    found = config(grid={"lr": 1e-3, "weight": [2.0, 3.0]}, methods={"a": {"recipe": "asft"}, "b": {"recipe": "asft",
+        "weight": 0.1}})  # fmt: skip
+    objectives = [found.run_of(run).objective for run in found.runs]
+    assert [(o.regularizer, o.ce_weight, o.weight) for o in objectives] == [
+        ("full-kl", "dft", 0.05),
+        ("full-kl", "dft", 0.1),
+    ]
+
+
+def test_weights_are_axes_of_plain_methods_too() -> None:
+    methods = {"a": {"regularizer": "none", "ce_weight": ["none", "dft", "my.py:f"]}}
+    methods["b"] = {"regularizer": "l2-sp", "ce_weight": "rho1", "ce_weight_value": [0.5, 0.6]}
+    found = config(grid={"lr": 1e-3}, methods=methods)
+    assert [run.settings["ce_weight"] for run in found.runs] == ["none", "dft", "my.py:f", "rho1", "rho1"]
+    assert [run.settings["ce_weight_value"] for run in found.runs] == [None, None, None, 0.5, 0.6]
+    spelt = {"a": {"ce_weight": "stm"}, "b": {"ce_weight": "stm", "ce_weight_value": 2.5}}
+    with pytest.raises(InvalidData, match="'a' and 'b' have a run in common"):
+        config(grid={"lr": 1e-3}, methods=spelt)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no recipe": ({"methods": {"a": {"recipe": "soup"}}}, "method 'a': recipe: expected one of asft, found 'soup'"),
+    "recipes": ({"methods": {"a": {"recipe": ["asft"]}}}, "recipe: expected one of asft"),
+    "a recipe for all": ({"grid": {"recipe": "asft"}}, "unknown key 'recipe'"),
+    "no weight": ({"methods": {"a": {"ce_weight": "dtf"}}}, "ce_weight: expected one of none, dft"),
+    "no number": ({"methods": {"a": {"ce_weight": "dft", "ce_weight_value": 2}}}, "whose formula has no number"),
     "unknown key": ({"modle": "m"}, "unknown key 'modle'"),
     "unknown field": ({"grid": {"learning_rate": 1e-3}}, "unknown key 'learning_rate'"),
     "unknown field of a method": ({"methods": {"a": {"lrr": 1}}}, "method 'a': unknown key 'lrr'"),
