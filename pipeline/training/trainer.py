@@ -23,6 +23,7 @@ from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of, check_head
 from logitcache.models.inside_forward import check_head_inside
+from logitcache.models.quantization import keep_trainable
 from logitcache.models.sharding import check_parts, is_sharded, local_part, on_any_process
 from logitcache.pairing.identity_checks import EVERY, PairingRules
 from logitcache.pairing.layout import LayoutCheck
@@ -119,6 +120,8 @@ class CachedKL(_AnyTrainer):
             )
         check_supported(self)
         check_parts(self.model)
+        causal_lm = causal_lm_of(self.model)
+        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
         self.cache_view: CacheView | None = None
         if cache is not None and chosen.regularizer != "none":
             view = CacheView.of(cache, self.model, chosen, top_k, rules)
