@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from logitcache.errors import TrainingFailed
 
@@ -91,8 +92,9 @@ class _Call:
     _groups: tuple[Tensor, Tensor] | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's, [n, V]."""
-        with torch.set_grad_enabled(self.with_gradient):
+        """The head's, [n, V]. What its backward needs stays where it is: the graph of a slice lives for a moment, and
+        who keeps saved tensors elsewhere (activation offloading) would move the head's weights once a slice."""
+        with torch.set_grad_enabled(self.with_gradient), saved_tensors_hooks(_kept, _as_kept):
             return self.head(hidden)
 
     def rows(self, rows: slice) -> "_Rows":
@@ -164,6 +166,18 @@ class _LinearLoss(torch.autograd.Function):
         """Those, times the gradient of the loss."""
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)  # a scale in half precision would lose digits
         return (None, *((g.float() * grad_loss).to(dtype) for g, dtype in saved))
+
+
+def _kept(tensor: Tensor) -> tuple[Tensor, int]:
+    """A saved tensor, and its version: autograd counts writes to what it saves by itself alone."""
+    return tensor.detach(), tensor._version
+
+
+def _as_kept(kept: tuple[Tensor, int]) -> Tensor:
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError("making the loss: a tensor that the backward of the output head reads was overwritten")
+    return tensor
 
 
 def _found(gradient: Tensor | None, total: Tensor) -> Tensor:

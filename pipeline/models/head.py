@@ -126,8 +126,8 @@ def no_virtual_tokens(causal_lm: PreTrainedModel, input_ids: Tensor | None, hidd
         given = "no" if input_ids is None else tuple(input_ids.shape)
         raise UnsupportedModel(
             f"running {type(causal_lm).__name__} on {given} tokens: found hidden states of {tuple(hidden.shape[:2])}. "
-            "Adapters that add virtual tokens (prompt tuning) are not "
-            "supported. Use one that leaves the sequence as it is, such as LoRA."
+            "Adapters that add virtual tokens (prompt tuning) and hooks that cut sequences (context or sequence "
+            "parallelism) are not supported. Use one that leaves the sequence as it is, such as LoRA."
         )
 
 

@@ -19,13 +19,18 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataParallel
 
+from logitcache.errors import UnsupportedModel
+
 PASSING_ON = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which DistributedDataParallel, DeepSpeed, torch.compile, FSDP and activation checkpointing hold what they
 wrap."""
 
 _SHARDING = ("torch", "deepspeed")
 """Packages whose forward hooks gather and free weights, or wait for a gradient, and take any output. Those of others
-are meant for logits."""
+are meant for logits, and so are those of the next."""
+
+_DIVIDING = "torch.distributed.tensor"
+"""Whose hooks divide what a layer is given, and put together the logits that come of it (parallelize_module)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class HeadLayer:
 
     layer: nn.Module
     logits_of: Callable[[Tensor], Tensor]
-    """[n, D] -> [n, V]: the layer's own forward, and the hooks on it that are meant for logits."""
+    """[n, D] -> [n, V]: the layer's own forward, and the hooks around it that are meant for logits."""
     trained: frozenset[str]
     frozen: frozenset[str]
     untouched: bool
@@ -112,13 +117,18 @@ def replaced_forward(head: nn.Module, work: Callable[[Tensor, HeadLayer], Tensor
     chain = _chain(head)
     layer = chain[-1]
     with ExitStack() as stack:
-        hooks = [hook for module in reversed(chain) for hook in stack.enter_context(_without_hooks(module))]
+        around = [stack.enter_context(_without_hooks(module)) for module in chain]
+        before = [hook for hooks, _ in around for hook in hooks]
+        after = [hook for _, hooks in reversed(around) for hook in hooks]
         former = layer.forward
 
         def logits_of(hidden: Tensor) -> Tensor:
-            logits: Tensor = former(hidden)
-            for hook in hooks:
-                seen = hook((hidden,), logits)
+            given: Any = hidden
+            for hook in before:
+                given = hook(given)
+            logits: Tensor = former(given)
+            for hook in after:
+                seen = hook((given,), logits)
                 logits = logits if seen is None else seen
             return logits
 
@@ -129,7 +139,7 @@ def replaced_forward(head: nn.Module, work: Callable[[Tensor, HeadLayer], Tensor
             logits_of,
             frozenset(name for name, p in named if p.requires_grad and id(p) not in idle),
             frozenset(name for name, p in named if not p.requires_grad),
-            not hooks and "forward" not in vars(layer),
+            not (before or after) and "forward" not in vars(layer),
         )
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -156,31 +166,86 @@ def _chain(head: nn.Module) -> list[nn.Module]:
             return chain
 
 
+_Before = list[Callable[[Any], Any]]
+_After = list[Callable[[tuple[Any, ...], Tensor], Any]]
+
+
 @contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[list[Callable[..., Any]]]:
-    """Within, the forward hooks that are meant for logits are off; gives them, to be called with input and output."""
-    before, with_kwargs = dict(module._forward_hooks), set(module._forward_hooks_with_kwargs)
-    aside = {key: hook for key, hook in before.items() if not _is_of_sharding(hook)}
-    for key in aside:
-        del module._forward_hooks[key]
+def _without_hooks(module: nn.Module) -> Iterator[tuple[_Before, _After]]:
+    """Within, the hooks around a forward that are meant for logits are off; gives those before it, of what it is given,
+    and those after it, of inputs and output.
+
+    A hook that is called whatever happens ends what another one began (saved tensors that are kept elsewhere), so it
+    stays, once a call.
+    """
+    first, last, always = module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called
+    with_kwargs = (set(module._forward_pre_hooks_with_kwargs), set(module._forward_hooks_with_kwargs))
+    former = (dict(first), dict(last))
+    before = {key: hook for key, hook in first.items() if _divides(hook) and key not in with_kwargs[0]}
+    meant = {key: hook for key, hook in last.items() if _divides(hook) or not _is_of_sharding(hook)}
+    after = {key: hook for key, hook in meant.items() if key not in always}
+    for key in before:
+        del first[key]
+    for key in after:
+        del last[key]
+    last.update({key: _ending(hook) for key, hook in meant.items() if key in always})
     try:
-        yield [_hook_of(module, hook, key in with_kwargs) for key, hook in aside.items()]
+        yield (
+            [_hook_before(module, hook) for hook in before.values()],
+            [_hook_after(module, hook, key in with_kwargs[1]) for key, hook in after.items()],
+        )
     finally:
-        added = {key: hook for key, hook in module._forward_hooks.items() if key not in before}
-        module._forward_hooks.clear()
-        module._forward_hooks.update({**before, **added})
+        for hooks, kept in zip((first, last), former, strict=True):
+            added = {key: hook for key, hook in hooks.items() if key not in kept}
+            hooks.clear()
+            hooks.update({**kept, **added})
 
 
-def _hook_of(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool) -> Callable[..., Any]:
+def _hook_before(module: nn.Module, hook: Callable[..., Any]) -> Callable[[Any], Any]:
+    """What it makes of what the forward is given."""
+
+    def changed(given: Any) -> Any:
+        seen = hook(module, (given,))
+        if seen is None:
+            return given
+        return seen[0] if isinstance(seen, tuple) else seen
+
+    return changed
+
+
+def _hook_after(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool) -> Callable[..., Any]:
     """The hook, of inputs and output."""
 
-    def seen(inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+    def seen(inputs: tuple[Any, ...], output: Tensor) -> Any:
         return hook(module, inputs, {}, output) if with_kwargs else hook(module, inputs, output)
 
     return seen
 
 
+def _ending(hook: Callable[..., Any]) -> Callable[..., None]:
+    """The hook, which may return nothing, since what it is given is no logits."""
+
+    def ends(*given: Any) -> None:
+        if hook(*given) is not None:
+            raise UnsupportedModel(
+                "making the loss in the output head: expected a forward hook of it that is called whatever happens "
+                "(always_call=True) to return nothing, found one that changes the output. It would change the loss and "
+                "no logits. Register it without always_call."
+            )
+
+    return ends
+
+
 def _is_of_sharding(hook: Any) -> bool:
+    return _made_in(hook).split(".")[0] in _SHARDING
+
+
+def _divides(hook: Any) -> bool:
+    return _made_in(hook).startswith(_DIVIDING)
+
+
+def _made_in(hook: Any) -> str:
+    """The module that a function is written in."""
     while isinstance(hook, partial):
         hook = hook.func
-    return str(getattr(hook, "__module__", "")).split(".")[0] in _SHARDING
+    return str(getattr(hook, "__module__", ""))

@@ -30,7 +30,7 @@ def inside_forward(model: nn.Module, inputs: dict[str, Any], rows: Tensor | None
     inputs: those of the model's own forward, without labels. rows: int64 [N], places in the flattened [B * T]; None:
     all. Calls `model` once and its head once, also where N is 0, so that processes that hold the model together do the
     same. Of a model on several devices, inputs may lie on any. Raises `UnsupportedModel` where an adapter adds virtual
-    tokens, or activation checkpointing would run the head again without its work.
+    tokens or a hook cuts sequences, or activation checkpointing would run the head again without its work.
     """
     causal_lm = causal_lm_of(model)
     body, head = body_of(causal_lm), causal_lm.get_output_embeddings()
@@ -40,7 +40,7 @@ def inside_forward(model: nn.Module, inputs: dict[str, Any], rows: Tensor | None
     def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         given = {k: v for k, v in kwargs.items() if v is not None and k not in ("labels", "return_dict", "use_cache")}
         hidden = body(*args, **given, use_cache=False, return_dict=True).last_hidden_state
-        no_virtual_tokens(causal_lm, given.get("input_ids"), hidden)
+        no_virtual_tokens(causal_lm, inputs.get("input_ids"), hidden)
         flat = hidden.flatten(0, 1) if to is None else hidden.flatten(0, 1).to(to)
         return {"loss": head(flat if rows is None else flat.index_select(0, rows.to(flat.device)))}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -94,20 +95,9 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def make_trainable(model: PreTrainedModel, name: str) -> None:
-    """Let gradients pass the quantised layers, and see that they do. Raises `UnsupportedModel` where they do not.
-
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 packs 4-bit weights for inference as soon as they are used in
-    evaluation mode; from then on the layer has no gradient with respect to its input, in training mode too, and says
-    nothing. There, too, it reads 4-bit weights wrongly where a row is not a whole number of blocks.
-    """
-    layers = [module for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear4bit" and layer.in_features % BLOCK:
-            raise UnsupportedModel(
-                f"loading model {name!r} in 4bit on a CPU: expected layers with a multiple of {BLOCK} inputs, found "
-                f"{layer.in_features}. bitsandbytes would compute with other weights. Use --load-in 8bit, or a GPU."
-            )
+    """Let gradients pass the quantised layers, and see that they do. Raises `UnsupportedModel` where they do not."""
+    keep_trainable(model, f"loading model {name!r}")
+    layers = _quantised_layers(model)
     for kind in {type(layer) for layer in layers}:
         layer = next(layer for layer in layers if type(layer) is kind)
         if not _has_gradient(layer, layer.weight.device, model.dtype):
@@ -116,6 +106,36 @@ def make_trainable(model: PreTrainedModel, name: str) -> None:
                 "layers on this machine. It would train something else. Try another version of bitsandbytes, or leave "
                 "--load-in out."
             )
+
+
+def keep_trainable(model: PreTrainedModel, doing: str) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference. Raises `UnsupportedModel` where it has, or reads them
+    wrongly. doing: begins the sentence.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 packs them as soon as they are used in evaluation mode, as the checks
+    before training do; from then on the layer has no gradient with respect to its input, in training mode too, and says
+    nothing. There, too, it reads 4-bit weights wrongly where a row is not a whole number of blocks.
+    """
+    for layer in _quantised_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        if type(layer).__name__ != "Linear4bit":
+            continue
+        if layer.weight.device.type == "cpu" and layer.in_features % BLOCK:
+            raise UnsupportedModel(
+                f"{doing} in 4bit on a CPU: expected layers with a multiple of {BLOCK} inputs, found "
+                f"{layer.in_features}. bitsandbytes would compute with other weights. Use --load-in 8bit, or a GPU."
+            )
+        states = (getattr(layer.weight, "quant_state", None), getattr(layer, "quant_state", None))
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            raise UnsupportedModel(
+                f"{doing} in 4bit on a CPU: expected weights that gradients pass, found some that bitsandbytes has "
+                "packed for inference, when the model ran in evaluation mode. What is below them would not be trained, "
+                "and nothing would say so. Load the model anew, and do not run it before the trainer does."
+            )
+
+
+def _quantised_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")]
 
 
 def _said(settings: Any, name: str) -> Any:

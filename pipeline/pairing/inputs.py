@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from logitcache.errors import TrainingFailed
+from logitcache.errors import InvalidBatch, TrainingFailed
 from logitcache.models.head import body_of, causal_lm_of, unwrapped
 
 from .targets import PREFIX, Batch
@@ -41,8 +41,17 @@ _ALWAYS = ("input_ids", "attention_mask", "position_ids")
 def model_inputs(model: nn.Module, batch: Batch) -> Batch:
     """What of a batch the model itself is given: no labels, nothing of the cache, nothing that it does not read.
 
-    Raises `TrainingFailed` where the batch brings more than that, and more than what is harmless.
+    Raises `TrainingFailed` where the batch brings more than that, and more than what is harmless, and `InvalidBatch`
+    where it was cut or padded after it was looked up (trimmed, or divided by context parallelism): the places of its
+    targets would be those of other tokens.
     """
+    shape, looked_up = tuple(batch["input_ids"].shape), batch.get(f"{PREFIX}laid_out")
+    if looked_up is not None and (before := tuple(looked_up.shape[:2])) != shape:
+        raise InvalidBatch(
+            f"reading a batch: expected input_ids {before}, as they were looked up, found {shape}. The targets would "
+            "be compared with predictions for other tokens. Cut or pad before the lookup, in the collator; sequences "
+            "that are divided over processes are not supported."
+        )
     given = {n: v for n, v in batch.items() if n != "labels" and not n.startswith(PREFIX) and v is not None}
     others = given.keys() - set(_ALWAYS)
     if not others:

@@ -26,7 +26,7 @@ from logitcache.models.head import OutputHead, causal_lm_of, evaluation_mode, nu
 from logitcache.models.head_layer import HeadLayer
 from logitcache.models.inside_forward import inside_forward
 from logitcache.models.quantization import LOAD_IN, held_in
-from logitcache.models.sharding import called_in_checks, dtype_as_called, is_sharded
+from logitcache.models.sharding import autocast_dtype, called_in_checks, dtype_as_called, is_sharded
 from logitcache.models.tf32 import tf32_is_on
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import differing
@@ -294,8 +294,7 @@ def _needs_noise(probe: Probe, model: nn.Module) -> bool:
 def _is_run_alike(cache: LogitCache, model: nn.Module) -> bool:
     """As the cache's base was; autocast over float32 weights, which a model in pieces keeps, is not as 16 bits are."""
     causal_lm, stated = causal_lm_of(model), cache.manifest.model
-    in_autocast = torch.is_autocast_enabled(head_device(causal_lm).type)
-    if is_sharded(model) and in_autocast and causal_lm.dtype == torch.float32:
+    if is_sharded(model) and autocast_dtype(model) is not None and causal_lm.dtype == torch.float32:
         return False
     ours = (str(computed_in(model)).removeprefix("torch."), str(causal_lm.config._attn_implementation))
     return (stated.dtype, stated.attention) == ours

@@ -60,9 +60,9 @@ class CachedCollator:
 
     Those are the supervised ones; every: all of each document that has some, and base_supervised (bool [N]) says where
     the cross-entropy counts. Adds base_rows (int64 [N], places in the flattened [B * T]), base_label_ids (int32 [N]),
-    base_preceded (int64, where
-    documents begin that do not begin their row: behind another, or behind padding); base_for_ce, int32 [N], where
-    ce_weight (of the objective) reads of a batch what `weights.weigher_of` says; and, with a cache, base_*:
+    base_preceded (int64, where documents begin that do not begin their row: behind another, or behind padding),
+    base_laid_out ([B, T, 0], a shape that costs nothing to compare), base_for_ce (int32 [N], where ce_weight, of the
+    objective, reads of a batch what `weights.weigher_of` says) and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
     nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
     first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
@@ -112,8 +112,9 @@ def with_targets(
     rows = [d.row * width + d.column + d.positions.astype(np.int64) for d in documents]
     labels = [d.token_ids[d.positions + 1].astype(np.int32) for d in documents]
     preceded = [np.array([d.row * width + d.column]) for d in documents if d.column]
-    added = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
+    added: dict[str, NDArray[Any]] = {"rows": _joined(rows, np.int64), "label_ids": _joined(labels, np.int32)}
     added["preceded"] = _joined(preceded, np.int64)
+    added["laid_out"] = np.empty((*batch["input_ids"].shape, 0), dtype=np.uint8)
     if every:
         added["supervised"] = _joined([d.supervised for d in documents], np.bool_)
     if ce_weight == "rho1":

@@ -31,6 +31,7 @@ from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.losses.fused import LinearLoss
 from logitcache.models.head import causal_lm_of, unwrapped
+from logitcache.models.quantization import keep_trainable
 from logitcache.models.sharding import check_parts, is_sharded, on_any_process
 from logitcache.pairing.identity_checks import PairingRules, check_tail
 from logitcache.pairing.layout import LayoutCheck
@@ -199,9 +200,11 @@ class CachedLoss:
         batches of the step this is, over all processes: (i, n).
         """
         self._check_step(step, part)
+        check_parts(model)
+        causal_lm = causal_lm_of(model)
+        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
         view, batch = self.view(model), self.looked_up(batch)
         check_own_loss(model)
-        check_parts(model)
         _check_autocast(model, batch)
         orthogonality = Orthogonality.of(unwrapped(model))
         if is_sharded(model):

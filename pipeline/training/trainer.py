@@ -23,6 +23,7 @@ from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of, check_head
 from logitcache.models.inside_forward import check_head_inside
+from logitcache.models.quantization import keep_trainable
 from logitcache.models.sharding import check_parts, is_sharded, local_part, on_any_process
 from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.layout import LayoutCheck
@@ -112,6 +113,8 @@ class CachedKL(_AnyTrainer):
             )
         check_supported(self)
         check_parts(self.model)
+        causal_lm = causal_lm_of(self.model)
+        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
         self._check_formulas(chosen)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)

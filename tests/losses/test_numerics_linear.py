@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from support.numerics_cases import (
 )
 from support.oracles import FloatArray
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from logitcache.losses.fused import LinearLoss, linear_loss
 
@@ -382,6 +384,39 @@ def test_one_slice_of_logits_at_a_time(form: Any) -> None:
         result.loss.backward()
     assert seen == [20, 20, 20, 20, 10]
     assert chunk * 400 <= largest < 2 * chunk * 400
+
+
+def test_what_keeps_saved_tensors_elsewhere_is_asked_once() -> None:
+    """Activation offloading moves the gradients that wait for the backward, and the head's weights for no slice."""
+    case = make_case((90, 400, 8), 1.0)
+    linear, gradients, packed = nn.Linear(4, 400), list[tuple[Tensor, ...]](), list[tuple[int, ...]]()
+    start = torch.randn(90, 4)
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    for away in (False, True):
+        hidden = start.clone().requires_grad_()
+        chosen = objective(("masked-kl", "bucket"), tokens_per_loss_chunk=20)
+        trained_in_it = tuple(linear.parameters())
+        with saved_tensors_hooks(pack, lambda tensor: tensor) if away else nullcontext():
+            result = linear_loss(hidden, linear, case.targets.label_ids, case.targets, chosen, WEIGHT, trained_in_it)
+        gradients.append(torch.autograd.grad(result.loss, [hidden, *trained_in_it]))
+    assert sorted(packed) == [(90, 4), (400,), (400, 4)]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def test_a_head_that_overwrites_what_its_backward_reads_is_no_head() -> None:
+    case, linear = make_case((9, 40, 8), 1.0), nn.Linear(4, 40)
+
+    def head(hidden: Tensor) -> Tensor:
+        saved = linear(hidden).sigmoid()
+        return saved * 2 + saved.mul_(3)
+
+    hidden = torch.randn(9, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        linear_loss(hidden, head, case.targets.label_ids, case.targets, objective(("masked-kl", "bucket")), WEIGHT)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile itself

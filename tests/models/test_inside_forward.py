@@ -86,6 +86,41 @@ def test_hooks_that_are_meant_for_logits_see_logits() -> None:
     assert abs(float((plain - halved).detach())) > 1
 
 
+def test_hooks_that_begin_and_end_something_do_so_once_a_call() -> None:
+    """As those of TRL's activation offloading on the head do, whatever the number of slices; 0 too."""
+    model, calls = make_model(), list[str]()
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append("begun"))
+    model.lm_head.register_forward_hook(lambda *_: calls.append("ended"), always_call=True)
+    for count in (3, 1):
+        batch = with_targets(pad_samples(make_samples(count)), None)
+        batch_loss(model, batch, PLAIN, 0.0, None)
+    batch["labels"][:] = -100
+    nothing = with_targets({n: v for n, v in batch.items() if not n.startswith("base_")}, None)
+    batch_loss(model, nothing, PLAIN, 0.0, None)
+    assert calls == ["begun", "ended"] * 3
+    assert len(model.lm_head._forward_hooks) == len(model.lm_head._forward_pre_hooks) == 1
+
+
+def test_a_hook_that_is_always_called_may_not_change_the_loss() -> None:
+    model, batch = make_model(), with_targets(pad_samples(make_samples(3)), None)
+    model.lm_head.register_forward_hook(lambda _m, _i, output: output / 2, always_call=True)
+    with pytest.raises(UnsupportedModel, match="always_call=True"):
+        batch_loss(model, batch, PLAIN, 0.0, None)
+
+
+def test_sequences_that_a_hook_cuts_are_refused() -> None:
+    """The rows of the batch would be those of other tokens."""
+    model, batch = make_model(), with_targets(pad_samples(make_samples(3)), None)
+
+    def first_half(_module: Any, args: Any, kwargs: Any) -> Any:
+        half = kwargs["input_ids"].shape[1] // 2
+        return args, {n: v[:, :half] if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+
+    model.register_forward_pre_hook(first_half, with_kwargs=True)
+    with pytest.raises(UnsupportedModel, match="cut sequences"):
+        batch_loss(model, batch, PLAIN, 0.0, None)
+
+
 @pytest.mark.parametrize("around", ["model", "head"])
 def test_a_checkpoint_that_would_make_logits_again_is_refused(around: str) -> None:
     model = make_model()

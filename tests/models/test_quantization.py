@@ -226,6 +226,36 @@ def test_the_gradient_is_that_of_the_weights_it_computes_with(load_in: str, tiny
         assert (mine[name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
+@bitsandbytes
+def test_a_model_that_another_has_loaded_keeps_its_gradient(tmp_path: Path, tiny: Path, cache: LogitCache) -> None:
+    """Through the checks, in evaluation mode; weights that were packed for inference before are refused."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=how, device_map={"": "cpu"})
+    twin = attach(dense_twin(base), AdapterSettings(rank=4, alpha=8.0), "tiny")
+    student = attach(base, AdapterSettings(rank=4, alpha=8.0), "tiny")
+    for model in (student, twin):
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                nn.init.normal_(parameter, std=0.1)
+    batch, rules = pad_samples(SAMPLES[:4]), PairingRules(other_precision=True)
+    CachedLoss(cache, rules=rules)(student.train(), batch)
+    for model in (student, twin):
+        batch_loss(model.train(), with_targets(batch, cache), Objective(), 1.0, None).loss.backward()
+    expected = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None and "lora_B" in n}
+    found = {n: p.grad for n, p in student.named_parameters() if n in expected}
+    assert len(expected) == 2 * 7
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 1e-3 * gradient.norm(), name
+    layer = base.get_submodule("model.layers.1.mlp.down_proj").get_base_layer()
+    layer.weight.quant_state.packing_format_for_cpu = True
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(UnsupportedModel, match="packed for inference"):
+        CachedKLTrainer(model=student, args=arguments, train_dataset=SAMPLES, cache=cache, rules=rules)
+    with pytest.raises(UnsupportedModel, match="packed for inference"):
+        CachedLoss(cache, rules=rules)(student, batch)
+
+
 class Linear4bit(nn.Linear):
     """By its name one of bitsandbytes'; without a gradient with respect to its input."""
 

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
-from logitcache.errors import TrainingFailed
+from logitcache.errors import InvalidBatch, TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss
@@ -130,6 +130,19 @@ def test_what_is_harmless_changes_nothing_and_stays_outside(name: str, cached: C
     found = CachedLoss(cache)(model, bringing(name, batch))
     assert [torch.equal(a, b) for a, b in zip(plain, found, strict=True)] == [True] * 3
     assert seen and not any(name in kwargs for kwargs in seen)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("change", ["cut", "padded"])
+def test_a_batch_that_is_changed_after_its_lookup_is_refused(change: str, check: bool, cached: Cached) -> None:
+    """As context parallelism cuts it, or who trims what a collator has padded: its rows are other tokens' then."""
+    samples, cache = cached
+    anchored, model = CachedLoss(cache, check=check), get_peft_model(make_model(), lora())
+    batch = anchored.looked_up(pad_samples(samples[:4]))
+    for name in ("input_ids", "labels", "attention_mask"):
+        batch[name] = batch[name][:, :-2] if change == "cut" else torch.nn.functional.pad(batch[name], (2, 0))
+    with pytest.raises(InvalidBatch, match="as they were looked up"):
+        anchored(model, batch)
 
 
 def test_a_model_without_room_for_more_is_given_what_it_names(tmp_path: Path) -> None:
