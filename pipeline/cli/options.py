@@ -35,7 +35,7 @@ class FiniteFloat(click.FloatRange):
 
 def options_of(
     settings: type[Settings] | Iterable[Setting],
-    types: Mapping[str, click.ParamType[Any]] | None = None,
+    types: "Mapping[str, click.ParamType[Any]] | None" = None,
     **changed: Mapping[str, Any],
 ) -> Callable[[F], F]:
     """An option for every setting that has a flag, in their order.
