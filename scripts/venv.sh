@@ -1,8 +1,9 @@
-# Sourced by scripts/demo and scripts/test: a .venv with logitcache in it, from a fresh machine with Python 3.11 to 3.13.
-# Sets $venv. Pip is quiet unless it fails; a second run only reinstalls logitcache itself.
+# Sourced by scripts/demo, test, test-lowest and nightly: a virtual environment with logitcache in it, from a fresh machine
+# with Python 3.11 to 3.13. Sets $venv: .venv, or the folder that venv_name says. Pip is quiet unless it fails; a second
+# run only reinstalls logitcache itself.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=$PWD/.venv
+venv=$PWD/${venv_name:-.venv}
 
 find_python() {
     local candidate
@@ -16,14 +17,14 @@ find_python() {
     return 1
 }
 
-install_logitcache() { # $1: what to install, '.' or '.[test]'
+install_logitcache() { # $1: what to install, '.' or '.[test]'; the rest goes to pip
     if [ ! -x "$venv/bin/python" ]; then
         local python
         python=$(find_python)
         echo "Making $venv with $("$python" --version)"
         "$python" -m venv "$venv"
     fi
-    echo "Installing logitcache into .venv (the first time this fetches PyTorch: minutes)"
+    echo "Installing logitcache into ${venv##*/} (the first time this fetches PyTorch: minutes)"
     rm -rf build/lib build/bdist.* # setuptools would install files from here that the tree no longer has
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$1"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }

@@ -10,6 +10,7 @@ resumed. Must not know the trainer. Shapes: W [out, in] base weight, A [r, in], 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,6 +41,9 @@ from .settings import AdapterSettings
 
 _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 
+_KEEPS_FROZEN = "0.20"
+"""The first PEFT whose layers know factors that stay frozen."""
+
 __all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start", "target_layers"]
 
 
@@ -56,6 +60,7 @@ def attach(
     run, in place of an initialisation. Factors are drawn from torch's generator: seed it before. Raises ValueError
     where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
     """
+    _check_installed(settings)
     _check_quantized(model, settings)
     kind, layers = KINDS[settings.kind], target_layers(model, settings)
     _check_layers(model, layers, settings)
@@ -189,6 +194,22 @@ def target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
         return linear_layers(model)
     fits = {n: m for n, m in model.named_modules() if any(n == name or n.endswith(f".{name}") for name in wanted)}
     return {n: m for n, m in fits.items() if getattr(m, "weight", None) is not None}
+
+
+def _check_installed(settings: AdapterSettings) -> None:
+    """Raise `UnsuitableAdapter` for a kind that the installed PEFT lacks."""
+    first = _KEEPS_FROZEN if _freezes_a(settings) else KINDS[settings.kind].since
+    found = version("peft")
+    if _release(found) < _release(first):
+        raise UnsuitableAdapter(
+            f"attaching {settings.kind}: expected PEFT {first} or later, which brought what it is made with, found "
+            f"PEFT {found}. Upgrade it (pip install -U peft), or use another --adapter."
+        )
+
+
+def _release(number: str) -> tuple[int, ...]:
+    """Major and minor of a version."""
+    return tuple(int(part) for part in number.split(".")[:2])
 
 
 def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:

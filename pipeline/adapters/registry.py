@@ -16,7 +16,6 @@ from peft import (
     AdaLoraConfig,
     EvaConfig,
     LoraConfig,
-    LoraGAConfig,
     PeftConfig,
     PeftModel,
     RandLoraConfig,
@@ -66,6 +65,8 @@ class AdapterKind:
     decomposes: bool = False
     #: Rows of `quantization.LOAD_IN`, weights that it may stand on.
     quantized: tuple[str, ...] = ()
+    #: The first PEFT that has it, where that is a later one than plug-ins run with.
+    since: str = "0.18"
 
 
 def targets_of(settings: AdapterSettings) -> Any:
@@ -87,6 +88,12 @@ def _lora(init: bool | str = True, **changes: Any) -> Callable[[AdapterSettings,
         )
 
     return config
+
+
+def _lora_ga_config() -> Any:
+    from peft import LoraGAConfig  # not in every PEFT that plug-ins run with: `since`
+
+    return LoraGAConfig()
 
 
 def _eva(settings: AdapterSettings, layers: Layers) -> PeftConfig:
@@ -167,7 +174,7 @@ KINDS: dict[str, AdapterKind] = {
     "rslora": AdapterKind(_lora(use_rslora=True), quantized=LOAD_IN),
     "gaussian": AdapterKind(_lora("gaussian"), quantized=LOAD_IN),
     "orthogonal": AdapterKind(_lora("orthogonal")),
-    "mica": AdapterKind(_lora("mica"), decomposes=True),
+    "mica": AdapterKind(_lora("mica"), decomposes=True, since="0.20"),
     "pissa": AdapterKind(_lora("pissa"), rewrites_base=True, decomposes=True),
     "olora": AdapterKind(_lora("olora"), rewrites_base=True, decomposes=True),
     "milora": AdapterKind(_lora(), rewrites_base=True, after=_start_milora, decomposes=True),
@@ -179,12 +186,13 @@ KINDS: dict[str, AdapterKind] = {
         decomposes=True,
     ),
     "lora-ga": AdapterKind(
-        _lora("lora_ga", lora_ga_config=LoraGAConfig),
+        _lora("lora_ga", lora_ga_config=_lora_ga_config),
         rewrites_base=True,
         before=calibrate_loraga,
         needs_samples=True,
         rank_sides=2,
         decomposes=True,
+        since="0.19",
     ),
     "lora-null": AdapterKind(_lora(), rewrites_base=True, after=_start_null, decomposes=True),
     "eva": AdapterKind(_eva, after=_start_eva, needs_samples=True, decomposes=True, quantized=LOAD_IN),

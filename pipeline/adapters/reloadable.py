@@ -7,8 +7,12 @@ refused, though a version of PEFT to come may do it. Must not load weights.
 """
 
 import json
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from logitcache.errors import UnsuitableAdapter, UnsupportedModel
 from logitcache.json_files import read_checked
@@ -61,6 +65,7 @@ def check_reloadable(folder: str) -> None:
             f"(docs/adapters.md), found {kind}. Its numbers might be another model's. Merge it into the base where it "
             "was trained (merge_and_unload, save_pretrained), and give that folder."
         )
+    _check_installed(folder, kind, config)
     if kind == "LORA" and isinstance(start, str) and start.lower() not in INITIALISATIONS:
         why = next((said for name, said in WHY.items() if start.lower().startswith(name)), "it is not known here")
         raise UnsuitableAdapter(
@@ -74,6 +79,26 @@ def check_reloadable(folder: str) -> None:
             f"loading adapter {folder!r}: expected one distribution a position, found sample_at_inference: {kind} then "
             "draws at random in every forward. Set it to false in adapter_config.json to evaluate the mean."
         )
+
+
+def _check_installed(folder: str, kind: str, config: dict[str, Any]) -> None:
+    """Raise `UnsuitableAdapter` for what the installed PEFT does not know: it would leave settings out, with a warning,
+    and load another adapter than was trained."""
+    known = next((c for name, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(name.value) == kind), None)
+    names = {"peft_version"} | ({field.name for field in fields(known)} if known is not None else set())
+    strange = sorted(name for name, value in config.items() if value and name not in names)
+    if known is not None and not strange:
+        return
+    what, then = f"type {kind}", "It cannot be loaded"
+    if known is not None:
+        what = f"{one_line(', '.join(strange), 200)} in {CONFIG}"
+        then = "PEFT would leave that out, and load another adapter than was trained"
+    saved = config.get("peft_version")
+    by = f"PEFT {one_line(saved, 40)}, which saved it" if isinstance(saved, str) and saved else "the latest PEFT"
+    raise UnsuitableAdapter(
+        f"loading adapter {folder!r}: expected what the installed PEFT {version('peft')} can load, found {what}. "
+        f"{then}. Install {by}."
+    )
 
 
 def base_of(folder: str) -> tuple[str, dict[str, str]] | None:

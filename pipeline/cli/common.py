@@ -26,7 +26,7 @@ from .options import options_of, settings_from
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class CachePath(click.ParamType[str]):
+class CachePath(click.types.StringParamType):
     """A folder, or a URL that fsspec knows."""
 
     name = "path"

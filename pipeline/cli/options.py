@@ -42,7 +42,7 @@ class ChoiceOrFunction(click.Choice[str]):
 
 def options_of(
     settings: type[Settings] | Iterable[Setting],
-    types: Mapping[str, click.ParamType[Any]] | None = None,
+    types: "Mapping[str, click.ParamType[Any]] | None" = None,
     **changed: Mapping[str, Any],
 ) -> Callable[[F], F]:
     """An option for every setting that has a flag, in their order.

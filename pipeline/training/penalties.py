@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
+from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.randlora import RandLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera import VeraLayer
@@ -38,6 +38,12 @@ from .settings import PENALTIES as PENALTIES
 from .settings import PenaltySettings as PenaltySettings
 
 Factors = tuple[Tensor, Tensor]
+
+_KNOWN_VARIANTS: tuple[type, ...] = (
+    DoraLinearVariant,
+    *((variants.MiCALinearVariant,) if hasattr(variants, "MiCALinearVariant") else ()),  # since PEFT 0.20
+)
+"""Variants of LoRA whose change of the weight is s B A, or made of it here."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ def _change(name: str, layer: Any, adapter: str, rewritten: bool) -> _Change:
     if not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
         raise _unknown(name, "it is no linear layer")
     variant = getattr(layer, "lora_variant", {}).get(adapter)
-    if variant is not None and not isinstance(variant, (DoraLinearVariant, MiCALinearVariant)):
+    if variant is not None and not isinstance(variant, _KNOWN_VARIANTS):
         raise _unknown(name, f"{type(variant).__name__} does more than to add s B A")
     if rewritten and (variant is not None or isinstance(layer, AdaLoraLayer) or not isinstance(layer, LoraLayer)):
         raise _unknown(name, f"{type(layer).__name__} is not known to start from rewritten weights")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora import config as lora_configs
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, MontecloraConfig, VeloraConfig
 from support.cli_harness import done, precompute, refused, text_data, train_line
 from support.tiny_model import make_model
 
@@ -204,7 +205,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "all biases": {"bias": "all"},
-    "kasa": {"kasa_config": KasaConfig()},
     "velora": {"velora_config": VeloraConfig()},
     "monteclora": {"monteclora_config": MontecloraConfig()},
     "bdlora": {
@@ -218,6 +218,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trained tokens": {"trainable_token_indices": [7, 14]},
     "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
 }
+if hasattr(lora_configs, "KasaConfig"):  # since PEFT 0.21
+    VARIANTS["kasa"] = {"kasa_config": lora_configs.KasaConfig()}
 
 
 def config_of(name: str, **changes: Any) -> Any:

@@ -55,6 +55,18 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert found.__module__.startswith("logitcache.")
 
 
+LATER_PEFT = {"peft": ["LoraGAConfig"], "peft.tuners.lora.variants": ["MiCALinearVariant"]}
+"""What PEFT 0.18 does not have yet, by module."""
+
+
+def test_plug_ins_import_nothing_that_peft_0_18_lacks() -> None:
+    """A trainer's user has the PEFT that the trainer allows."""
+    older = [f"del importlib.import_module({module!r}).{name}" for module in LATER_PEFT for name in LATER_PEFT[module]]
+    plug_ins = "from logitcache import CacheView, CachedKL, CachedKLTrainer, CachedLoss"
+    loaded = loaded_by("\n".join(["import importlib", *older, plug_ins, "import logitcache.adapters.registry"]))
+    assert {"logitcache.training.trainer", "logitcache.training.custom_loop", "peft"} <= loaded
+
+
 def test_another_name_is_refused_as_python_does() -> None:
     with pytest.raises(AttributeError, match="module 'logitcache' has no attribute 'trian'"):
         logitcache.trian  # noqa: B018

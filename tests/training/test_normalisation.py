@@ -1,7 +1,4 @@
-"""The loss of a step is the mean over all its positions, once: whatever Trainer divides it, and over what processes.
-
-Runs with older versions of transformers and PEFT too: scripts/check_older_transformers.py.
-"""
+"""The loss of a step is the mean over all its positions, once: whatever Trainer divides it, and over what processes."""
 
 import json
 import math
