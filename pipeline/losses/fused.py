@@ -94,7 +94,7 @@ class _Call:
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's, [n, V]. What its backward needs stays where it is: the graph of a slice lives for a moment, and
         who keeps saved tensors elsewhere (activation offloading) would move the head's weights once a slice."""
-        with torch.set_grad_enabled(self.with_gradient), saved_tensors_hooks(_kept, _as_kept):
+        with torch.set_grad_enabled(self.with_gradient), saved_tensors_hooks(_saved, _as_saved):
             return self.head(hidden)
 
     def rows(self, rows: slice) -> "_Rows":
@@ -168,13 +168,13 @@ class _LinearLoss(torch.autograd.Function):
         return (None, *((g.float() * grad_loss).to(dtype) for g, dtype in saved))
 
 
-def _kept(tensor: Tensor) -> tuple[Tensor, int]:
+def _saved(tensor: Tensor) -> tuple[Tensor, int]:
     """A saved tensor, and its version: autograd counts writes to what it saves by itself alone."""
     return tensor.detach(), tensor._version
 
 
-def _as_kept(kept: tuple[Tensor, int]) -> Tensor:
-    tensor, version = kept
+def _as_saved(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
     if tensor._version != version:
         raise RuntimeError("making the loss: a tensor that the backward of the output head reads was overwritten")
     return tensor
