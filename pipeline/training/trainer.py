@@ -111,10 +111,7 @@ class CachedKL(_AnyTrainer):
                 " processes: each process has a part of them and would pull on that alone. Leave out the penalty, or "
                 "tensor parallelism."
             )
-        check_supported(self)
-        check_parts(self.model)
-        causal_lm = causal_lm_of(self.model)
-        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
+        self._check_model()
         self._check_formulas(chosen)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
@@ -139,6 +136,13 @@ class CachedKL(_AnyTrainer):
             self.add_callback(self._tokens)
         if self.kl_objective.kl_budget is not None:
             self.add_callback(BudgetCallback(self))
+
+    def _check_model(self) -> None:
+        """Raise where this trainer and model would be trained wrongly, whatever the loss."""
+        check_supported(self)
+        check_parts(self.model)
+        causal_lm = causal_lm_of(self.model)
+        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
 
     def _make_meters(self, device: torch.device) -> None:
         """What the logs are made of, and the check of the first step."""
