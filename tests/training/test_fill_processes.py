@@ -12,6 +12,7 @@ from support.cli_harness import cache_bytes
 from support.filling import SAMPLES, SMALL, load, make_trainer, moved, precomputed
 from support.plug_ins import logs_of, lora
 from support.two_processes import in_two_processes
+from torch.distributed.fsdp import fully_shard
 
 from logitcache import CachedLoss, CaptureSettings
 from logitcache.data.batches import pad_samples
@@ -81,6 +82,22 @@ def _refused_on_a_rank(rank: int, folder: str, out: str) -> str:
 def test_what_one_process_refuses_all_refuse(tiny_model: Path, tmp_path: Path) -> None:
     told = in_two_processes(_refused_on_a_rank, str(tiny_model), str(tmp_path))
     assert "process 1 could not do its part: NotTheBase" in told[0] and "untrained" in told[1]
+
+
+def _sharded_on_a_rank(_rank: int, folder: str, out: str) -> str:
+    dist.init_process_group("gloo")
+    model = load(Path(folder))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    with pytest.raises(TrainingFailed) as told:
+        CachedLoss(f"{out}/c", fill=True).fill(fully_shard(model), [pad_samples(SAMPLES)])
+    return str(told.value)
+
+
+def test_a_model_in_pieces_fills_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    told = in_two_processes(_sharded_on_a_rank, str(tiny_model), str(tmp_path))
+    assert all("divided over processes (FSDP, ZeRO-3, tensor parallelism)" in each for each in told)
+    assert all("Fill the cache in one process first" in each for each in told) and not (tmp_path / "c").exists()
 
 
 def _loop_on_a_rank(rank: int, folder: str, out: str) -> tuple[int, list[float]]:

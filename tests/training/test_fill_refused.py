@@ -20,6 +20,7 @@ from logitcache.data.batches import pad_samples
 from logitcache.errors import InvalidData, InvalidSettings, NotTheBase, TrainingFailed
 from logitcache.models.as_configured import unlike_configured
 from logitcache.storage import IdentityMismatch, LogitCache
+from logitcache.training.supported import divided_by
 
 # TRL's SFTConfig sets gradient_checkpointing, whose name transformers 5.23 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -206,7 +207,13 @@ def test_a_model_that_will_be_divided_is_refused_in_one_sentence(
         make_trainer(tmp_path / "o", tiny_model, str(tmp_path / "c"))
     assert not (tmp_path / "c").exists()
     path = precomputed(tiny_model, SAMPLES, tmp_path / "d")
-    assert make_trainer(tmp_path / "o", tiny_model, str(path)).filled is None  # nothing is missing: nothing is refused
+    trainer = make_trainer(tmp_path / "o", tiny_model, str(path))
+    assert trainer.filled is None  # nothing is missing: nothing is refused
+    assert divided_by(trainer) == ""
+    trainer.is_fsdp_enabled = True
+    assert divided_by(trainer) == "FSDP"
+    trainer.is_deepspeed_enabled = True
+    assert divided_by(trainer) == "DeepSpeed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
