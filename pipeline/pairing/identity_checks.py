@@ -150,7 +150,7 @@ def check_tail(cache: LogitCache | None, objective: Objective, top_k: int | None
             "Use --tail bucket, or precompute a cache with --tail-samples."
         )
     width = kept.top_k if top_k is None else top_k
-    outcomes = width + (not objective.masked) + (objective.tail != "renormalize")
+    outcomes = width + (not objective.compares_rest) + (objective.tail != "renormalize")
     if outcomes < 2 and objective.tail in ("bucket", "renormalize"):
         raise TrainingFailed(
             f"training with {objective.regularizer} and tail {objective.tail}: {'one' if width else 'no'} alternative "
