@@ -23,6 +23,7 @@ from .formulas import (
     divergence,
     regularizer_mask,
     sampled_kl,
+    split_label,
 )
 
 LEAST_GROUP_SUM = 1e-30
@@ -115,8 +116,9 @@ class Compared:
             gradient, drawn = log_q.exp(), -log_p[:, -1:].exp() / z_drawn.shape[1]
             gradient[:, :-1] -= log_p[:, :-1].exp()
         else:
-            values = divergence(log_p, log_q, objective.regularizer) * objective.temperature**2
-            gradient = outcome_gradient(log_p, log_q, objective.regularizer) * objective.temperature
+            form = objective.regularizer, objective.label_weight
+            values = divergence(log_p, log_q, *form) * objective.temperature**2
+            gradient = outcome_gradient(log_p, log_q, *form) * objective.temperature
             drawn = None
         counts = regularizer_mask(targets, objective)
         if objective.masked and objective.min_adapted_rest > 0:
@@ -130,11 +132,12 @@ class Compared:
         )
 
 
-def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str) -> Tensor:
+def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str, label_weight: float = 1.0) -> Tensor:
     """d divergence / d (logit of each outcome), [n, J], Q being the softmax of these logits.
 
-    KL(P || Q): Q - P. KL(Q || P): Q (log Q/P - KL(Q || P)). JS: Q (log Q/m - KL(Q || m)) / 2, m = (P + Q) / 2. A
-    formula of one's own: s - Q sum s, with its derivatives s by log Q, which are autograd's.
+    KL(P || Q): Q - P. KL(Q || P): Q (log Q/P - KL(Q || P)). JS: Q (log Q/m - KL(Q || m)) / 2, m = (P + Q) / 2. dkd:
+    -d at the label and d Q' + Q' - P' beside it, with P' and Q' without the label, normalised, and d = label_weight
+    ((1 - Q(y)) - (1 - P(y))). A formula of one's own: s - Q sum s, with its derivatives s by log Q, by autograd.
     """
     q = log_q.exp()
     if names_function(regularizer):
@@ -144,6 +147,10 @@ def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str) -> Tensor:
         return slopes - q * slopes.sum(dim=1, keepdim=True)
     if regularizer in ("masked-kl", "full-kl"):
         return q - log_p.exp()
+    if regularizer == "dkd":
+        (of_label, p_rest), (of_label_q, q_rest) = split_label(log_p), split_label(log_q)
+        moved = label_weight * (of_label_q[:, 1:].exp() - of_label[:, 1:].exp())
+        return torch.cat([-moved, moved * q_rest.exp() + q_rest.exp() - p_rest.exp()], dim=1)
     against, factor = log_p, 1.0
     if regularizer == "masked-js":
         against, factor = torch.logaddexp(log_p, log_q) - math.log(2), 0.5
@@ -153,7 +160,7 @@ def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str) -> Tensor:
 
 def _divides_by_q(regularizer: str) -> bool:
     """Whether the gradient within an outcome divides by its Q, which must then not have underflowed."""
-    return regularizer in ("masked-kl", "full-kl") or names_function(regularizer)
+    return regularizer in ("masked-kl", "full-kl", "dkd") or names_function(regularizer)
 
 
 def times(weight: float | Tensor, value: Tensor) -> Tensor:

@@ -66,11 +66,11 @@ def cross_entropy(logits: Tensor, label_ids: Tensor, label_smoothing: float = 0.
 
 
 def regularizer_mask(targets: SparseTargets, objective: Objective) -> Tensor:
-    """Positions that count, bool [N]: all for full KL; for masked forms those with 1 - p(y) >= min_base_rest.
+    """Positions that count, bool [N]: all for full KL; for masked forms and dkd those with 1 - p(y) >= min_base_rest.
 
     Renormalised, also those alone that keep two alternatives: one outcome always has probability 1.
     """
-    if not objective.masked:
+    if not objective.compares_rest:
         return torch.ones_like(targets.label_ids, dtype=torch.bool)
     counts: Tensor = base_rest(targets) >= math.log(max(objective.min_base_rest, 1e-300))
     if objective.tail == "renormalize":
@@ -123,7 +123,7 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
         assert targets.draw_ids is not None
         values = sampled_kl(log_p, log_q, rest.gather(1, targets.draw_ids.long()) - norm, targets)
     else:
-        values = divergence(log_p, log_q, objective.regularizer) * objective.temperature**2
+        values = divergence(log_p, log_q, objective.regularizer, objective.label_weight) * objective.temperature**2
     if objective.weighting == "non-target-mass":
         values = values * base_rest(targets).exp()
     if objective.masked and objective.min_adapted_rest > 0:
@@ -132,20 +132,30 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
     return values
 
 
-def divergence(log_p: Tensor, log_q: Tensor, regularizer: str) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor, regularizer: str, label_weight: float = 1.0) -> Tensor:
     """KL(P || Q), KL(Q || P) or JS(P, Q), [N], of log-probabilities [N, J] over outcomes; 0 log 0 = 0.
 
-    Or a formula of the user's own (FILE.py:FUNCTION), which is given -1e4 for -inf. Raises `TrainingFailed` unless that
-    gives a number a position.
+    dkd: label_weight * KL of (P(y), 1 - P(y)) + KL without the label, which is the first outcome. Or a formula of the
+    user's own (FILE.py:FUNCTION), which is given -1e4 for -inf. Raises `TrainingFailed` unless that gives a number a
+    position.
     """
     if names_function(regularizer):
         return own_divergence(log_p, log_q, regularizer)
+    if regularizer == "dkd":
+        of_label, of_rest = zip(split_label(log_p), split_label(log_q), strict=True)
+        return label_weight * _kl(*of_label) + _kl(*of_rest)
     if regularizer == "masked-reverse-kl":
         return _kl(log_q, log_p)
     if regularizer == "masked-js":
         log_m = torch.logaddexp(_finite(log_p), _finite(log_q)) - math.log(2)
         return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
     return _kl(log_p, log_q)
+
+
+def split_label(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log P [N, J], the label first: the log of (P(y), 1 - P(y)), [N, 2], and log P without y, [N, J - 1]."""
+    rest = _logsumexp(logprobs[:, 1:], empty=-torch.inf)
+    return torch.cat([logprobs[:, :1], rest], dim=1), logprobs[:, 1:] - torch.where(rest == -torch.inf, 0.0, rest)
 
 
 def own_divergence(log_p: Tensor, log_q: Tensor, name: str) -> Tensor:

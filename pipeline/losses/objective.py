@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Derived, Settings, names_function, option
 
-Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "none"]
+Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "dkd", "none"]
 Tail = Literal["bucket", "groups", "renormalize", "sampled"]
 Weighting = Literal["uniform", "non-target-mass"]
 KLPositions = Literal["supervised", "all"]
@@ -53,7 +53,8 @@ class Objective(Settings):
     """loss = mean cross-entropy + weight * mean regulariser; all that decides it.
 
     regularizer: masked-kl is KL(p || q) over V without y (arXiv 2605.29498, eq. 1); masked-reverse-kl is KL(q || p)
-    there; masked-js their Jensen-Shannon divergence; full-kl is KL(p || q) with y. tail: bucket is T as one outcome;
+    there; masked-js their Jensen-Shannon divergence; full-kl is KL(p || q) with y; dkd is masked-kl + label_weight *
+    KL of (p(y), 1 - p(y)) (Decoupled Knowledge Distillation, CVPR 2022). tail: bucket is T as one outcome;
     groups T's part in each group of the vocabulary; renormalize nothing, each side renormalised on S; sampled draws
     from the base's own tail. temperature: of both sides, the value times its square (Hinton et al. 2015).
     kl_positions: where the regulariser counts, at the supervised positions or at all of a document that has some; the
@@ -65,7 +66,8 @@ class Objective(Settings):
 
     regularizer: str = option(
         "masked-kl",
-        "masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; l2-sp: "
+        "masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; dkd: "
+        "masked-kl and --label-weight times the KL of the true token against the rest; l2-sp: "
         "half the squared change of the adapted weights; ewc: the same weighted by their Fisher information from the "
         "new data; none: plain cross-entropy. FILE.py:FUNCTION: a divergence of your own "
         "(docs/how-to/your-own-loss.md).",
@@ -130,6 +132,12 @@ class Objective(Settings):
         above=0,
     )
 
+    label_weight: float = option(
+        1.0,
+        "Of dkd: weight of the part about the true token, KL of (p(y), 1 - p(y)), beside that about the others.",
+        at_least=0,
+    )
+
     @property
     def weight_form(self) -> WeightForm:
         """What is known of the weight of the cross-entropy."""
@@ -161,6 +169,11 @@ class Objective(Settings):
         """Whether the label is no outcome."""
         return self.regularizer.startswith("masked")
 
+    @property
+    def compares_rest(self) -> bool:
+        """Whether the others are compared as they are without the label, which takes some mass beside it."""
+        return self.masked or self.regularizer == "dkd"
+
     def check_together(self) -> None:
         """Raise `InvalidSettings` for a combination that is not defined."""
         none = self.regularizer == "none"
@@ -191,7 +204,23 @@ class Objective(Settings):
             raise InvalidSettings(
                 f"{self.regularizer} with tail sampled: draws from the base estimate forward KL only. Use another tail."
             )
+        self._check_dkd()
         self._check_weight()
+
+    def _check_dkd(self) -> None:
+        if self.regularizer != "dkd":
+            if self.label_weight != 1.0:
+                raise InvalidSettings(
+                    f"--label-weight {self.label_weight:g} with --regularizer {self.regularizer}: it is of dkd. Leave "
+                    "it out."
+                )
+            return
+        if self.tail in ("renormalize", "sampled") or self.weighting != "uniform":
+            what = f"tail {self.tail}" if self.weighting == "uniform" else f"weighting {self.weighting}"
+            raise InvalidSettings(
+                f"dkd with {what}: its two parts are of the whole distribution, each with a weight of its own. Use "
+                "tail bucket or groups and weighting uniform."
+            )
 
     def _check_weight(self) -> None:
         form, value = self.weight_form, self.ce_weight_value

@@ -163,7 +163,7 @@ def check_kept(manifest: Manifest, path: str, objective: Objective, top_k: int |
             "Use --tail bucket, or precompute a cache with --tail-samples."
         )
     width = kept.top_k if top_k is None else top_k
-    outcomes = width + (not objective.masked) + (objective.tail != "renormalize")
+    outcomes = width + (not objective.compares_rest) + (objective.tail != "renormalize")
     if outcomes < 2 and objective.tail in ("bucket", "renormalize"):
         raise TrainingFailed(
             f"training with {objective.regularizer} and tail {objective.tail}: {'one' if width else 'no'} alternative "
