@@ -120,8 +120,7 @@ class CachedKL(_AnyTrainer):
             )
         check_supported(self)
         check_parts(self.model)
-        causal_lm = causal_lm_of(self.model)
-        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
+        keep_trainable(causal_lm_of(self.model))
         self.cache_view: CacheView | None = None
         if cache is not None and chosen.regularizer != "none":
             view = CacheView.of(cache, self.model, chosen, top_k, rules)
