@@ -108,14 +108,15 @@ def make_trainable(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def keep_trainable(model: PreTrainedModel, doing: str) -> None:
+def keep_trainable(model: PreTrainedModel, doing: str = "") -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference. Raises `UnsupportedModel` where it has, or reads them
-    wrongly. doing: begins the sentence.
+    wrongly. doing: begins the sentence; training it, by default.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 packs them as soon as they are used in evaluation mode, as the checks
     before training do; from then on the layer has no gradient with respect to its input, in training mode too, and says
     nothing. There, too, it reads 4-bit weights wrongly where a row is not a whole number of blocks.
     """
+    doing = doing or f"training {type(model).__name__}"
     for layer in _quantised_layers(model):
         layer.support_avx512bf16_for_cpu = False
         if type(layer).__name__ != "Linear4bit":

@@ -201,8 +201,7 @@ class CachedLoss:
         """
         self._check_step(step, part)
         check_parts(model)
-        causal_lm = causal_lm_of(model)
-        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
+        keep_trainable(causal_lm_of(model))
         view, batch = self.view(model), self.looked_up(batch)
         check_own_loss(model)
         _check_autocast(model, batch)

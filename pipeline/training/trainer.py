@@ -141,8 +141,7 @@ class CachedKL(_AnyTrainer):
         """Raise where this trainer and model would be trained wrongly, whatever the loss."""
         check_supported(self)
         check_parts(self.model)
-        causal_lm = causal_lm_of(self.model)
-        keep_trainable(causal_lm, f"training {type(causal_lm).__name__}")
+        keep_trainable(causal_lm_of(self.model))
 
     def _make_meters(self, device: torch.device) -> None:
         """What the logs are made of, and the check of the first step."""

@@ -1,34 +1,30 @@
-"""Models divided and sharded in every way that trainers know, and a training of each that an oracle can repeat.
+"""A training that an oracle can repeat, of models divided and sharded in every way that trainers know.
 
-The student is the base with an adapter that starts as identity, or all of the base; STEPS steps of SGD, each of MICRO
-micro-batches on each of RANKS processes, whose shapes and numbers of positions differ, and one of which has none. So
-the check of step zero runs in every layout, and the KL counts from the second step.
+Owns what is trained on what, and how far a result is from that of one process; `layouts_wrap` makes the layouts. The
+student is the base with an adapter that starts as identity, or all of the base; STEPS steps of SGD, each of MICRO
+micro-batches on each of the processes that do not see one batch together, whose shapes and numbers of positions differ,
+and one of which has none. So the check of step zero runs in every layout, and the KL counts from the second step.
 """
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from support.quantised_base import dequantised, quantised
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_samples
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
-from logitcache.models.head import causal_lm_of
 from logitcache.models.loading import Base, Source
 from logitcache.storage import LogitCache, ModelIdentity
 
@@ -42,8 +38,62 @@ that of the input embedding."""
 Step = list[list[dict[str, Any]]]
 """[micro-batch][process]: a collated batch without targets."""
 
+IN_BOTH = ("tensor parallel", "one process")
+"""Beginnings of layouts in which every one of the processes sees all of the data."""
 
-def make_student(parts: str, base: Any, targets: list[str] = LINEAR) -> Any:
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: "wrapper | layout | parts | options", options with commas."""
+
+    wrapper: str
+    layout: str
+    parts: str
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> "Case":
+        wrapper, layout, parts, *rest = (part.strip() for part in text.split("|"))
+        return cls(wrapper, layout, parts, tuple(o.strip() for o in "".join(rest).split(",") if o.strip()))
+
+    @property
+    def num_processes(self) -> int:
+        return 4 if self.layout.startswith(("hsdp", "fsdp2 x")) else RANKS
+
+    @property
+    def num_replicas(self) -> int:
+        """Processes that see one batch together."""
+        return 2 if self.layout.startswith((*IN_BOTH, "fsdp2 x")) else 1
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that the data are in: one each for the processes that do not see one batch together, if several."""
+        return max(RANKS, self.num_processes // self.num_replicas)
+
+    @property
+    def targets(self) -> list[str]:
+        """The layers that an adapter is on."""
+        return SPLIT_BY_OUTPUT if self.layout.endswith("by output") else LINEAR
+
+    @property
+    def in_4bit(self) -> bool:
+        return any(option.startswith("4bit") for option in self.options)
+
+    @property
+    def steps(self) -> list[Step]:
+        return make_steps("even" in self.options, self.num_parts)
+
+    @property
+    def with_experts(self) -> bool:
+        return "experts" in self.options
+
+    def cache_in(self, folder: Path) -> Path:
+        """Of the cache that a student with these parts is trained against; another base has another."""
+        kind = "4bit" if self.in_4bit else "experts" if self.with_experts else ""
+        return folder / (kind or ("tied" if self.parts.endswith("tied") else "plain"))
+
+
+def make_student(parts: str, base: Any, targets: list[str]) -> Any:
     """The base with what is trained. An adapter starts at values that follow from the names of its parameters."""
     if parts.startswith("full"):
         return base.requires_grad_(True)
@@ -62,11 +112,30 @@ def make_student(parts: str, base: Any, targets: list[str] = LINEAR) -> Any:
     return student
 
 
-def make_base(parts: str) -> Any:
-    return make_model(tie_word_embeddings=parts.endswith("tied"))
+def make_base(case: Case) -> Any:
+    """Of a 4-bit one, rows of whole blocks of weights, which make larger logits: smaller weights, for as much noise."""
+    if case.with_experts:
+        return _with_experts()
+    wide = {"hidden_size": 64} if case.in_4bit else {}
+    model = make_model(tie_word_embeddings=case.parts.endswith("tied"), **wide)
+    for parameter in model.parameters() if case.in_4bit else ():
+        parameter.data.mul_(2 / 3)
+    return model
 
 
-def make_steps(even: bool = False) -> list[Step]:
+def _with_experts() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=V, sliding_window=None, **sizes, **heads))
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)
+    return model.eval()
+
+
+def make_steps(even: bool = False, num_parts: int = RANKS) -> list[Step]:
     """The batches of a training. even: as many positions, and so slices, on every process."""
     samples = samples_of_all()
     steps, taken = [], 0
@@ -74,7 +143,7 @@ def make_steps(even: bool = False) -> list[Step]:
         micros = []
         for micro in range(MICRO):
             ranks = []
-            for rank in range(RANKS):
+            for rank in range(num_parts):
                 count = 1 if even else 1 + (taken + rank) % 3
                 batch = pad_samples([samples[(taken + i) % len(samples)] for i in range(count)])
                 taken += count
@@ -89,11 +158,16 @@ def make_steps(even: bool = False) -> list[Step]:
 
 
 def make_caches(folder: Path) -> None:
-    """Of every base."""
+    """Of every base; of one in 4 bits where bitsandbytes is installed."""
     settings = CaptureSettings(top_k=16, max_length=256, precision="exact")
-    for parts in ("full", "full, tied"):
-        base = Base(Source("tiny", Path("tiny")), make_base(parts), ModelIdentity("a" * 32, "{}", V, "float32", "sdpa"))
-        precompute(base, samples_of_all(), cache_path(folder, parts), settings)
+    texts = ["loop | ddp | full", "loop | ddp | full, tied", "loop | ddp | full | experts"]
+    for case in map(Case.of, [*texts, "loop | ddp | lora | 4bit"] if find_spec("bitsandbytes") else texts):
+        model = dequantised(quantised(make_base(case))) if case.in_4bit else make_base(case)
+        held = "4bit" if case.in_4bit else ""
+        identity = ModelIdentity("a" * 32, "{}", V, "float32", "sdpa", quantization=held)
+        precompute(
+            Base(Source("tiny", Path("tiny")), model, identity), samples_of_all(), case.cache_in(folder), settings
+        )
 
 
 def samples_of_all() -> list[Sample]:
@@ -109,12 +183,15 @@ class Result:
     before: dict[str, Tensor] = field(default_factory=dict)
 
 
-def oracle(layout: str, parts: str, cache: LogitCache, even: bool = False) -> Result:
+def oracle(case: Case, cache: LogitCache) -> Result:
     """The training on one process in float64, by autograd over [T, V], from the formula."""
-    model = make_student(parts, make_base(parts), targets_in(layout)).double()
+    base = make_base(case)
+    model = make_student(case.parts, dequantised(quantised(base)) if case.in_4bit else base, case.targets).double()
+    if case.with_experts:
+        model.set_experts_implementation("eager")  # the default knows no float64
     before, losses = trained_of(model), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
-    for step in make_steps(even):
+    for step in case.steps:
         batches = [batch for ranks in step for batch in ranks]
         count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         loss = sum((_summed_loss(model, batch, cache) for batch in batches), torch.zeros(())) / count
@@ -145,7 +222,7 @@ def _summed_loss(model: Any, batch: dict[str, Any], cache: LogitCache) -> Tensor
 def trained_of(model: Any, layout: str = "") -> dict[str, Tensor]:
     """Whole values of what is trained, by the names it has without wrappers."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if layout.startswith("fsdp1"):
+    if "fsdp1" in layout:
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             return {_plain(n): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     if layout == "zero3":
@@ -178,117 +255,3 @@ def errors(found: Result, expected: Result) -> dict[str, float]:
         "moved": max(moved.values()),
         "head_moved": max((moved[n] for n in head), default=0.0),
     }
-
-
-# --- layouts: a student -> what is called, and DeepSpeed's engine where there is one
-
-
-def _alone(model: Any) -> Any:
-    return model
-
-
-def _ddp(model: Any) -> Any:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def _fsdp1(model: Any, *, head_alone: bool = False, orig: bool = True, peft_policy: bool = False) -> Any:
-    layer = type(causal_lm_of(model).model.layers[0])
-    policy: Any = partial(transformer_auto_wrap_policy, transformer_layer_cls={layer})
-    if peft_policy:
-        from peft.utils.other import fsdp_auto_wrap_policy
-
-        policy = fsdp_auto_wrap_policy(model)
-    if head_alone:
-        head, inner = causal_lm_of(model).get_output_embeddings(), policy
-
-        def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-            return inner(module, recurse, nonwrapped_numel) or (not recurse and module is head)
-
-    cpu = torch.device("cpu")
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=orig, device_id=cpu)
-
-
-def _fsdp2(model: Any, *, head: str = "root") -> Any:
-    """head: in the root's unit; a unit of its own, "resharded" or "kept" after the forward; or one with the norm, as
-    accelerate and transformers have it, "tail"."""
-    shard = partial(fully_shard, mesh=init_device_mesh("cpu", (RANKS,)))
-    causal_lm = causal_lm_of(model)
-    output, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
-    for layer in causal_lm.model.layers:
-        shard(layer)
-    if head in ("resharded", "kept"):
-        shard(output, reshard_after_forward=head == "resharded")
-    if head == "tail":
-        tied = [embedding] if causal_lm.config.tie_word_embeddings else []
-        shard([causal_lm.model.norm, *tied, output], reshard_after_forward=False)
-    shard(model)
-    return model
-
-
-def _zero(model: Any, *, stage: int) -> Any:
-    import deepspeed
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": MICRO,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": 0.0,
-    }
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-
-
-LAYOUTS: dict[str, Callable[[Any], Any]] = {
-    "one process": _alone,
-    "ddp": _ddp,
-    "fsdp1, head in the root": _fsdp1,
-    "fsdp1, head alone": partial(_fsdp1, head_alone=True),
-    "fsdp1 flat, head in the root": partial(_fsdp1, orig=False),
-    "fsdp1 flat, head alone": partial(_fsdp1, orig=False, head_alone=True),
-    "fsdp1, PEFT's policy": partial(_fsdp1, peft_policy=True),
-    "fsdp2, head in the root": _fsdp2,
-    "fsdp2, head alone": partial(_fsdp2, head="resharded"),
-    "fsdp2, head alone and kept": partial(_fsdp2, head="kept"),
-    "fsdp2, head with the norm": partial(_fsdp2, head="tail"),
-    "fsdp2 of transformers": _alone,
-    "zero2": partial(_zero, stage=2),
-    "zero3": partial(_zero, stage=3),
-    "tensor parallel": _alone,
-    "tensor parallel, lora on layers split by output": _alone,
-}
-"""By name, for a loop of one's own; those of transformers are divided where they are loaded."""
-TRAINER_LAYOUTS = ("ddp", "fsdp1", "fsdp1 flat", "fsdp2", "zero2", "zero3", *list(LAYOUTS)[-2:])
-"""Those that transformers' Trainer makes."""
-
-
-def load(parts: str, layout: str) -> Any:
-    """The base: made, or where transformers divides it, loaded."""
-    base = make_base(parts)
-    divided = {"fsdp2 of": {"fsdp_size": RANKS}, "tensor p": {"tp_size": RANKS}}.get(layout[:8])
-    if divided is None:
-        return base
-    from transformers.distributed import DistributedConfig
-
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        base.save_pretrained(folder[0])
-    dist.barrier()
-    return type(base).from_pretrained(folder[0], distributed_config=DistributedConfig(**divided))
-
-
-def student_in(layout: str, parts: str) -> Any:
-    """The student of a layout, not wrapped yet."""
-    return make_student(parts, load(parts, layout), targets_in(layout))
-
-
-def targets_in(layout: str) -> list[str]:
-    """The layers that an adapter is on."""
-    return SPLIT_BY_OUTPUT if layout.endswith("by output") else LINEAR
-
-
-def cache_path(folder: Path, parts: str) -> Path:
-    """Of the cache that a student with these parts is trained against; a tied base is another."""
-    return folder / ("tied" if parts.endswith("tied") else "plain")

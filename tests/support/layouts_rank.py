@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 layouts_rank.py FOLDER CASE ...
 
 FOLDER: has the caches. It ends after a case that something other than this project refuses, where the processes may
-not be in step any more. CASE: "wrapper | layout | parts | options": wrapper loop or trainer; options, with commas:
-even, checkpoint, compile. A line of JSON a case and process goes to FOLDER/results.jsonl.
+not be in step any more. CASE: "wrapper | layout | parts | options": wrapper loop or trainer; all of them for as many
+processes as there are. A line of JSON a case and process goes to FOLDER/results.jsonl.
 """
 
 import datetime
@@ -13,78 +13,102 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from support import layouts
-from support.layouts import LR, MICRO, RANKS, WEIGHT, Result
+from support.layouts import LR, MICRO, WEIGHT, Case, Result
+from support.layouts_wrap import student_of, wrapped
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 from logitcache.losses.formulas import Objective
 from logitcache.models.head import causal_lm_of
 from logitcache.storage import LogitCache
 from logitcache.training.custom_loop import CachedLoss
 
-PACKAGES = ("logitcache", "peft", "transformers", "accelerate", "deepspeed", "torch")
+PACKAGES = ("logitcache", "peft", "transformers", "accelerate", "deepspeed", "bitsandbytes", "trl", "torch")
 SECONDS_TO_TELL = 3
 """What another process may have found meanwhile."""
 OBJECTIVE = Objective(weight=WEIGHT, tokens_per_loss_chunk=3)
 
+Around = Callable[[], AbstractContextManager[Any]]
 
-def loop(layout: str, parts: str, options: list[str], cache: LogitCache) -> Result:
+
+def around_step(case: Case, student: Any) -> Around:
+    """What a step is made in, forward and backward. TRL's own offloading wants an accelerator: the CPU is one here."""
+    if "activations on the CPU" in case.options:
+        return lambda: save_on_cpu(pin_memory=True)  # which copies on a CPU too
+    if "activations as TRL" not in case.options:
+        return nullcontext
+    from trl.models import get_act_offloading_ctx_manager
+
+    torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
+    with patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("cpu")):
+        made = get_act_offloading_ctx_manager(student, use_pin_memory=False, use_streams=False, min_offload_size=1)
+    return lambda: made
+
+
+def loop(case: Case, cache: LogitCache) -> Result:
     """`CachedLoss` in a loop of one's own, as docs/how-to/plug-in.md has it."""
-    even, alone = "even" in options, layout.startswith(("one", "tensor"))  # every process goes through all of the data
-    student = layouts.student_in(layout, parts)
-    if "checkpoint" in options:
-        causal_lm_of(student).gradient_checkpointing_enable({"use_reentrant": False})
+    student = student_of(case)
+    if "checkpoint" in case.options or "reentrant" in case.options:
+        causal_lm_of(student).gradient_checkpointing_enable({"use_reentrant": "reentrant" in case.options})
         causal_lm_of(student).enable_input_require_grads()
-    model = layouts.LAYOUTS[layout](student)
-    called = torch.compile(model, backend="aot_eager") if "compile" in options else model
+    around = around_step(case, student)
+    model = wrapped(case, student)
+    called = torch.compile(model, backend="aot_eager") if "compile" in case.options else model
     called.train()
-    engine = model if layout.startswith("zero") else None
+    engine = model if case.layout.startswith("zero") else None
     optimizer = engine or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
-    anchored, rank, losses = CachedLoss(cache, OBJECTIVE), dist.get_rank(), []
-    for step in layouts.make_steps(even):
-        mine = [b for ranks in step for b in ranks] if alone else [ranks[rank] for ranks in step]
+    replicas, losses = case.num_replicas, list[float]()
+    num_batches = case.num_processes // replicas  # processes that see different ones
+    part = dist.get_rank() // replicas
+    anchored = CachedLoss(cache, OBJECTIVE)
+    for step in case.steps:
+        mine = [batch for parts in step for batch in parts[part::num_batches]]
         counts = torch.stack([anchored.count(batch) for batch in mine]).sum(0)
-        if not alone:
-            dist.all_reduce(counts)
+        dist.all_reduce(counts)
         total = torch.zeros(())
         for i, batch in enumerate(mine):
-            if isinstance(model, nn.parallel.DistributedDataParallel):
+            if isinstance(model, nn.parallel.DistributedDataParallel) and "static graph" not in case.options:
                 model.require_backward_grad_sync = i == len(mine) - 1
-            loss = anchored(called, batch, counts).loss
-            total += loss.detach()
-            if engine is None:
-                (loss * (1 if alone else RANKS)).backward()
-            else:
-                engine.backward(loss * RANKS, scale_wrt_gas=False)
+            with around():
+                loss = anchored(called, batch, counts // replicas).loss
+                if engine is None:
+                    (loss * num_batches).backward()
+                else:
+                    engine.backward(loss * num_batches, scale_wrt_gas=False)
+            if engine is not None:
                 engine.step()
+            total += loss.detach()
         if engine is None:
             optimizer.step()
             optimizer.zero_grad()
-        if not alone:
-            dist.all_reduce(total)
-        losses.append(float(total))
-    return Result(losses, layouts.trained_of(model, layout))
+        dist.all_reduce(total)
+        losses.append(float(total) / replicas)
+    return Result(losses, layouts.trained_of(model, case.layout))
 
 
-def run(case: str, folder: Path) -> dict[str, Any]:
+def run(text: str, folder: Path) -> dict[str, Any]:
     """What a case came to: errors, or the sentence that refuses it."""
-    wrapper, layout, parts, *rest = (part.strip() for part in case.split("|"))
-    options = [option.strip() for option in "".join(rest).split(",") if option.strip()]
-    cache = LogitCache.open(layouts.cache_path(folder, parts))
-    expected = layouts.oracle(layout, parts, cache, "even" in options)
-    found: dict[str, Any] = {"case": case}
+    case = Case.of(text)
+    assert dist.get_world_size() == case.num_processes and MICRO > 1
+    cache = LogitCache.open(case.cache_in(folder))
+    expected = layouts.oracle(case, cache)
+    found: dict[str, Any] = {"case": text}
     try:
-        if wrapper == "trainer":
+        if case.wrapper == "trainer":
             from support.layouts_trainer import train
 
-            result = train(layout, parts, options, cache)
+            result = train(case, cache)
         else:
-            result = loop(layout, parts, options, cache)
+            result = loop(case, cache)
         return found | layouts.errors(result, expected)
     except Exception as error:  # whatever refuses it
         if os.environ.get("TRACE"):
@@ -97,7 +121,6 @@ def run(case: str, folder: Path) -> dict[str, Any]:
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    assert dist.get_world_size() == RANKS and MICRO > 1
     for case in cases:
         try:
             dist.barrier()

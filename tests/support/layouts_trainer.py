@@ -15,10 +15,13 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from support import layouts
-from support.layouts import LR, MICRO, RANKS, WEIGHT, Result
-from torch.distributed.fsdp import FullyShardedDataParallel
+from support.layouts import LR, MICRO, WEIGHT, Case, Result
+from support.layouts_wrap import student_of
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, modeling_utils
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from logitcache.losses.formulas import Objective
 from logitcache.storage import LogitCache
@@ -39,9 +42,16 @@ def _sharded_on_cpus(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: A
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
+        if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
         self.device = PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 would not take cpu:0
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+
+def _save_on_cpu(**_: Any) -> Any:
+    """transformers' pins memory, for which there must be an accelerator; torch's own copies where there is none."""
+    return save_on_cpu(pin_memory=True)
 
 
 class InOrder(CachedKLTrainer):
@@ -63,40 +73,61 @@ class Notes(TrainerCallback):
         self.trained = layouts.trained_of(model, "fsdp1" if first else self.layout if self.layout == "zero3" else "")
 
 
-def settings_of(layout: str, options: list[str]) -> dict[str, Any]:
+def settings_of(case: Case) -> dict[str, Any]:
     """The Trainer's settings that make a layout."""
-    if layout in FSDP:
+    layout, away = case.layout, "parameters on the CPU" in case.options
+    if layout.removeprefix("hsdp, ") in FSDP:
         wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         more = {"cpu_ram_efficient_loading": False, "sync_module_states": False}  # which want a GPU
-        config = {**wrap, **more, **FSDP[layout], "activation_checkpointing": "activations" in options}
-        return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+        more |= {"activation_checkpointing": "activations" in case.options, "cpu_offload": away}
+        config = {**wrap, **more, **FSDP[layout.removeprefix("hsdp, ")]}
+        hybrid = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2) if layout.startswith("hsdp") else None
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": config, "parallelism_config": hybrid}
     if layout.startswith("zero"):
-        stage = {"stage": int(layout[-1]), "stage3_param_persistence_threshold": 0}
+        stage: dict[str, Any] = {"stage": int(layout[-1]), "stage3_param_persistence_threshold": 0}
+        if away:
+            stage |= {"offload_optimizer": {"device": "cpu"}}
+            stage |= {"offload_param": {"device": "cpu"}} if layout == "zero3" else {}
         config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO, "gradient_clipping": 0.0}
         more = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         return {"deepspeed": {**config, **more, "zero_optimization": stage}}
-    return {"parallelism_config": ParallelismConfig(tp_size=RANKS)} if layout.startswith("tensor") else {}
+    if layout.startswith("tensor"):
+        return {"parallelism_config": ParallelismConfig(tp_size=case.num_replicas)}
+    return {}
 
 
-def train(layout: str, parts: str, options: list[str], cache: LogitCache) -> Result:
+def train(case: Case, cache: LogitCache) -> Result:
     """Losses and what was trained, of a training by `CachedKLTrainer`."""
     AcceleratorState._reset_state(True)
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # which a case before may have set
+    set_before = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
+    for name in set_before:  # by a case before
         os.environ.pop(name, None)
-    several = property(lambda self: self.use_distributed) if layout.startswith("tensor") else Accelerator.multi_device
+    if {"activations", "offload"} <= set(case.options):
+        os.environ["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = "true"
+    divided = "tensor parallel" in case.layout
+    several = property(lambda self: self.use_distributed) if divided else Accelerator.multi_device
     with (
         patch.object(AcceleratorState, "__init__", _sharded_on_cpus),
         patch.object(Accelerator, "multi_device", several),
+        patch.object(modeling_utils, "save_on_cpu", _save_on_cpu),
     ):
-        return _train(layout, parts, options, cache)
+        try:
+            return _train(case, cache)
+        finally:
+            unset_hf_deepspeed_config()  # or what is loaded after it is taken for ZeRO-3's
 
 
-def _train(layout: str, parts: str, options: list[str], cache: LogitCache) -> Result:
-    divided = layout.startswith("tensor")
+def _train(case: Case, cache: LogitCache) -> Result:
+    options, student = case.options, student_of(case)
+    checkpointed: dict[str, Any] = {}
+    if "reentrant" in options:
+        checkpointed = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    elif {"checkpoint", "offload"} <= set(options):
+        checkpointed = {"gradient_checkpointing_kwargs": {"use_reentrant": False, "offload": True}}
     args = TrainingArguments(
         tempfile.mkdtemp(),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=MICRO * (RANKS if divided else 1),
+        gradient_accumulation_steps=MICRO * case.num_parts // (case.num_processes // case.num_replicas),
         num_train_epochs=1,
         learning_rate=LR,
         optim="sgd",
@@ -109,13 +140,14 @@ def _train(layout: str, parts: str, options: list[str], cache: LogitCache) -> Re
         save_strategy="no",
         disable_tqdm=True,
         bf16="bf16" in options,
-        gradient_checkpointing="checkpoint" in options,
+        gradient_checkpointing="checkpoint" in options or "reentrant" in options,
         torch_compile="compile" in options,
         torch_compile_backend="aot_eager" if "compile" in options else None,
-        **settings_of(layout, options),
+        ddp_static_graph=True if "static graph" in options else None,
+        **checkpointed,
+        **settings_of(case),
     )
-    rows = [batch for step in layouts.make_steps("even" in options) for ranks in step for batch in ranks]
-    student = layouts.student_in(layout, parts)
+    rows = [batch for step in case.steps for parts in step for batch in parts]
     trainer = InOrder(
         model=student,
         args=args,
@@ -124,7 +156,7 @@ def _train(layout: str, parts: str, options: list[str], cache: LogitCache) -> Re
         cache=cache,
         objective=OBJECTIVE,
     )
-    notes = Notes(trainer, layout)
+    notes = Notes(trainer, case.layout)
     trainer.add_callback(notes)
     trainer.train()
     dist.barrier()

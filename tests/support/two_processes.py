@@ -1,4 +1,4 @@
-"""Two processes of one group of torch.distributed on the CPU: of a function, or of a script under torchrun."""
+"""Processes of one group of torch.distributed on the CPU: two of a function, or some of a script under torchrun."""
 
 import os
 import socket
@@ -50,9 +50,9 @@ def _told(queue: Any, workers: list[Any]) -> Any:
             assert not any(worker.exitcode for worker in workers), "a process died without a word"
 
 
-def run_under_torchrun(script: str, *arguments: Path) -> None:
-    """Run a script of this folder in two processes, as `torchrun` does; both must end well."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run_under_torchrun(script: str, *arguments: Path, processes: int = 2) -> None:
+    """Run a script of this folder in as many processes, as `torchrun` does; all must end well."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*launch, str(SUPPORT / script), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SUPPORT.parent), *sys.path])},

@@ -5,14 +5,16 @@ The whole of the layouts is docs/benchmarks/trainers.csv (scripts/table_trainers
 
 import csv
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import layouts
+from support import layouts, layouts_wrap
 from support.breadth import some_of
+from support.layouts import Case
 from support.two_processes import run_under_torchrun
 
 LARGEST_ERROR = 1e-5
@@ -26,6 +28,8 @@ FEW = (
     "loop | fsdp2, head with the norm | full",
     "trainer | fsdp1 flat | full",
     "trainer | fsdp2 | lora",
+    "loop | tensor parallel by hand | full",
+    "loop | fsdp2, head with the norm | lora + head | activations as TRL",
 )
 OTHERS = (
     *(f"loop | {layout} | {parts}" for layout in ("ddp", "fsdp1, head alone") for parts in layouts.PARTS[:4]),
@@ -37,12 +41,43 @@ REFUSED = {
     "loop | fsdp2 of transformers | lora": "expected fully_shard to have divided all that is trained",
     "loop | fsdp1, head alone | full, tied": "expected the output head in one FSDP unit with the input embedding",
 }
+KEPT_ELSEWHERE = (
+    *(f"loop | {layout} | full | activations on the CPU" for layout in ("ddp", "fsdp2, head with the norm")),
+    *(f"loop | {layout} | lora + head | activations as TRL" for layout in ("ddp", "fsdp1, head alone")),
+    "loop | fsdp2, head alone | full | parameters on the CPU",
+    "trainer | fsdp2 | lora + head | activations, offload",
+    "trainer | ddp | full | checkpoint, offload",
+)
+IN_4BIT = (
+    "loop | fsdp2, head alone | lora + head | 4bit as float",
+    "loop | fsdp2, head with the norm | lora on head | 4bit",
+    "loop | fsdp1, head alone | lora + head | 4bit as float",
+    "trainer | fsdp2 | lora | 4bit",
+)
+OF_FOUR = (
+    "loop | fsdp2 x tensor parallel | full",
+    "loop | fsdp2 x tensor parallel by hand, lora on layers split by output | lora",
+    "loop | hsdp, fsdp2 | lora + head",
+    "trainer | fsdp2 x tensor parallel | full, tied",
+    "trainer | hsdp, fsdp2 | lora",
+    "loop | hsdp, fsdp1 | full",
+    "loop | fsdp2 x tensor parallel | full | experts",
+)
+REFUSED_OF_FOUR = {
+    "loop | fsdp2 x tensor parallel, lora on layers split by output | lora": "20 parameters that it has not",
+    "loop | fsdp2 x tensor parallel by hand | lora": "by tensor parallelism: expected an adapter that PEFT divides",
+}
 IN_ZERO = tuple(f"{wrapper} | zero3 | {parts}" for wrapper in ("loop", "trainer") for parts in layouts.PARTS)
+KEPT_BY_ZERO = (
+    *(f"loop | zero3 | lora + head | {option}" for option in ("parameters on the CPU", "activations as TRL")),
+    "trainer | zero3 | full | parameters on the CPU",
+)
 
 
 def results_of(cases: tuple[str, ...], folder: Path) -> dict[str, dict[str, Any]]:
+    (processes,) = {Case.of(case).num_processes for case in cases}
     layouts.make_caches(folder)
-    run_under_torchrun("layouts_rank.py", folder, *map(Path, cases))
+    run_under_torchrun("layouts_rank.py", folder, *map(Path, cases), processes=processes)
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return {row["case"]: row for row in map(json.loads, lines)}
 
@@ -55,21 +90,34 @@ def assert_right(found: dict[str, Any]) -> None:
         assert found["head_moved"] > 0.02
 
 
-def test_layouts_train_as_one_process(tmp_path: Path) -> None:
-    cases = (*SILENT, *FEW, *some_of(OTHERS, 1), *REFUSED)
-    found = results_of(tuple(dict.fromkeys(cases)), tmp_path)
+def assert_all(cases: tuple[str, ...], folder: Path, refused: Mapping[str, str] | None = None) -> None:
+    """Right, or refused in this sentence."""
+    found, sentences = results_of(tuple(dict.fromkeys(cases)), folder), refused or {}
     for case in cases:
-        if case in REFUSED:
-            assert found[case]["error"] == "TrainingFailed" and REFUSED[case] in found[case]["refused"]
+        if case in sentences:
+            assert found[case]["error"] == "TrainingFailed" and sentences[case] in found[case]["refused"]
         else:
             assert_right(found[case])
+
+
+def test_layouts_train_as_one_process(tmp_path: Path) -> None:
+    assert_all((*SILENT, *FEW, *some_of(OTHERS, 1), *some_of(KEPT_ELSEWHERE, 1), *REFUSED), tmp_path, REFUSED)
+
+
+def test_four_processes_that_divide_and_share_out_train_as_one(tmp_path: Path) -> None:
+    assert_all((*some_of(OF_FOUR, 3), *REFUSED_OF_FOUR), tmp_path, REFUSED_OF_FOUR)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_base_in_4_bits_that_is_sharded_trains_as_one_process(tmp_path: Path) -> None:
+    assert_all(tuple(some_of(IN_4BIT, 2)), tmp_path)
 
 
 def test_the_table_has_no_cell_that_is_neither_right_nor_refused() -> None:
     table = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "trainers.csv"
     with table.open(encoding="utf-8", newline="") as file:
         rows = {(r["wrapper"], r["layout"], r["parts"], r["options"]): r for r in csv.DictReader(file)}
-    for wrapper, names in (("loop", layouts.LAYOUTS), ("trainer", layouts.TRAINER_LAYOUTS)):
+    for wrapper, names in (("loop", layouts_wrap.OF_TWO), ("trainer", layouts_wrap.TRAINER_OF_TWO)):
         for cell in product([wrapper], names, layouts.PARTS, [""]):
             assert cell in rows
     for row in rows.values():
@@ -81,7 +129,4 @@ def test_the_table_has_no_cell_that_is_neither_right_nor_refused() -> None:
 def test_zero_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("DS_BUILD_OPS", "0")
-    cases = tuple(some_of(IN_ZERO, 4))
-    found = results_of(cases, tmp_path)
-    for case in cases:
-        assert_right(found[case])
+    assert_all((*some_of(IN_ZERO, 4), *some_of(KEPT_BY_ZERO, 1)), tmp_path)
