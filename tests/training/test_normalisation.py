@@ -209,7 +209,6 @@ def test_every_objective_passes(objective: Objective, cached: Cached, tmp_path: 
         assert log["loss"] == pytest.approx(log["ce"] + log["kl_weight"] * log["kl"], rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT 0.20
 def test_every_run_is_asked(cached: Cached, tmp_path: Path) -> None:
     samples, cache = cached
     trainer = trainer_over(Scaling, tmp_path, samples, cache, save_strategy="steps", save_steps=1)
