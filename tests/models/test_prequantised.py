@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cli_harness import cache_bytes, done, facts, precompute_line, refused, text_data, train_line
@@ -231,6 +232,10 @@ def test_a_cache_of_gptq_is_made_and_learnt_from(tmp_path: Path) -> None:
     assert float(kl) < 1e-3
 
 
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.17"),
+    reason="transformers 5.16 loads no fp8 checkpoint onto a CPU: its quantizer asks None for layer_overrides",
+)
 def test_weights_unpacked_while_they_are_loaded_are_another_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from support.tensor_parallel_training_rank import found_in
 from support.tiny_model import make_model
 from support.tiny_runs import gradients_after_one_step, make_cache, make_samples
@@ -264,6 +266,10 @@ def run_two_ranks(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.skipif(
+    Version(version("accelerate")) < Version("1.15"),
+    reason="transformers refuses accelerate before 1.12 where a Trainer divides a model, and 1.12 to 1.14 fail there",
+)
 def test_a_divided_model_trains_as_one_process_does(tmp_path: Path) -> None:
     make_cache(tmp_path / "c", make_samples())
     model = make_model()
