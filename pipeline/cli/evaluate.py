@@ -137,7 +137,7 @@ def evaluate(
     from logitcache.evaluation.compare import check_adapter, load_adapter, plain_drift, probe_view
     from logitcache.evaluation.lm_eval import check_harness, run_tasks
     from logitcache.evaluation.metrics import finite_or_none
-    from logitcache.evaluation.scales import curve
+    from logitcache.evaluation.scales import check_in_memory, curve
     from logitcache.evaluation.table import closing_sentence, curve_rows, evaluation_rows, table
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
 
@@ -156,6 +156,8 @@ def evaluate(
     if adapter is not None:
         check_reloadable(adapter)  # before a model is loaded for nothing
     base = load_base(source, dtype, where, device_map=device_map)
+    if parts:
+        check_in_memory(base.model)
     sides = [s if s.cache is None else replace(s, view=probe_view(s.cache, base, tokenizer, how)) for s in sides]
     for side in sides:
         if side.cache is not None:
@@ -193,6 +195,11 @@ def evaluate(
                 max(1, batch_tokens // max_length),
             )
         found["tasks"] = [score.as_dict() for score in scores]
+    if not as_json:  # before the curve, which not every adapter has
+        say_lines(table(evaluation_rows(results, prevented, scores, texts)))
+        if results:
+            say_lines("")
+            say(closing_sentence(results, texts))
     points = []
     if parts:
         points = curve(
@@ -204,12 +211,7 @@ def evaluate(
         found["scales"] = [point.as_dict() for point in points]
     if as_json:
         say_lines(json.dumps(found, indent=2))
-        return
-    say_lines(table(evaluation_rows(results, prevented, scores, texts)))
-    if results:
-        say_lines("")
-        say(closing_sentence(results, texts))
-    if points:
+    elif points:
         say_lines("\n" + table(curve_rows([(point.scale, point.results) for point in points])))
 
 

@@ -7,17 +7,22 @@ was had for nothing, and the competitor of every regulariser. Trade-off: two mod
 float32.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitcache.errors import UnsupportedModel
+from logitcache.models.device_map import offloaded_parts
 from logitcache.models.loading import first_line
+from logitcache.models.quantization import held_in
 
 from .metrics import Comparison
 
@@ -52,8 +57,9 @@ def models_between(
     """The model at each scale, one after the other in the same memory: each is good until the next.
 
     0 is the base, 1 the adapted model with its adapter merged. Raises `UnsupportedModel` where the adapter cannot be
-    merged, or the weights of the two are not of the same names and shapes.
+    merged, the weights of the two are not of the same names and shapes, or are not numbers in memory.
     """
+    check_in_memory(base)
     merged = _merged(adapted)
     ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, merged))
     strange = [n for n, p in theirs.items() if n not in ours or ours[n].shape != p.shape] or sorted(
@@ -72,18 +78,46 @@ def models_between(
         yield scale, merged
 
 
+def check_in_memory(base: PreTrainedModel) -> None:
+    """Raise `UnsupportedModel` where a weight is packed, so that its bytes are no numbers, or is not here."""
+    held, elsewhere = held_in(base), offloaded_parts(base)
+    if held is None and not elsewhere:
+        return
+    found = f"a base held in {held}" if held else f"{len(elsewhere)} parts offloaded, the first {elsewhere[0]}"
+    raise UnsupportedModel(
+        f"scaling an adapter: expected the weights of the base as numbers in memory, found {found}. What lies between "
+        "base and adapter cannot be made of them. Leave --scales out, or give the base unquantised and on a device."
+    )
+
+
 def _merged(adapted: nn.Module) -> nn.Module:
     """The adapter in the weights of its model; a model that was trained as a whole as it is."""
     if not isinstance(adapted, PeftModel):
         return adapted
+    _untie(adapted)
     try:
-        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # asks for what `_untie` did
+            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # peft raises many kinds
         raise UnsupportedModel(
             f"scaling an adapter of kind {adapted.active_peft_config.peft_type.value}: PEFT does not merge it into "
             f"this model ({first_line(error)}). What lies between base and adapter cannot be had. Leave --scales out."
         ) from error
     return merged.eval()
+
+
+def _untie(adapted: PeftModel) -> None:
+    """Give every adapted layer a weight of its own: merged into one that another module has too (a tied head and its
+    embedding), the change would be both modules'."""
+    owners = Counter(id(p) for _, p in adapted.named_parameters(remove_duplicate=False))
+    for layer in adapted.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        adapted_layer = layer.get_base_layer()
+        for name, parameter in list(adapted_layer.named_parameters(recurse=False)):
+            if owners[id(parameter)] > 1:
+                setattr(adapted_layer, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def _wide(weight: Tensor) -> Tensor:

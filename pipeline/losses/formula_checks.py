@@ -104,11 +104,6 @@ def _check_weight(name: str) -> None:
     )
     weights = _tried(name, lambda: own_weights(name, tokens))
     _check_finite(name, weights)
-    if float(weights.min()) < 0:
-        raise TrainingFailed(
-            f"checking {name}: expected weights of 0 or more, found {float(weights.min()):.3g}. A token would be "
-            "unlearnt. Give another formula."
-        )
     for i in range(_N):
         columns = (tokens.log_q, tokens.log_p, tokens.log_p_alternatives, tokens.log_p_tail)
         part = Tokens(*(column[i : i + 1] for column in columns))

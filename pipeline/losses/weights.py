@@ -114,13 +114,18 @@ class Tokens:
 
 
 def own_weights(name: str, tokens: Tokens) -> Tensor:
-    """A formula of the user's own, [n]. Raises `TrainingFailed` unless it gives a number a token."""
+    """A formula of the user's own, [n]. Raises `TrainingFailed` unless it gives a number of 0 or more a token."""
     found = formula(name).function(tokens)
     if not isinstance(found, Tensor) or found.shape != tokens.log_q.shape:
         what = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise TrainingFailed(
             f"weighing the cross-entropy by {name}: expected a tensor with a number for each of {len(tokens.log_q)} "
             f"tokens, found {what}. Return one of the shape of tokens.log_q."
+        )
+    if bool((found < 0).any()):  # also where random distributions did not show it; what is not finite stops the run
+        raise TrainingFailed(
+            f"weighing the cross-entropy by {name}: expected weights of 0 or more, found {float(found.min()):.3g}. A "
+            "token would be unlearnt. Give another formula."
         )
     return found.detach().float()
 

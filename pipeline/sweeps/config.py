@@ -16,7 +16,7 @@ import yaml
 
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
-from logitcache.settings import Setting, Settings, line_settings, option
+from logitcache.settings import Setting, Settings, line_settings, names_function, option
 from logitcache.storage.identity import digest_json
 from logitcache.storage.plain_text import one_line, shown
 from logitcache.training.settings import PENALTIES, RECIPES, RunSettings, run_settings
@@ -202,7 +202,9 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
         settings = {**defaults, **dict(zip(axes, chosen, strict=True))}
         regularizer = settings["regularizer"]
         if regularizer in ("none", *PENALTIES):  # what it does not have is not a setting of it
-            settings |= {name: defaults[name] for name in (*OF_A_REGULARIZER, "top_k")}
+            settings |= {name: defaults[name] for name in OF_A_REGULARIZER}
+            if not _weight_reads_top_k(settings["ce_weight"]):
+                settings["top_k"] = defaults["top_k"]
         if regularizer == "none":
             settings |= {"weight": 0.0, "kl_budget": None}
         settings = _complete(settings, shared, where)
@@ -210,6 +212,11 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
             settings |= {**dict.fromkeys(OF_ANCHORS), "anchor_weight": 0.0}
         runs.setdefault(digest_json(settings), RunSpec(_name(method, settings), method, settings))
     return list(runs.values())
+
+
+def _weight_reads_top_k(ce_weight: Any) -> bool:
+    """Whether a weight depends on how many alternatives are read: EAFT's takes 20 or is refused, others none."""
+    return isinstance(ce_weight, str) and names_function(ce_weight)
 
 
 def _check_count(count: int, where: str) -> None:

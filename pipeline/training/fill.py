@@ -190,7 +190,15 @@ class Filling:
 
 
 def samples_of(batches: Iterable[Batch]) -> list[Sample]:
-    """The different samples of all batches of a loader, whose order next time is as if this had not been asked."""
+    """The different samples of all batches of a loader, whose order next time is as if this had not been asked.
+
+    Raises `TrainingFailed` for an iterator, of which nothing would be left to be learnt.
+    """
+    if isinstance(batches, Iterator):
+        raise TrainingFailed(
+            f"filling a cache: expected batches that can be gone through again, found {type(batches).__name__}, of "
+            "which nothing would be left for training. Give the DataLoader, or a list of batches."
+        )
     found = list[Sample]()
     with _randomness_kept(*(getattr(at, "generator", None) for at in (batches, getattr(batches, "sampler", None)))):
         for number, batch in enumerate(batches):

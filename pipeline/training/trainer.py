@@ -423,16 +423,28 @@ class _MeterReset(TrainerCallback):
 
 
 class _FirstStepCheck(TrainerCallback):
-    """Holds the first step of every run, and of every try of it, against its own positions before it is made."""
+    """Holds the first step of every run, and of every try of it, against its own positions before it is made; says so
+    where steps are made and logged in which none counts."""
 
     def __init__(self, trainer: CachedKL) -> None:
         self._trainer = trainer
+        self._told = False  # that nothing counts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._first_step.pending = True
+        self._trainer._first_step.pending, self._told = True, not state.is_world_process_zero
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_first_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._trainer._first_step.pending and "ce" in (logs or {}) and not self._told:
+            self._told = True
+            logger.warning(
+                "CachedKL: up to step %d the cross-entropy counted at no token: nothing of the data was learnt. Look "
+                "at the labels and at ce_weight=%r, which may drop them all.",
+                state.global_step,
+                self._trainer.kl_objective.ce_weight,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_first_step()  # in a loop of one's own that does not say when it is about to make the step

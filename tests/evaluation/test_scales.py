@@ -1,10 +1,13 @@
 """The curve between base and adapted model: its ends, its middle, and what has none."""
 
 import copy
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support.quantised_base import quantised
 from support.tiny_model import make_model
 from torch import Tensor, nn
 
@@ -86,3 +89,26 @@ def test_weights_that_only_one_of_them_has_are_refused() -> None:
     other.model.embed_tokens = nn.Embedding(300, other.config.hidden_size)
     with pytest.raises(UnsupportedModel, match=r"or that are of another size, the first model\.embed_tokens\.weight"):
         next(models_between(make_model(), other, [0.5]))
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*tie_word_embeddings:UserWarning")  # PEFT, when the adapter is attached
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_two_tied_weights_changes_that_one_alone(module: str) -> None:
+    base, tied = (make_model(tie_word_embeddings=True).eval() for _ in range(2))
+    adapted = get_peft_model(tied, LoraConfig(r=4, target_modules=[module], ensure_weight_tying=False)).eval()
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    expected = {0.0: logits(base), 1.0: logits(adapted)}
+    assert (expected[1.0] - expected[0.0]).abs().max() > 1e-2
+    for scale, model in models_between(base, adapted, [1, 0]):
+        torch.testing.assert_close(logits(model), expected[scale], rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_packed_weights_have_nothing_in_between() -> None:
+    base, second = quantised(make_model()), quantised(make_model())
+    adapted = get_peft_model(second, LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModel, match=r"numbers in memory, found a base held in 4bit"):
+        next(models_between(base, adapted, [0.5]))

@@ -20,6 +20,7 @@ from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formula_files import formula, load_formula
 from logitcache.losses.formulas import Objective, regularizer_values
 from logitcache.losses.fused import linear_loss
+from logitcache.losses.weights import Tokens, own_weights
 
 KL = """
 def kl(log_p, log_q):
@@ -270,3 +271,12 @@ def test_it_goes_with_what_full_kl_goes_with(tmp_path: Path) -> None:
     for wrong in ("my.py", "my.py:", "my.txt:f", ":f", "my.py:2f", "my.py:a.b"):
         with pytest.raises(InvalidSettings, match=r"regularizer: expected one of masked-kl, .* or FILE\.py:FUNCTION"):
             Objective(wrong)
+
+
+def test_a_weight_that_is_negative_where_no_trial_was_is_refused_when_it_is(tmp_path: Path) -> None:
+    name = written(tmp_path, "def g(tokens):\n    return 1 + tokens.log_q / 50\n", "g")
+    check_formulas(Objective("none", ce_weight=name))
+    columns = [torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)]
+    assert own_weights(name, Tokens(torch.tensor([-1.0, -49.0]), *columns)).min() > 0
+    with pytest.raises(TrainingFailed, match=r"weights of 0 or more, found -0\.2"):
+        own_weights(name, Tokens(torch.tensor([-1.0, -60.0]), *columns))

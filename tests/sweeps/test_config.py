@@ -92,6 +92,9 @@ def test_weights_are_axes_of_plain_methods_too() -> None:
     found = config(grid={"lr": 1e-3}, methods=methods)
     assert [run.settings["ce_weight"] for run in found.runs] == ["none", "dft", "my.py:f", "rho1", "rho1"]
     assert [run.settings["ce_weight_value"] for run in found.runs] == [None, None, None, 0.5, 0.6]
+    read = {"a": {"regularizer": "none", "ce_weight": ["my.py:f", "stm"], "lr": 1e-3, "top_k": [4, 8]}}
+    read_by = [(run.settings["ce_weight"], run.settings["top_k"]) for run in config(methods=read).runs]
+    assert read_by == [("my.py:f", 4), ("my.py:f", 8), ("stm", None)]  # a formula is given the alternatives
     spelt = {"a": {"ce_weight": "stm"}, "b": {"ce_weight": "stm", "ce_weight_value": 2.5}}
     with pytest.raises(InvalidData, match="'a' and 'b' have a run in common"):
         config(grid={"lr": 1e-3}, methods=spelt)

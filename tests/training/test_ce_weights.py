@@ -390,3 +390,14 @@ def test_the_base_is_asked_for_without_a_regulariser_too(tmp_path: Path, samples
     assert anchored.step_zero is not None and anchored.step_zero.kl_nats < 1e-5
     with pytest.raises(NotTheBase, match="checking step 0"):
         CachedLoss(cache, objective)(make_model(seed=1), batch)
+
+
+def test_a_run_that_learns_of_no_token_says_so_once(
+    tmp_path: Path, cache: LogitCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    for value, said in ((1.0, 1), (PERPLEXITY, 0)):
+        caplog.clear()
+        objective = Objective(ce_weight="stm", ce_weight_value=value)
+        used = for_form("stm", weighted_samples())
+        make_trainer(tmp_path / str(said), used, cache, objective, max_steps=3, logging_steps=1).train()
+        assert caplog.text.count("the cross-entropy counted at no token") == said

@@ -29,6 +29,7 @@ from logitcache import CachedLoss, CaptureSettings, Objective
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
+from logitcache.errors import TrainingFailed
 from logitcache.models.loading import find_model, load_base
 from logitcache.storage import LogitCache, SampleNotCached, sample_id
 from logitcache.training.fill import FILLED
@@ -300,6 +301,13 @@ def test_a_loop_fills_before_its_first_step(tiny_model: Path, tmp_path: Path) ->
     stranger = pad_samples(make_samples(1, seed=9))
     with pytest.raises(SampleNotCached):  # what came later, with an adapter that has moved, is an error
         anchored(model, stranger)
+
+
+def test_a_loop_keeps_what_can_be_gone_through_once(tiny_model: Path, tmp_path: Path) -> None:
+    batches = (padded(rows_of(SAMPLES[i : i + 4])) for i in (0, 4))
+    with pytest.raises(TrainingFailed, match=r"expected batches that can be gone through again, found generator"):
+        CachedLoss(str(tmp_path / "c"), fill=True).fill(load(tiny_model), batches)
+    assert len(list(batches)) == 2 and not (tmp_path / "c").exists()
 
 
 def test_rows_without_labels_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
