@@ -9,7 +9,7 @@ import errno
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -33,7 +33,13 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-class ChoiceOrFunction(click.Choice[str]):
+if TYPE_CHECKING:
+    TextChoice = click.Choice[str]
+else:
+    TextChoice = click.Choice  # which click 8.1 does not let be subscripted
+
+
+class ChoiceOrFunction(TextChoice):
     """One of some texts, or a function of the user's own, as FILE.py:FUNCTION."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
