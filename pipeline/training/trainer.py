@@ -112,7 +112,7 @@ class CachedKL(_AnyTrainer):
                 "tensor parallelism."
             )
         self._check_model()
-        self._check_formulas(chosen)
+        self._check_formulas(chosen, told=not check)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.anchors = anchors_of(anchor, self.model, seed, rules)
         if in_pieces(self):
@@ -164,10 +164,10 @@ class CachedKL(_AnyTrainer):
         tokenizer = made_by if isinstance(made_by, PreTrainedTokenizerBase) else None
         self.filled = filling.fill(self.model, Rows.of(self, self.train_dataset), tokenizer, divided_by(self))
 
-    def _check_formulas(self, objective: Objective) -> None:
-        """Try formulas of the user's own, and say once what is to be known of them."""
+    def _check_formulas(self, objective: Objective, told: bool) -> None:
+        """Try formulas of the user's own, and say what is to be known of them, unless that has been told."""
         said = check_formulas(objective)
-        if said and self.is_world_process_zero():
+        if said and not told and self.is_world_process_zero():
             logger.warning("CachedKL: %s", " ".join(said))
 
     def _held_against_model(self, view: CacheView) -> CacheView:

@@ -119,3 +119,15 @@ def test_the_page_on_formulas_does_what_it_says(
     methods = yaml.safe_load(blocks["yaml"])["methods"]
     paths = {"model": "base", "cache": "cache", "new": "data.jsonl", "prior": "data.jsonl"}
     assert make_config({**paths, "methods": methods}, "sweep.yaml").methods == ["masked KL", "no conflicts", "Jeffreys"]
+
+
+def test_a_formula_that_pulls_at_the_base_is_told_once(
+    tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By `train` itself, before weights are read, and not again by the trainer that it makes."""
+    cache, file = tmp_path / "c", tmp_path / "pulls.py"
+    precompute(tiny_model, write_rows(rows()), cache)
+    file.write_text("def f(log_p, log_q):\n    return -(log_p.exp() * log_q[:, :1]).sum(dim=1)\n", encoding="utf-8")
+    told = done(*train_line(tiny_model, cache, tmp_path / "o", "--max-steps", 1, "--regularizer", f"{file}:f")).err
+    assert told.count("pulls away from the base too") == 1
+    assert "pulls away from the base" not in caplog.text
