@@ -71,10 +71,10 @@ def _check_divergence(name: str) -> list[str]:
             "follow something else than is logged. Leave out detach and in-place changes."
         )
     exact = values.detach()
-    half = _tried(name, lambda: own_divergence(log_p.float(), logits.float().log_softmax(dim=1), name)).detach()
-    if not torch.allclose(half.double(), exact, rtol=_SAME_IN_FLOAT32, atol=_SAME_IN_FLOAT32):
+    single = _tried(name, lambda: own_divergence(log_p.float(), logits.float().log_softmax(dim=1), name)).detach()
+    if not torch.allclose(single.double(), exact, rtol=_SAME_IN_FLOAT32, atol=_SAME_IN_FLOAT32):
         raise TrainingFailed(
-            f"checking {name}: expected nearly the same values in float32, found {float(half[0]):.6g} for "
+            f"checking {name}: expected nearly the same values in float32, found {float(single[0]):.6g} for "
             f"{float(exact[0]):.6g}. Digits are lost where it is trained. Stay with differences of logarithms."
         )
     return _at_base(name, log_p)
@@ -99,9 +99,8 @@ def _at_base(name: str, log_p: Tensor) -> list[str]:
 def _check_weight(name: str) -> None:
     log_p, logits = _distributions()
     log_q = logits.log_softmax(dim=1)
-    tokens = Tokens(
-        log_q[:, 0].float(), *(part.float() for part in (log_p[:, 0], log_p[:, 1 : 1 + _K], _rest(log_p[:, 1 + _K :])))
-    )
+    log_p_tail = log_p[:, 1 + _K :].logsumexp(dim=1)
+    tokens = Tokens(log_q[:, 0].float(), *(part.float() for part in (log_p[:, 0], log_p[:, 1 : 1 + _K], log_p_tail)))
     weights = _tried(name, lambda: own_weights(name, tokens))
     _check_finite(name, weights)
     for i in range(_N):
@@ -119,10 +118,6 @@ def _distributions() -> tuple[Tensor, Tensor]:
     order = log_p[:, 1 : 1 + _K].argsort(dim=1, descending=True)
     log_p[:, 1 : 1 + _K] = log_p[:, 1 : 1 + _K].gather(1, order)
     return log_p.clamp(min=NO_MASS), logits
-
-
-def _rest(logprobs: Tensor) -> Tensor:
-    return logprobs.logsumexp(dim=1)
 
 
 def _central_differences(f: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

@@ -171,8 +171,10 @@ def weigher_of(
     name, value = objective.ce_weight, objective.ce_weight_value
     if name == "none":
         return None
-    if not len(label_ids) or name in ("dft", "eaft"):
-        return Weigher(objective, torch.zeros(0, device=label_ids.device) if not len(label_ids) else None)
+    if not len(label_ids):
+        return Weigher(objective, torch.zeros(0, device=label_ids.device))
+    if name in ("dft", "eaft"):
+        return Weigher(objective)
     if name == "data":
         return Weigher(objective, _as_weights(_brought(for_ce, name)))
     base = _base_of(targets, name)

@@ -33,7 +33,7 @@ from logitcache.storage.identity import differing
 
 from .inputs import model_inputs
 from .settings import PairingRules
-from .targets import PREFIX, Batch, cut_of, documents_of, placed, targets_of, with_targets
+from .targets import PREFIX, Batch, cut_of, documents_of, on_cpu, placed, targets_of, with_targets
 
 NUM_PROBED = 8
 NUM_NOISE = 4
@@ -143,8 +143,7 @@ def check_first_batch(model: nn.Module, probe: Probe, batch: Batch) -> StepZero 
 def _documents_of(model: nn.Module, probe: Probe, batch: Batch) -> list[NDArray[np.uint32]]:
     """To measure noise on: those of the batch; for a model in pieces the cache's, as many on every process."""
     if not is_sharded(model):
-        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return [document.token_ids for document in documents_of(on_cpu)]
+        return [document.token_ids for document in documents_of(on_cpu(batch))]
     vocab_size, step = num_tokens(causal_lm_of(model)), max(1, len(probe.cache) // NUM_NOISE)
     spread = range(0, len(probe.cache), step)[:NUM_NOISE]
     return [probe.cache.sample(i).token_ids[:NOISE_TOKENS] % vocab_size for i in spread]

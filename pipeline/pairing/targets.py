@@ -84,12 +84,16 @@ class CachedCollator:
         if f"{PREFIX}rows" in batch:
             return batch
         device = batch["input_ids"].device
-        on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        found = self._with_targets(on_cpu)
+        found = self._with_targets(on_cpu(batch))
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def _with_targets(self, batch: Batch) -> Batch:
         return with_targets(batch, self.cache, self.top_k, self.cut, self.every, self.ce_weight)
+
+
+def on_cpu(batch: Batch) -> Batch:
+    """The batch with its tensors in main memory, where it is looked up."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def collated(batch: Any) -> Batch:

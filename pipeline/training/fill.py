@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.cache_spec import cache_spec, settings_of
@@ -35,7 +35,7 @@ from logitcache.models.head import check_head
 from logitcache.models.loading import load_tokenizer
 from logitcache.pairing.base_below import base_below
 from logitcache.pairing.identity_checks import PairingRules, check_kept, check_samples
-from logitcache.pairing.targets import Batch, samples_in
+from logitcache.pairing.targets import Batch, on_cpu, samples_in
 from logitcache.storage import (
     IdentityMismatch,
     IncompleteCache,
@@ -202,8 +202,7 @@ def samples_of(batches: Iterable[Batch]) -> list[Sample]:
     found = list[Sample]()
     with _randomness_kept(*(getattr(at, "generator", None) for at in (batches, getattr(batches, "sampler", None)))):
         for number, batch in enumerate(batches):
-            on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
-            found += samples_in(on_cpu, f"batch {number}")
+            found += samples_in(on_cpu(batch), f"batch {number}")
     return list(distinct(found))
 
 

@@ -1,6 +1,6 @@
 """The precompute job with other teachers and sources: a divided model, a quantised one, samples of another cache."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.cli_harness import done, facts, precompute, refused
+from support.quantised_base import bitsandbytes
 from support.tiny_model import text_rows
 
 from logitcache.storage import CachedSample, LogitCache, sample_id
@@ -107,7 +108,7 @@ def test_more_shards_than_a_cache_can_list_are_refused_before_the_work(
     done(*line, "--shard-positions", 4000, "--window-rows", 100)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@bitsandbytes
 def test_a_quantised_base_says_so(tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path]) -> None:
     data = write_rows(text_rows(6))
     precompute(tiny_model, data, tmp_path / "c", "--load-in", "8bit")

@@ -1,13 +1,12 @@
 """The curve between base and adapted model: its ends, its middle, and what has none."""
 
 import copy
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.quantised_base import quantised
+from support.quantised_base import bitsandbytes, quantised
 from support.tiny_model import make_model
 from torch import Tensor, nn
 
@@ -106,7 +105,7 @@ def test_an_adapter_on_one_of_two_tied_weights_changes_that_one_alone(module: st
         torch.testing.assert_close(logits(model), expected[scale], rtol=0, atol=2e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@bitsandbytes
 def test_packed_weights_have_nothing_in_between() -> None:
     base, second = quantised(make_model()), quantised(make_model())
     adapted = get_peft_model(second, LoraConfig(r=4, target_modules=["q_proj"]))

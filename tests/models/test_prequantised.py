@@ -1,6 +1,5 @@
 """Checkpoints that are quantised in their files: one identity whichever engine runs them, and what is refused."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cli_harness import cache_bytes, done, facts, precompute_line, refused, text_data, train_line
 from support.like_vllm import LikeLLM, like_vllm
+from support.quantised_base import bitsandbytes
 from support.tiny_model import make_model, make_tokenizer, text_rows
 from support.tiny_runs import make_samples
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
@@ -39,9 +39,6 @@ from logitcache.pairing.targets import samples_of
 from logitcache.storage import CachedSample, CacheWriter, IdentityMismatch, LogitCache, ModelIdentity
 from logitcache.training.custom_loop import CachedLoss
 
-bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, of the test extra, is not installed"
-)
 CPU = torch.device("cpu")
 SAMPLES = make_samples(8)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}

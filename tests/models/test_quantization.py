@@ -1,6 +1,5 @@
 """A backbone quantised on loading: its gradient, its place beside the cache of the base, and what is refused."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from peft import PeftModel
 from support.breadth import some_of
 from support.cli_harness import done, precompute, refused, text_data
+from support.quantised_base import bitsandbytes
 from support.tiny_model import make_model, make_tokenizer
 from support.tiny_runs import make_samples
 from torch import nn
@@ -41,9 +41,6 @@ from logitcache.training.full_weights import unfreeze
 from logitcache.training.run import TrainSettings, train
 from logitcache.training.trainer import CachedKLTrainer
 
-bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, of the test extra, is not installed"
-)
 CPU = torch.device("cpu")
 SAMPLES = make_samples(16)
 V = 260

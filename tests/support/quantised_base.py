@@ -1,11 +1,16 @@
 """A model held in 4 bits by bitsandbytes, and the same weights as floats again, for an oracle."""
 
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+"""A test of a quantised base: the extra `test` installs it."""
 
 
 def quantised(model: Any, storage: torch.dtype = torch.uint8) -> Any:

@@ -15,6 +15,7 @@ import pytest
 from support import layouts, layouts_wrap
 from support.breadth import some_of
 from support.layouts import Case
+from support.quantised_base import bitsandbytes
 from support.two_processes import run_under_torchrun
 
 LARGEST_ERROR = 1e-5
@@ -108,7 +109,7 @@ def test_four_processes_that_divide_and_share_out_train_as_one(tmp_path: Path) -
     assert_all((*some_of(OF_FOUR, 3), *REFUSED_OF_FOUR), tmp_path, REFUSED_OF_FOUR)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@bitsandbytes
 def test_a_base_in_4_bits_that_is_sharded_trains_as_one_process(tmp_path: Path) -> None:
     assert_all(tuple(some_of(IN_4BIT, 2)), tmp_path)
 
