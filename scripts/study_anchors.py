@@ -17,12 +17,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from bench_common import ROOT
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from logitcache import Anchor, AnchorSettings, LogitCache, Objective, TrainSettings, precompute, train
@@ -105,13 +107,13 @@ class Study:
     def kept(self, name: str, make: Callable[[Path], object]) -> Path:
         """A file or folder of the study, as a whole or not at all."""
         path, unfinished = self.work / name, self.work / f"{name}.new"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished)
-            unfinished.unlink(missing_ok=True)
-            make(unfinished)
-            unfinished.rename(path)
+        with FileLock(self.work / f"{name}.lock"):  # several of these commands may divide the cells by --only
+            if not path.exists():
+                if unfinished.is_dir():
+                    shutil.rmtree(unfinished)
+                unfinished.unlink(missing_ok=True)
+                make(unfinished)
+                unfinished.rename(path)
         return path
 
     def cache(self, name: str, rows: Path, **settings: Any) -> Path:
@@ -344,14 +346,14 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="another base with a chat template; nothing is unpacked then")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--only", default="", help="cells whose name begins so")
+    parser.add_argument("--only", default="*", help="cells whose name is so, a pattern: far-none*-s0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--list", action="store_true", help="say what is left, and stop")
     parser.add_argument("--table", action="store_true", help="only print and draw what is in --out")
     args = parser.parse_args()
     done = {line["name"] for line in read_lines(args.out)}
-    left = [cell for cell in cells() if cell.name not in done and cell.name.startswith(args.only)]
+    left = [cell for cell in cells() if cell.name not in done and fnmatch(cell.name, args.only)]
     if args.list:
         print("\n".join(cell.name for cell in left))
         return
