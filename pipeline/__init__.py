@@ -27,6 +27,7 @@ _HOMES = {
     "CachedKL": "training.trainer",
     "CachedKLTrainer": "training.trainer",
     "CachedLoss": "training.custom_loop",
+    "CachedReference": "training.reference",
     "CaptureSettings": "capture.settings",
     "CorruptCache": "storage",
     "DataSettings": "data.settings",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from .sweeps.run import sweep as sweep
     from .training.anchors import Anchor as Anchor
     from .training.custom_loop import CachedLoss as CachedLoss
+    from .training.reference import CachedReference as CachedReference
     from .training.run import train as train
     from .training.settings import AnchorSettings as AnchorSettings
     from .training.settings import PenaltySettings as PenaltySettings

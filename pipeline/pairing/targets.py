@@ -53,6 +53,12 @@ class Document:
     positions: NDArray[np.int32]
     supervised: NDArray[np.bool_]
 
+    def sample(self, origin: str) -> Sample:
+        """The same by itself, its labels where they are supervised."""
+        labels = np.zeros(len(self.token_ids), dtype=np.bool_)
+        labels[self.positions[self.supervised] + 1] = True
+        return Sample(self.token_ids, labels, origin)
+
 
 @dataclass(frozen=True)
 class CachedCollator:
@@ -208,12 +214,7 @@ def documents_of(batch: Batch, every: bool = False) -> Iterator[Document]:
 
 def samples_in(batch: Batch, origin: str) -> list[Sample]:
     """The documents of a batch on the CPU as samples, those that have supervised positions. Raises `InvalidBatch`."""
-    samples = []
-    for document in documents_of(batch):
-        supervised = np.zeros(len(document.token_ids), dtype=np.bool_)
-        supervised[document.positions + 1] = True
-        samples.append(Sample(document.token_ids, supervised, origin))
-    return samples
+    return [document.sample(origin) for document in documents_of(batch)]
 
 
 def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None = None) -> SparseTargets:

@@ -112,10 +112,11 @@ class CacheView:
         cache.check_width(model)
         return cache
 
-    def held_against(self, model: nn.Module, in_pieces: bool = False) -> "CacheView":
+    def held_against(self, model: nn.Module, in_pieces: bool = False, untrained: bool = False) -> "CacheView":
         """The view, once configuration and frozen weights of a model in memory are those of the cache's base.
 
         in_pieces: the model is, or will be, divided over processes, which may hold no weights of it until then.
+        untrained: nothing of it has been trained yet, so that the base's weights which will be are compared as well.
         Raises `NotTheBase`. What could not be compared is in `left_out`; nothing is compared with another teacher.
         """
         if not self.rules.teacher_is_base:
@@ -124,7 +125,7 @@ class CacheView:
         if in_pieces or is_sharded(model):
             said += (IN_PIECES,)
         else:
-            said += check_weights(self.cache, model, chosen=lambda tensor: not tensor.requires_grad)
+            said += check_weights(self.cache, model, chosen=lambda tensor: untrained or not tensor.requires_grad)
         return replace(self, left_out=(*self.left_out, *said), is_verified=not said)
 
     def token_groups(self, device: torch.device) -> Tensor | None:

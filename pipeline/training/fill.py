@@ -71,6 +71,8 @@ class Filling:
     objective: Objective
     #: Alternatives read a position.
     top_k: int | None
+    #: What a cache that is not there yet keeps, where nobody says.
+    default: CaptureSettings
 
     @classmethod
     def asked(
@@ -81,6 +83,7 @@ class Filling:
         objective: Objective,
         top_k: int | None,
         rules: PairingRules | None,
+        default: CaptureSettings | None = None,
     ) -> "Filling | None":
         """What a plug-in was asked for; None where that is nothing. Raises `InvalidSettings` for what nobody reads."""
         if not fill:
@@ -99,7 +102,7 @@ class Filling:
                 "fill=True with PairingRules(teacher_is_not_base=True): the model that is trained is not what the "
                 "cache is of, and cannot fill it. Run `logitcache precompute` with the teacher."
             )
-        return cls(str(cache), capture, objective, top_k)
+        return cls(str(cache), capture, objective, top_k, default or CaptureSettings())
 
     def fill(
         self,
@@ -107,13 +110,14 @@ class Filling:
         samples: SampleRows,
         tokenizer: PreTrainedTokenizerBase | None = None,
         divided_by: str = "",
+        data_name: str = FILLED,
     ) -> JobReport | None:
         """Capture what the cache lacks of these samples; None where this process captured nothing.
 
         All processes must call it, with all the samples or each with its own, and leave it together. tokenizer: that
         made them; None is the one beside the model. divided_by: what will divide or place the model later, so that it
-        cannot run now. Raises what `base_below` and `precompute` raise, on every process where one of them does, and
-        `TrainingFailed` under what divides the model.
+        cannot run now. data_name: of the data set that the cache then has. Raises what `base_below` and `precompute`
+        raise, on every process where one of them does, and `TrainingFailed` under what divides the model.
         """
         with _randomness_kept():
             told = _of_all(lambda: (self._lacks(samples), _fingerprint(samples)))
@@ -123,7 +127,7 @@ class Filling:
             rank = dist.get_rank() if len(told) > 1 else 0
             is_shared = len({fingerprint for _, fingerprint in told}) == 1
             share = Share(rank, len(told)) if is_shared else Share()
-            name = FILLED if is_shared else f"{FILLED}, part {rank + 1} of {len(told)}"
+            name = data_name if is_shared else f"{data_name}, part {rank + 1} of {len(told)}"
             reports = list[JobReport]()
 
             def capture_mine() -> None:
@@ -182,7 +186,7 @@ class Filling:
         try:
             manifest = read_manifest(open_files(self.path))
         except NotACache:
-            found = CaptureSettings() if self.capture is None else self.capture
+            found = self.default if self.capture is None else self.capture
         else:
             _check_asked(self.capture, manifest, self.path)
             found = settings_of(manifest) if self.capture is None else self.capture

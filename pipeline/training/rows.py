@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from logitcache.data.samples import Sample
 from logitcache.pairing.identity_checks import EVERY
 from logitcache.pairing.targets import OWN_TOKENS, Batch, Collator, documents_of, samples_in
@@ -66,6 +68,12 @@ def check_rows(trainer: Any, view: CacheView, dataset: Any) -> None:
                 others = OWN_TOKENS if isinstance(error, PositionNotCaptured) else ""
                 why = (EVERY if every else others) + what_cuts(trainer.args)
                 raise type(error)(f"row {number} of the training data: {error}{why}") from error
+
+
+def tokenizer_of(trainer: Any) -> PreTrainedTokenizerBase | None:
+    """That makes the tokens of a trainer's rows, or is inside the processor that does; None where it has none."""
+    made_by = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    return made_by if isinstance(made_by, PreTrainedTokenizerBase) else None
 
 
 def _miss(view: CacheView, batch: Batch) -> SampleNotCached | PositionNotCaptured | None:

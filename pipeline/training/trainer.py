@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from logitcache.adapters.adalora import Orthogonality
@@ -39,7 +39,7 @@ from .normalisation import FirstStep, already_normalised, num_replicas, over_pro
 from .own_loss import probe_own_loss
 from .penalties import Penalty
 from .replaced import TokenMetrics, check_replaced, logs_tokens
-from .rows import Rows, check_rows
+from .rows import Rows, check_rows, tokenizer_of
 from .supported import check_in_pieces, check_supported, divided_by, in_pieces
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,8 @@ class CachedKL(_AnyTrainer):
                 f"{type(self.train_dataset).__name__}. What it will bring cannot be captured before step 1. Give data "
                 "that have one, or make the cache beforehand and leave fill out."
             )
-        made_by = getattr(self.processing_class, "tokenizer", self.processing_class)
-        tokenizer = made_by if isinstance(made_by, PreTrainedTokenizerBase) else None
-        self.filled = filling.fill(self.model, Rows.of(self, self.train_dataset), tokenizer, divided_by(self))
+        rows = Rows.of(self, self.train_dataset)
+        self.filled = filling.fill(self.model, rows, tokenizer_of(self), divided_by(self))
 
     def _check_formulas(self, objective: Objective, told: bool) -> None:
         """Try formulas of the user's own, and say what is to be known of them, unless that has been told."""

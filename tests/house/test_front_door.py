@@ -62,7 +62,7 @@ LATER_PEFT = {"peft": ["LoraGAConfig"], "peft.tuners.lora.variants": ["MiCALinea
 def test_plug_ins_import_nothing_that_peft_0_18_lacks() -> None:
     """A trainer's user has the PEFT that the trainer allows."""
     older = [f"del importlib.import_module({module!r}).{name}" for module in LATER_PEFT for name in LATER_PEFT[module]]
-    plug_ins = "from logitcache import CacheView, CachedKL, CachedKLTrainer, CachedLoss"
+    plug_ins = "from logitcache import CacheView, CachedKL, CachedKLTrainer, CachedLoss, CachedReference"
     loaded = loaded_by("\n".join(["import importlib", *older, plug_ins, "import logitcache.adapters.registry"]))
     assert {"logitcache.training.trainer", "logitcache.training.custom_loop", "peft"} <= loaded
 

@@ -11,6 +11,8 @@ from peft import get_peft_model
 from support.cli_harness import cache_bytes
 from support.filling import SAMPLES, SMALL, load, make_trainer, moved, precomputed
 from support.plug_ins import logs_of, lora
+from support.preferences import CachedDPO, PlainDPO, text_pairs
+from support.preferences import make as make_preferences
 from support.two_processes import in_two_processes
 from torch.distributed.fsdp import fully_shard
 
@@ -66,6 +68,27 @@ def test_two_processes_each_fill_their_part(tiny_model: Path, tmp_path: Path) ->
     assert found[0][2] == found[1][2] and found[0][2][0] <= 5e-5
     expected = precomputed(tiny_model, SAMPLES, tmp_path / "expected", **SMALL)
     assert cache_bytes(tmp_path / "c") == cache_bytes(expected)
+
+
+def _preferences_on_a_rank(_rank: int, folder: str, out: str) -> tuple[int, list[float], list[float]]:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 2}
+    filling = {"fill": True, "capture": CaptureSettings(top_k=0, precision="exact", **SMALL), **settings}
+    trainers = [
+        make_preferences(CachedDPO, Path(folder), Path(out) / "o", text_pairs(), f"{out}/c", **filling),
+        make_preferences(PlainDPO, Path(folder), Path(out) / "o", text_pairs(), **settings),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    return trainers[0].filled["train"].num_samples, trainers[0].losses, trainers[1].losses
+
+
+def test_two_processes_of_preferences_fill_their_parts_and_read_all(tiny_model: Path, tmp_path: Path) -> None:
+    """DPO: each process's losses are those with the reference that TRL runs in it."""
+    found = in_two_processes(_preferences_on_a_rank, str(tiny_model), str(tmp_path))
+    assert all(samples for samples, _, _ in found) and sum(samples for samples, _, _ in found) == 2 * len(text_pairs())
+    for _, cached, plain in found:
+        assert len(cached) == 2 and max(abs(a - b) for a, b in zip(cached, plain, strict=True)) <= 1e-5
+    assert found[0][1] != found[1][1]
 
 
 def _refused_on_a_rank(rank: int, folder: str, out: str) -> str:
