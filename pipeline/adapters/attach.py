@@ -8,6 +8,7 @@ resumed. Must not know the trainer. Shapes: W [out, in] base weight, A [r, in], 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -234,6 +235,8 @@ def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
 
 def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
     kind, what = KINDS[settings.kind], f"attaching {settings.kind} of rank {settings.rank}"
+    if settings.kind == "oft":
+        _check_blocks(layers, settings)
     for name, layer in layers.items():
         if kind.decomposes and not isinstance(layer, (nn.Linear, Conv1D)):
             raise UnsuitableAdapter(
@@ -255,6 +258,27 @@ def _check_layers(model: PreTrainedModel, layers: Layers, settings: AdapterSetti
             raise UnsuitableAdapter(
                 f"{what}: the weight of {name} is another module's too (tied embeddings), which rewriting it would "
                 "change. Leave it out of --target-modules."
+            )
+
+
+def _check_blocks(layers: Layers, settings: AdapterSettings) -> None:
+    """Raise `UnsuitableAdapter` where a layer's inputs are not whole blocks: PEFT would take blocks of another size."""
+    assert settings.block_size is not None
+    what, inputs = f"attaching oft in blocks of {settings.block_size}", dict[str, int]()
+    for name, layer in layers.items():
+        if isinstance(layer, Conv1D):
+            raise UnsuitableAdapter(
+                f"{what}: {name} keeps its weight transposed (Conv1D), which PEFT's OFT does not know. "
+                "Use lora, or another kind."
+            )
+        if layer.weight.dim() == 2:  # of others, PEFT says what it thinks
+            inputs[name] = matrix_shape(layer)[1]
+    for name, count in inputs.items():
+        if count % settings.block_size:
+            raise UnsuitableAdapter(
+                f"{what}: expected whole blocks of the inputs of {name}, found {count} inputs. PEFT would give it "
+                f"blocks of another size. Use a --block-size that divides {math.gcd(*inputs.values())}, or leave it "
+                "out of --target-modules."
             )
 
 

@@ -16,6 +16,7 @@ from peft import (
     AdaLoraConfig,
     EvaConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     RandLoraConfig,
@@ -59,7 +60,7 @@ class AdapterKind:
     after: Callable[[PeftModel, AdapterSettings, Sequence[Sample]], None] | None = None
     needs_samples: bool = False
     #: r times this is at most the smaller side of every layer; 0 where r is no rank of the change, and a larger one
-    #: says more (randlora, vera).
+    #: says more (randlora, vera), or is none (oft).
     rank_sides: int = 1
     #: Its first values are made from each weight, or its inputs.
     decomposes: bool = False
@@ -138,6 +139,17 @@ def _adalora(settings: AdapterSettings, _: Layers) -> PeftConfig:
     )
 
 
+def _oft(settings: AdapterSettings, _: Layers) -> PeftConfig:
+    assert settings.block_size is not None
+    return OFTConfig(
+        oft_block_size=settings.block_size,
+        use_cayley_neumann=settings.cayley == "neumann",
+        num_cayley_neumann_terms=5,
+        target_modules=targets_of(settings),
+        task_type="CAUSAL_LM",
+    )
+
+
 def _drawn_key() -> int:
     return int(torch.randint(2**31 - 1, ()))
 
@@ -199,6 +211,7 @@ KINDS: dict[str, AdapterKind] = {
     "randlora": AdapterKind(_randlora, rank_sides=0, quantized=LOAD_IN),
     "vera": AdapterKind(_vera, rank_sides=0, quantized=LOAD_IN),
     "adalora": AdapterKind(_adalora, quantized=LOAD_IN),
+    "oft": AdapterKind(_oft, rank_sides=0, quantized=LOAD_IN),
 }
 
 

@@ -7,6 +7,7 @@ refused, though a version of PEFT to come may do it. Must not load weights.
 """
 
 import json
+import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,9 @@ INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica", "pissa", "
 """Values of `init_lora_weights` beside true and false: the file replaces all that they set, or (pissa, olora) W loses
 the same part again: to the last bit on the same machine, within 1e-8 nats of KL with another number of threads
 (docs/log.md)."""
+
+OTHER_SUM = "0.18"
+"""The first PEFT that sums OFT's Cayley-Neumann terms as later ones do, and the first that writes its version down."""
 
 WHY = {
     "pissa_niter": "PEFT decomposes the weights at random, and takes another part out of them each time it is loaded",
@@ -74,11 +78,25 @@ def check_reloadable(folder: str) -> None:
             "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)), or train it by "
             "`logitcache train`, which saves one."
         )
+    if kind == "OFT" and config.get("use_cayley_neumann") and _before_other_sum(config.get("peft_version")):
+        raise UnsuitableAdapter(
+            f"loading adapter {folder!r}: expected an OFT of PEFT {OTHER_SUM} or later, found use_cayley_neumann of an "
+            "earlier one, which made rotations by another sum of the same parameters. It would be another model than "
+            "was trained. Merge it into the base with the PEFT that trained it (merge_and_unload, save_pretrained), "
+            "and give that folder."
+        )
     if config.get("sample_at_inference"):
         raise UnsuitableAdapter(
             f"loading adapter {folder!r}: expected one distribution a position, found sample_at_inference: {kind} then "
             "draws at random in every forward. Set it to false in adapter_config.json to evaluate the mean."
         )
+
+
+def _before_other_sum(saved_by: object) -> bool:
+    """Whether a version is earlier than `OTHER_SUM`; it is where none is given."""
+    first = [int(part) for part in OTHER_SUM.split(".")]
+    found = re.match(r"(\d+)\.(\d+)", saved_by) if isinstance(saved_by, str) else None
+    return found is None or [int(part) for part in found.groups()] < first
 
 
 def _check_installed(folder: str, kind: str, config: dict[str, Any]) -> None:

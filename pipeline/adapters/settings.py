@@ -4,11 +4,11 @@ Owns the names of the kinds and which settings each of them has; `registry` has 
 torch or peft: the command line reads its options from these fields.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from logitcache.errors import InvalidSettings
-from logitcache.settings import Derived, Settings, option
+from logitcache.settings import Derived, Settings, option, settings_of
 
 AdapterKind = Literal[
     "lora",
@@ -27,6 +27,7 @@ AdapterKind = Literal[
     "randlora",
     "vera",
     "adalora",
+    "oft",
     "loftq",
     "none",
 ]
@@ -40,11 +41,28 @@ Variant = Literal["v1", "v2", "base-intact"]
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
+Cayley = Literal["neumann", "exact"]
+"""Of oft: how a rotation R is made of a skew-symmetric matrix Q. neumann: (I + Q)(I + Q + Q^2 + Q^3), PEFT's default,
+whose R R^T is (I - Q^4)^2; exact: (I - Q)(I + Q)^-1, by a solve a block and forward."""
+
 EVEN_RANK = frozenset({"orthogonal"})
 """Kinds of even rank only."""
 
-NO_ALPHA = frozenset({"vera"})
-"""Kinds whose scale is trained."""
+_EVERY_WEIGHT = "which trains every weight"
+
+NO_PLACE: dict[str, dict[str, str]] = {
+    NO_ADAPTER: dict.fromkeys(("rank", "alpha", "dropout", "target_modules"), _EVERY_WEIGHT),
+    "vera": {"alpha": "whose scale is trained"},
+    "oft": {
+        "rank": "whose size is --block-size",
+        "alpha": "whose rotations have no scale",
+        "dropout": "for which PEFT makes a dropout that no forward applies",
+    },
+}
+"""Settings of adapters that a kind does not have, and why."""
+
+OWN: dict[str, tuple[str, ...]] = {"lora-null": ("nullspace", "variant"), "oft": ("block_size", "cayley")}
+"""Settings that one kind alone has."""
 
 REFUSED = {
     "loftq": "LoftQ replaces the weights by quantised ones, which differ from the original in full rank: it does not "
@@ -55,7 +73,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class AdapterSettings(Settings):
-    """The adapter on a model. alpha and variant, where they are not given, are what the kind and the rank make them."""
+    """The adapter on a model. alpha, variant, block_size and cayley, where not given, follow from kind and rank."""
 
     kind: AdapterKind = option(
         "lora",
@@ -73,6 +91,16 @@ class AdapterSettings(Settings):
     variant: Variant | None = option(
         None, "Of lora-null: train A and B; B only; leave the base's weights as they are.  [default: v1]"
     )
+    block_size: int | None = option(
+        None,
+        "Of oft: inputs of a layer that are rotated together; it divides those of every adapted layer.  [default: 32]",
+        at_least=2,
+    )
+    cayley: Cayley | None = option(
+        None,
+        "Of oft: rotations by PEFT's sum of five terms, orthogonal to the fourth order, or exactly by a solve in every "
+        "forward.  [default: neumann]",
+    )
 
     @property
     def scale(self) -> float:
@@ -80,23 +108,37 @@ class AdapterSettings(Settings):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def derived(self) -> dict[str, object]:
-        """alpha is twice the rank, and lora-null's variant the first, where they were not given."""
+        """alpha is twice the rank, and what one kind alone has is its first or PEFT's, where they were not given."""
         found: dict[str, object] = {}
-        if (self.alpha is None or isinstance(self.alpha, Derived)) and self.kind not in NO_ALPHA | {NO_ADAPTER}:
+        if (self.alpha is None or isinstance(self.alpha, Derived)) and "alpha" not in self.no_place:
             found["alpha"] = Derived(2.0 * self.rank)
         if self.variant is None and self.kind == "lora-null":
             found["variant"] = "v1"
+        if self.kind == "oft":
+            found["block_size"] = 32 if self.block_size is None else self.block_size  # PEFT's, and PEFT-Arena's
+            found["cayley"] = "neumann" if self.cayley is None else self.cayley
         return found
+
+    def described(self) -> dict[str, Any]:
+        """The settings that this kind has, by their names."""
+        foreign = {name for kind, names in OWN.items() if kind != self.kind for name in names}
+        return {k: v for k, v in asdict(self).items() if k not in foreign and k not in self.no_place}
+
+    @property
+    def no_place(self) -> dict[str, str]:
+        """Settings that this kind does not have, and why."""
+        return NO_PLACE.get(self.kind, {})
 
     def check_together(self) -> None:
         """Raise `InvalidSettings` for an adapter that no model could be given."""
         what = f"preparing adapter {self.kind}"
         if self.kind in REFUSED:
             raise InvalidSettings(f"{what}: {REFUSED[self.kind]}.")
-        if self.kind != "lora-null" and (self.nullspace or self.variant is not None):
-            raise InvalidSettings(f"--nullspace and --variant are for --adapter lora-null, not for {self.kind}.")
-        if self.kind == NO_ADAPTER:
-            self._check_nothing_given()
+        for kind, (one, other) in OWN.items():
+            if self.kind != kind and (getattr(self, one) or getattr(self, other) is not None):
+                one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
+                raise InvalidSettings(f"{one} and {other} are for --adapter {kind}, not for {self.kind}.")
+        self._check_nothing_without_place()
         if self.kind == "lora-null" and not self.nullspace:
             raise InvalidSettings(
                 "--adapter lora-null needs --nullspace: it starts from a null space. Make one with "
@@ -104,18 +146,16 @@ class AdapterSettings(Settings):
             )
         if self.kind in EVEN_RANK and self.rank % 2:
             raise InvalidSettings(f"{what}: expected an even rank, found {self.rank}. Use --rank {self.rank + 1}.")
-        if self.kind in NO_ALPHA and self.alpha is not None:
-            raise InvalidSettings(
-                f"--alpha has no place in --adapter {self.kind}, whose scale is trained. Leave it out."
-            )
 
-    def _check_nothing_given(self) -> None:
-        for name, default in (("rank", 16), ("alpha", None), ("dropout", 0.0), ("target_modules", "all-linear")):
-            if getattr(self, name) != default:
-                raise InvalidSettings(
-                    f"--{name.replace('_', '-')} has no place in --adapter none, which trains every weight. "
-                    "Leave it out."
-                )
+    def _check_nothing_without_place(self) -> None:
+        for setting in settings_of(type(self)):
+            if setting.name in self.no_place and getattr(self, setting.name) != setting.default:
+                raise InvalidSettings(without_place(self.kind, setting.name))
+
+
+def without_place(kind: str, name: str) -> str:
+    """What is said of a setting that a kind does not have."""
+    return f"--{name.replace('_', '-')} has no place in --adapter {kind}, {NO_PLACE[kind][name]}. Leave it out."
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.adapters.settings import NO_PLACE, without_place
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
 
@@ -28,9 +29,6 @@ ANCHOR_WEIGHT = (
     f"[default: {AnchorSettings().weight}]"
 )
 """Its help on the line, where it may be given several times."""
-
-ADAPTERS_OWN = ("rank", "alpha", "dropout", "target_modules")
-"""What has no place where there is no adapter."""
 
 
 @click.command(short_help="Train an adapter, or a model, against the cached base or teacher.")
@@ -215,10 +213,9 @@ def _check_usage(
         raise click.UsageError("--other-precision is for the cache of the student's own base.")
     if regularizer == "none" and was_given(ctx, "weight"):
         raise click.UsageError("--weight with --regularizer none: there is no regulariser to weigh. Leave it out.")
-    for name in ADAPTERS_OWN if values["adapter"] == "none" else ():
+    for name in NO_PLACE.get(values["adapter"], ()):
         if was_given(ctx, name):
-            flag = name.replace("_", "-")
-            raise click.UsageError(f"--{flag} has no place in --adapter none, which trains every weight. Leave it out.")
+            raise click.UsageError(without_place(values["adapter"], name))
 
 
 def _said_of(found: "StepZero", cache: "LogitCache", base: "Base", named: bool) -> str:

@@ -232,9 +232,9 @@ def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str
         run = RunSettings.of({**shared, **found})
     except InvalidSettings as error:
         raise InvalidData(f"reading {where}: {str(error).rstrip('.')}.") from error
-    made = run.adapter.plain()
-    value = run.objective.plain()["ce_weight_value"]
-    return {**found, "alpha": made["alpha"], "variant": made["variant"], "ce_weight_value": value}
+    made: dict[str, Any] = {name: run.adapter.plain()[name] for name in ("alpha", "variant", "block_size", "cayley")}
+    made |= dict.fromkeys(run.adapter.no_place)  # nor is a default a setting of it
+    return {**found, **made, "ce_weight_value": run.objective.plain()["ce_weight_value"]}
 
 
 def _checked(setting: Setting, value: Any, where: str) -> Any:

@@ -120,9 +120,9 @@ def _describe_adapter(base: Base, adapter: AdapterSettings) -> dict[str, Any]:
     """With the null space's content, where there is one. Raises `NotTheBase` where it is another model's."""
     if adapter.kind == NO_ADAPTER:
         return {"kind": NO_ADAPTER}
-    described = {k: v for k, v in asdict(adapter).items() if k not in ("nullspace", "variant")}
+    described = adapter.described()
     if adapter.kind != "lora-null":
         return described
     space = NullSpace.open(Path(adapter.nullspace))
     check_null_space(space, base, adapter.rank, adapter.nullspace)
-    return {**described, "variant": adapter.variant, "nullspace": space.checksum, "path": adapter.nullspace}
+    return {**described, "nullspace": space.checksum, "path": adapter.nullspace}

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.randlora import RandLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera import VeraLayer
@@ -245,6 +246,8 @@ def _change(name: str, layer: Any, adapter: str, rewritten: bool) -> _Change:
         names, factors = ("vera_lambda_b", "vera_lambda_d"), partial(_vera_factors, layer, adapter)
     elif isinstance(layer, RandLoraLayer):
         names, factors = ("randlora_lambda", "randlora_gamma"), partial(_randlora_factors, layer, adapter)
+    elif isinstance(layer, OFTLayer):
+        return _rotation(name, layer, adapter)
     else:
         raise _unknown(name, f"of {type(layer).__module__}.{type(layer).__name__} it is not known here")
     shape = (int(layer.out_features), int(layer.in_features))
@@ -299,6 +302,31 @@ def _dora_change(layer: Any, adapter: str, factors: Callable[[], Factors]) -> Te
     moved = weight + _product(factors)
     magnitude = layer.lora_magnitude_vector[adapter].weight.float()
     change: Tensor = (magnitude / moved.norm(dim=1))[:, None] * moved - weight
+    return change
+
+
+def _rotation(name: str, layer: Any, adapter: str) -> _Change:
+    """Of OFT: W R^T - W, which has no factors smaller than W."""
+    if not layer.get_base_layer().weight.is_floating_point():
+        raise _unknown(name, "the weights that OFT rotates are quantised")
+    if layer.oft_R[adapter].coft:
+        raise _unknown(name, "COFT sets its parameters back in every forward, whatever the gradient of a penalty did")
+    shape = (int(layer.out_features), int(layer.in_features))
+    return _Change(
+        name, shape, partial(_trained, layer, adapter, ("oft_R",)), None, partial(_oft_change, layer, adapter)
+    )
+
+
+def _oft_change(layer: Any, adapter: str) -> Tensor:
+    """W (R^T - I) block by block, R as PEFT's own forward makes it: it turns an input x, a row, into x R."""
+    rotation = layer.oft_R[adapter]
+    made: Tensor = rotation._cayley_batch(
+        rotation.weight.float(), rotation.block_size, rotation.use_cayley_neumann, rotation.num_cayley_neumann_terms
+    )
+    off = made - torch.eye(rotation.block_size, device=made.device)  # [blocks, c, c]; one for all where they share it
+    weight = layer.get_base_layer().weight.detach().float()
+    blocks = weight.view(len(weight), -1, rotation.block_size).transpose(0, 1)  # [blocks, out, c]
+    change: Tensor = (blocks @ off.mT).transpose(0, 1).reshape(weight.shape)
     return change
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, logits, settings_of
+from support.adapter_cases import CASES, IDS, RANK, SAMPLES, Keep, logits, settings_of, sized
 from support.adapter_cases import null_space as null_space
 from support.breadth import some_of
 from support.cli_harness import precompute, refused, text_data
@@ -387,11 +387,18 @@ def test_loftq_is_refused_and_why_is_true() -> None:
         ({"kind": "mica", "rank": 17}, "which allows a rank of at most 16"),
         ({"kind": "lora-ga", "rank": 9}, "which allows a rank of at most 8"),
         ({"kind": "milora", "target_modules": "q_proj,embed_tokens"}, "model.embed_tokens is no linear layer"),
+        ({"kind": "oft", "block_size": 5}, "inputs of .*q_proj, found 32 inputs.*--block-size that divides 32, or"),
+        ({"kind": "oft", "block_size": 64}, "in blocks of 64: expected whole blocks of the inputs of .*q_proj"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsuitableAdapter, match=said):
-        attach(make_model(), replace(AdapterSettings(rank=2), **changes), "tiny", SAMPLES)
+        attach(make_model(), with_rank(changes), "tiny", SAMPLES)
+
+
+def with_rank(changes: dict[str, Any]) -> AdapterSettings:
+    """These settings, and a small rank where none is given and the kind has one."""
+    return AdapterSettings(**{**({} if changes.get("kind") in ("oft", "none") else {"rank": 2}), **changes})
 
 
 @pytest.mark.parametrize(
@@ -406,11 +413,18 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(changes: dict[str, Any], sa
         ({"kind": "lora-null", "nullspace": "n", "variant": "v3"}, "variant: expected one of v1, v2, base-intact"),
         ({"kind": "vera", "alpha": 8.0}, "whose scale is trained"),
         ({"kind": "none", "rank": 4}, "trains every weight"),
+        ({"kind": "oft", "rank": 4}, "--rank has no place in --adapter oft, whose size is --block-size"),
+        ({"kind": "oft", "alpha": 8.0}, "whose rotations have no scale"),
+        ({"kind": "oft", "dropout": 0.1}, "a dropout that no forward applies"),
+        ({"kind": "oft", "block_size": 1}, "block_size: expected a whole number of 2 or more"),
+        ({"kind": "oft", "cayley": "4"}, "cayley: expected one of neumann, exact"),
+        ({"block_size": 8}, "--block-size and --cayley are for --adapter oft, not for lora"),
+        ({"kind": "vera", "cayley": "exact"}, "are for --adapter oft, not for vera"),
     ],
 )
 def test_settings_that_no_model_could_be_given_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidSettings, match=said):
-        replace(AdapterSettings(rank=2 if "rank" not in changes else 16), **changes)
+        with_rank(changes)
 
 
 @pytest.mark.parametrize("kind", ["eva", "corda", "lora-ga"])
@@ -449,7 +463,7 @@ def gpt2() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-@pytest.mark.parametrize("kind", sorted({*KINDS} - {"lora-null", "olora"}))
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"lora-null", "olora", "oft"}))
 def test_weights_that_are_kept_transposed(kind: str, tmp_path: Path) -> None:
     """GPT-2's Conv1D: starts at the base, and reloads."""
     settings, base = AdapterSettings(kind, RANK), logits(gpt2())
@@ -467,9 +481,10 @@ def test_weights_that_are_kept_transposed(kind: str, tmp_path: Path) -> None:
     assert (logits(again) - trained).abs().max() < 1e-4 * trained.abs().max()
 
 
-def test_olora_of_transposed_weights_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["olora", "oft"])
+def test_transposed_weights_that_a_kind_does_not_know_are_refused(kind: str) -> None:
     with pytest.raises(UnsuitableAdapter, match="keeps its weight transposed"):
-        attach(gpt2(), AdapterSettings("olora", RANK), "tiny")
+        attach(gpt2(), sized(kind), "tiny")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

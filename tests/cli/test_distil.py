@@ -266,6 +266,8 @@ def test_a_resumed_whole_run_is_bitwise_an_uninterrupted_one(
         (["--adapter", "none", "--dropout", 0.0], "--dropout has no place in --adapter none"),
         (["--adapter", "none", "--target-modules", "all-linear"], "--target-modules has no place in --adapter none"),
         (["--adapter", "none", "--nullspace", "n"], "--nullspace and --variant are for --adapter lora-null"),
+        (["--adapter", "oft", "--rank", 16], "--rank has no place in --adapter oft, whose size is --block-size"),
+        (["--block-size", 8], "--block-size and --cayley are for --adapter oft, not for lora"),
         (["--adapter", "none", "--load-in", "8bit"], "quantised weights cannot be trained"),
     ],
 )

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.adapter_cases import sized
 from support.quantised_base import bitsandbytes, quantised
 from support.tiny_model import make_model
 from torch import Tensor, nn
 
-from logitcache.adapters.attach import AdapterSettings, attach
+from logitcache.adapters.attach import attach
 from logitcache.adapters.registry import KINDS
 from logitcache.errors import UnsupportedModel
 from logitcache.evaluation.scales import models_between
@@ -27,7 +28,7 @@ def logits(model: Any) -> Tensor:
 
 def moved(kind: str, seed: int = 0, **settings: Any) -> Any:
     """An adapter of a kind on the tiny base, all of it a little off where it began."""
-    model = attach(make_model(), AdapterSettings(kind=kind, rank=4, **settings), "tiny").eval()
+    model = attach(make_model(), sized(kind, **settings), "tiny").eval()
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.adapter_cases import sized
 from support.breadth import some_of
 from support.cli_harness import done, precompute, refused, text_data
 from support.quantised_base import bitsandbytes
@@ -395,7 +396,7 @@ CASES = [(kind, load_in) for kind in KINDS for load_in in LOAD_IN if kind != "lo
 def test_an_adapter_stands_on_quantised_weights_or_is_refused(
     kind: str, load_in: str, tmp_path: Path, tiny: Path, cache: LogitCache
 ) -> None:
-    settings, start = AdapterSettings(kind, 4, None if kind == "vera" else 8.0), logits(load(tiny, load_in).model)
+    settings, start = sized(kind, 4), logits(load(tiny, load_in).model)
     if load_in not in KINDS[kind].quantized:
         why = (
             "it takes part of each weight out" if rewrites_base(settings) else "first values are made from the weights"

@@ -22,7 +22,12 @@ from logitcache.data.samples import Sample
 RANK = 4
 
 
-CASES = [(kind, "v1") for kind in KINDS] + [("lora-null", variant) for variant in VARIANTS[1:]]
+CASES = [
+    *((kind, "v1") for kind in KINDS),
+    *(("lora-null", variant) for variant in VARIANTS[1:]),
+    ("oft", "exact"),
+]
+"""Kinds, and what one kind alone has beside its first form."""
 
 
 IDS = [kind if variant == "v1" else f"{kind}-{variant}" for kind, variant in CASES]
@@ -40,7 +45,14 @@ def null_space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(kind: str, variant: str, null_space: Path, **changes: Any) -> AdapterSettings:
     own = {"nullspace": str(null_space), "variant": variant} if kind == "lora-null" else {}
-    return AdapterSettings(kind, **{"rank": RANK, **own, **changes})  # type: ignore[arg-type]
+    own |= {"cayley": variant} if variant == "exact" else {}
+    return sized(kind, **own, **changes)
+
+
+def sized(kind: str, size: int = RANK, **changes: Any) -> AdapterSettings:
+    """Settings of this rank, or of blocks as large for the kind that has no rank."""
+    own = {"block_size": size} if kind == "oft" else {"rank": size}
+    return AdapterSettings(kind, **{**own, **changes})  # type: ignore[arg-type]
 
 
 @torch.no_grad()

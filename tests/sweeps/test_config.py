@@ -68,6 +68,19 @@ def test_penalties_take_the_weight_and_leave_the_loss_alone() -> None:
     assert run.objective.regularizer == "none"
 
 
+def test_a_kind_of_adapter_has_its_own_settings_and_no_other() -> None:
+    grid = {"lr": 1e-3, "block_size": [8, 16]}
+    found = config(grid=grid, methods={"turned": {"adapter": "oft", "cayley": ["neumann", "exact"]}})
+    assert len({(r.settings["block_size"], r.settings["cayley"]) for r in found.runs}) == len(found.runs) == 4
+    assert all(r.settings[name] is None for r in found.runs for name in ("rank", "alpha", "dropout"))
+    adapters = [found.run_of(run).adapter for run in found.runs]
+    assert {(a.kind, a.block_size) for a in adapters} == {("oft", 8), ("oft", 16)}
+    (lora,) = config(grid={"lr": 1e-3}, methods={"lora": {}}).runs
+    assert (lora.settings["rank"], lora.settings["block_size"], lora.settings["cayley"]) == (16, None, None)
+    with pytest.raises(InvalidData, match="--rank has no place in --adapter oft"):
+        config(grid={"lr": 1e-3, "rank": 8}, methods={"turned": {"adapter": "oft"}})
+
+
 def test_a_run_keeps_its_name_when_the_grid_grows() -> None:
     small = config(grid={"lr": 1e-3, "seed": 0}, methods={"masked": {}})
     large = config(grid={"seed": [1, 0], "lr": [2e-3, 1e-3]}, methods={"other": {"weight": 2.0}, "masked": {}})
