@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import OFTConfig, get_peft_model
 from support.adapter_cases import SAMPLES, logits, sized
+from support.filling import load
 from support.oracles_oft import rotated, rotation, skew
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_cache, run
@@ -17,7 +18,7 @@ from torch import Tensor
 from logitcache.adapters.attach import attach, save
 from logitcache.adapters.registry import NAME
 from logitcache.data.batches import pad_samples
-from logitcache.errors import TrainingFailed, UnsuitableAdapter
+from logitcache.errors import NotTheBase, TrainingFailed, UnsuitableAdapter
 from logitcache.evaluation.compare import load_adapter
 from logitcache.evaluation.scales import models_between
 from logitcache.losses.formulas import Objective
@@ -25,6 +26,7 @@ from logitcache.pairing.targets import with_targets
 from logitcache.storage import LogitCache
 from logitcache.training import supported
 from logitcache.training.batch_loss import batch_loss
+from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.penalties import Penalty
 
 SIZE = 4
@@ -234,3 +236,21 @@ def test_a_run_says_what_it_has_and_nothing_else(tmp_path: Path, cache: LogitCac
     config = json.loads((tmp_path / "o" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["oft_block_size"], config["r"], config["use_cayley_neumann"]) == (SIZE, 0, True)
     assert (config["num_cayley_neumann_terms"], config["block_share"], config["coft"]) == (5, False, False)
+
+
+def test_a_cache_is_filled_below_it(tiny_model: Path, tmp_path: Path) -> None:
+    """By the base, and not where a rotation has moved."""
+    config = OFTConfig(oft_block_size=SIZE, target_modules="all-linear", task_type="CAUSAL_LM")
+    for place, moves in (("moved", True), ("whole", False)):
+        model = get_peft_model(load(tiny_model), config)
+        batches = [pad_samples(SAMPLES[:4])]
+        anchored = CachedLoss(tmp_path / place, Objective(), fill=True)
+        if moves:
+            for parameters in rotations(model).values():
+                parameters.data.normal_(std=0.1)
+            with pytest.raises(NotTheBase, match="expected an adapter that is untrained"):
+                anchored.fill(model, batches)
+            continue
+        anchored.fill(model, batches)
+        assert abs(float(anchored(model, batches[0]).kl)) <= 5e-5  # the steps of 1/64 nat of what was stored
+    assert len(LogitCache.open(tmp_path / "whole")) == 4

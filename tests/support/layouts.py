@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from support.quantised_base import dequantised, quantised
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_samples
@@ -94,9 +94,13 @@ class Case:
 
 
 def make_student(parts: str, base: Any, targets: list[str]) -> Any:
-    """The base with what is trained. An adapter starts at values that follow from the names of its parameters."""
+    """The base with what is trained: one of `PARTS`, or oft. LoRA starts at values that follow from the names of its
+    parameters."""
     if parts.startswith("full"):
         return base.requires_grad_(True)
+    if parts == "oft":
+        config = OFTConfig(oft_block_size=4, target_modules=list(targets), task_type="CAUSAL_LM")
+        return get_peft_model(base, config)
     layers = [*targets, "lm_head"] if parts == "lora on head" else list(targets)
     copied = ["lm_head"] if parts == "lora + head" else None
     config = LoraConfig(r=4, lora_alpha=8, target_modules=layers, modules_to_save=copied, task_type="CAUSAL_LM")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cli_harness import done, facts
+from support.cli_harness import precompute as precompute_verb
 from support.oracles_positions import Scored, StepMeans, step_means
 from support.plug_ins import on_the_left, packed_by_hand, rows_of
 from support.tiny_model import make_model
@@ -25,7 +27,9 @@ from logitcache.errors import InvalidBatch, InvalidData
 from logitcache.losses.formulas import Objective
 from logitcache.pairing.targets import samples_of
 from logitcache.storage import LogitCache, PositionNotCaptured
+from logitcache.training.anchors import Anchor
 from logitcache.training.custom_loop import CachedLoss
+from logitcache.training.settings import AnchorSettings
 
 WEIGHT, LABEL_WEIGHT = 2.0, 0.7
 PERPLEXITY = 500.0
@@ -233,3 +237,45 @@ def test_labels_at_the_prompt_that_are_not_its_tokens_are_refused(samples: list[
     batch["labels"][0, 1] = (batch["input_ids"][0, 1] + 1) % 200
     with pytest.raises(InvalidBatch, match="expected labels equal to input_ids"):
         CachedLoss(cache, objective_of("masked-kl"), check=False).count(batch)
+
+
+@pytest.mark.parametrize("regularizer", ["full-kl", "masked-kl"])
+def test_anchors_count_at_the_prompts_that_their_cache_has(
+    regularizer: str, tmp_path: Path, samples: list[Sample], cache: LogitCache, student: Any, documents: list[Scored]
+) -> None:
+    """And at the supervised positions alone where it has no others; the new data's own means stay as they are."""
+    few = captured(tmp_path / "few", samples, kl_positions="supervised")
+    settings = AnchorSettings(weight=0.5, batch=len(samples), regularizer=regularizer)  # type: ignore[arg-type]
+    plain, new = Objective("none"), pad_samples(samples[:2])
+    expected = step_means(documents, regularizer)
+    supervised = [
+        Scored(*(part[d.supervised] for part in (d.base, d.student, d.labels, d.supervised))) for d in documents
+    ]
+    for anchors, means in ((cache, expected), (few, step_means(supervised, regularizer))):
+        loss = CachedLoss(None, plain, check=False, anchor=[Anchor(anchors, settings)])
+        found = loss(student, new, step=0)
+        assert loss.anchor_kl.tolist() == pytest.approx([means.regularizer], rel=1e-6)
+        assert found.ce.item() == pytest.approx(step_means(documents[:2], regularizer).ce, rel=1e-6)
+    assert expected.num_regularizer > sum(len(d.labels) for d in supervised) + 40
+
+
+def test_evaluate_measures_the_supervised_positions_of_such_a_cache(tmp_path: Path, tiny_model: Path) -> None:
+    """The same numbers as with a cache without prompts; inspect counts what each holds."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "where does the river end", "completion": " in the sea"}, {"text": "a row of text alone"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    moved_adapter().save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    line = ["evaluate", "--model", tiny_model, "--adapter", tmp_path / "a", "--json"]
+    measured, held = [], []
+    for positions in ("supervised", "all"):
+        precompute_verb(tiny_model, data, tmp_path / positions, "--kl-positions", positions, "--precision", "exact")
+        measured.append(json.loads(done(*line, "--new-cache", tmp_path / positions).out)["new"])
+        held.append(LogitCache.open(tmp_path / positions).num_positions)
+        (data_set,) = facts(tmp_path / positions)["data_sets"]
+        assert data_set["num_positions"] == held[-1]
+    for side in ("before", "after"):
+        few, every = (found[side] for found in measured)
+        assert few["num_positions"] == every["num_positions"] == held[0]
+        assert few["ce_nats"] == pytest.approx(every["ce_nats"], abs=1e-5)
+    assert measured[0]["kl_nats"] == pytest.approx(measured[1]["kl_nats"], rel=1e-4) and measured[0]["kl_nats"] > 1e-2
+    assert held[1] == held[0] + len("where does the river end") - 1

@@ -42,6 +42,16 @@ REFUSED = {
     "loop | fsdp2 of transformers | lora": "expected fully_shard to have divided all that is trained",
     "loop | fsdp1, head alone | full, tied": "expected the output head in one FSDP unit with the input embedding",
 }
+OF_ROTATIONS = (
+    "loop | fsdp2, head with the norm | oft",
+    "loop | fsdp1, PEFT's policy | oft",
+    "trainer | fsdp2 | oft",
+    "loop | tensor parallel by hand, lora on layers split by output | oft",
+)
+REFUSED_ROTATIONS = {
+    "loop | tensor parallel by hand | oft": "by tensor parallelism: expected an adapter that PEFT divides",
+    "trainer | tensor parallel | oft": "each would train an adapter of its own on its part",
+}
 KEPT_ELSEWHERE = (
     *(f"loop | {layout} | full | activations on the CPU" for layout in ("ddp", "fsdp2, head with the norm")),
     *(f"loop | {layout} | lora + head | activations as TRL" for layout in ("ddp", "fsdp1, head alone")),
@@ -87,7 +97,7 @@ def assert_right(found: dict[str, Any]) -> None:
     assert "refused" not in found, found
     assert max(found[name] for name in ("loss_error", "parameter_error", "head_error")) <= LARGEST_ERROR, found
     assert found["moved"] > 0.05  # so that a gradient that is not there would show
-    if found["case"].split("|")[2].strip() != "lora":
+    if found["case"].split("|")[2].strip() not in ("lora", "oft"):
         assert found["head_moved"] > 0.02
 
 
@@ -103,6 +113,10 @@ def assert_all(cases: tuple[str, ...], folder: Path, refused: Mapping[str, str] 
 
 def test_layouts_train_as_one_process(tmp_path: Path) -> None:
     assert_all((*SILENT, *FEW, *some_of(OTHERS, 1), *some_of(KEPT_ELSEWHERE, 1), *REFUSED), tmp_path, REFUSED)
+
+
+def test_rotations_train_in_layouts_as_in_one_process(tmp_path: Path) -> None:
+    assert_all((*OF_ROTATIONS, *REFUSED_ROTATIONS), tmp_path, REFUSED_ROTATIONS)
 
 
 def test_four_processes_that_divide_and_share_out_train_as_one(tmp_path: Path) -> None:
