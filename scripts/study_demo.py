@@ -1,6 +1,6 @@
-"""The demo's base, data and training with any tail: what study_tails.py and study_frontier.py have in common.
+"""A base, data and training with any tail, the demo's or given ones: what study_tails.py and study_frontier.py share.
 
-Owns where these are kept between runs, the first two of the tails that are compared, and the CSVs. Measures nothing.
+Owns where these are kept between runs, and the first two of the tails that are compared. Measures nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.rows import read_rows
-from logitcache.data.samples import Sample, make_samples
+from logitcache.data.samples import Sample, distinct, make_samples
 from logitcache.demo.run import DemoSettings, write_data
 from logitcache.evaluation.compare import load_adapter
 from logitcache.losses.formulas import Objective, Regularizer, Tail
@@ -34,7 +34,7 @@ from logitcache.storage.statistics import describe
 from logitcache.training.run import TrainSettings, train
 
 WORK = Path(tempfile.gettempdir()) / "logitcache-study-tails"
-BATCH, LEARNING_RATE = 8, 2e-3
+LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,18 @@ PLAIN = Arm("plain CE", regularizer="none")
 REFERENCE = Arm("bucket k=64")
 
 
-class Demo:
-    """The demo's base and data; max_steps decides how much there is to train on. work: where everything is kept."""
+class Material:
+    """A base, what is new to it, and training on it. settings: steps, batches, lengths; work: where all is kept."""
 
-    def __init__(self, folder: Path, work: Path, settings: DemoSettings) -> None:
-        self.source, self.work, self.settings = Source("demo base", folder), work, settings
+    lr = LEARNING_RATE
+
+    def __init__(self, source: Source, work: Path, settings: DemoSettings) -> None:
+        self.source, self.work, self.settings = source, work, settings
         self.tokenizer = load_tokenizer(self.source)
         self.untouched = self.load()
-        data = work / f"data-{settings.max_steps}-{settings.num_held_out}"
-        if not data.exists():
-            write_data(data.with_suffix(".new"), self.settings)
-            data.with_suffix(".new").rename(data)
-        self.train_set, self.new, self.prior = (
-            self._samples(data / f"{name}.jsonl") for name in ("new_train", "new_heldout", "prior_heldout")
-        )
+        self.partitions: dict[tuple[int, str], NDArray[np.uint8]] = {}
+        self.train_set: list[Sample] = []
+        self.new: list[Sample] = []
 
     def fill(
         self, path: Path, samples: Sequence[Sample], job: CaptureSettings, groups: NDArray[np.uint8] | None = None
@@ -92,13 +90,13 @@ class Demo:
     def train(
         self, arm: Arm, cache: LogitCache | None, weight: float, seed: int, folder: Path
     ) -> tuple[PeftModel, float]:
-        """The adapted model and the seconds its training took, as the demo trains; a finished run is only loaded."""
+        """The adapted model and the seconds its training took; a finished run is only loaded."""
         rank, steps = self.settings.rank, self.settings.max_steps
         adapter = AdapterSettings(rank=rank)
         objective = Objective(
             regularizer=arm.regularizer, tail=arm.tail, weight=1.0 if arm.regularizer == "none" else weight
         )
-        settings = TrainSettings(lr=LEARNING_RATE, batch_size=BATCH, max_steps=steps, seed=seed)
+        settings = TrainSettings(lr=self.lr, batch_size=self.settings.batch_size, max_steps=steps, seed=seed)
         report = train(self.load(), self.train_set, cache, folder, adapter, objective, settings, resume=True)
         return load_adapter(self.load().model, str(folder)), report.seconds
 
@@ -106,9 +104,36 @@ class Demo:
         """Loaded anew: an adapter changes the model it is attached to."""
         return load_base(self.source, "float32", torch.device("cpu"))
 
-    def _samples(self, path: Path) -> list[Sample]:
+    def samples(self, path: Path) -> list[Sample]:
+        """Of the rows of a file."""
         vocab_size = self.untouched.identity.vocab_size
         return make_samples(read_rows(str(path)), self.tokenizer, self.settings.max_length, vocab_size).samples
+
+
+class Demo(Material):
+    """The demo's base and data; max_steps decides how much there is to train on."""
+
+    def __init__(self, folder: Path, work: Path, settings: DemoSettings) -> None:
+        super().__init__(Source("demo base", folder), work, settings)
+        data = work / f"data-{settings.max_steps}-{settings.num_held_out}"
+        if not data.exists():
+            write_data(data.with_suffix(".new"), self.settings)
+            data.with_suffix(".new").rename(data)
+        self.train_set, self.new, self.prior = (
+            self.samples(data / f"{name}.jsonl") for name in ("new_train", "new_heldout", "prior_heldout")
+        )
+
+
+class Given(Material):
+    """Another base and rows of the user's: the last fifth of them is held out, the first are trained on."""
+
+    lr = LEARNING_RATE / 2
+
+    def __init__(self, source: Source, rows: Path, work: Path, settings: DemoSettings) -> None:
+        super().__init__(source, work / source.name, settings)
+        samples = list(distinct(self.samples(rows)))
+        wanted, last = settings.max_steps * settings.batch_size, len(samples) * 4 // 5
+        self.train_set, self.new = samples[: min(wanted, last)], samples[last:]
 
 
 def bytes_a_position(cache: LogitCache) -> float:

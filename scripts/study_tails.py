@@ -1,13 +1,13 @@
 """What each form of the tail is worth: how true its gradient is for the bytes it takes.
 
 Owns the measurements behind docs/benchmarks/tails.csv, on the demo's base (V = 4,096; it knows prose) and the demo's
-new domain (source code). The exact masked KL and the zero-tail forms are written here from their formulas, dense; every
-other form is the project's own, of what a real cache at precision fine gives back. Trade-off: what is small enough to
-compare with the whole vocabulary says little about ids of a large one, which take more bytes. What training makes of
-the forms is study_frontier.py's.
-Shapes: N positions of a batch of 8 samples, V vocabulary, K alternatives, G groups, M draws, D hidden.
+new domain (source code), and the same of any base and rows (tails_smollm2.csv: V = 49,152), of fewer forms. The exact
+masked KL and the zero-tail forms are written here from their formulas, dense; every other form is the project's own, of
+what a real cache at precision fine gives back. What training makes of the forms is study_frontier.py's.
+Shapes: N positions of a batch of samples, V vocabulary, K alternatives, G groups, M draws, D hidden.
 
     python scripts/study_tails.py                     on adapted models, against the exact gradient; 10 minutes
+    python scripts/study_tails.py --model NAME=FOLDER --data ROWS.jsonl --batch-size 2 --samples 8 --out FILE.csv
     python scripts/study_tails.py --table             only print what is in the CSV
 
 Data, models and caches of training are kept in --work, so that a second run is quicker.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from bench_common import BENCHMARKS, Line, demo_base, read_csv, write_csv
 from numpy.typing import NDArray
 from peft import PeftModel
-from study_demo import BATCH, PLAIN, REFERENCE, Arm, Demo, arguments, bytes_a_position, start
+from study_demo import PLAIN, REFERENCE, Arm, Demo, Given, Material, arguments, bytes_a_position, start
 from torch import Tensor
 
 from logitcache.capture.settings import CaptureSettings
@@ -41,7 +41,7 @@ from logitcache.data.samples import Sample
 from logitcache.demo.run import DemoSettings
 from logitcache.losses.formulas import Objective, SparseTargets, base_rest, regularizer_values
 from logitcache.models.head import OutputHead, causal_lm_of, hidden_states
-from logitcache.models.loading import Base
+from logitcache.models.loading import Base, Source
 from logitcache.pairing.targets import groups_of, sparse_targets
 from logitcache.storage import LogitCache
 from logitcache.storage.statistics import describe
@@ -69,10 +69,13 @@ class Kept:
         job = CaptureSettings(self.top_k, max_length, tail_groups=self.tail_groups, tail_samples=self.tail_samples)
         return replace(job, tail_group_step=step) if self.tail_groups else job
 
-    def cache(self, demo: Demo, samples: Sequence[Sample], path: Path) -> LogitCache:
+    def cache(self, given: Material, samples: Sequence[Sample], path: Path) -> LogitCache:
         """Written and opened."""
-        job = self.settings(demo.settings.max_length)
-        return demo.fill(path, samples, job, self.groups(demo.untouched) if self.tail_groups else None)
+        job = self.settings(given.settings.max_length)
+        named = self.tail_groups, self.partition
+        if self.tail_groups and named not in given.partitions:
+            given.partitions[named] = self.groups(given.untouched)
+        return given.fill(path, samples, job, given.partitions.get(named))
 
     def groups(self, base: Base) -> NDArray[np.uint8]:
         """The group of each token: of the project's own partition, or of one of two controls."""
@@ -108,6 +111,16 @@ def forms() -> Iterator[Form]:
     yield from (Form("groups", Kept(k, count, "k-means", 4)) for k in KEPT[:4] for count in (16, 64))
     for k in (1, *KEPT):
         yield from (Form("sampled", Kept(k, tail_samples=count)) for count in (8, 16, 32, 64))
+
+
+def planned_forms() -> Iterator[Form]:
+    """What `precompute --plan` chooses among; and other forms of 64 alternatives, finer groups, draws."""
+    for k in KEPT:
+        others = ("renormalize", "zero") if k == 64 else ()
+        yield from (Form(tail, Kept(k)) for tail in ("bucket", *others))
+        yield from (Form("groups", Kept(k, count, "k-means")) for count in (16, 64))
+    yield Form("groups", Kept(32, 64, "k-means", 4))
+    yield Form("sampled", Kept(16, tail_samples=32))
 
 
 def exact(base_logits: Tensor, logits: Tensor, label_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,9 +166,10 @@ class Gradients:
 
 
 class Probe:
-    """A batch of 8 samples through an adapted model, its graph kept, with the exact value and gradients.
+    """A batch of samples through an adapted model, its graph kept, with the exact value and gradients.
 
-    Only positions with 1 - p(y) >= 1e-4 count, in every form alike.
+    Only positions with 1 - p(y) >= 1e-4 count, in every form alike. Raises ValueError for a head that is more than a
+    product with its weight.
     """
 
     def __init__(self, base: Base, adapted: PeftModel, samples: Sequence[Sample]) -> None:
@@ -171,6 +185,9 @@ class Probe:
         self.p_label, self._base_logits = p_label[self._counts], base_logits[self._counts]
         self._hidden = hidden_states(adapted, **inputs).flatten(0, 1)[padded.rows][self._counts]
         logits = self._hidden.detach() @ self._head.T
+        with torch.no_grad():
+            if not torch.allclose(OutputHead(causal_lm_of(adapted))(self._hidden[:8]), logits[:8], atol=1e-3):
+                raise ValueError(f"{base.source.name}: its head is more than a product with its weight")
         self._logits = logits.requires_grad_(True)
         labels = padded.label_ids[self._counts]
         self.exact = self._gradients(*exact(self._base_logits, logits.detach(), labels))
@@ -225,17 +242,20 @@ def fidelity(args: argparse.Namespace) -> None:
     started, out = time.perf_counter(), args.out or BENCHMARKS / "tails.csv"
     if not args.table:
         with as_file(demo_base()) as folder, tempfile.TemporaryDirectory() as scratch:
-            demo = Demo(folder, args.work, DemoSettings(max_steps=args.steps))
-            samples = demo.new[:: max(1, len(demo.new) // args.samples)][: args.samples]
-            models = {}
+            given, measured = material(args, folder, args.steps), list(planned_forms() if args.model else forms())
+            samples = given.new[:: max(1, len(given.new) // args.samples)][: args.samples]
+            caches = {
+                kept: kept.cache(given, samples, Path(tempfile.mkdtemp(dir=scratch)) / "cache")
+                for kept, _ in groupby(measured, lambda f: f.kept)
+            }
+            print(f"data and caches: {time.perf_counter() - started:.0f} s", flush=True)
+            lines: list[Line] = []
             for arm, part in MODELS:
                 steps = max(1, args.steps // part)
-                trained = Demo(folder, args.work, DemoSettings(max_steps=steps))
-                models[f"{arm.name}, {steps} steps"] = probes_of(arm, trained, samples)
-            print(f"data and models: {time.perf_counter() - started:.0f} s", flush=True)
-            lines = [
-                line for kept in groupby(forms(), lambda f: f.kept) for line in rows_of(*kept, demo, models, scratch)
-            ]
+                probes = probes_of(arm, material(args, folder, steps), samples)
+                lines += (row_of(form, caches[form.kept], f"{arm.name}, {steps} steps", probes) for form in measured)
+                print(f"{arm.name}, {steps} steps: {time.perf_counter() - started:.0f} s", flush=True)
+                del probes
         lines.sort(key=lambda line: (-float(line["exact_nats"]), line["model"], float(line["bytes_a_position"])))
         write_csv(lines, out)
     for model, group in groupby(read_csv(out), lambda line: line["model"]):
@@ -243,26 +263,30 @@ def fidelity(args: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - started:.0f} s")
 
 
-def probes_of(arm: Arm, demo: Demo, samples: Sequence[Sample]) -> list[Probe]:
+def material(args: argparse.Namespace, demo_folder: Path, steps: int) -> Material:
+    """The base and rows that are asked for, else the demo's, with so many steps of training."""
+    settings = DemoSettings(max_steps=steps, batch_size=args.batch_size)
+    if not args.model:
+        return Demo(demo_folder, args.work, settings)
+    name, folder = args.model.split("=", 1)
+    return Given(Source(name, Path(folder)), args.data, args.work, settings)
+
+
+def probes_of(arm: Arm, given: Material, samples: Sequence[Sample]) -> list[Probe]:
     """The samples, batch by batch, through a model that was trained this way, weight 1, seed 0."""
-    adapted, _ = demo.train(arm, demo.cache(arm), 1.0, 0, demo.work / f"{arm.regularizer}-{demo.settings.max_steps}")
-    batches = (samples[i : i + BATCH] for i in range(0, len(samples), BATCH))
-    return [Probe(demo.untouched, adapted, batch) for batch in batches]
+    size, folder = given.settings.batch_size, given.work / f"{arm.regularizer}-{given.settings.max_steps}"
+    adapted, _ = given.train(arm, given.cache(arm), 1.0, 0, folder)
+    return [Probe(given.untouched, adapted, samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
-def rows_of(
-    kept: Kept, group: Iterator[Form], demo: Demo, models: dict[str, list[Probe]], scratch: str
-) -> Iterator[Line]:
-    """The lines of the forms that one cache serves."""
-    samples = [sample for probe in next(iter(models.values())) for sample in probe.samples]
-    cache = kept.cache(demo, samples, Path(tempfile.mkdtemp(dir=scratch)) / "cache")
-    about = {name: str(value) for name, value in asdict(kept).items()}
+def row_of(form: Form, cache: LogitCache, model: str, probes: Sequence[Probe]) -> Line:
+    """The line of a form on an adapted model."""
+    about = {name: str(value) for name, value in asdict(form.kept).items()}
     about["kept_mass"] = f"{describe(cache).kept_mass.mean():.3f}"
     about["bytes_a_position"] = f"{bytes_a_position(cache):.1f}"
-    for form, (model, probes) in product(group, models.items()):
-        row = {name: f"{value:.4f}" for name, value in measures(probes, form, cache).items()}
-        count = str(sum(len(probe.p_label) for probe in probes))
-        yield {"model": model, "positions": count, "form": str(form), "tail": form.tail} | about | row
+    row = {name: f"{value:.4f}" for name, value in measures(probes, form, cache).items()}
+    count = str(sum(len(probe.p_label) for probe in probes))
+    return {"model": model, "positions": count, "form": str(form), "tail": form.tail} | about | row
 
 
 def front(lines: Sequence[Line], by: str) -> set[str]:
@@ -295,7 +319,13 @@ def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=16, help="held-out samples, of some 210 positions each")
-    fidelity(start(parser))
+    parser.add_argument("--batch-size", type=int, default=8, help="samples a step of training, and measured together")
+    parser.add_argument("--model", metavar="NAME=FOLDER", help="instead of the demo's base; with --data and --out")
+    parser.add_argument("--data", type=Path, help="rows that are new to --model; the last fifth is held out")
+    args = start(parser)
+    if (args.model is None) != (args.data is None) or (args.model and not (args.out or args.table)):
+        parser.error("--model, --data and --out go together")
+    fidelity(args)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def check_against(held: HeldRecords, base: Base, batch_tokens: int) -> ModelChec
     capture = held.cache.manifest.capture
     teacher = TransformersTeacher(base.model, capture.top_k)
     beside, alone = (records_of(teacher, held.samples, tokens) for tokens in (batch_tokens, 1))
-    cached = [_plain(record) for record in held.records]
+    cached = [plain(record) for record in held.records]
     beside, alone = ([_as_wide(r, c) for r, c in zip(found, cached, strict=True)] for found in (beside, alone))
     pairs = zip([*cached, *cached], [*beside, *alone], strict=True)
     of_cache = [differences(c, _rounded(r, capture)) for c, r in pairs]
@@ -62,7 +62,7 @@ def check_against(held: HeldRecords, base: Base, batch_tokens: int) -> ModelChec
     )
 
 
-def _plain(record: BaseLogprobs) -> BaseLogprobs:
+def plain(record: BaseLogprobs) -> BaseLogprobs:
     """Label, alternatives and tail as one mass: what is compared."""
     return replace(record, tail_group_logprobs=None, tail_sample_ids=None, tail_sample_logprobs=None)
 

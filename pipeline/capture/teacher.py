@@ -71,7 +71,8 @@ def capture(
     """The record of every supervised position of a batch, with K = min(top_k, V - 1).
 
     log p(c) = z_c - logsumexp(z) in float32 over the whole vocabulary; the tail is summed directly over the tokens that
-    are neither label nor kept. token_groups: int [V], to split the tail by; num_tail_samples: draws from the tail, the
+    are neither label nor kept. token_groups: int [V], to split the tail by, or [V, n], n partitions whose groups then
+    stand side by side; num_tail_samples: draws from the tail, the
     same for a position of a sample whenever it is captured. Raises `NonFiniteLogits` with the sample and the position.
     """
     padded = pad_batch(batch, head_device(model))
@@ -146,8 +147,9 @@ def slice_record(
 
 
 def one_hot(groups: Tensor) -> Tensor:
-    """float32 [V, G] of the group of each token, [V]."""
-    return torch.nn.functional.one_hot(groups.long()).float()
+    """float32 [V, G] of the group of each token, [V]; of n partitions, [V, n], with the groups of all side by side."""
+    partitions = groups.long().reshape(len(groups), -1).unbind(dim=1)
+    return torch.cat([torch.nn.functional.one_hot(partition) for partition in partitions], dim=1).float()
 
 
 def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:

@@ -33,6 +33,23 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
+class ByteSize(click.ParamType[float]):
+    """A number of bytes, or with K, M, G or T of so many KiB, MiB, GiB or TiB: 1.5G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().upper()
+        number, unit = (text[:-1], text[-1:]) if text[-1:] in "KMGT" else (text, "")
+        try:
+            count: float = float(number) * 1024.0 ** " KMGT".index(unit or " ")
+        except ValueError:
+            count = math.nan
+        if not (math.isfinite(count) and count > 0):
+            self.fail(f"{value} is no size: expected a number of bytes, or one with K, M, G or T, as 1.5G.", param, ctx)
+        return count
+
+
 if TYPE_CHECKING:
     TextChoice = click.Choice[str]
 else:

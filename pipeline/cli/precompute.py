@@ -11,12 +11,13 @@ from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
 from .common import CachePath, config_option, human_bytes, quiet_libraries, say
-from .options import FiniteFloat, options_of, settings_from
+from .options import ByteSize, FiniteFloat, options_of, settings_from
 from .terminal import Console, terminated_softly
 
 if TYPE_CHECKING:
     from logitcache.capture.estimate import Estimate
     from logitcache.capture.worker import JobReport, Share
+    from logitcache.storage import LogitCache
 
 
 @click.command(short_help="Run the base once and store its log-probabilities.")
@@ -48,6 +49,18 @@ if TYPE_CHECKING:
     help="Of a worker, for --plan.  [default: as measured here]",
 )
 @click.option("--cost-per-hour", type=FiniteFloat(min=0), help="Of a worker, in any currency, for --plan.")
+@click.option(
+    "--plan-bytes",
+    type=ByteSize(),
+    help="Bytes that the whole cache may take, as 500M or 100G (of 1,024), for the advice of --plan.  "
+    "[default: what these settings take]",
+)
+@click.option(
+    "--probe-cache",
+    type=CachePath(),
+    metavar="DIR",
+    help="A cache of what the base says itself (of `logitcache answers`), which --plan holds the data against.",
+)
 def precompute(
     num_workers: int | None,
     shard_index: int | None,
@@ -57,6 +70,8 @@ def precompute(
     plan: bool,
     tokens_per_second: float | None,
     cost_per_hour: float | None,
+    plan_bytes: float | None,
+    probe_cache: str | None,
     **values: Any,
 ) -> None:
     """Run the base once over a data set and store, for every supervised token, its top-k log-probabilities.
@@ -70,8 +85,11 @@ def precompute(
     engine = values["engine"]
     if num_workers is not None and engine != "ray":
         raise click.UsageError("--num-workers is for --engine ray; elsewhere: --shard-index and --num-shards.")
-    if not plan and (tokens_per_second is not None or cost_per_hour is not None):
-        raise click.UsageError("--tokens-per-second and --cost-per-hour are for --plan.")
+    for_plan = (tokens_per_second, cost_per_hour, plan_bytes, probe_cache)
+    if not plan and for_plan != (None,) * 4:
+        raise click.UsageError("--tokens-per-second, --cost-per-hour, --plan-bytes and --probe-cache are for --plan.")
+    if (engine == "vllm" or tensor_parallel) and (plan_bytes is not None or probe_cache is not None):
+        raise click.UsageError(f"{_ONE_PROCESS} --plan-bytes and --probe-cache need that: plan with --device-map auto.")
     if tensor_parallel and engine == "ray":
         raise click.UsageError("--tensor-parallel goes with torchrun alone, without --engine ray.")
     if tensor_parallel and (shard_index is not None or num_shards is not None):
@@ -86,11 +104,7 @@ def precompute(
 
     share = Share(index, num)
     if plan:
-        from logitcache.capture.estimate import estimate
-
-        with one_worker(load(spec)) as loaded:
-            if loaded is not None:
-                _print_plan(spec, estimate(spec, loaded, tokens_per_second, console.on_event), share, cost_per_hour)
+        _plan(spec, share, console, tokens_per_second, cost_per_hour, plan_bytes, probe_cache)
         return
     if engine == "ray":
         from logitcache.capture.engines.ray import run_on_ray
@@ -104,6 +118,35 @@ def precompute(
             with console.bar("precompute") as progress:
                 report = work(spec, loaded, share, progress, console.on_event)
     _print_report(report, spec, share, console)
+
+
+_ONE_PROCESS = "Other numbers of alternatives and groups are measured by transformers in one process."
+
+
+def _plan(
+    spec: JobSpec,
+    share: "Share",
+    console: Console,
+    tokens_per_second: float | None,
+    cost_per_hour: float | None,
+    plan_bytes: float | None,
+    probe_cache: str | None,
+) -> None:
+    from logitcache.capture.estimate import estimate
+    from logitcache.capture.worker import load, one_worker
+    from logitcache.pairing.identity_checks import check_identity
+    from logitcache.storage import LogitCache
+
+    probe = None if probe_cache is None else LogitCache.open(probe_cache)
+    with one_worker(load(spec)) as loaded:
+        if loaded is None:  # another process leads
+            return
+        if probe is not None and loaded.base is not None:
+            check_identity(probe, loaded.base, loaded.tokenizer)
+        found = estimate(spec, loaded, tokens_per_second, console.on_event, probe)
+    lines = [*_plan_lines(spec, found, share, cost_per_hour), *_choice_lines(spec, found, plan_bytes, probe)]
+    for line in (*lines, "Nothing was written."):
+        say(line)
 
 
 def _spec(values: dict[str, Any], tensor_parallel: bool) -> JobSpec:
@@ -133,7 +176,7 @@ def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tupl
     return int(rank), int(world)
 
 
-def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour: float | None) -> None:
+def _plan_lines(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour: float | None) -> list[str]:
     how = "measured here" if found.measured else "as given"
     planned, hours = found.planned, found.worker_hours
     lines = [
@@ -152,7 +195,7 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
         (
             "size",
             f"{human_bytes(found.num_bytes)}: {found.bytes_per_position:.0f} bytes a position, "
-            f"measured on {found.sampled_positions:,}",
+            f"measured on {found.sampled_positions:,}" + (", few: a rough guide" if found.is_rough else ""),
         ),
         ("time", f"{_hours(hours)} of one worker at {found.tokens_per_second:,.0f} tokens/s ({how})"),
     ]
@@ -160,9 +203,49 @@ def _print_plan(spec: JobSpec, found: "Estimate", share: "Share", cost_per_hour:
         lines.append(("", f"{_hours(hours / share.num)} with {share.num} workers, if they do not wait for one another"))
     if cost_per_hour is not None:
         lines.append(("cost", f"{hours * cost_per_hour:,.2f} at {cost_per_hour:g} an hour and worker"))
-    for name, value in lines:
-        say(f"{name:8}{value}")
-    say("Nothing was written.")
+    return [f"{name:8}{value}" for name, value in lines]
+
+
+def _choice_lines(spec: JobSpec, found: "Estimate", plan_bytes: float | None, probe: "LogitCache | None") -> list[str]:
+    """How far the data lie from the base, what else could be kept of them, and what is advised."""
+    if found.distance is None:
+        return [f"{'other':8}{_ONE_PROCESS}"]
+    said = [(found.distance.data, "these data")]
+    said += [(found.distance.own, probe.path)] if found.distance.own is not None and probe is not None else []
+    lines = [
+        f"{name:8}log p(label) {p.label_logprob:.2f}, entropy {p.entropy:.2f} nats a position of {where}, "
+        f"measured on {p.num_positions:,}"
+        for name, (p, where) in zip(("base", ""), said, strict=False)
+    ]
+    lines.append(f"{'other':8}top-k  groups  bytes a position       total  mass kept  gradient")
+    lines += [
+        f"{'':8}{c.top_k:5}{c.tail_groups:8}{c.bytes_per_position:18.1f}"
+        f"{human_bytes(found.total_of(c.bytes_per_position)):>12}{c.kept_mass:11.3f}{c.gradient_cosine:10.3f}"
+        for c in found.choices
+    ]
+    lines.append(f"{'':8}gradient: cosine with the exact one, as measured elsewhere (docs/loss.md)")
+    return [*lines, f"{'advice':8}{_advice(spec, found, plan_bytes)}"]
+
+
+def _advice(spec: JobSpec, found: "Estimate", plan_bytes: float | None) -> str:
+    from logitcache.capture.byte_table import best_within
+
+    most = found.bytes_per_position if plan_bytes is None else plan_bytes / found.planned.num_positions
+    asked = (spec.settings.top_k, spec.settings.tail_groups)
+    if plan_bytes is None:  # the same settings of the same sample, whose tails are summed in another order
+        most = max([most, *(c.bytes_per_position for c in found.choices if (c.top_k, c.tail_groups) == asked)])
+    bound = human_bytes(found.total_of(most))
+    best = best_within(found.choices, most)
+    if best is None:
+        least = min(found.choices, key=lambda c: c.bytes_per_position)
+        return (
+            f"none of these fits into {bound}: the least, --top-k {least.top_k}, takes "
+            f"{human_bytes(found.total_of(least.bytes_per_position))}. Give more room or fewer data."
+        )
+    flags = f"--top-k {best.top_k}" + (f" --tail-groups {best.tail_groups}" if best.tail_groups else "")
+    size = human_bytes(found.total_of(best.bytes_per_position))
+    whose = "what these settings take; for another bound --plan-bytes" if plan_bytes is None else "--plan-bytes"
+    return f"{flags}: {size} of {bound} ({whose}), the truest gradient that fits"
 
 
 def _left_out(num_unlabelled: int, num_skipped: int) -> list[tuple[str, str]]:

@@ -57,8 +57,8 @@ FLAGS: dict[str, list[str]] = {
     "precompute": [
         *("--batch-tokens", "--cache", "--calibration", "--cost-per-hour", "--data"),
         *("--device-map", "--engine", "--load-in", "--log-json", "--max-length"),
-        *("--min-mass", "--model", "--num-shards", "--num-workers", "--plan"),
-        *("--precision", "--samples-from", "--shard-index", "--shard-positions", "--store"),
+        *("--min-mass", "--model", "--num-shards", "--num-workers", "--plan", "--plan-bytes"),
+        *("--precision", "--probe-cache", "--samples-from", "--shard-index", "--shard-positions", "--store"),
         *("--tail-groups", "--tail-samples", "--tensor-parallel", "--tokens-per-second"),
         *("--data-name", "--kl-positions", "--tail-group-step", "--top-k", "--window-rows"),
         *OF_DATA,
@@ -192,6 +192,7 @@ DEFAULTS = {
         "engine": "transformers",
         "num-workers": "one a GPU, or 1",
         "tokens-per-second": "as measured here",
+        "plan-bytes": "what these settings take",
         "dtype": "auto",
         "device": "auto",
     },

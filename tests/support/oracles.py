@@ -78,6 +78,12 @@ def log_sum_exp(x: FloatArray) -> float:
     return float(x[top] - log_softmax(x)[top])
 
 
+def entropy_oracle(logits: ArrayLike) -> FloatArray:
+    """-sum over the vocabulary of p(c) log p(c), in nats: [N] of logits [N, V]."""
+    rows = [log_softmax(row) for row in np.asarray(logits, dtype=np.float64)]
+    return np.array([-math.fsum(math.exp(x) * x for x in row if x > -math.inf) for row in rows])
+
+
 def _divergence(log_p: Sequence[float], log_q: Sequence[float]) -> float:
     """sum_j p_j (log p_j - log q_j) over paired outcomes, with 0 log 0 = 0."""
     terms: list[float] = []

@@ -1,0 +1,101 @@
+"""`precompute --plan` as a user reads it: other settings, the advice for so many bytes, the distance from the base."""
+
+import re
+from pathlib import Path
+
+import pytest
+from support.cli_fixtures import cache as cache
+from support.cli_fixtures import caches as caches
+from support.cli_fixtures import data as data
+from support.cli_harness import copy_of, done, flip_byte, precompute, precompute_line, refused, unchanged
+
+from logitcache.storage import LogitCache
+
+ROW = re.compile(r" +(\d+) +(\d+) +([\d.]+) +([\d.]+ (?:B|KiB|MiB)) +([\d.]+) +([\d.]+)")
+
+
+def advice(out: str) -> str:
+    (found,) = (line[8:] for line in out.splitlines() if line.startswith("advice"))
+    return found
+
+
+def test_other_settings_stand_in_a_table_and_the_truest_that_fits_is_advised(
+    tmp_path: Path, tiny_model: Path, data: Path
+) -> None:
+    line = precompute_line(tiny_model, data, tmp_path / "c", "--plan")
+    with unchanged(tmp_path):
+        out = done(*line).out
+        rows = [m.groups() for m in map(ROW.fullmatch, out.splitlines()) if m is not None]
+        assert [(int(k), int(groups)) for k, groups, *_ in rows] == [
+            (k, groups) for k in (8, 16, 32, 64, 128, 256) for groups in (0, 16, 64)
+        ]
+        total = rows[0][3]
+        assert advice(out).startswith(f"--top-k 8: {total} of {total} (what these settings take; for another bound ")
+        assert out.endswith("the truest gradient that fits\nNothing was written.\n")
+        assert advice(done(*line, "--plan-bytes", "1T").out).startswith("--top-k 256 --tail-groups 64: ")
+        assert ", few: a rough guide\n" in out
+        less = advice(done(*line, "--plan-bytes", "1K").out)
+    assert (
+        less == f"none of these fits into 1.0 KiB: the least, --top-k 8, takes {total}. Give more room or fewer data."
+    )
+
+
+def test_the_data_are_held_against_what_the_base_says_itself(
+    tmp_path: Path,
+    tiny_model: Path,
+    data: Path,
+    cache: Path,
+) -> None:
+    """Of the data themselves, which are as far from the base as they are."""
+    with unchanged(cache):
+        out = done(*precompute_line(tiny_model, data, tmp_path / "c", "--plan", "--probe-cache", cache)).out
+    pattern = (
+        r"(?:base|    )    log p\(label\) (-[\d.]+), entropy ([\d.]+) nats a position of (.+), measured on ([\d,]+)"
+    )
+    ours, theirs = (m.groups() for m in map(re.compile(pattern).fullmatch, out.splitlines()) if m is not None)
+    assert (ours[2], theirs[2]) == ("these data", str(cache))
+    assert ours[3] == theirs[3] == f"{LogitCache.open(cache).num_positions:,}"
+    for mine, its in zip(ours[:2], theirs[:2], strict=True):
+        assert float(mine) == pytest.approx(float(its), abs=0.02)
+
+
+def test_a_probe_that_cannot_be_read_or_is_of_another_base_is_refused(
+    tmp_path: Path,
+    tiny_model: Path,
+    other_model: Path,
+    data: Path,
+    cache: Path,
+) -> None:
+    line = precompute_line(tiny_model, data, tmp_path / "c", "--plan")
+    assert str(tmp_path / "none") in refused(2, *line, "--probe-cache", tmp_path / "none")
+    damaged = copy_of(cache, tmp_path / "damaged")
+    for path in (damaged / "shards").rglob("*.arrow"):
+        flip_byte(path)
+    assert str(damaged) in refused(3, *line, "--probe-cache", damaged)
+    precompute(other_model, data, tmp_path / "other")
+    said = refused(4, *line, "--probe-cache", tmp_path / "other")
+    assert f"pairing {tmp_path / 'other'} with" in said and "weights" in said
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--plan-bytes", "1G"], "are for --plan"),
+        (["--probe-cache", "p"], "are for --plan"),
+        (["--plan", "--plan-bytes", "1X"], "is no size"),
+        (["--plan", "--plan-bytes", "0"], "is no size"),
+        (["--plan", "--plan-bytes", "nan"], "is no size"),
+        (["--plan", "--plan-bytes", ""], "is no size"),
+        (["--plan", "--tensor-parallel", "--plan-bytes", "1G"], "in one process"),
+        (["--plan", "--engine", "vllm", "--calibration", "f", "--probe-cache", "p"], "in one process"),
+    ],
+)
+def test_what_nobody_reads_is_refused(
+    more: list[str],
+    named: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    data: Path,
+) -> None:
+    assert named in refused(2, *precompute_line(tiny_model, data, tmp_path / "c", *more))
