@@ -78,7 +78,7 @@ class Setting:
 
     owner: type["Settings"]
     name: str
-    #: bool, int, float, str, tuple (of texts), or another class.
+    #: bool, int, float, str, tuple (of texts), `Numbers`, or another class.
     kind: type
     #: Whether it may be None.
     optional: bool
@@ -111,6 +111,7 @@ class Setting:
         else:
             noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
             noun[tuple] = "a text, or several in a list"
+            noun[Numbers] = "numbers in a list or separated by commas, each"
             what = noun.get(self.kind, f"a {self.kind.__name__}") + self._bounds()
         return f"{what}, or None" if self.optional else what
 
@@ -133,6 +134,8 @@ class Setting:
             found = os.fspath(value)
         elif self.kind is tuple:
             found = self._texts(value)
+        elif self.kind is Numbers:
+            found = self._numbers(value)
         elif self.kind not in (int, float, str) and isinstance(value, self.kind):
             found = value
         else:
@@ -149,6 +152,14 @@ class Setting:
         if not texts or len(texts) < len(values):
             raise self._wrong(value)
         return texts
+
+    def _numbers(self, value: object) -> tuple[float, ...]:
+        values = value if isinstance(value, (list, tuple)) else ()
+        switches = [v for v in values if isinstance(v, bool)]
+        found = tuple(float(v) for v in values if isinstance(v, numbers.Real) and not switches)
+        if not found or len(found) < len(values) or not all(map(self._within, found)):
+            raise self._wrong(value)
+        return found
 
     def _within(self, number: float) -> bool:
         said = self.option or Option("")
@@ -180,6 +191,10 @@ class Setting:
 def names_function(text: str) -> bool:
     """Whether a text names a function in a file, as FILE.py:FUNCTION."""
     return _FUNCTION.fullmatch(text) is not None
+
+
+class Numbers(tuple[float, ...]):
+    """The kind of a field of several numbers, `tuple[float, ...]`."""
 
 
 class Derived(float):
@@ -276,7 +291,9 @@ def _kind_of(hint: Any) -> tuple[type, bool]:
     if optional:
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     origin = get_origin(hint)
-    return (str if origin is Literal else tuple if origin is tuple else hint), optional
+    if origin is tuple:
+        return (Numbers if get_args(hint)[0] is float else tuple), optional
+    return (str if origin is Literal else hint), optional
 
 
 def _choices_of(hint: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,19 +12,20 @@ from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
 from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli
 from logitcache.data.settings import DataSettings
-from logitcache.evaluation.settings import AnswerSettings
+from logitcache.evaluation.settings import AnswerSettings, ScaleSettings
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, settings_of
-from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings
+from logitcache.sweeps.config import FIELDS, SHARED, CurveSettings, ProbeSettings
 from logitcache.training.settings import RECIPES, AnchorSettings, PenaltySettings, RunSettings, TrainSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
     *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings),
     *(PairingRules, LoadSettings, RunSettings, DataSettings),
-    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ProbeSettings),
+    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
+    *(ProbeSettings, CurveSettings),
 )
 
 HEAD = """# Reference

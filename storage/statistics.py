@@ -30,6 +30,8 @@ class Statistics:
     num_alternatives: NDArray[np.int64]
     #: One value a row read; 0 without draws.
     num_distinct_draws: NDArray[np.int64]
+    #: Of the first, second, ... alternative: its share of the non-target mass, the mean over the rows read.
+    mass_by_rank: NDArray[np.float64]
 
     def kept_mass_percentiles(self) -> dict[int, float]:
         """Of the share of the non-target mass that a row keeps."""
@@ -61,8 +63,12 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
     records = [_slim(cache.sample(i).logprobs) for i in range(0, len(cache), step)]
     if not records:
         nothing = np.zeros(0, dtype=np.int64)
-        return Statistics(0, False, columns, nothing.astype(np.float64), nothing, nothing)
-    kept, alternatives, draws = (np.concatenate(values) for values in zip(*records, strict=True))
+        empty = nothing.astype(np.float64)
+        return Statistics(0, False, columns, empty, nothing, nothing, empty)
+    kept, alternatives, draws = (np.concatenate(values) for values in zip(*(r for r, _ in records), strict=True))
+    by_rank = np.zeros(max(len(mass) for _, mass in records))
+    for _, mass in records:
+        by_rank[: len(mass)] += mass
     return Statistics(
         num_positions=len(kept),
         is_sampled=step > 1,
@@ -70,13 +76,20 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
         kept_mass=kept,
         num_alternatives=alternatives,
         num_distinct_draws=draws,
+        mass_by_rank=by_rank / max(len(kept), 1),
     )
 
 
-def _slim(record: BaseLogprobs) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Kept mass, alternatives and different draws of each row."""
+_Rows = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def _slim(record: BaseLogprobs) -> tuple[_Rows, NDArray[np.float64]]:
+    """Kept mass, alternatives and different draws of each row; and the mass of each rank, summed over the rows."""
     draws = np.zeros(len(record), dtype=np.int64)
     if record.tail_sample_ids is not None:
         ids = record.tail_sample_ids
         draws = (ids[:, 1:] != ids[:, :-1]).sum(axis=1) + (ids[:, 0] != NO_TOKEN)
-    return record.kept_mass(), (record.alternative_logprobs > -np.inf).sum(axis=1), draws
+    kept, mass = record.kept_mass(), np.exp(record.alternative_logprobs.astype(np.float64))
+    of_row = mass.sum(axis=1, keepdims=True)
+    shares = kept[:, None] * np.divide(mass, of_row, out=np.zeros_like(mass), where=of_row > 0)
+    return (kept, (record.alternative_logprobs > -np.inf).sum(axis=1), draws), shares.sum(axis=0)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -45,7 +46,7 @@ _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 _KEEPS_FROZEN = "0.20"
 """The first PEFT whose layers know factors that stay frozen."""
 
-__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "save", "save_start", "target_layers"]
+__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "check_attachable", "save", "save_start", "target_layers"]
 
 
 def attach(
@@ -61,23 +62,19 @@ def attach(
     run, in place of an initialisation. Factors are drawn from torch's generator: seed it before. Raises ValueError
     where a name fits no layer, `UnsuitableAdapter` where the kind cannot be had, `InputNotFound`, `TrainingFailed`.
     """
-    _check_installed(settings)
-    _check_quantized(model, settings)
-    kind, layers = KINDS[settings.kind], target_layers(model, settings)
-    _check_layers(model, layers, settings)
+    kind, layers = KINDS[settings.kind], _checked_layers(model, settings)
     rewritten = layers if rewrites_base(settings) else {}
     originals = {name: layer.weight.detach().cpu().clone() for name, layer in rewritten.items()}
     if start is not None:
         adapted = _restored(model, start)
     else:
+        _check_samples(settings, samples)
         config = kind.config(settings, layers)
-        if kind.needs_samples and not samples:
-            raise UnsuitableAdapter(f"attaching {settings.kind}: it is initialised by samples, and there are none.")
         with _initialising(settings):
             if kind.before is not None:
                 kind.before(model, config, samples)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=settings.kind == "eva")  # what PEFT advises for it
-        _check_names(adapted, settings)
+        _check_names(adapted.targeted_module_names, settings)
         with _initialising(settings):
             if kind.after is not None:
                 kind.after(adapted, settings, samples)
@@ -94,6 +91,19 @@ def attach(
         _as_plain_lora(adapted.peft_config[NAME])
     adapted.peft_config[NAME].base_model_name_or_path = base_name
     return adapted
+
+
+def check_attachable(model: PreTrainedModel, settings: AdapterSettings, samples: Sequence[Sample] = ()) -> None:
+    """Raise what `attach` raises of a model and settings, but for what only the values of weights and inputs tell.
+
+    PEFT is asked on a copy of the model without memory. Takes from torch's generator.
+    """
+    kind, layers = KINDS[settings.kind], _checked_layers(model, settings)
+    _check_samples(settings, samples)
+    found = list(layers)
+    if not kind.decomposes and held_in(model) is None:  # else PEFT computes with weights, of which the copy has none
+        found = get_peft_model(_without_memory(model), kind.config(settings, layers)).targeted_module_names
+    _check_names(found, settings)
 
 
 def adapter_callbacks(adapted: PeftModel, settings: AdapterSettings) -> list[TrainerCallback]:
@@ -197,6 +207,28 @@ def target_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
     return {n: m for n, m in fits.items() if getattr(m, "weight", None) is not None}
 
 
+def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules with parameters and buffers on the meta device."""
+    kept: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
+    kept |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    found: PreTrainedModel = copy.deepcopy(model, kept)
+    return found
+
+
+def _checked_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers:
+    """The layers to adapt, of a model that can have such an adapter."""
+    _check_installed(settings)
+    _check_quantized(model, settings)
+    layers = target_layers(model, settings)
+    _check_layers(model, layers, settings)
+    return layers
+
+
+def _check_samples(settings: AdapterSettings, samples: Sequence[Sample]) -> None:
+    if KINDS[settings.kind].needs_samples and not samples:
+        raise UnsuitableAdapter(f"attaching {settings.kind}: it is initialised by samples, and there are none.")
+
+
 def _check_installed(settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for a kind that the installed PEFT lacks."""
     first = _KEEPS_FROZEN if _freezes_a(settings) else KINDS[settings.kind].since
@@ -282,9 +314,9 @@ def _check_blocks(layers: Layers, settings: AdapterSettings) -> None:
             )
 
 
-def _check_names(adapted: PeftModel, settings: AdapterSettings) -> None:
-    """Raise ValueError for a name that fits no layer: PEFT is content with one of them."""
-    wanted, found = targets_of(settings), adapted.targeted_module_names
+def _check_names(found: Sequence[str], settings: AdapterSettings) -> None:
+    """Raise ValueError for a name that fits none of these layers: PEFT is content with one of them."""
+    wanted = targets_of(settings)
     for name in [] if wanted == "all-linear" else wanted:
         if not any(module == name or module.endswith(f".{name}") for module in found):
             raise ValueError(f"no layer is called {name!r}")

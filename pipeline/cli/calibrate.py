@@ -19,7 +19,7 @@ from .common import (
     runtime_options,
     say,
 )
-from .options import check_has_rows, options_of, settings_from
+from .options import Whole, check_has_rows, options_of, settings_from
 
 if TYPE_CHECKING:
     from logitcache.capture.calibration import Calibration, HeldRecords, Run
@@ -55,14 +55,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--num-positions",
-    type=click.IntRange(min=1000),
+    type=Whole(min=1000),
     default=1000,
     show_default=True,
     help="Supervised tokens to compare on, or a few more.",
 )
-@click.option(
-    "--top-k", type=click.IntRange(min=1), default=64, show_default=True, help="Alternatives to keep a position."
-)
+@click.option("--top-k", type=Whole(min=1), default=64, show_default=True, help="Alternatives to keep a position.")
 @options_of(DataSettings)
 @batch_options
 @runtime_options

@@ -21,7 +21,7 @@ from logitcache.settings import line_settings
 from logitcache.storage.plain_text import escaped, safe, shown
 from logitcache.yaml_files import at_home, read_yaml
 
-from .options import options_of, settings_from
+from .options import Whole, options_of, settings_from
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,14 +77,14 @@ def batch_options(function: F) -> F:
     """--max-length and --batch-tokens, of text that is read once."""
     length: Callable[[F], F] = click.option(
         "--max-length",
-        type=click.IntRange(min=2),
+        type=Whole(min=2),
         default=1024,
         show_default=True,
         help="Tokens a sample; the rest is cut.",
     )
     batch: Callable[[F], F] = click.option(
         "--batch-tokens",
-        type=click.IntRange(min=1),
+        type=Whole(min=1),
         default=8192,
         show_default=True,
         help="Tokens a forward, with padding.",

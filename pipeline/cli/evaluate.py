@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
+from logitcache.evaluation.settings import ScaleSettings
 from logitcache.storage.plain_text import without_secrets
 
 from .common import (
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from logitcache.models.loading import Base
     from logitcache.pairing.view import CacheView
     from logitcache.storage import LogitCache
-
-
-MAX_SCALE = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,14 @@ class _Side:
     metavar="FILE",
     help="What --json printed for an adapter of plain cross-entropy: adds the shares of its KL and drift prevented.",
 )
-@click.option(
-    "--scales",
-    metavar="S,S,...",
-    help="Also measure the model at these parts of the adapter's change, 0 the base and 1 the whole: such as "
-    "0,.25,.5,.75,1. Needs memory for a second model and for the change.",
+@options_of(
+    ScaleSettings,
+    scales={
+        "default": None,
+        "show_default": False,
+        "help": "Also measure the model at these parts of the adapter's change, 0 the base and 1 the whole: such as "
+        "0,.25,.5,.75,1. Needs memory for a second model and for the change.",
+    },
 )
 @click.option(
     "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, for base and adapter (needs the extra `tasks`)."
@@ -108,7 +109,7 @@ def evaluate(
     new_cache: str | None,
     prior_cache: str | None,
     against: Path | None,
-    scales: str | None,
+    scales: tuple[float, ...] | None,
     tasks: str | None,
     tasks_path: Path | None,
     max_length: int,
@@ -242,22 +243,16 @@ def _check_usage(
 
 
 def _scales_of(
-    scales: str | None, adapter: str | None, given: dict[str, tuple[tuple[str, ...] | None, str | None]]
-) -> list[float]:
+    scales: tuple[float, ...] | None,
+    adapter: str | None,
+    given: dict[str, tuple[tuple[str, ...] | None, str | None]],
+) -> tuple[float, ...]:
     """The numbers of --scales, in their order; none where it was not given."""
     if scales is None:
-        return []
+        return ()
     if adapter is None or all(sources == (None, None) for sources in given.values()):
         raise click.UsageError("--scales are parts of an adapter's change, measured on text: give --adapter and text.")
-    try:
-        found = [float(part) for part in scales.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 <= scale <= MAX_SCALE for scale in found) or len(set(found)) < len(found):
-        raise click.UsageError(
-            f"--scales: expected different numbers from 0 to {MAX_SCALE:g} separated by commas, found {scales!r}."
-        )
-    return found
+    return settings_from(ScaleSettings, {"scales": scales}).scales
 
 
 def _side(name: str, text: tuple[str, ...] | None, how: DataSettings, cache: str | None) -> _Side:

@@ -10,6 +10,7 @@ import click
 from logitcache.storage.plain_text import safe
 
 from .common import CachePath, config_option, human_bytes, say, say_lines
+from .options import Whole
 
 
 @click.command(short_help="Print what a cache holds and what it belongs to.")
@@ -20,11 +21,12 @@ from .common import CachePath, config_option, human_bytes, say, say_lines
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write a picture (.png, .svg, .pdf): kept mass, alternatives a row, bytes by column.",
+    help="Write a picture (.png, .svg, .pdf): kept mass, alternatives a row (where all rows keep as many, what fewer "
+    "would keep), bytes by column.",
 )
 @click.option(
     "--max-positions",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=200_000,
     show_default=True,
     help="Positions to read for the percentiles and the picture; of a larger cache, every n-th sample.",

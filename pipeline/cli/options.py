@@ -6,7 +6,6 @@ twice. Must not know any one setting.
 
 import contextlib
 import errno
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,36 +15,65 @@ from click.core import ParameterSource
 
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
-from logitcache.settings import Option, Setting, Settings, line_settings, names_function
-from logitcache.yaml_files import at_home
+from logitcache.settings import Numbers, Option, Setting, Settings, line_settings, names_function
+from logitcache.yaml_files import at_home, read_number, read_numbers, read_whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
 
-class FiniteFloat(click.FloatRange):
-    """A number in a range, which nan and inf are not."""
+class Number(click.FloatRange):
+    """A number in a range, as `yaml_files` reads it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+        return super().convert(_read(read_number, self, value, param, ctx), param, ctx)
 
 
-class ByteSize(click.ParamType[float]):
+class Whole(click.IntRange):
+    """A whole number in a range, likewise."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_read(read_whole, self, value, param, ctx), param, ctx)
+
+
+class NumberList(click.types.StringParamType):
+    """Numbers separated by commas; which numbers, the setting checks."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return _read(read_numbers, self, value, param, ctx)
+
+
+def _read(
+    reader: Callable[[str], Any],
+    kind: "click.ParamType[Any]",
+    value: Any,
+    param: click.Parameter | None,
+    ctx: click.Context | None,
+) -> Any:
+    """A text as the reader has it; of others, defaults, the value. Fails as a click type does."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return reader(value)
+    except ValueError as error:
+        return kind.fail(f"{error}, found {value!r:.200}.", param, ctx)
+
+
+class ByteSize(click.types.StringParamType):
     """A number of bytes, or with K, M, G or T of so many KiB, MiB, GiB or TiB: 1.5G."""
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         text = str(value).strip().upper()
         number, unit = (text[:-1], text[-1:]) if text[-1:] in "KMGT" else (text, "")
         try:
-            count: float = float(number) * 1024.0 ** " KMGT".index(unit or " ")
+            count = read_number(number) * 1024.0 ** " KMGT".index(unit or " ")
         except ValueError:
-            count = math.nan
-        if not (math.isfinite(count) and count > 0):
+            count = 0.0
+        if not 0 < count < float("inf"):
             self.fail(f"{value} is no size: expected a number of bytes, or one with K, M, G or T, as 1.5G.", param, ctx)
         return count
 
@@ -164,10 +192,12 @@ def _arguments(setting: Setting) -> dict[str, Any]:
         return {"help": said.help, "is_flag": True}
     if setting.kind is tuple:
         return {**found, "multiple": True}
+    if setting.kind is Numbers:
+        return {**found, "type": NumberList(), "default": None}
     if setting.kind is int:
-        found["type"] = click.IntRange(_whole(said.at_least), _whole(said.at_most))
+        found["type"] = Whole(_whole(said.at_least), _whole(said.at_most))
     elif setting.kind is float:
-        found["type"] = FiniteFloat(
+        found["type"] = Number(
             min=said.at_least if said.above is None else said.above,
             max=said.at_most if said.below is None else said.below,
             min_open=said.above is not None,

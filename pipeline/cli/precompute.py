@@ -11,7 +11,7 @@ from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
 from .common import CachePath, config_option, human_bytes, quiet_libraries, say
-from .options import ByteSize, FiniteFloat, options_of, settings_from
+from .options import ByteSize, Number, Whole, options_of, settings_from
 from .terminal import Console, terminated_softly
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     engine={"type": click.Choice(["transformers", "vllm", "ray"])},
 )
 @options_of(DataSettings)
-@click.option("--num-workers", type=click.IntRange(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
-@click.option("--shard-index", type=click.IntRange(min=0), help="This worker of --num-shards, from 0.")
-@click.option("--num-shards", type=click.IntRange(min=1), help="Workers that share the job, each started by itself.")
+@click.option("--num-workers", type=Whole(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
+@click.option("--shard-index", type=Whole(min=0), help="This worker of --num-shards, from 0.")
+@click.option("--num-shards", type=Whole(min=1), help="Workers that share the job, each started by itself.")
 @options_of(
     LoadSettings,
     load_in={
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 @click.option("--plan", is_flag=True, help="Measure a sample, print what the job will take, write nothing and stop.")
 @click.option(
     "--tokens-per-second",
-    type=FiniteFloat(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Of a worker, for --plan.  [default: as measured here]",
 )
-@click.option("--cost-per-hour", type=FiniteFloat(min=0), help="Of a worker, in any currency, for --plan.")
+@click.option("--cost-per-hour", type=Number(min=0), help="Of a worker, in any currency, for --plan.")
 @click.option(
     "--plan-bytes",
     type=ByteSize(),

@@ -27,7 +27,10 @@ def report(folder: Path, out: Path | None) -> None:
     from logitcache.reports.build import write_sweep_report
 
     written = write_sweep_report(folder, folder if out is None else out)
+    for line in written.answer:
+        say(line)
     if written.rows:
+        say("")
         say(
             "Most learning within a budget of forgetting (KL to the base on prior text), nats a token, means over "
             "seeds:"

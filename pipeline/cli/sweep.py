@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import note, quiet_libraries, runtime_options, say, say_lines
+from .options import Whole
 
 if TYPE_CHECKING:
     from logitcache.sweeps.config import RunSpec
@@ -25,41 +26,50 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=1,
     show_default=True,
     help="Processes at once, one a GPU where there are GPUs; each holds the base.",
 )
 @click.option("--retry-failed", is_flag=True, help="Do again what failed before.")
-@click.option("--dry-run", is_flag=True, help="List the runs and what is done of them, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything as a sweep does, list the runs and what is done of them, and stop.",
+)
 @runtime_options
-def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool, dtype: str, device: str) -> None:
+def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool, dtype: str, device: str) -> int:
     """Train and evaluate every run of a grid against one cache; `logitcache report` then shows what came out.
 
     Killed and started again, it does what is left. Several of these commands may work on one --out at the same time,
-    on one machine or on many that share the folder. A run that fails is recorded, and the others go on.
+    on one machine or on many that share the folder. A run that fails is recorded, and the others go on; the exit status
+    is then 1.
     """
     quiet_libraries()
     from logitcache.evaluation.table import table
     from logitcache.models.loading import pick_device
     from logitcache.sweeps.config import read_config
+    from logitcache.sweeps.folder import RUNS, SWEEP, state_of
+    from logitcache.sweeps.prepare import check, prepare
     from logitcache.sweeps.processes import run_in_processes
-    from logitcache.sweeps.run import RUNS, SWEEP, measure_cost, prepare, run_all, state_of
+    from logitcache.sweeps.run import run_all
 
     asked = read_config(config)
     states = [state_of(out / RUNS / run.name) for run in asked.runs]
+    for doubt in dict.fromkeys(doubt for run in asked.runs for doubt in asked.run_of(run).doubts()):
+        note(doubt)
     if dry_run:
+        check(asked, out, dtype, pick_device(device), note)
         varied = _varied(asked.runs)
         rows = [["method", *varied, "state"]]
         for run, state in zip(asked.runs, states, strict=True):
             rows.append([run.method, *(_shown(run.settings[n]) for n in varied), state])
         say_lines(table(rows))
-        say(f"{len(asked.runs):,} runs, {states.count('finished'):,} of them finished. Nothing was done.")
-        return
+        finished = states.count("finished")
+        say(f"{len(asked.runs):,} runs, {finished:,} of them finished. All were checked, and nothing was done.")
+        return 0
     left = sum(state not in ("finished", *(() if retry_failed else ("failed",))) for state in states)
     note(f"{len(asked.runs):,} runs, {left:,} of them to do.")
-    for doubt in dict.fromkeys(doubt for run in asked.runs for doubt in asked.run_of(run).doubts()):
-        note(doubt)
     prepared = prepare(asked, out, dtype, pick_device(device), note)
     if jobs == 1:
         doing = run_all(prepared, retry_failed)
@@ -72,11 +82,11 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
         for sentence in done.told:
             note(f"{spec.name}: {sentence}")
         say(f"{number}/{left} {spec.method} ({what}): {_outcome(done)}")
-    measure_cost(prepared)
     failed = sum(state_of(out / RUNS / run.name) == "failed" for run in asked.runs)
     finished = sum(state_of(out / RUNS / run.name) == "finished" for run in asked.runs)
     say(f"{finished:,} of {len(asked.runs):,} runs finished, {failed:,} failed: {out / SWEEP}")
     say(f"Next: logitcache report {out}")
+    return 1 if failed else 0
 
 
 def _varied(runs: "Sequence[RunSpec]") -> list[str]:

@@ -12,7 +12,7 @@ from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
-from .options import as_usage, check_has_rows, options_of, settings_from, was_given
+from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -75,7 +75,7 @@ ANCHOR_WEIGHT = (
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=2),
+    type=Whole(min=2),
     default=None,
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )

@@ -29,7 +29,7 @@ from logitcache.models.loading import find_model, load_base, load_tokenizer
 from logitcache.models.settings import LoadSettings
 from logitcache.reports.results import Sweep
 from logitcache.storage.files import replace_file
-from logitcache.sweeps.run import RUNS
+from logitcache.sweeps.folder import RUNS
 
 from .kept import Clock, read_kept, write_kept
 from .manpages import PACKAGE, NewText, new_text

@@ -31,7 +31,8 @@ from logitcache.reports.results import RunOutcome, Sweep, read_sweep
 from logitcache.storage import LogitCache
 from logitcache.storage.files import replace_file
 from logitcache.sweeps.config import SweepConfig, make_config
-from logitcache.sweeps.run import prepare, run_one
+from logitcache.sweeps.prepare import prepare
+from logitcache.sweeps.run import run_one
 
 from .text import Document, code_documents, prose_documents, split
 

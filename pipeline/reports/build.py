@@ -7,13 +7,26 @@ same form as what speaks against it. The rows are `tables`', the drawing is `plo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from logitcache.storage.files import replace_file
 
+from .answer import answer_blocks, answer_lines
+from .csv_file import COLUMNS, write_csv
 from .page import Block, Bullets, Heading, Paragraph, Picture, Table, as_html, as_markdown
-from .pareto import CURVE_SHARE, SEED, Budgets, Spent, by_cross_entropy, representative, spent_on
+from .pareto import (
+    CURVE_SHARE,
+    SEED,
+    Budgets,
+    Setting,
+    Spent,
+    by_cross_entropy,
+    representative,
+    scaled_settings,
+    spent_on,
+)
 from .plots import CE_RISE, FORGETTING, cost_picture, curves_picture, sweep_frontier_picture
-from .results import COLUMNS, Cost, Sweep, read_sweep, write_csv
+from .results import Sweep, read_sweep
 from .tables import (
     Rows,
     View,
@@ -25,7 +38,9 @@ from .tables import (
     main_rows,
     method_rows,
     run_rows,
+    scaled_rows,
     setting_rows,
+    value_text,
     view_of,
 )
 
@@ -36,8 +51,9 @@ MAX_LABEL = 40
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What was written, and of it what fits a terminal: the main table and some sentences."""
+    """What was written, and of it what fits a terminal: the answer, the main table and some sentences."""
 
+    answer: tuple[str, ...]
     rows: Rows
     sentences: tuple[str, ...]
     files: tuple[Path, ...]
@@ -54,10 +70,12 @@ def write_sweep_report(folder: Path, out: Path) -> SweepReport:
     blocks = _opening(sweep)
     rows: Rows = []
     sentences: list[str] = []
+    answer: list[str] = []
     if sweep.finished:
         view = view_of(sweep)
-        rows, sentences = main_rows(view), equal_learning_sentences(view)
-        blocks += [*_comparison(view, rows, sentences, out), *_cost(sweep, out), *_settings(view)]
+        rows, sentences, answer = main_rows(view), equal_learning_sentences(view), answer_lines(view)
+        blocks[1:1] = answer_blocks(view)
+        blocks += [*_comparison(view, rows, sentences, out), *_scaled(view), *_cost(sweep, out), *_settings(view)]
     else:
         blocks.append(Paragraph("No run has finished: there is nothing to compare yet."))
     blocks += [*_runs(sweep), *_csv_columns()]
@@ -66,7 +84,7 @@ def write_sweep_report(folder: Path, out: Path) -> SweepReport:
     stems = [block.stem for block in blocks if isinstance(block, Picture)]
     files = [out / "report.html", out / "report.md", out / "results.csv"]
     files += [stem.with_name(stem.name + kind) for stem in stems for kind in PICTURES]
-    return SweepReport(rows, (counts_sentence(sweep), *sentences), tuple(files))
+    return SweepReport(tuple(answer), rows, (counts_sentence(sweep), *sentences), tuple(files))
 
 
 def _opening(sweep: Sweep) -> list[Block]:
@@ -74,6 +92,7 @@ def _opening(sweep: Sweep) -> list[Block]:
     trained = f"{sweep.num_train_tokens:,} tokens ({sweep.num_train_positions:,} predicted positions)"
     return [
         Heading("Learning against forgetting: what the sweep came to", 1),
+        Heading("What was compared"),
         Paragraph(
             f"{count(len(sweep.methods), 'method')} of fine-tuning {sweep.model} are compared, each trained on "
             f"{trained} with seeds {', '.join(seeds)}. Learning is measured on {sweep.new}, forgetting on "
@@ -116,9 +135,13 @@ def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> 
     budgets, limit, methods = view.budgets, view.limit, view.sweep.methods
     text = view.sweep.prior.rstrip("/").rsplit("/", 1)[-1][-MAX_LABEL:]
     paths = {name: [out / f"{name}{kind}" for kind in PICTURES] for name in ("frontier", "frontier-ce")}
-    sweep_frontier_picture(view.settings, methods, paths["frontier"], FORGETTING.format(text=text))
+    found = {m: [curve for s in members if (curve := scaled_settings(s))] for m, members in view.groups.items()}
+    curves = {m: of_method for m, of_method in found.items() if of_method}
+    points = {m: [[(p.learning.mean, p.forgetting.mean) for p in c] for c in each] for m, each in curves.items()}
+    sweep_frontier_picture(view.settings, methods, paths["frontier"], FORGETTING.format(text=text), points)
     beside = by_cross_entropy(view.settings)
-    sweep_frontier_picture(beside, methods, paths["frontier-ce"], CE_RISE.format(text=text))
+    points = {m: [[(p.learning.mean, p.ce_rise.mean) for p in c] for c in each] for m, each in curves.items()}
+    sweep_frontier_picture(beside, methods, paths["frontier-ce"], CE_RISE.format(text=text), points)
     return [
         Heading("The methods in one table"),
         Paragraph(
@@ -138,10 +161,10 @@ def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> 
             out / "frontier",
             "learning against forgetting, every setting",
             f"Learning against forgetting (KL to the base) of {count(len(view.settings), 'setting')}: right and down "
-            "is better. Small "
-            "signs are seeds, large ones their mean, bars the 95 % interval of the mean (none with one seed; a bar "
-            "that ends at the frame goes on beyond it). A line joins settings of a method that differ in one field "
-            "only: the learning rate where it was varied. The grey steps are the front.",
+            "is better. Faint signs are seeds, those with a white rim their mean, bars the 95 % interval of the mean "
+            "(none with one seed; a bar that ends at the frame goes on beyond it). A line joins settings of a method "
+            "that differ in one field only: the learning rate where it was varied. The grey steps are the front."
+            + _dotted(points),
         ),
         Paragraph(
             "The front, from the least learning to the most: no setting learns more and forgets less than these."
@@ -164,6 +187,16 @@ def _comparison(view: View, rows: Rows, sentences: Sequence[str], out: Path) -> 
         Bullets(tuple(sentences)),
         *_curves(view, out),
     ]
+
+
+def _dotted(points: dict[str, Any]) -> str:
+    """What the dotted lines are, where there are any."""
+    if not points:
+        return ""
+    return (
+        " A dotted line leads from the base, at 0, to a run over parts of the run's change of the weights (open "
+        "circles): nothing was trained for these."
+    )
 
 
 def _budget_rule(budgets: Budgets) -> str:
@@ -202,66 +235,120 @@ def _caveats(view: View) -> list[Block]:
 
 def _curves(view: View, out: Path) -> list[Block]:
     chosen = {m: representative(settings, view.budgets) for m, settings in view.groups.items()}
-    drawn = {m: s for m, s in chosen.items() if any(run.curve for run in s.runs)}
+    drawn = [s for s in chosen.values() if any(run.curve for run in s.runs)]
     if not drawn:
         return []
-    curves_picture(
-        {m: s.runs for m, s in drawn.items()}, view.sweep.methods, [out / f"curves{kind}" for kind in PICTURES]
-    )
-    which = "; ".join(f"{m}{view.of(s)} ({count(len(s.runs), 'seed')})" for m, s in drawn.items())
+    labels = {f"{s.method}, {_with_rate(view, s)}": s for s in drawn}
+    curves_picture(labels, view.sweep.methods, [out / f"curves{kind}" for kind in PICTURES])
+    seeds = ", ".join(f"{label} ({count(len(s.runs), 'seed')})" for label, s in labels.items())
+    differ = len({s.values.get("lr") for s in drawn}) > 1
+    rates = " The learning rates differ, so that a curve is of this setting, not of its method." if differ else ""
     return [
         Heading("Learning curves"),
         Picture(
             out / "curves",
             "cross-entropy and regulariser against the step",
             "Cross-entropy on training text, and the regulariser, against the optimizer step: means since the last "
-            f"logged step. One setting a method, chosen as above: {which}. Plain cross-entropy has no regulariser, and "
-            "methods may have different ones: the right side compares seeds and shapes, not heights.",
+            f"logged step. One setting a method, chosen as above: {seeds}.{rates} Plain cross-entropy has no "
+            "regulariser, and methods may have different ones: the right side compares seeds and shapes, not heights.",
         ),
+    ]
+
+
+def _with_rate(view: View, setting: Setting) -> str:
+    """In which settings a method's runs differ, with their values, the learning rate always among them."""
+    label = view.label(setting.values, setting.method)
+    rate = f"lr {value_text(setting.values.get('lr'))}"
+    return label if rate in label.split(", ") else ", ".join(filter(None, (rate, label)))
+
+
+def _scaled(view: View) -> list[Block]:
+    """The curves between the base and runs, and why some runs have none."""
+    rows, runs = scaled_rows(view), view.sweep.finished
+    lacking = [f"{run.name}: {run.not_scaled}" for run in runs if run.not_scaled is not None]
+    head = Heading("Between the base and a run, for nothing")
+    if len(rows) == 1:
+        return [head, Bullets(tuple(lacking))] if lacking else []
+    return [
+        head,
+        Paragraph(
+            "The model at a part s of a run's change of the weights, W_base + s (W_adapted - W_base), the curve of "
+            "WiSE-FT (arXiv 2109.01903): measured after training, at the cost of an evaluation each. 0 is the base and "
+            "1 the run. A regulariser is worth its training where it lies below and to the right of this curve."
+        ),
+        Table(rows, num_text=2),
+        *([Bullets(tuple(lacking))] if lacking else []),
     ]
 
 
 def _cost(sweep: Sweep, out: Path) -> list[Block]:
-    head, cost = Heading("What it cost, against a live base"), sweep.cost
-    if cost is None:
+    """Seconds a step and in all, of the runs that read the base, and of those that need none apart from them."""
+    reading, plain = spent_on(sweep.finished)
+    head = Heading("What it cost, against a live base")
+    if reading is None and plain is None:
         return [head, Paragraph("Not measured in this sweep.")]
-    spent = spent_on(sweep.runs, cost)
-    unit, size = _time_unit(spent.live_sum)
-    training = spent.training / size
+    unit, size = _time_unit(max(_longest(spent) for spent in (reading, plain) if spent is not None))
+    heads = ["seconds a step", f"all steps, {unit}", f"the base once, {unit}", "against a live base"]
+    rows = [["", "runs", "steps", *heads]]
+    pictures: list[Block] = []
+    if reading is not None:
+        rows += _reading_rows(reading, size)
+        pictures = _cost_picture(reading, unit, size, out)
+    if plain is not None:
+        rows.append(["runs that need no base", *_spent_cells(plain, plain.step_seconds, size), "-", "-"])
+    return [head, Paragraph(_how_measured(reading, plain)), Table(rows), *pictures]
+
+
+def _reading_rows(spent: Spent, size: float) -> Rows:
+    once, live = (spent.base_once_seconds or 0.0), (spent.live_total or 0.0)
+    ratio = f"{(spent.total + once) / live:.2f}" if live > 0 else "-"
+    with_cache = [*_spent_cells(spent, spent.step_seconds, size), f"{once / size:.3g}", ratio]
+    with_live = [*_spent_cells(spent, spent.step_seconds + (spent.base_step_seconds or 0.0), size), "-", "1.00"]
+    return [["runs that read the cache", *with_cache], ["the same with a live base", *with_live]]
+
+
+def _spent_cells(spent: Spent, step_seconds: float, size: float) -> list[str]:
+    steps = spent.num_steps
+    return [f"{spent.num_runs:,}", f"{steps:,}", f"{step_seconds:.3g}", f"{steps * step_seconds / size:.3g}"]
+
+
+def _longest(spent: Spent) -> float:
+    return spent.live_total if spent.live_total is not None else spent.total
+
+
+def _cost_picture(spent: Spent, unit: str, size: float, out: Path) -> list[Block]:
+    if not spent.live_total or spent.base_once_seconds is None:
+        return []
     bars = {
-        "with the cache": {"training": training, "the base, once": spent.capture / size},
-        "with a live base": {"training": training, "the base, in every step": spent.live / size},
+        "with the cache": {"training": spent.total / size, "the base, once": spent.base_once_seconds / size},
+        "with a live base": {
+            "training": spent.total / size,
+            "the base, in every step": (spent.live_total - spent.total) / size,
+        },
     }
-    rows = [["", "training", "the base", f"sum, {unit}", "against a live base"]]
-    for (name, bar), total in zip(bars.items(), (spent.cached_sum, spent.live_sum), strict=True):
-        ratio = f"{total / spent.live_sum:.2f}" if spent.live_sum > 0 else "-"
-        rows.append([name, *(f"{value:.3g}" for value in bar.values()), f"{total / size:.3g}", ratio])
-    pictures = []
-    if spent.live_sum > 0:
-        cost_picture(bars, unit, [out / f"cost{kind}" for kind in PICTURES])
-        pictures.append(
-            Picture(out / "cost", "time with the cache and with a live base", f"The same sums as bars, in {unit}.")
+    cost_picture(bars, unit, [out / f"cost{kind}" for kind in PICTURES])
+    caption = f"The runs that read the cache, as bars, in {unit}; those that need no base are not in them."
+    return [Picture(out / "cost", "time with the cache and with a live base", caption)]
+
+
+def _how_measured(reading: Spent | None, plain: Spent | None) -> str:
+    both = [spent for spent in (reading, plain) if spent is not None]
+    num, alone = sum(s.num_runs for s in both), sum(s.num_alone for s in both)
+    loads = [load for spent in both for load in spent.loads]
+    if alone == num:
+        where = "Every run was alone on the machine while it was measured."
+    else:
+        seen = f" (a load of {min(loads):.1f} to {max(loads):.1f})" if loads else ""
+        where = (
+            f"Not measured alone: {num - alone:,} of {count(num, 'run')} shared the machine with other work{seen}, so "
+            "the seconds are longer than they need be, and only their ratios within a row's own run say something."
         )
-    return [head, *_cost_words(cost, spent), Table(rows), *pictures]
-
-
-def _cost_words(cost: Cost, spent: Spent) -> list[Block]:
-    steps = None if cost.live_extra_seconds <= 0 else cost.capture_seconds / cost.live_extra_seconds
-    equal = "" if steps is None else f", as long as a live base in {count(round(steps), 'step')}"
-    return [
-        Paragraph(
-            f"Measured on run {cost.run}: a step with the cache takes {cost.step_seconds:.3g} s; the base's forward "
-            f"over the same batches, up to its log-softmax, takes {cost.live_extra_seconds:.3g} s a step. The base "
-            f"once over the training data takes {cost.capture_seconds:.3g} s (the same measurement, scaled by "
-            f"tokens){equal}."
-        ),
-        Paragraph(
-            f"Training is the measured time of the {count(spent.num_runs, 'finished run')}. A live base would have run "
-            f"in the {count(spent.num_regularized_steps, 'step')} of those with a regulariser; the "
-            f"{count(spent.num_plain, 'run')} without one need no base, and none is counted for them. The steps of one "
-            "run stand for all here; evaluation, and the memory that a live base takes, are in neither sum."
-        ),
-    ]
+    return (
+        f"{where} Seconds a step are the median over runs of each run's median step, batches and lookups included, "
+        "saving and evaluation not. What a live base would have added, its forward over the same batches up to its "
+        "log-softmax, was timed right after each run in the same process, and so was the base once over all that a run "
+        "reads, scaled by tokens. The memory that a live base takes is in neither."
+    )
 
 
 def _settings(view: View) -> list[Block]:

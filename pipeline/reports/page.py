@@ -46,6 +46,13 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines to be copied."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture in two files that exist."""
 
@@ -57,7 +64,7 @@ class Picture:
     caption: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Picture
+Block = Heading | Paragraph | Bullets | Table | Code | Picture
 
 _MARKUP = re.compile(r"[\\`*$~<>\[\]|]|(?<!\w)_|_(?!\w)|&(?=[#\w])")
 _AT_START = re.compile(r"^[#+=-](?=\s|$)|(?<=^\d)[.)](?=\s)")
@@ -74,6 +81,7 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
   overflow-wrap: break-word; max-width: 26rem; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .left { text-align: left; }
+pre { overflow-x: auto; background: #f4f4f4; padding: .6rem .8rem; font-size: .85rem; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; }
 figcaption { font-size: .9rem; color: #444; max-width: 52rem; }
 @media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
@@ -106,6 +114,8 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"- {_line(item)}" for item in items)
         case Table(rows, num_text):
             return markdown_table([[_plain(cell) for cell in row] for row in rows], num_text)
+        case Code(lines):
+            return "\n".join([_fence(lines), *map(escaped, lines), _fence(lines)])
         case Picture(stem, title, caption):
             return f"![{_plain(title)}]({stem.name}.png)\n\n{_line(caption)}"
 
@@ -118,6 +128,11 @@ def _plain(text: str) -> str:
 def _line(text: str) -> str:
     """The same where a line begins with it."""
     return _AT_START.sub(r"\\\g<0>", _plain(text))
+
+
+def _fence(lines: Sequence[str]) -> str:
+    """Backticks, more than stand in a row in any of the lines."""
+    return "`" * max(3, *(len(run) + 1 for line in lines for run in re.findall("`+", line) or [""]))
 
 
 def _html(block: Block) -> str:
@@ -134,6 +149,8 @@ def _html(block: Block) -> str:
             return (
                 f'<div class="table">\n<table>\n<thead>\n{head}\n</thead>\n<tbody>\n{inner}\n</tbody>\n</table>\n</div>'
             )
+        case Code(lines):
+            return "<pre>\n" + "\n".join(f"<code>{escape(escaped(line))}</code>" for line in lines) + "\n</pre>"
         case Picture(stem, title, caption):
             svg = base64.b64encode(stem.with_name(f"{stem.name}.svg").read_bytes()).decode("ascii")
             return (

@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import median
 
 from logitcache.evaluation.metrics import drift_prevented
-from logitcache.sweeps.config import OBJECTIVE, without_base
+from logitcache.sweeps.config import OBJECTIVE, is_plain
 
-from .results import Cost, Run, RunOutcome, Scalar
+from .results import Outcome, Run, RunCost, RunOutcome, Scalar
 
 SEED = "seed"
 BUDGET_SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -116,17 +117,55 @@ def settings_of(runs: Sequence[Run]) -> list[Setting]:
 
 def _setting(members: list[Run]) -> Setting:
     finished = [(run, run.outcome) for run in members if run.outcome is not None]
+    learning, forgetting, ce_rise = _estimates([outcome for _, outcome in finished])
     return Setting(
         method=members[0].method,
         values={k: v for k, v in members[0].settings.items() if k != SEED},
         runs=tuple(run for run, _ in finished),
         outcomes=tuple(outcome for _, outcome in finished),
         forgot=tuple(outcome.forgetting for _, outcome in finished),
-        learning=estimate([outcome.learning for _, outcome in finished]),
-        forgetting=estimate([outcome.forgetting for _, outcome in finished]),
-        ce_rise=estimate([outcome.prior.ce_rise for _, outcome in finished]),
+        learning=learning,
+        forgetting=forgetting,
+        ce_rise=ce_rise,
         num_planned=len(members),
     )
+
+
+@dataclass(frozen=True)
+class ScaledSetting:
+    """A setting at a part of its change, over its seeds: nothing was trained for it. 0 is the base, 1 the setting."""
+
+    setting: Setting
+    scale: float
+    learning: Estimate
+    forgetting: Estimate
+    ce_rise: Estimate
+    #: Documents of prior text whose first token changed, mean over seeds.
+    first_changed: float
+
+
+def scaled_settings(setting: Setting) -> list[ScaledSetting]:
+    """The curve of a setting from the base on, by rising scale; empty where no scale was measured for all its seeds."""
+    at = [{point.scale: point for point in run.scaled} for run in setting.runs]
+    scales = sorted(set.intersection(*map(set, at)))
+    if not scales:
+        return []
+    points: dict[float, Sequence[Outcome]] = {scale: [found[scale] for found in at] for scale in scales}
+    points[1.0] = setting.outcomes
+    nothing = Estimate(0.0, None, None, len(setting.runs))
+    found = [ScaledSetting(setting, s, *_estimates(points[s]), _first_changed(points[s])) for s in sorted(points)]
+    return [ScaledSetting(setting, 0.0, nothing, nothing, nothing, 0.0), *found]
+
+
+def _estimates(outcomes: Sequence[Outcome]) -> tuple[Estimate, Estimate, Estimate]:
+    """Learning, forgetting, and the rise of cross-entropy on prior text."""
+    values = ([o.learning for o in outcomes], [o.forgetting for o in outcomes], [o.prior.ce_rise for o in outcomes])
+    learning, forgetting, ce_rise = map(estimate, values)
+    return learning, forgetting, ce_rise
+
+
+def _first_changed(outcomes: Sequence[Outcome]) -> float:
+    return math.fsum(o.prior.num_first_changed for o in outcomes) / len(outcomes)
 
 
 def by_cross_entropy(settings: Sequence[Setting]) -> list[Setting]:
@@ -147,10 +186,8 @@ def pareto_front(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def is_reference(setting: Setting) -> bool:
-    """Plain cross-entropy: no regulariser, no label smoothing, every token with the same weight."""
-    values = setting.values
-    is_smoothed, weight = values.get("label_smoothing"), values.get("ce_weight")
-    return values.get("regularizer") == "none" and not is_smoothed and weight in (None, "none")
+    """Plain cross-entropy (`sweeps.config.is_plain`)."""
+    return is_plain(setting.values)
 
 
 def budgets_of(settings: Sequence[Setting]) -> Budgets:
@@ -221,37 +258,56 @@ def prevented_by(setting: Setting, settings: Sequence[Setting]) -> float | None:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a sweep's finished runs, and of the base beside them: once for the cache, or live in every step."""
+    """What runs of one kind cost: medians of what each of them measured, seconds, and their steps."""
 
-    training: float
-    capture: float
-    live: float
     num_runs: int
-    num_plain: int
-    num_regularized_steps: int
+    num_alone: int
+    #: Loads of the machine that were measured beside the runs that were not alone.
+    loads: tuple[float, ...]
+    num_steps: int
+    step_seconds: float
+    #: What a live base would have added to a step; None of runs that read nothing of the base.
+    base_step_seconds: float | None
+    #: The base once over all that such a run reads.
+    base_once_seconds: float | None
 
     @property
-    def cached_sum(self) -> float:
-        """Training, and the base once."""
-        return self.training + self.capture
+    def total(self) -> float:
+        """Of all steps."""
+        return self.num_steps * self.step_seconds
 
     @property
-    def live_sum(self) -> float:
-        """Training, and the base in every step that has a regulariser."""
-        return self.training + self.live
+    def live_total(self) -> float | None:
+        """The same with a live base in every step."""
+        return None if self.base_step_seconds is None else self.total + self.num_steps * self.base_step_seconds
 
 
-def spent_on(runs: Sequence[Run], cost: Cost) -> Spent:
-    """What the finished runs took, as measured, and the base by `cost`. Plain cross-entropy needs no base."""
-    finished = [(without_base(run.settings), run.outcome) for run in runs if run.outcome is not None]
-    steps = sum(outcome.num_steps for plain, outcome in finished if not plain)
+def spent_on(runs: Sequence[Run]) -> tuple[Spent | None, Spent | None]:
+    """What the finished runs cost whose steps were measured: those that read the base, and those that do not."""
+    outcomes = [run.outcome for run in runs if run.outcome is not None and run.outcome.cost.step_seconds is not None]
+    reading = [o for o in outcomes if o.cost.base_step_seconds is not None]
+    return _spent(reading), _spent([o for o in outcomes if o.cost.base_step_seconds is None])
+
+
+def _spent(outcomes: Sequence[RunOutcome]) -> Spent | None:
+    if not outcomes:
+        return None
+    costs = [outcome.cost for outcome in outcomes]
+
+    def middle(value: Callable[[RunCost], float | None]) -> float | None:
+        found = [v for v in map(value, costs) if v is not None]
+        return median(found) if found else None
+
+    step = middle(lambda c: c.step_seconds)
+    assert step is not None
     return Spent(
-        training=math.fsum(outcome.seconds for _, outcome in finished),
-        capture=cost.capture_seconds,
-        live=steps * cost.live_extra_seconds,
-        num_runs=len(finished),
-        num_plain=sum(plain for plain, _ in finished),
-        num_regularized_steps=steps,
+        num_runs=len(costs),
+        num_alone=sum(cost.alone for cost in costs),
+        loads=tuple(cost.load for cost in costs if cost.load is not None and not cost.alone),
+        num_steps=sum(outcome.num_steps for outcome in outcomes),
+        step_seconds=step,
+        base_step_seconds=middle(lambda c: c.base_step_seconds),
+        base_once_seconds=middle(lambda c: c.base_once_seconds),
     )
 
 

@@ -6,7 +6,7 @@ that no global state is left and no display is needed. Computes nothing but wher
 
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from logitcache.storage.statistics import Statistics
 
 from .pareto import Estimate, Setting, by_method, pareto_front, varying
-from .results import CurvePoint, Run
+from .results import CurvePoint
+from .tables import SCALED
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#c45fa0", "#e69f00", "#3fa7e0", "#7a4f2b")
 MARKERS = "osD^vPX*"
@@ -39,6 +40,7 @@ class Style:
     colour: str
     marker: str
     line: Any
+    is_hollow: bool = False
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, Style]:
@@ -69,24 +71,36 @@ def frontier_picture(points: dict[str, list[tuple[float, float]]], path: Path, t
     _save(figure, path)
 
 
+Scaled = Sequence[Sequence[tuple[float, float]]]
+"""Curves between the base and an adapted model: (learning, forgetting) from the base on."""
+
+
 def sweep_frontier_picture(
-    settings: Sequence[Setting], methods: Sequence[str], paths: Sequence[Path], forgetting: str
+    settings: Sequence[Setting],
+    methods: Sequence[str],
+    paths: Sequence[Path],
+    forgetting: str,
+    scaled: Mapping[str, Scaled],
 ) -> None:
     """Every setting of a sweep: seeds small, the mean large with its 95 % interval in both directions.
 
     forgetting: what it is here, beside its axis. Lines join a method's settings (see `ORDERS`); the step line is the
-    Pareto front of all means. Where most settings lie in the lowest quarter of the forgetting, a second panel shows
-    that part.
+    Pareto front of all means. scaled: curves between the base and settings of a method, as dotted lines. Where most
+    settings lie in the lowest quarter of the forgetting, a second panel shows that part.
     """
     near = _nearest(settings)
     width = 12.4 if near else 7.6
     groups, styles = by_method(settings, methods), styles_of(methods)
-    figure = Figure(figsize=(width, 5.0 + _legend_inches(list(groups), width)), dpi=130, layout="constrained")
+    legend = {**{m: styles[m] for m in groups}, **{f"{m}, {SCALED}": _scaled_style(styles[m]) for m in scaled}}
+    sizes, grown = _sizes_of(settings)
+    figure = Figure(figsize=(width, 5.0 + _legend_inches(list(legend), width)), dpi=130, layout="constrained")
     panels: Any = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
     for axes, shown in zip(panels, (settings, near), strict=False):
         _front_line(axes, settings)
         for method, members in groups.items():
-            _draw_method(axes, members, styles[method])
+            _draw_method(axes, members, styles[method], sizes)
+        for method, curves in scaled.items():
+            _draw_scaled(axes, curves, _scaled_style(styles[method]))
         _frontier_axes(axes, forgetting)
         _fit(axes.set_xlim, [(s.learning, [o.learning for o in s.outcomes]) for s in shown])
         _fit(axes.set_ylim, [(s.forgetting, [0.0, *s.forgot]) for s in shown])
@@ -94,19 +108,20 @@ def sweep_frontier_picture(
         panels[0].set_title("all settings", fontsize=10)
         panels[1].set_title("only the lowest quarter of the forgetting", fontsize=10)
         panels[1].set_ylabel("")
-    note = "small: one seed; large: mean over seeds; bars: 95 % interval of the mean\ngrey steps: front of all means"
-    _legend(figure, {m: styles[m] for m in groups}, width, note)
+    note = "faint: one seed; white rim: mean over seeds; bars: 95 % interval of the mean"
+    _legend(figure, legend, width, f"{note}\ngrey steps: front of all means{grown}")
     _save(figure, *paths)
 
 
-def curves_picture(curves: dict[str, Sequence[Run]], methods: Sequence[str], paths: Sequence[Path]) -> None:
-    """Cross-entropy and KL against the step, of some runs a method (its seeds): thin each, thick their mean."""
-    styles, width = styles_of(methods), 12.4
+def curves_picture(curves: dict[str, Setting], methods: Sequence[str], paths: Sequence[Path]) -> None:
+    """Cross-entropy and KL against the step, of settings by their labels: thin each seed, thick their mean."""
+    of_method, width = styles_of(methods), 12.4
+    styles = {label: of_method[setting.method] for label, setting in curves.items()}
     figure = Figure(figsize=(width, 4.4 + _legend_inches(list(curves), width)), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for method, runs in curves.items():
-        _draw_curves(left, [run.curve for run in runs], lambda p: p.ce, styles[method])
-        _draw_curves(right, [run.curve for run in runs], lambda p: p.kl, styles[method])
+    for label, setting in curves.items():
+        _draw_curves(left, [run.curve for run in setting.runs], lambda p: p.ce, styles[label])
+        _draw_curves(right, [run.curve for run in setting.runs], lambda p: p.kl, styles[label])
     left.set_ylabel("cross-entropy on training text, nats a position")
     right.set_ylabel("regulariser (KL to the base), nats a position")
     if not right.lines:
@@ -114,7 +129,7 @@ def curves_picture(curves: dict[str, Sequence[Run]], methods: Sequence[str], pat
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.25)
-    _legend(figure, {m: styles[m] for m in curves}, width, "thin: one seed; thick: mean over seeds")
+    _legend(figure, styles, width, "thin: one seed; thick: mean over seeds")
     _save(figure, *paths)
 
 
@@ -146,10 +161,7 @@ def plot_cache(statistics: Statistics, num_positions: int, title: str, path: Pat
     mass.hist(statistics.kept_mass, bins=50, range=(0, 1), color="#3b78b8")
     mass.set_xlabel("share of the non-target mass that a row keeps")
     mass.set_ylabel(f"positions (of {statistics.num_positions:,} read)")
-    highest = int(statistics.num_alternatives.max(initial=1))
-    count.hist(statistics.num_alternatives, bins=min(64, highest + 1), range=(-0.5, highest + 0.5), color="#3d8f4f")
-    count.set_xlabel("alternatives that a row keeps")
-    count.set_ylabel("positions")
+    _plot_alternatives(count, statistics)
     columns = {n: b / max(num_positions, 1) for n, b in statistics.bytes_by_column.items() if b >= 0.01 * num_positions}
     bars = size.barh(list(columns), list(columns.values()), color="#d1672b")
     size.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
@@ -161,6 +173,24 @@ def plot_cache(statistics: Statistics, num_positions: int, title: str, path: Pat
         axes.set_axisbelow(True)
     figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
+
+
+def _plot_alternatives(axes: Any, statistics: Statistics) -> None:
+    """How many alternatives rows keep; where all keep the same number, what the first of them would have kept."""
+    found = statistics.num_alternatives
+    highest = int(found.max(initial=1))
+    if len(found) and found.min() == found.max() > 0:
+        kept = statistics.mass_by_rank.cumsum()
+        axes.plot(range(1, len(kept) + 1), kept, color="#3d8f4f", marker="." if len(kept) < 80 else "")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel(f"first so many of the alternatives (every row keeps {highest:,})")
+        axes.set_ylabel("share of the non-target mass in them, mean")
+        return
+    axes.hist(found, bins=min(64, highest + 1), range=(-0.5, highest + 0.5), color="#3d8f4f")
+    axes.set_xlabel("alternatives that a row keeps" if found.any() else "no row keeps alternatives")
+    axes.set_ylabel("positions")
 
 
 def chains_of(settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -179,7 +209,27 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else float("-inf")
 
 
-def _draw_method(axes: Any, settings: Sequence[Setting], style: Style) -> None:
+def _sizes_of(settings: Sequence[Setting]) -> tuple[dict[float, float], str]:
+    """The size of a mean's sign by its learning rate, and how the legend says it; all the same where none varies."""
+    rates = sorted({_number(s.values.get("lr")) for s in settings})
+    if len(rates) < 2:
+        return {}, ""
+    sizes = {rate: 40 + 80 * i / (len(rates) - 1) for i, rate in enumerate(rates)}
+    return sizes, f"\nsigns grow with the learning rate: {', '.join(f'{rate:g}' for rate in rates)}"
+
+
+def _scaled_style(style: Style) -> Style:
+    return Style(style.colour, "o", (0, (1, 1.5)), is_hollow=True)
+
+
+def _draw_scaled(axes: Any, curves: Scaled, style: Style) -> None:
+    for curve in curves:
+        xs, ys = zip(*curve, strict=True)
+        axes.plot(xs, ys, color=style.colour, linestyle=style.line, linewidth=1.2, zorder=3)
+        axes.scatter(xs[:-1], ys[:-1], s=22, facecolors="#ffffff", edgecolors=style.colour, linewidths=0.9, zorder=4)
+
+
+def _draw_method(axes: Any, settings: Sequence[Setting], style: Style, sizes: dict[float, float]) -> None:
     for chain in chains_of(settings):
         means = [(s.learning.mean, s.forgetting.mean) for s in chain]
         axes.plot(
@@ -195,7 +245,7 @@ def _draw_method(axes: Any, settings: Sequence[Setting], style: Style) -> None:
         container = axes.errorbar(x.mean, y.mean, fmt="none", zorder=2, **bars)
         for part in (*container.lines[1], *container.lines[2]):
             part.set_alpha(0.45)
-        size = 85 if style.marker in "*X" else 62
+        size = sizes.get(_number(s.values.get("lr")), 62) * (1.4 if style.marker in "*X" else 1)
         axes.scatter(x.mean, y.mean, s=size, edgecolors="#ffffff", linewidths=0.8, zorder=5, **look)
 
 
@@ -274,7 +324,13 @@ def _legend_inches(methods: Sequence[str], width: float) -> float:
 
 def _legend(figure: Any, styles: dict[str, Style], width: float, title: str) -> None:
     """Below the axes: names of any length, wrapped; nothing in them is read as mathematics."""
-    look = [{"color": s.colour, "marker": s.marker, "linestyle": s.line} for s in styles.values()]
+    look = [
+        {
+            **{"color": s.colour, "marker": s.marker, "linestyle": s.line},
+            "markerfacecolor": "#ffffff" if s.is_hollow else s.colour,
+        }
+        for s in styles.values()
+    ]
     handles = [Line2D([], [], markersize=6, linewidth=1.2, **kind) for kind in look]
     legend = figure.legend(
         handles=handles,

@@ -1,30 +1,26 @@
-"""What a sweep left in its folder: every run with its outcome, its curve or its error, and all of them as results.csv.
+"""What a sweep left in its folder: every run with its outcome, its curves or its error.
 
 Owns reading the folder and refusing what is damaged or contradicts itself: a report of wrong numbers is worse than
 none. Takes no means (that is `pareto`), makes no pictures, and must not import torch.
 """
 
-import csv
-import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import ADVICE, CheckedJson, read_lines
-from logitcache.storage.files import replace_file
-from logitcache.storage.plain_text import escaped, one_line, shown
+from logitcache.storage.plain_text import one_line, shown
 from logitcache.sweeps.config import FIELDS
 
-SWEEP, RUNS, RESULT, FAILED, RUN, LOG = (
-    *("sweep.json", "runs", "result.json", "failed.json", "run.json"),
+SWEEP, RUNS, RESULT, FAILED, SCALES, RUN, LOG = (
+    *("sweep.json", "runs", "result.json", "failed.json", "scales.json", "run.json"),
     "train_log.jsonl",
 )
-FORMAT = 2
+FORMAT = 3
 AXES = FIELDS
 """Settings that every run has, in the order of the columns; None where one does not apply."""
 
@@ -33,6 +29,9 @@ MAX_NAME = 500
 
 MAX_NATS, MAX_LOGGED, MAX_SECONDS = 1e6, 1e30, 1e12
 """Of a mean over text; of a line of a log, where a run may have diverged; of any time."""
+
+SOME_LOAD = 0.5
+"""What a machine may have to do beside a run that counts as measured alone."""
 
 SAME_TEXT_NATS = 0.01
 """How far the untouched base's cross-entropy may differ between runs of a sweep: rounding on other machines."""
@@ -73,15 +72,11 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class RunOutcome:
-    """What a finished run came to on new and on prior text, and what it cost."""
+class Outcome:
+    """What a model came to on new and on prior text."""
 
     new: HeldOut
     prior: HeldOut
-    seconds: float
-    num_steps: int
-    num_tokens: int
-    peak_memory_bytes: int
 
     @property
     def learning(self) -> float:
@@ -92,6 +87,44 @@ class RunOutcome:
     def forgetting(self) -> float:
         """How far the adapted model is from the base on prior text: the KL, nats a token."""
         return self.prior.kl_nats
+
+
+@dataclass(frozen=True)
+class ScaledOutcome(Outcome):
+    """Of a part of the change between the base and a run: 0 would be the base, 1 is the run."""
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Seconds of a run, and of the base beside it, measured in one process; None where they were not, or are none."""
+
+    step_seconds: float | None
+    #: What a live base would have added to a step.
+    base_step_seconds: float | None
+    #: The base once over all that the run reads of it.
+    base_once_seconds: float | None
+    #: Processes that wanted a core, on average over the run's last minute.
+    load: float | None
+    #: How many of them may have been the run's own.
+    own_threads: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else wanted a core of the machine; not, where the system does not say."""
+        return self.load is not None and self.load <= self.own_threads + SOME_LOAD
+
+
+@dataclass(frozen=True)
+class RunOutcome(Outcome):
+    """What a finished run came to, and what it cost."""
+
+    seconds: float
+    num_steps: int
+    num_tokens: int
+    peak_memory_bytes: int
+    cost: RunCost
 
 
 @dataclass(frozen=True)
@@ -118,16 +151,10 @@ class Run:
     #: Of failed ones only.
     error_step: int | None = None
     curve: tuple[CurvePoint, ...] = ()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Measured on one cached run: seconds a step, of the base's forward on the same batches, and once over all."""
-
-    run: str
-    step_seconds: float
-    live_extra_seconds: float
-    capture_seconds: float
+    #: Between base and run, where it was measured, by rising scale.
+    scaled: tuple[ScaledOutcome, ...] = ()
+    #: Why it could not be.
+    not_scaled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +170,8 @@ class Sweep:
     num_train_positions: int
     methods: tuple[str, ...]
     runs: tuple[Run, ...]
-    cost: Cost | None
+    #: What a `logitcache train` of a run is given beside its settings, by the names of the flags.
+    given: dict[str, Any]
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -186,8 +214,19 @@ def read_sweep(folder: Path) -> Sweep:
         num_train_positions=head.whole("num_train_positions"),
         methods=methods,
         runs=runs,
-        cost=None if head.values.get("cost") is None else _cost(head.part("cost")),
+        given=_given(head.part("given")),
     )
+
+
+def _given(part: CheckedJson) -> dict[str, Any]:
+    """Plain values, paths as they were given."""
+    for name in ("model", "cache"):
+        part.text(name)
+    for name, value in part.values.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(v is None or isinstance(v, (str, int, float)) for v in values) or name != one_line(name, MAX_NAME):
+            raise part.wrong(shown(name).strip("'"), "a plain value, or a list of them")
+    return dict(part.values)
 
 
 def _place(name: str) -> str:
@@ -247,8 +286,11 @@ def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar])
             num_steps=result.whole("num_steps"),
             num_tokens=result.whole("num_tokens"),
             peak_memory_bytes=result.whole("peak_memory_bytes"),
+            cost=_cost(result.part("cost")),
         )
-        return Run(name, method, settings, "finished", outcome, curve=_curve(folder / LOG, whole=True))
+        scaled, reason = _scaled(folder / SCALES, name, method, settings)
+        curve = _curve(folder / LOG, whole=True)
+        return Run(name, method, settings, "finished", outcome, curve=curve, scaled=scaled, not_scaled=reason)
     if (folder / FAILED).exists():
         failure = CheckedJson.of(folder / FAILED)
         _check_is(failure, name, method, settings)
@@ -263,7 +305,8 @@ def _read_run(folder: Path, name: str, method: str, settings: dict[str, Scalar])
 
 def _check_same_text(runs: tuple[Run, ...]) -> None:
     """Raise `UnreadableSweep` where two runs were not evaluated with the same base on the same text."""
-    outcomes = [(run.name, run.outcome) for run in runs if run.outcome is not None]
+    outcomes: list[tuple[str, Outcome]] = [(run.name, run.outcome) for run in runs if run.outcome is not None]
+    outcomes += [(f"{run.name} at {point.scale:g}", point) for run in runs for point in run.scaled]
     for name, outcome in outcomes:
         first_name, first = outcomes[0]
         for kind, one, other in (("new", first.new, outcome.new), ("prior", first.prior, outcome.prior)):
@@ -301,13 +344,32 @@ def _held_out(part: CheckedJson) -> HeldOut:
     )
 
 
-def _cost(part: CheckedJson) -> Cost:
-    return Cost(
-        run=part.text("run"),
-        step_seconds=part.number("step_seconds", 0, MAX_SECONDS),
-        live_extra_seconds=part.number("live_extra_seconds_a_step", 0, MAX_SECONDS),
-        capture_seconds=part.number("capture_seconds", 0, MAX_SECONDS),
+def _cost(part: CheckedJson) -> RunCost:
+    return RunCost(
+        step_seconds=part.number_or_none("step_seconds", 0, MAX_SECONDS),
+        base_step_seconds=part.number_or_none("base_step_seconds", 0, MAX_SECONDS),
+        base_once_seconds=part.number_or_none("base_once_seconds", 0, MAX_SECONDS),
+        load=part.number_or_none("load", 0, MAX_SECONDS),
+        own_threads=part.whole("own_threads"),
     )
+
+
+def _scaled(
+    path: Path, name: str, method: str, settings: dict[str, Scalar]
+) -> tuple[tuple[ScaledOutcome, ...], str | None]:
+    """The curve between the base and a run, by rising scale, and why there is none."""
+    if not path.exists():
+        return (), None
+    found = CheckedJson.of(path)
+    _check_is(found, name, method, settings)
+    points = [
+        ScaledOutcome(_held_out(p.part("new")), _held_out(p.part("prior")), p.number("scale", 0, 2))
+        for p in found.parts("points")
+    ]
+    if len({point.scale for point in points}) < len(points):
+        raise found.wrong("points", "each scale once")
+    reason = None if found.values.get("error") is None else without_folders(one_line(found.text("error")))
+    return tuple(sorted(points, key=lambda point: point.scale)), reason
 
 
 def _curve(path: Path, whole: bool) -> tuple[CurvePoint, ...]:
@@ -324,87 +386,3 @@ def _curve(path: Path, whole: bool) -> tuple[CurvePoint, ...]:
         point = CurvePoint(entry.whole("step"), entry.number("ce", -MAX_LOGGED, MAX_LOGGED), kl)
         points[point.step] = point
     return tuple(points[step] for step in sorted(points))
-
-
-Cell = Callable[[Run], Scalar]
-
-
-def _measured(value: Callable[[RunOutcome], float | None]) -> Cell:
-    return lambda run: None if run.outcome is None else value(run.outcome)
-
-
-COLUMNS: dict[str, tuple[str, Cell]] = {
-    "name": ("folder of the run under runs/", lambda r: r.name),
-    "method": ("name of the method", lambda r: r.method),
-    "status": ("finished, failed, in progress, not evaluated or not started", lambda r: r.status),
-    "error": ("why a failed run failed", lambda r: r.error),
-    "error_step": ("optimizer step at which it failed", lambda r: r.error_step),
-    "learning_nats": ("new_ce_before_nats - new_ce_after_nats", _measured(lambda o: o.learning)),
-    "forgetting_nats": ("mean KL(base || adapted) on prior text", _measured(lambda o: o.forgetting)),
-    "prior_first_changed": (
-        "documents of prior text whose first supervised token is predicted otherwise",
-        _measured(lambda o: o.prior.num_first_changed),
-    ),
-    "prior_documents": ("documents of prior text", _measured(lambda o: o.prior.num_documents)),
-    "prior_ce_rise_nats": ("prior_ce_after_nats - prior_ce_before_nats", _measured(lambda o: o.prior.ce_rise)),
-    "new_ce_before_nats": ("cross-entropy of the base on new text, nats a token", _measured(lambda o: o.new.ce_before)),
-    "new_ce_after_nats": ("the same of the adapted model", _measured(lambda o: o.new.ce_after)),
-    "new_perplexity_before": ("exp(cross-entropy)", _measured(lambda o: o.new.perplexity_before)),
-    "new_perplexity_after": ("the same of the adapted model", _measured(lambda o: o.new.perplexity_after)),
-    "new_accuracy_before": (
-        "share of tokens that are predicted first, 0 to 1",
-        _measured(lambda o: o.new.accuracy_before),
-    ),
-    "new_accuracy_after": ("the same of the adapted model", _measured(lambda o: o.new.accuracy_after)),
-    "new_kl_nats": ("mean KL(base || adapted) on new text", _measured(lambda o: o.new.kl_nats)),
-    "new_positions": ("predicted tokens of new text", _measured(lambda o: o.new.num_positions)),
-    "prior_ce_before_nats": ("cross-entropy of the base on prior text", _measured(lambda o: o.prior.ce_before)),
-    "prior_ce_after_nats": ("the same of the adapted model", _measured(lambda o: o.prior.ce_after)),
-    "prior_perplexity_before": ("exp(cross-entropy)", _measured(lambda o: o.prior.perplexity_before)),
-    "prior_perplexity_after": ("the same of the adapted model", _measured(lambda o: o.prior.perplexity_after)),
-    "prior_accuracy_before": ("share of tokens that are predicted first", _measured(lambda o: o.prior.accuracy_before)),
-    "prior_accuracy_after": ("the same of the adapted model", _measured(lambda o: o.prior.accuracy_after)),
-    "prior_base_ce_nats": ("cross-entropy against the base's distribution", _measured(lambda o: o.prior.base_ce_nats)),
-    "prior_agreement": ("share of positions with the same first token", _measured(lambda o: o.prior.agreement)),
-    "prior_drift_percent": ("change of perplexity on prior text", _measured(lambda o: o.prior.drift_percent)),
-    "prior_positions": ("predicted tokens of prior text", _measured(lambda o: o.prior.num_positions)),
-    "train_seconds": ("seconds of training", _measured(lambda o: o.seconds)),
-    "num_steps": ("optimizer steps", _measured(lambda o: o.num_steps)),
-    "num_tokens": ("tokens trained on, repeats counted", _measured(lambda o: o.num_tokens)),
-    "peak_memory_bytes": (
-        "peak memory of the process, of the GPU where there is one",
-        _measured(lambda o: o.peak_memory_bytes),
-    ),
-}
-"""results.csv: header, meaning and value. Between error_step and learning_nats stand the settings, one column each."""
-
-_LAST_BEFORE_SETTINGS = "error_step"
-
-
-def setting_names(sweep: Sweep) -> list[str]:
-    """Every field of any run's settings: those of `AXES`, then others by name."""
-    others = {key for run in sweep.runs for key in run.settings} - set(AXES)
-    return [*AXES, *sorted(others)]
-
-
-def write_csv(sweep: Sweep, path: Path) -> None:
-    """One row a run, whatever its status; empty where there is nothing. Numbers in full precision."""
-    names = list(COLUMNS)
-    cut = names.index(_LAST_BEFORE_SETTINGS) + 1
-    extra = setting_names(sweep)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([_cell(name) for name in [*names[:cut], *extra, *names[cut:]]])
-    for run in sweep.runs:
-        cells = [COLUMNS[name][1](run) for name in names]
-        row = [*cells[:cut], *(run.settings.get(key) for key in extra), *cells[cut:]]
-        writer.writerow([_cell(value) for value in row])
-    replace_file(path, text.getvalue().encode())
-
-
-def _cell(value: Scalar) -> Scalar:
-    """Text as text: a spreadsheet would take what begins with one of these signs for a formula, and run it."""
-    if not isinstance(value, str):
-        return value
-    text = escaped(value)
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text

@@ -22,6 +22,7 @@ from .pareto import (
     prevented_by,
     reference_forgetting,
     representative,
+    scaled_settings,
     settings_of,
     varying,
 )
@@ -30,6 +31,9 @@ from .results import Run, RunOutcome, Scalar, Sweep
 Rows = list[list[str]]
 FIRST, CE = "first tokens changed", "cross-entropy on prior"
 """Columns that stand beside the forgetting."""
+
+SCALED = "parts of its change (nothing trained)"
+"""What the curve between base and adapted model is called in tables and legends."""
 
 STATUSES = ("finished", "failed", "in progress", "not evaluated", "not started")
 
@@ -70,7 +74,8 @@ def counts_sentence(sweep: Sweep) -> str:
 
 
 def main_rows(view: View) -> Rows:
-    """A row a method: its settings and seeds, the most learning within each budget of forgetting, hypervolume."""
+    """A row a method: its settings and seeds, the most learning within each budget of forgetting, hypervolume; and a
+    row for the parts of a method's change, where these were measured."""
     budgets = view.budgets
     heads = [f"≤ {b:.3g} ({100 * s:.0f} %)" for b, s in zip(budgets.nats, budgets.shares, strict=True)]
     rows = [["method", "settings", "seeds each", *heads, "hypervolume, nats²"]]
@@ -80,6 +85,24 @@ def main_rows(view: View) -> Rows:
         cells = ["-" if best is None else nats(best.learning.mean) for best in bests]
         area = hypervolume([(s.learning.mean, s.forgetting.mean) for s in settings], view.limit)
         rows.append([method, str(len(settings)), _seeds_each(settings), *cells, f"{area:.4f}" if settings else "-"])
+        points = [point for s in settings for point in scaled_settings(s)]
+        if points:
+            within = [[p.learning.mean for p in points if p.forgetting.mean <= budget] for budget in budgets.nats]
+            cells = ["-" if not found or max(found) <= 0 else nats(max(found)) for found in within]
+            area = hypervolume([(p.learning.mean, p.forgetting.mean) for p in points], view.limit)
+            rows.append([f"{method}, {SCALED}", str(len(points)), _seeds_each(settings), *cells, f"{area:.4f}"])
+    return rows
+
+
+def scaled_rows(view: View) -> Rows:
+    """A row a measured part of a setting's change, the base and the whole among them."""
+    rows = [["method", "setting", "part of the change", "learning", "forgetting", FIRST, CE]]
+    for point in (point for s in view.settings for point in scaled_settings(s)):
+        s = point.setting
+        changed = f"{point.first_changed:.4g} of {s.outcomes[0].prior.num_documents:,}"
+        both = [_interval(point.learning), _interval(point.forgetting)]
+        label = view.label(s.values, s.method) or "-"
+        rows.append([s.method, label, f"{point.scale:g}", *both, changed, _interval(point.ce_rise, "+")])
     return rows
 
 

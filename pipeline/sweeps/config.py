@@ -10,18 +10,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InputNotFound, InvalidData, InvalidSettings
+from logitcache.evaluation.settings import ScaleSettings
 from logitcache.settings import Setting, Settings, line_settings, names_function, option
 from logitcache.storage.identity import digest_json
 from logitcache.storage.plain_text import one_line, shown
+from logitcache.training.settings import NO_ADAPTER as NO_ADAPTER
 from logitcache.training.settings import PENALTIES, RECIPES, RunSettings, run_settings
-from logitcache.training.settings import without_base as without_base
-from logitcache.yaml_files import at_home, read_yaml
+from logitcache.yaml_files import at_home, read_as, read_yaml
 
 SETTINGS = run_settings("objective", "anchor", "adapter", "training")
 FIELDS = tuple(SETTINGS)
@@ -73,9 +74,18 @@ class ProbeSettings(Settings):
         return min(256, vocab_size - 1) if self.probe_top_k is None else self.probe_top_k
 
 
+@dataclass(frozen=True)
+class CurveSettings(Settings):
+    """Of which runs the curve between base and adapted model is measured."""
+
+    scales_of: Literal["plain", "all", "none"] = option(
+        "plain", "Runs of which `scales` are measured: those of plain cross-entropy, all, or none."
+    )
+
+
 SHARED = {
     **{name: s for name, s in run_settings("pairing", "loading").items() if name not in ("dtype", "device")},
-    **{s.key: s for s in line_settings(ProbeSettings, DataSettings)},
+    **{s.key: s for s in line_settings(ProbeSettings, ScaleSettings, CurveSettings, DataSettings)},
 }
 """What all runs of a sweep have in common, by the names of train's flags; dtype and device stand on the line."""
 
@@ -119,6 +129,17 @@ class SweepConfig:
         """What is kept of the base on the held-out text."""
         return ProbeSettings(self.shared.get("probe_top_k"))
 
+    def scales_of(self, spec: RunSpec) -> list[float]:
+        """The parts of a run's change at which it is to be measured: none of a run that is not to have a curve.
+
+        0, the base, and 1, the run itself, are known without.
+        """
+        whose = CurveSettings(self.shared.get("scales_of", "plain")).scales_of
+        if whose == "none" or (whose == "plain" and not is_plain(spec.settings)):
+            return []
+        settings = ScaleSettings(self.shared["scales"]) if "scales" in self.shared else ScaleSettings()
+        return [scale for scale in settings.scales if scale not in (0, 1)]
+
     @property
     def how(self) -> DataSettings:
         """How the rows of data, new and prior are found, read and rendered."""
@@ -132,6 +153,13 @@ class SweepConfig:
     def methods(self) -> list[str]:
         """Their names, in the order of the configuration."""
         return list(dict.fromkeys(run.method for run in self.runs))
+
+
+def is_plain(values: Mapping[str, Any]) -> bool:
+    """Whether a run, by its settings, is plain cross-entropy: nothing holds it to the base, and every token counts."""
+    others = ("label_smoothing", "anchor_weight")
+    is_weighed = values.get("ce_weight") not in (None, "none")
+    return values.get("regularizer") == "none" and not is_weighed and not any(values.get(name) for name in others)
 
 
 def read_config(path: Path) -> SweepConfig:
@@ -238,12 +266,11 @@ def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str
 
 
 def _checked(setting: Setting, value: Any, where: str) -> Any:
-    """A value as its field has it; YAML reads 1e-3 as a text."""
+    """A value as its field has it."""
     try:
-        return setting.checked(value)
-    except InvalidSettings as error:
-        hint = " (YAML wants a point in it: 1.0e-3)" if isinstance(value, str) and re.match(r"\d+e", value) else ""
-        raise InvalidData(f"reading {where}: {setting.wrong(value)}{hint}.") from error
+        return setting.checked(read_as(setting.kind, value))
+    except ValueError as error:
+        raise InvalidData(f"reading {where}: {setting.wrong(value)}.") from error
 
 
 def _with_recipe(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -260,12 +287,12 @@ def _with_recipe(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _axes(fields: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
     """Each field with the list of its values."""
     _refuse_unknown(fields, FIELDS, where)
-    axes = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    listed = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    axes = {name: [_checked(SETTINGS[name], v, where) for v in values] for name, values in listed.items()}
     for name, values in axes.items():
         if not values:
             raise InvalidData(f"reading {where}: {name} has no values, so there is nothing to train. Give one or more.")
-        plain = [v for v in values if v is None or isinstance(v, (str, int, float))]  # others are refused by the field
-        repeated = [v for v, times in Counter(plain).items() if times > 1]
+        repeated = [v for v, times in Counter(values).items() if times > 1]
         if repeated:
             raise InvalidData(f"reading {where}: {name} has {shown(repeated[0])} twice.")
     return axes

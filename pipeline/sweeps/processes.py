@@ -18,7 +18,8 @@ from logitcache.errors import TrainingFailed
 from logitcache.models.loading import pick_device
 
 from .config import RunSpec, SweepConfig
-from .run import Done, Prepared, prepare, run_one
+from .prepare import Prepared, prepare
+from .run import Done, run_one
 
 _prepared: Prepared | None = None
 """Of this process, once it has been started."""

@@ -15,13 +15,18 @@ from logitcache.models.loading import Source, load_tokenizer
 from logitcache.models.quantization import held_in
 
 
-def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, all of its weights float32 and trained. Raises `UnsuitableAdapter` where they are quantised."""
+def check_unpacked(model: PreTrainedModel) -> None:
+    """Raise `UnsuitableAdapter` where the weights of a model are quantised."""
     if held_in(model) is not None:
         raise UnsuitableAdapter(
             f"training every weight of {type(model).__name__}: its weights are quantised, and whole numbers have no "
             "gradient. Use an adapter (--adapter lora), or the model as it was before."
         )
+
+
+def unfreeze(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, all of its weights float32 and trained. Raises as `check_unpacked`."""
+    check_unpacked(model)
     model.float()
     model.requires_grad_(True)
     return model

@@ -4,24 +4,26 @@ Owns the names that become a job: what is refused before weights are read, and w
 not know the trainer, nor write to the folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.adapters.attach import AdapterSettings
+from logitcache.adapters.attach import AdapterSettings, check_attachable
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DEFAULT, DataSettings
-from logitcache.errors import TrainingFailed
+from logitcache.errors import InputNotFound, PipelineError, TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import is_spread, offloaded_parts
+from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base
 from logitcache.models.quantization import held_in
 from logitcache.pairing.identity_checks import PairingRules, check_tail
@@ -30,7 +32,7 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
 
 from .anchors import Anchor, Anchors, AnchorTerm
-from .full_weights import computes_in_bfloat16
+from .full_weights import check_unpacked, computes_in_bfloat16
 from .run_folder import check_out
 from .settings import PenaltySettings, TrainSettings
 
@@ -135,6 +137,38 @@ def check_before_loading(
         return None
     check_max_length(cache, max_length)
     return read_rows(data, how, on_message)
+
+
+def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
+    """Raise what can be told of a job's model, samples and adapter before its folder is claimed.
+
+    view, anchors: as the job pairs them. Raises `UnsupportedModel`, `SampleNotCached`, `PositionNotCaptured`,
+    `UnsuitableAdapter`, `InputNotFound` (no layer of the names to adapt). Takes from torch's generator.
+    """
+    base = job.base
+    check_head(base.model)
+    check_length(base.model, max(len(s.token_ids) for s in [*job.samples, *anchors.samples]))
+    if view is not None:
+        view.require(job.samples)
+    if job.adapter.kind == NO_ADAPTER:
+        check_unpacked(base.model)
+        return
+    with names_of_layers(base, job.adapter):
+        check_attachable(base.model, job.adapter, job.samples)
+
+
+@contextmanager
+def names_of_layers(base: Base, adapter: AdapterSettings) -> Iterator[None]:
+    """Raise `InputNotFound` for the ValueError of names within, those of no layer that can be adapted."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except ValueError as error:
+        raise InputNotFound(
+            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
+            "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
+        ) from error
 
 
 def _check_combination(job: Job) -> None:

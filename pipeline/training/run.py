@@ -37,11 +37,10 @@ from logitcache.data.places import Named, are_names
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import listed_beside
-from logitcache.errors import InputNotFound, TrainingFailed
+from logitcache.errors import TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device
-from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import decided, leads
@@ -56,7 +55,7 @@ from . import run_folder
 from .anchors import Anchor, Anchors
 from .description import describe
 from .full_weights import save_whole, unfreeze
-from .job import Job, check_before_loading
+from .job import Job, check_before_loading, check_model, names_of_layers
 from .logs import JsonLog, tensorboard
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
@@ -146,6 +145,7 @@ def run(
 ) -> TrainReport:
     """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
     out, view, anchors, description = job.out, job.paired(), job.paired_anchors(), describe(job)
+    check_model(job, view, anchors)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
     with ExitStack() as stack:
@@ -174,10 +174,6 @@ def _train(
     """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
     base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
     penalty = job.penalty
-    check_head(base.model)
-    check_length(base.model, max(len(s.token_ids) for s in [*job.samples, *anchors.samples]))
-    if view is not None:
-        view.require(job.samples)
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
         names = list(target_layers(base.model, job.adapter))
@@ -259,13 +255,8 @@ def _student(
     """What is trained: the base's model with an adapter on it, or itself. start: of a run that is resumed."""
     if adapter.kind == NO_ADAPTER:
         return unfreeze(base.model)
-    try:
+    with names_of_layers(base, adapter):
         return attach(base.model, adapter, str(base.source.folder), samples, start if keeps_start(adapter) else None)
-    except ValueError as error:
-        raise InputNotFound(
-            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
-            "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
-        ) from error
 
 
 class _Checkpoints(TrainerCallback):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from logitcache.adapters.settings import NO_ADAPTER, AdapterSettings
+from logitcache.adapters.settings import NO_ADAPTER as NO_ADAPTER
+from logitcache.adapters.settings import AdapterSettings
 from logitcache.errors import InvalidSettings
 from logitcache.losses.objective import OWN_WEIGHT, WEIGHT_FORMS, Objective, Regularizer, Tail
 from logitcache.models.settings import LoadSettings

@@ -292,10 +292,10 @@ BAD_USAGE: dict[str, tuple[list[str], str]] = {
     "scales without an adapter": (["--data", "d", "--scales", "0,1"], "--scales are parts of an adapter's change"),
     "scales that are none": (
         ["--data", "d", "--adapter", "a", "--scales", "0,x"],
-        "--scales: expected different numbers from 0 to 2 separated by commas, found '0,x'",
+        "'--scales': expected a number, such as 8, .5, 1e-4 or 1_000, found '0,x'.",
     ),
-    "a negative scale": (["--data", "d", "--adapter", "a", "--scales=-1"], "numbers from 0 to 2"),
-    "a scale twice": (["--data", "d", "--adapter", "a", "--scales", "1,1.0"], "different numbers"),
+    "a negative scale": (["--data", "d", "--adapter", "a", "--scales=-1"], "each of 0 or more and of 2 or less"),
+    "a scale twice": (["--data", "d", "--adapter", "a", "--scales", "1,1.0"], "expected different numbers"),
     "no task": (["--data", "d", "--prior", "p", "--tasks", " ,"], "--tasks names no task"),
     "a folder of tasks alone": (["--data", "d", "--prior", "p", "--tasks-path", "."], "Give --tasks"),
     "against without prior text": (

@@ -211,7 +211,7 @@ def test_a_sweep_without_finished_runs_is_reported_too(tmp_path: Path) -> None:
 def test_cost_is_left_out_where_it_was_not_measured(tmp_path: Path) -> None:
     write_sweep(tmp_path, (PLAIN, MASKED_KL), cost=False)
     assert not any("cost" in p.name for p in write_sweep_report(tmp_path, tmp_path).files)
-    assert "Not measured in this sweep." in (tmp_path / "report.md").read_text()
+    assert "Not measured in this sweep." in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 SHAPES = {
@@ -231,7 +231,7 @@ def test_pictures_of_sweeps_of_any_shape(tmp_path: Path, name: str) -> None:
     write_sweep(tmp_path, methods, lrs, seeds)
     files = write_sweep_report(tmp_path, tmp_path).files
     pictures = [image.imread(p) for p in files if p.suffix == ".png"]
-    assert len(pictures) == 4
+    assert len(pictures) == (3 if name == "the same everywhere" else 4)  # plain runs alone are held against no base
     for pixels in pictures:
         white = (pixels[..., :3] > 0.99).all(axis=2)
         assert 0.5 < white.mean() < 0.99
@@ -286,7 +286,7 @@ def test_verb_prints_the_table_and_the_paths(folder: Path, tmp_path: Path) -> No
 def test_verb_writes_beside_the_sweep_by_default(tmp_path: Path) -> None:
     write_sweep(tmp_path, (PLAIN,), lrs=(1e-3,))
     done("report", tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {*FILES, "sweep.json", "runs"}
+    assert {p.name for p in tmp_path.iterdir()} == {*FILES, "sweep.json", "runs"} - {"cost.png", "cost.svg"}
     done("report", tmp_path)  # again, over its own files
 
 

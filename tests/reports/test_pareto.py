@@ -1,6 +1,7 @@
 """What is compared in a sweep, against oracles written from the definitions."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -16,17 +17,20 @@ from logitcache.reports.pareto import (
     by_cross_entropy,
     estimate,
     hypervolume,
+    is_reference,
     least_forgetting_at,
     pareto_front,
     prevented_by,
     reference_forgetting,
     representative,
+    scaled_settings,
     settings_of,
     spent_on,
     t_quantile,
     varying,
 )
-from logitcache.reports.results import Cost, HeldOut, Run, RunOutcome
+from logitcache.reports.results import HeldOut, Run, RunCost, RunOutcome, ScaledOutcome
+from logitcache.training.settings import without_base
 
 GRID = st.integers(-8, 8).map(lambda n: n / 8)
 POINTS = st.lists(st.tuples(GRID, GRID), min_size=1, max_size=9)
@@ -41,7 +45,9 @@ def held_out(before: float, after: float, kl: float) -> HeldOut:
 def run(learning: float, forgetting: float, method: str = "a", finished: bool = True, **settings: object) -> Run:
     """A run that forgets so much by its KL, and by its cross-entropy half as much less .1."""
     prior = held_out(0.0, forgetting / 2 - 0.1, forgetting)
-    outcome = RunOutcome(held_out(0.0, -learning, 0.2), prior, 10.0, 50, 1000, 1)
+    base = (None, None) if without_base({**AXES, **settings}) else (0.2, 7.0)
+    cost = RunCost(0.1 * (1 + int(str(settings.get("seed", 0)))), *base, 1.2, 1)
+    outcome = RunOutcome(held_out(0.0, -learning, 0.2), prior, 10.0, 50, 1000, 1, cost)
     name = f"{method} {sorted(settings.items())}"
     status = "finished" if finished else "failed"
     return Run(name, method, {**AXES, **settings}, status, outcome if finished else None)  # type: ignore[dict-item]
@@ -234,10 +240,17 @@ def test_drift_prevented_of_nothing_forgotten_is_not_a_number() -> None:
 def test_what_was_spent_charges_a_live_base_to_regularised_steps_only() -> None:
     runs = [run(0.1, 0.1, seed=s) for s in (0, 1)] + [run(0.1, 0.1, "kl", seed=s, **MASKED) for s in (0, 1, 2)]
     runs.append(run(0.1, 0.1, "kl", seed=3, finished=False, **MASKED))
-    spent = spent_on(runs, Cost("r", 0.5, 0.2, 7.0))
-    assert (spent.num_runs, spent.num_plain, spent.num_regularized_steps) == (5, 2, 150)
-    assert (spent.training, spent.capture, spent.live) == (50, 7.0, pytest.approx(30))
-    assert (spent.cached_sum, spent.live_sum) == (57, pytest.approx(80))
+    reading, plain = spent_on(runs)
+    assert reading is not None and plain is not None
+    assert (reading.num_runs, reading.num_steps, plain.num_runs, plain.num_steps) == (3, 150, 2, 100)
+    assert (reading.step_seconds, plain.step_seconds) == (0.2, pytest.approx(0.15))  # medians of .1, .2, .3 and .1, .2
+    assert (reading.total, reading.live_total) == (pytest.approx(30), pytest.approx(60))
+    assert reading.base_once_seconds == 7.0 and plain.live_total is None
+    assert reading.num_alone == 3 and reading.loads == ()
+    busy = [replace(r, outcome=replace(r.outcome, cost=replace(r.outcome.cost, load=2.1))) for r in runs if r.outcome]
+    found = [spent for spent in spent_on(busy) if spent is not None]
+    assert [(spent.num_alone, spent.loads) for spent in found] == [(0, (2.1,) * 3), (0, (2.1,) * 2)]
+    assert spent_on([]) == (None, None)
 
 
 def test_a_weighted_cross_entropy_is_not_plain_and_may_need_the_base() -> None:
@@ -247,8 +260,31 @@ def test_a_weighted_cross_entropy_is_not_plain_and_may_need_the_base() -> None:
     assert budgets_of([plain, *weighed]).of_reference
     assert [prevented_by(s, [plain, *weighed]) for s in weighed] == [0.0, 0.0, 0.0]
     assert [prevented_by(s, weighed) for s in weighed] == [None, None, None]
-    spent = spent_on(runs, Cost("r", 0.5, 0.2, 7.0))
-    assert (spent.num_plain, spent.num_regularized_steps) == (2, 100)
+    reading, without = spent_on(runs)
+    assert reading is not None and without is not None
+    assert (reading.num_runs, without.num_runs) == (2, 2)
+
+
+def test_a_curve_has_the_base_the_parts_that_all_seeds_have_and_the_setting() -> None:
+    def scaled(learning: float, seed: int, *scales: float) -> Run:
+        parts = [ScaledOutcome(held_out(0.0, -s * learning, 0.1), held_out(0.0, 0.1, s * s), s) for s in scales]
+        return replace(run(learning, 1.0, seed=seed), scaled=tuple(parts))
+
+    (setting,) = settings_of([scaled(0.4, 0, 0.25, 0.5, 2.0), scaled(0.6, 1, 0.5, 2.0)])
+    found = scaled_settings(setting)
+    assert [point.scale for point in found] == [0, 0.5, 1, 2]
+    assert [point.learning.mean for point in found] == pytest.approx([0, 0.25, 0.5, 1.0])
+    assert [point.forgetting.mean for point in found] == pytest.approx([0, 0.25, 1.0, 4.0])
+    assert found[2].learning == setting.learning and found[2].forgetting == setting.forgetting
+    assert [point.first_changed for point in found] == [0, 5, 5, 5]
+    (alone,) = settings_of([scaled(0.4, 0, 0.5), run(0.6, 1.0, seed=1)])
+    assert scaled_settings(alone) == []  # one of its seeds was not measured
+
+
+def test_anchors_are_no_plain_training() -> None:
+    plain, anchored = settings_of([run(0.5, 0.3, anchor_weight=w) for w in (0.0, 4.0)])
+    assert is_reference(plain) and not is_reference(anchored)
+    assert budgets_of([plain, anchored]).of_reference and not budgets_of([anchored]).of_reference
 
 
 def test_varying_names_what_differs_but_the_seed() -> None:

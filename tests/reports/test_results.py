@@ -13,7 +13,8 @@ from support.sweep_folders import Method, write_sweep
 
 from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import line_of
-from logitcache.reports.results import COLUMNS, read_sweep, setting_names, write_csv
+from logitcache.reports.csv_file import COLUMNS, setting_names, write_csv
+from logitcache.reports.results import read_sweep
 from logitcache.sweeps.config import FIELDS
 
 FAILED, RUNNING = "m1-lr0.0005-seed1", "m2-lr0.002-seed0"
@@ -32,7 +33,7 @@ def test_everything_of_a_run_is_read(folder: Path) -> None:
     assert (sweep.model, sweep.cache, sweep.new, sweep.prior) == ("demo base", "cache", "new.jsonl", "prior.jsonl")
     assert (sweep.num_train_tokens, sweep.num_train_positions) == (87_364, 86_964)
     assert sweep.methods == ("plain LoRA", "masked KL", "full KL")
-    assert sweep.cost is not None and sweep.cost.live_extra_seconds == 0.13
+    assert sweep.given["dtype"] == "float32"
     for run in sweep.finished:
         told = json.loads((folder / "runs" / run.name / "result.json").read_text())
         outcome = run.outcome
@@ -44,6 +45,7 @@ def test_everything_of_a_run_is_read(folder: Path) -> None:
         assert outcome.prior.num_documents == told["prior"]["num_documents"] == 60
         assert outcome.prior.perplexity_after == told["prior"]["after"]["perplexity"]
         assert outcome.prior.drift_percent == told["prior"]["drift_percent"]
+        assert outcome.cost.base_step_seconds == told["cost"]["base_step_seconds"] and outcome.cost.alone
         assert outcome.new.kl_nats == told["new"]["kl_nats"]
         assert run.settings == {**dict.fromkeys(FIELDS), **told["settings"]}
         log = folder / "runs" / run.name / "train_log.jsonl"
@@ -80,9 +82,9 @@ def test_a_line_that_is_being_written_is_not_damage(folder: Path) -> None:
 Damage = Callable[[Path], None]
 
 
-def set_value(path: str, *keys: str, to: object) -> Damage:
+def set_value(path: str, *keys: str | int, to: object) -> Damage:
     def damage(folder: Path) -> None:
-        def change(value: dict[str, Any]) -> None:
+        def change(value: Any) -> None:
             for key in keys[:-1]:
                 value = value[key]
             value[keys[-1]] = to
@@ -118,7 +120,7 @@ RESULT, LOG = f"{FIRST}/result.json", f"{FIRST}/train_log.jsonl"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "sweep.json is half-written": (text("sweep.json", '{"format": 1, '), "sweep.json: expected a JSON object"),
     "sweep.json is a list": (text("sweep.json", "[]"), "expected a JSON object"),
-    "another format": (set_value("sweep.json", "format", to=1), "expected 2 at format, found 1"),
+    "another format": (set_value("sweep.json", "format", to=1), "expected 3 at format, found 1"),
     "no runs": (set_value("sweep.json", "runs", to=None), "expected a list of objects at runs"),
     "a run that is no object": (set_value("sweep.json", "runs", to=[3]), "expected a list of objects at runs"),
     "a method twice": (set_value("sweep.json", "methods", to=["a", "a"]), "expected each name once"),
@@ -128,8 +130,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "a count that is negative": (set_value("sweep.json", "num_train_tokens", to=-1), "a count at num_train_tokens"),
     "a cost that is no number": (
-        set_value("sweep.json", "cost", "step_seconds", to=None),
-        "number at cost.step_seconds",
+        set_value(RESULT, "cost", "step_seconds", to="long"),
+        "a finite number at cost.step_seconds",
     ),
     "two runs of a name": (twice("name"), "each run and each combination of settings once"),
     "two runs of the same settings": (twice("settings"), "each run and each combination of settings once"),
@@ -231,3 +233,35 @@ def test_text_is_no_formula_and_numbers_stay_numbers(tmp_path: Path, name: str) 
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines())
     assert row["method"] == f"'{name.strip()}"
     assert float(row["learning_nats"]) < 0
+
+
+SCALES = f"{FIRST}/scales.json"
+DAMAGED_SCALES: dict[str, tuple[Damage, str]] = {
+    "empty": (text(SCALES, ""), "scales.json: expected a JSON object"),
+    "of another run": (set_value(SCALES, "name", to="x"), "scales.json: expected m0-lr0.0005-seed0"),
+    "no list": (set_value(SCALES, "points", to=None), "expected a list of objects at points"),
+    "a scale beyond": (set_value(SCALES, "points", 0, "scale", to=3), r"a number from 0 to 2 at points\[0\]\.scale"),
+    "a scale twice": (set_value(SCALES, "points", 0, "scale", to=0.5), "each scale once at points"),
+    "no number": (set_value(SCALES, "points", 1, "new", "after", "ce_nats", to=None), "at points.1..new.after.ce_nats"),
+    "another text": (
+        set_value(SCALES, "points", 1, "prior", "before", "ce_nats", to=9.0),
+        "the untouched base to be the same on prior text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_SCALES)
+def test_a_damaged_curve_is_refused(tmp_path: Path, name: str) -> None:
+    write_sweep(tmp_path, lrs=(5e-4,), scaled=("plain LoRA",))
+    assert [point.scale for point in read_sweep(tmp_path).runs[0].scaled] == [0.25, 0.5, 0.75]
+    damage, said = DAMAGED_SCALES[name]
+    damage(tmp_path)
+    with pytest.raises(UnreadableSweep, match=said):
+        read_sweep(tmp_path)
+
+
+def test_why_there_is_no_curve_is_read(tmp_path: Path) -> None:
+    write_sweep(tmp_path, lrs=(5e-4,), scaled=("plain LoRA",))
+    edit_sealed(tmp_path / SCALES, lambda v: v.update(points=[], error="no merging in /home/me/base here"))
+    first = read_sweep(tmp_path).runs[0]
+    assert first.scaled == () and first.not_scaled == "no merging in base here"

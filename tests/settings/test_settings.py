@@ -20,17 +20,19 @@ from logitcache.cli import cli, run
 from logitcache.cli.options import options_of, settings_from
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidData, InvalidSettings, PipelineError
+from logitcache.evaluation.settings import AnswerSettings, ScaleSettings
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, line_settings, option, settings_of
-from logitcache.sweeps.config import FIELDS, SHARED, ProbeSettings, make_config
+from logitcache.sweeps.config import FIELDS, SHARED, CurveSettings, ProbeSettings, make_config
 from logitcache.training.settings import AnchorSettings, PenaltySettings, RunSettings, TrainSettings, run_settings
 from logitcache.yaml_files import load_yaml
 
 CLASSES: tuple[type[Settings], ...] = (
     *(TrainSettings, PenaltySettings, AdapterSettings, Objective, PairingRules, LoadSettings, CaptureSettings),
     *(AnchorSettings, NullSpaceSettings, ProbeSettings, VllmSettings, JobSpec, RunSettings),
+    *(AnswerSettings, ScaleSettings, CurveSettings),
 )
 GIVEN: dict[type[Settings], dict[str, Any]] = {JobSpec: {"model": "m", "data": "d", "cache": "c"}}
 """What has no default."""
@@ -226,7 +228,7 @@ def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     flags = {str(p.name) for p in cli.commands["train"].params}
     others = {"config", "model", "cache", "anchor_cache", "out", "data", "max_length", "resume", "recipe"}
     assert settings == flags - others
-    assert {*FIELDS, *SHARED} - {"probe_top_k"} == settings - {"dtype", "device"}
+    assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - {"dtype", "device"}
     assert [s.key for s in line_settings(TrainSettings)] == [s.name for s in settings_of(TrainSettings)]
 
 

@@ -33,8 +33,9 @@ from logitcache.evaluation.against import read_plain
 from logitcache.hub.dataset_card import is_licence, licences_in
 from logitcache.hub.pulling import _read_marker
 from logitcache.json_files import CheckedJson, read_lines
+from logitcache.reports.csv_file import write_csv
 from logitcache.reports.page import Table, as_html, as_markdown
-from logitcache.reports.results import read_sweep, write_csv
+from logitcache.reports.results import read_sweep
 from logitcache.reports.tables import equal_learning_sentences, main_rows, method_rows, run_rows, setting_rows, view_of
 from logitcache.storage import CacheError
 from logitcache.storage.checked_json import MAX_SEALED_BYTES, unsealed

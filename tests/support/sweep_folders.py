@@ -52,8 +52,13 @@ def write_sweep(
     failed: Sequence[str] = (),
     in_progress: Sequence[str] = (),
     cost: bool = True,
+    scaled: Sequence[str] = (),
+    load: float = 1.2,
 ) -> list[str]:
-    """Write the folder; returns the names of its runs, METHOD-NUMBER-lr-seed in order. Numbers by a fixed rule."""
+    """Write the folder; returns the names of its runs, METHOD-NUMBER-lr-seed in order. Numbers by a fixed rule.
+
+    cost: whether it was measured. scaled: methods that have the curve between base and adapter. load: of the machine.
+    """
     runs, noise = [], random.Random(7)
     for number, method in enumerate(methods):
         for lr in lrs:
@@ -65,16 +70,15 @@ def write_sweep(
                 learning = method.learning * size + noise.gauss(0, 0.008)
                 forgetting = abs(method.forgetting * size**3 + noise.gauss(0, 0.003))
                 status = "failed" if name in failed else "in progress" if name in in_progress else "finished"
-                write_run(folder / "runs" / name, runs[-1], status, learning, forgetting)
-    measured = {
-        "run": runs[-1]["name"],
-        "step_seconds": 0.42,
-        "live_extra_seconds_a_step": 0.13,
-        "capture_seconds": 9.5,
-        "steps": 50 * len(runs),
-    }
+                write_run(folder / "runs" / name, runs[-1], status, learning)
+                if status == "finished":
+                    own = run_cost(settings, load) if cost else {**dict.fromkeys(COST), "own_threads": 1}
+                    write_json(folder / "runs" / name / "result.json", result(runs[-1], learning, forgetting, own))
+                    if method.name in scaled:
+                        write_json(folder / "runs" / name / "scales.json", scales(runs[-1], learning, forgetting))
     head = {
-        "format": 2,
+        "format": 3,
+        "given": {"model": "demo base", "cache": "cache", "data": None, "anchor_cache": [], "dtype": "float32"},
         "model": "demo base",
         "cache": "cache",
         "new": "new.jsonl",
@@ -83,13 +87,12 @@ def write_sweep(
         "num_train_positions": 86_964,
         "methods": [method.name for method in methods],
         "runs": runs,
-        "cost": measured if cost else None,
     }
     write_json(folder / "sweep.json", head)
     return [str(run["name"]) for run in runs]
 
 
-def write_run(folder: Path, plan: dict[str, Any], status: str, learning: float, forgetting: float) -> None:
+def write_run(folder: Path, plan: dict[str, Any], status: str, learning: float) -> None:
     """The files of one run: its start, its log, and how it ended if it has."""
     write_json(folder / "run.json", {"status": "finished" if status == "finished" else "started", "settings": {}})
     lines = [curve_line(step, learning, plan["settings"]) for step in (1, 10, 20, 30, 40, 50)]
@@ -98,8 +101,6 @@ def write_run(folder: Path, plan: dict[str, Any], status: str, learning: float, 
     (folder / "train_log.jsonl").write_bytes(b"".join(line_of(line) for line in lines))
     if status == "failed":
         write_json(folder / "failed.json", {**plan, "error": "training, step 21: the loss is not finite.", "step": 21})
-    if status == "finished":
-        write_json(folder / "result.json", result(plan, learning, forgetting))
 
 
 def curve_line(step: int, learning: float, settings: dict[str, Any]) -> dict[str, Any]:
@@ -110,13 +111,34 @@ def curve_line(step: int, learning: float, settings: dict[str, Any]) -> dict[str
     return {"step": step, "epoch": step / 50, "loss": ce + kl, "ce": ce, "kl": kl, "kl_weight": 1.0, "grad_norm": 1.0}
 
 
-def result(plan: dict[str, Any], learning: float, forgetting: float) -> dict[str, Any]:
+COST = ("step_seconds", "base_step_seconds", "base_once_seconds", "load")
+
+
+def run_cost(settings: dict[str, Any], load: float) -> dict[str, Any]:
+    """What a run cost: of one with a regulariser also what a live base would have added."""
+    has_base = settings["regularizer"] != "none"
+    base = (0.13, 9.5) if has_base else (None, None)
+    return {**dict(zip(COST, (0.42 if has_base else 0.4, *base, load), strict=True)), "own_threads": 1}
+
+
+def result(plan: dict[str, Any], learning: float, forgetting: float, cost: dict[str, Any]) -> dict[str, Any]:
     """A result.json with this learning and forgetting; the cross-entropy on prior text falls first, and then rises."""
-    sides = {
+    counts = {"seconds": 20.5, "num_steps": 50, "num_tokens": 87_364, "peak_memory_bytes": 2**30}
+    return {**plan, **counts, "cost": cost, **sides(learning, forgetting)}
+
+
+def sides(learning: float, forgetting: float) -> dict[str, Any]:
+    """New and prior text."""
+    return {
         "new": comparison(BASE["new"], BASE["new"] - learning, 0.2),
         "prior": comparison(BASE["prior"], BASE["prior"] + forgetting / 2 - 0.01, forgetting),
     }
-    return {**plan, "seconds": 20.5, "num_steps": 50, "num_tokens": 87_364, "peak_memory_bytes": 2**30, **sides}
+
+
+def scales(plan: dict[str, Any], learning: float, forgetting: float) -> dict[str, Any]:
+    """A scales.json: at a part s it learns as s, and forgets as s^2."""
+    points = [{"scale": s, **sides(s * learning, s * s * forgetting)} for s in (0.25, 0.5, 0.75)]
+    return {**plan, "points": points, "error": None}
 
 
 def comparison(before: float, after: float, kl: float) -> dict[str, Any]:
