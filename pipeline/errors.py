@@ -22,6 +22,11 @@ def install_line(extra: str) -> str:
     return f"pip install '{INSTALLED_FROM}[{extra}]'"
 
 
+def release_of(number: str) -> tuple[int, ...]:
+    """Major and minor of a version, to say of what is installed that it is too old."""
+    return tuple(int(part) for part in number.split(".")[:2])
+
+
 class PipelineError(Exception):
     """Base of the refusals of the pipeline."""
 

@@ -58,12 +58,13 @@ def _row(setting: Setting) -> str:
 
 
 def verb_table(name: str, command: click.Command) -> str:
-    """A verb: what it does, and a row a flag."""
+    """A verb with its arguments: what it does, and a row a flag."""
     ctx = click.Context(command, info_name=name, max_content_width=100_000, terminal_width=100_000)
-    records = (option.get_help_record(ctx) for option in command.params)
+    arguments = [f" {argument.metavar}" for argument in command.params if isinstance(argument, click.Argument)]
+    records = (option.get_help_record(ctx) for option in command.params if isinstance(option, click.Option))
     rows = "".join("| " + " | ".join(_cell(part) for part in record) + " |\n" for record in records if record)
     table = f"\n| flag | meaning |\n|---|---|\n{rows}" if rows else ""
-    return f"### logitcache {name}\n\n{command.get_short_help_str(200)}\n{table}"
+    return f"### logitcache {name}{''.join(arguments)}\n\n{command.get_short_help_str(200)}\n{table}"
 
 
 def _cell(text: str) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from logitcache.data.samples import Sample
-from logitcache.errors import TrainingFailed, UnsuitableAdapter
+from logitcache.errors import TrainingFailed, UnsuitableAdapter, release_of
 from logitcache.models.quantization import LOAD_IN, held_in
 
 from .adalora import AdaLoraCallback
@@ -233,16 +233,11 @@ def _check_installed(settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for a kind that the installed PEFT lacks."""
     first = _KEEPS_FROZEN if _freezes_a(settings) else KINDS[settings.kind].since
     found = version("peft")
-    if _release(found) < _release(first):
+    if release_of(found) < release_of(first):
         raise UnsuitableAdapter(
             f"attaching {settings.kind}: expected PEFT {first} or later, which brought what it is made with, found "
             f"PEFT {found}. Upgrade it (pip install -U peft), or use another --adapter."
         )
-
-
-def _release(number: str) -> tuple[int, ...]:
-    """Major and minor of a version."""
-    return tuple(int(part) for part in number.split(".")[:2])
 
 
 def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:

@@ -161,7 +161,7 @@ def _turn(turn: Row, where: str) -> Row:
             raise InvalidData(f"{where}: expected a list of objects in 'tool_calls', found {calls!r:.60}.")
         del named["tool_calls"]
     reasoning = next((named[key] for key in _REASONING if key in named), None)
-    if reasoning is not None:  # as transformers has it since 5.20, for every version
+    if reasoning is not None:  # as transformers has it since 5.21, for every version
         if not isinstance(reasoning, str):
             raise InvalidData(f"{where}: expected a string as its reasoning, found {reasoning!r:.60}.")
         named = {"thinking": reasoning, **named, "reasoning_content": reasoning}

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from logitcache.errors import UnsupportedModel
+from logitcache.errors import UnsupportedModel, release_of
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """accelerate's ways of spreading layers over all GPUs, then main memory, then the disk."""
@@ -71,13 +72,14 @@ def spreading(device_map: DeviceMap, name: str) -> Iterator[dict[str, Any]]:
     """What `from_pretrained` is told; the folder for weights that must be rewritten to be offloaded lasts as it does.
 
     The caller keeps it with `keep_while`. Raises `UnsupportedModel` under torchrun, where each process would spread
-    over every GPU.
+    over every GPU, and for a map that the installed accelerate does not take.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedModel(
             f"loading model {name!r} over all devices: {os.environ['WORLD_SIZE']} processes would each take every "
             "GPU. Start one process, without torchrun, or leave --device-map out."
         )
+    _check_whole_on_disk(device_map, name)
     folder = tempfile.mkdtemp(prefix="logitcache-offload-")
     try:
         yield {"device_map": device_map, "offload_folder": folder}
@@ -93,6 +95,16 @@ def keep_while(model: nn.Module, told: dict[str, Any]) -> None:
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     else:
         folder.rmdir()
+
+
+def _check_whole_on_disk(device_map: DeviceMap, name: str) -> None:
+    found = version("accelerate")
+    if isinstance(device_map, dict) and set(device_map.values()) == {"disk"} and release_of(found) < (1, 15):
+        raise UnsupportedModel(
+            f"loading model {name!r} from the disk, layer by layer: expected accelerate 1.15 or later where no part of "
+            f"it lies elsewhere, found accelerate {found}. Upgrade it (pip install -U accelerate), or let one part lie "
+            "in main memory, such as 'model.norm'."
+        )
 
 
 def _places(model: nn.Module) -> list[str]:

@@ -31,7 +31,7 @@ from logitcache.storage.identity import digest_json, fingerprint_of, own_heads, 
 
 from .device_map import DeviceMap, keep_while, spreading
 from .head import logits_width
-from .quantization import LOAD_IN, held_in, make_trainable, quantization, stated_format
+from .quantization import LOAD_IN, held_in, make_trainable, quantization, remedy, stated_format
 from .settings import LoadSettings
 from .tensor_parallel import dividing
 from .tf32 import tf32_is_on
@@ -146,7 +146,7 @@ def load_base(
         if load_in is not None:
             quantising = {} if stated else _quantising(source, dtype, load_in)
             how = {"device_map": {"": str(device)}, **how, **quantising}
-        model, info = _from_pretrained(source, dtype, how, attention)
+        model, info = _from_pretrained(source, dtype, how, attention, stated)
         if device_map is not None:
             keep_while(model, how)
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
@@ -295,11 +295,11 @@ def _held(model: PreTrainedModel, source: Source, stated: str, load_in: str | No
 
 
 def _from_pretrained(
-    source: Source, dtype: str, how: dict[str, Any], attention: str | None
+    source: Source, dtype: str, how: dict[str, Any], attention: str | None, stated: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and which weights transformers missed."""
     kernels = {} if attention is None else {"attn_implementation": attention}
-    with _said_in_one_sentence(source):
+    with _said_in_one_sentence(source, remedy(stated)):
         found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -314,14 +314,12 @@ def _from_pretrained(
 
 
 @contextlib.contextmanager
-def _said_in_one_sentence(source: Source) -> Iterator[None]:
+def _said_in_one_sentence(source: Source, advice: str = "") -> Iterator[None]:
+    whole = f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
     try:
         yield
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise UnsupportedModel(
-            f"loading model {source.name!r}: {first_line(error)}. "
-            f"Check that the checkpoint in {source.folder} is complete and that of a causal language model."
-        ) from error
+        raise UnsupportedModel(f"loading model {source.name!r}: {first_line(error)}. {advice or whole}") from error
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

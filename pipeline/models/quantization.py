@@ -7,6 +7,7 @@ bitsandbytes: torchao's 4-bit formats need a GPU (docs/log.md).
 """
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def stated_format(config: Any, folder: Path, name: str) -> str:
         f"{folder / 'config.json'}, found {told}. It would take packed weights for weights. Give a checkpoint that is "
         "unquantised, or quantised otherwise."
     )
+
+
+def remedy(stated: str) -> str:
+    """What to do where transformers itself cannot load a checkpoint of this format; "" where nothing is known.
+
+    transformers 5.16 looks up tensor parallel plans by an experts implementation, and fails where that is None
+    (`FineGrainedFP8HfQuantizer.update_tp_plan`).
+    """
+    if stated == "fp8" and version("transformers").startswith("5.16."):
+        return (
+            "transformers 5.16 fails so on fp8 checkpoints that are whole. Install transformers 5.17 or later, or give "
+            "a checkpoint that is unquantised, or quantised otherwise."
+        )
+    return ""
 
 
 def held_in(model: PreTrainedModel) -> str | None:

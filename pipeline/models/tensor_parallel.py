@@ -39,19 +39,12 @@ def dividing(config: Any, name: str) -> dict[str, Any]:
                 f"loading model {name!r} over {size} processes: its {heads} are {count}, which {size} does not divide. "
                 "Start as many processes as divide it, or spread it with --device-map."
             )
-    try:
-        divided = DistributedConfig(tp_size=size)
-    except TypeError as error:
-        raise UnsupportedModel(
-            f"loading model {name!r} over {size} processes: this transformers does not divide models by "
-            "DistributedConfig(tp_size=...). Install transformers 5.17 or later, or spread it with --device-map."
-        ) from error
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return {"distributed_config": divided}
+    return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
 def is_divided() -> bool:

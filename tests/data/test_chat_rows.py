@@ -204,7 +204,7 @@ def test_no_calls_are_no_calls() -> None:
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_reasoning_has_every_name(key: str) -> None:
-    """As transformers renames it since 5.20: templates read one or the other."""
+    """As transformers renames it since 5.21: templates read one or the other."""
     template = "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{% endfor %}" + MARKED
     row = {"messages": [PLAIN["messages"][0], {**PLAIN["messages"][1], key: "hm "}]}
     assert texts(row, template)[0].startswith("hm hm <|im_start|>user")

@@ -2,6 +2,8 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from packaging.version import Version
 from support.cli_harness import done, precompute, refused, text_data
 from support.tiny_model import make_model, make_tokenizer
 from support.tiny_runs import make_samples
@@ -50,8 +53,10 @@ MAPS: dict[str, dict[str, str | int]] = {
         **{"model.embed_tokens": "disk", "model.layers": "cpu", **REST},
         **{"model.norm": "cpu", "lm_head": "disk"},
     },
-    "all on the disk": {"model": "disk", "lm_head": "disk"},
 }
+ON_DISK: dict[str, str | int] = {"model": "disk", "lm_head": "disk"}
+if Version(version("accelerate")) >= Version("1.15"):
+    MAPS["all on the disk"] = ON_DISK
 
 
 def save(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Path:
@@ -151,6 +156,17 @@ def test_the_folder_for_rewritten_weights_goes_with_the_model(tmp_path: Path, mo
     with pytest.raises(UnsupportedModel, match="loading model"):
         load(save(tmp_path / "m"), {"model": "disk"})  # which leaves the head nowhere
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(("number", "refuses"), [("1.14.0", True), ("1.15.0", False)])
+def test_a_model_with_no_part_off_the_disk_is_refused_by_accelerates_version(
+    number: str, refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_map, "version", lambda _: number)
+    refusal = pytest.raises(UnsupportedModel, match=r"accelerate 1\.15 or later.*found accelerate 1\.14\.0")
+    with refusal if refuses else nullcontext(), device_map.spreading(ON_DISK, "m") as told:
+        assert not refuses
+        Path(told["offload_folder"]).rmdir()
 
 
 def test_under_torchrun_a_device_map_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
+from logitcache.models import quantization
 from logitcache.models.loading import Base, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, format_of, held_in
 from logitcache.pairing.identity_checks import PairingRules, check_identity
@@ -40,6 +41,7 @@ from logitcache.storage import CachedSample, CacheWriter, IdentityMismatch, Logi
 from logitcache.training.custom_loop import CachedLoss
 
 CPU = torch.device("cpu")
+UNPACKS_FP8 = Version(version("transformers")) >= Version("5.17")
 SAMPLES = make_samples(8)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 
@@ -229,17 +231,35 @@ def test_a_cache_of_gptq_is_made_and_learnt_from(tmp_path: Path) -> None:
     assert float(kl) < 1e-3
 
 
-@pytest.mark.skipif(
-    Version(version("transformers")) < Version("5.17"),
-    reason="transformers 5.16 loads no fp8 checkpoint onto a CPU: its quantizer asks None for layer_overrides",
-)
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+
+
+def test_what_transformers_5_16_fails_on_is_not_called_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fp8 quantizer asks None for `layer_overrides`."""
+
+    def fails(_: object, model: Any, **_rest: Any) -> Any:
+        overrides: Any = {"deepgemm_megamoe": {}}.get(model.config._experts_implementation)
+        return overrides.get("colwise")
+
+    folder = in_fp8(save(tmp_path / "m", quantization_config=FP8))
+    if UNPACKS_FP8:
+        monkeypatch.setattr(auto.AUTO_QUANTIZER_MAPPING["fp8"], "_process_model_before_weight_loading", fails)
+        with pytest.raises(UnsupportedModel, match=r"'get'\. Check that the checkpoint"):
+            load(folder, "float32")
+        monkeypatch.setattr(quantization, "version", lambda _: "5.16.1")
+    with pytest.raises(UnsupportedModel, match=r"'get'\. transformers 5\.16 fails so.*Install transformers 5\.17"):
+        load(folder, "float32")
+
+
+@pytest.mark.skipif(not UNPACKS_FP8, reason="transformers 5.16 loads no fp8 checkpoint: refused, see above")
 def test_weights_unpacked_while_they_are_loaded_are_another_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp8 without a GPU: transformers computes with what the weights stand for, vLLM with fp8."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    how = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
-    folder = in_fp8(save(tmp_path / "m", quantization_config=how))
+    folder = in_fp8(save(tmp_path / "m", quantization_config=FP8))
     base, told = load(folder, "float32"), vllm_identity(find_model(str(folder)), "float32")
     assert base.identity.quantization == "" and told == replace(base.identity, attention="vllm", quantization="fp8")
     settings = CaptureSettings(top_k=8, max_length=64)

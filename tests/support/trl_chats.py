@@ -99,6 +99,16 @@ def stand_in_tokenizer() -> Any:
     return fast
 
 
+def named_as_since_5_21(row: Row) -> Row:
+    """The row with a turn's `reasoning_content` as `thinking` too, which is all that the templates of gpt-oss and
+    LFM2.5 read. transformers fills that in since 5.21; before, the samples that TRL makes there lack the reasoning."""
+    turns = [
+        {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+        for turn in row.get("messages", [])
+    ]
+    return {**row, "messages": turns} if turns else row
+
+
 def trl_tokens(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     """Token ids and labels (-100 where not learnt) of a row, as TRL's SFTTrainer prepares it with
     `assistant_only_loss=True`. Raises what TRL raises."""
