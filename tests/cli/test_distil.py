@@ -208,7 +208,7 @@ def test_a_bfloat16_model_has_float32_weights_and_computes_in_bfloat16(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
-    monkeypatch.setattr("logitcache.training.run.check_head", lambda _: None)  # before the weights are float32
+    monkeypatch.setattr("logitcache.training.job.check_head", lambda _: None)  # before the weights are float32
     line = train_line(base, tmp_path / "c", tmp_path / "o", *WHOLE, "--lr", 1e-6, "--dtype", dtype)
     done(*line)
     assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
