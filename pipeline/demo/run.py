@@ -126,6 +126,7 @@ def sweep_config(base: Path, out: Path, settings: DemoSettings) -> SweepConfig:
             "data": str(data / "new_train.jsonl"),
             "new": str(data / "new_heldout.jsonl"),
             "prior": str(data / "prior_heldout.jsonl"),
+            "scales_of": "none",  # a demo is over soon
             "grid": {
                 "seed": list(settings.seeds),
                 "max_steps": settings.max_steps,

@@ -27,7 +27,7 @@ data: "{url}/train.jsonl"
 new: "{url}/train.jsonl"
 prior: "{url}/prior.jsonl"
 grid: {{lr: [1.0e-3], rank: [2], max_steps: [1]}}
-methods: {{plain: {{regularizer: none}}, masked: {{}}, broken: {{target_modules: no_such_layer}}}}
+methods: {{plain: {{regularizer: none}}, masked: {{}}, broken: {{lr: 1e35, max_steps: 2}}}}
 """
 
 
@@ -84,7 +84,7 @@ def command_lines(url: str, model: Path, folder: Path) -> list[tuple[int | None,
         (0, [*evaluation, "--data", data, "--prior", prior, "--json"]),
         (0, [*evaluation, "--new-cache", cache, "--prior-cache", f"{url}/prior"]),
         (None, [*evaluation, "--data", f"{url}/missing.jsonl", "--prior", prior]),
-        (0, ["sweep", "--config", folder / "sweep.yaml", "--out", folder / "sweep"]),
+        (1, ["sweep", "--config", folder / "sweep.yaml", "--out", folder / "sweep"]),
         (0, ["report", folder / "sweep"]),
         (None, ["calibrate", "--model", url, "--data", data, "--out", folder / "calibration.json"]),
         (None, ["push", cache, "owner/name"]),
