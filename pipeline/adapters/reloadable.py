@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from logitcache.errors import UnsuitableAdapter, UnsupportedModel
+from logitcache.errors import UnsuitableAdapter, UnsupportedModel, release_of
 from logitcache.json_files import read_checked
 from logitcache.storage.plain_text import one_line
 
@@ -94,9 +94,8 @@ def check_reloadable(folder: str) -> None:
 
 def _before_other_sum(saved_by: object) -> bool:
     """Whether a version is earlier than `OTHER_SUM`; it is where none is given."""
-    first = [int(part) for part in OTHER_SUM.split(".")]
-    found = re.match(r"(\d+)\.(\d+)", saved_by) if isinstance(saved_by, str) else None
-    return found is None or [int(part) for part in found.groups()] < first
+    found = re.match(r"\d+\.\d+", saved_by) if isinstance(saved_by, str) else None
+    return found is None or release_of(found[0]) < release_of(OTHER_SUM)
 
 
 def _check_installed(folder: str, kind: str, config: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from logitcache.errors import InputNotFound, UnsupportedModel, install_line
+from logitcache.errors import InputNotFound, UnsupportedModel, install_line, release_of
 
 LOAD_IN = ("8bit", "4bit")
 """8bit: LLM.int8(), arXiv 2208.07339. 4bit: NormalFloat with quantised constants, as QLoRA, arXiv 2305.14314."""
@@ -89,7 +89,7 @@ def remedy(stated: str) -> str:
     transformers 5.16 looks up tensor parallel plans by an experts implementation, and fails where that is None
     (`FineGrainedFP8HfQuantizer.update_tp_plan`).
     """
-    if stated == "fp8" and version("transformers").startswith("5.16."):
+    if stated == "fp8" and release_of(version("transformers")) == (5, 16):
         return (
             "transformers 5.16 fails so on fp8 checkpoints that are whole. Install transformers 5.17 or later, or give "
             "a checkpoint that is unquantised, or quantised otherwise."

@@ -15,12 +15,10 @@ from logitcache.errors import InputNotFound, UnreadableSweep
 from logitcache.json_files import ADVICE, CheckedJson, read_lines
 from logitcache.storage.plain_text import one_line, shown
 from logitcache.sweeps.config import FIELDS
+from logitcache.sweeps.folder import FAILED, LOG, RESULT, RUN, SCALES, SWEEP, VERSION
+from logitcache.sweeps.folder import RUNS as RUNS
+from logitcache.sweeps.run_cost import RunCost as RunCost
 
-SWEEP, RUNS, RESULT, FAILED, SCALES, RUN, LOG = (
-    *("sweep.json", "runs", "result.json", "failed.json", "scales.json", "run.json"),
-    "train_log.jsonl",
-)
-FORMAT = 3
 AXES = FIELDS
 """Settings that every run has, in the order of the columns; None where one does not apply."""
 
@@ -29,9 +27,6 @@ MAX_NAME = 500
 
 MAX_NATS, MAX_LOGGED, MAX_SECONDS = 1e6, 1e30, 1e12
 """Of a mean over text; of a line of a log, where a run may have diverged; of any time."""
-
-SOME_LOAD = 0.5
-"""What a machine may have to do beside a run that counts as measured alone."""
 
 SAME_TEXT_NATS = 0.01
 """How far the untouched base's cross-entropy may differ between runs of a sweep: rounding on other machines."""
@@ -94,26 +89,6 @@ class ScaledOutcome(Outcome):
     """Of a part of the change between the base and a run: 0 would be the base, 1 is the run."""
 
     scale: float
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """Seconds of a run, and of the base beside it, measured in one process; None where they were not, or are none."""
-
-    step_seconds: float | None
-    #: What a live base would have added to a step.
-    base_step_seconds: float | None
-    #: The base once over all that the run reads of it.
-    base_once_seconds: float | None
-    #: Processes that wanted a core, on average over the run's last minute.
-    load: float | None
-    #: How many of them may have been the run's own.
-    own_threads: int
-
-    @property
-    def alone(self) -> bool:
-        """Whether nothing else wanted a core of the machine; not, where the system does not say."""
-        return self.load is not None and self.load <= self.own_threads + SOME_LOAD
 
 
 @dataclass(frozen=True)
@@ -190,8 +165,8 @@ def read_sweep(folder: Path) -> Sweep:
             f"reading the sweep in {folder}: expected {SWEEP} in it, found none. Give the --out folder of a sweep."
         )
     head = CheckedJson.of(folder / SWEEP)
-    if head.values.get("format") != FORMAT:
-        raise head.wrong("format", f"{FORMAT}")
+    if head.values.get("format") != VERSION:
+        raise head.wrong("format", f"{VERSION}")
     methods = tuple(head.texts("methods"))
     if any(method != one_line(method, MAX_NAME) for method in methods):
         raise head.wrong("methods", f"names of at most {MAX_NAME} characters that can be shown")

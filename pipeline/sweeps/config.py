@@ -260,7 +260,8 @@ def _complete(settings: Mapping[str, Any], shared: Mapping[str, Any], where: str
         run = RunSettings.of({**shared, **found})
     except InvalidSettings as error:
         raise InvalidData(f"reading {where}: {str(error).rstrip('.')}.") from error
-    made: dict[str, Any] = {name: run.adapter.plain()[name] for name in ("alpha", "variant", "block_size", "cayley")}
+    adapter = run.adapter.plain()
+    made: dict[str, Any] = {name: adapter[name] for name in ("alpha", "variant", "block_size", "cayley")}
     made |= dict.fromkeys(run.adapter.no_place)  # nor is a default a setting of it
     return {**found, **made, "ce_weight_value": run.objective.plain()["ce_weight_value"]}
 

@@ -7,7 +7,6 @@ and log-softmax at the supervised positions, slice by slice; not the copy of its
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -20,6 +19,8 @@ from logitcache.data.samples import Sample
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.pairing.anchors import anchor_samples
 from logitcache.training.job import Job
+
+from .run_cost import RunCost
 
 NUM_BATCHES = 5
 """By which a live base is measured, the first of them to warm up."""
@@ -47,26 +48,6 @@ class StepClock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = perf_counter()
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """Of one run; None where it was not measured, or the run reads nothing of the base."""
-
-    #: Of the run itself, a step.
-    step_seconds: float | None
-    #: What a live base would have added to a step.
-    base_step_seconds: float | None
-    #: The base once over all that the run reads of it.
-    base_once_seconds: float | None
-    #: Processes that wanted a core, on average over the last minute; None where the system does not say.
-    load: float | None
-    #: How many of them may be this one's own.
-    own_threads: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def cost_of(job: Job, clock: StepClock, base: PreTrainedModel) -> RunCost:

@@ -23,7 +23,8 @@ from logitcache.models.same_base import described_differences
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.files import is_unfinished
 from logitcache.storage.plain_text import one_line
-from logitcache.training.run_folder import RUN
+from logitcache.training.run_folder import LOG as LOG
+from logitcache.training.run_folder import RUN as RUN
 
 from .config import MAX_METHOD
 
