@@ -132,6 +132,8 @@ def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done
 
 def _record_failure(spec: RunSpec, folder: Path, error: Exception) -> Done:
     said = one_line(str(error), MAX_ERROR) or type(error).__name__
+    if state_of(folder) == "finished":  # the next command measures it again
+        return Done(spec, None, None, f"the curve between base and adapter, not the run: {said}")
     folder.mkdir(parents=True, exist_ok=True)
     failure = {"name": spec.name, "method": spec.method, "settings": spec.settings, "error": said}
     if not isinstance(error, (PipelineError, CacheError)):

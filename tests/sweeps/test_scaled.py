@@ -95,6 +95,27 @@ def test_a_run_that_has_no_curve_says_why_and_counts(
     assert "no merging here" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_curve_that_fails_is_no_failed_run(
+    place: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stays finished, its folder has no failed.json, and the same command measures what is left."""
+    path = write(place, tiny_model, methods={"plain": {"regularizer": "none", "anchor_weight": 0}}, scales=[0.5])
+    with monkeypatch.context() as patched:
+        patched.setattr("logitcache.sweeps.scaled.models_between", _no_memory)
+        for _ in range(2):  # after training, and of a run that was finished before
+            outcome = done("sweep", "--config", path, "--out", tmp_path / "out")
+            assert "the curve between base and adapter, not the run: no memory" in outcome.out
+            assert "1 of 1 runs finished, 0 failed" in outcome.out
+            assert not list((tmp_path / "out").glob("runs/*/failed.json"))
+    done("sweep", "--config", path, "--out", tmp_path / "out")
+    (found,) = (tmp_path / "out").glob("runs/*/scales.json")
+    assert [point["scale"] for point in json.loads(found.read_text(encoding="utf-8"))["points"]] == [0.5]
+
+
+def _no_memory(*_: Any) -> Any:
+    raise RuntimeError("no memory")
+
+
 def test_the_line_of_the_answer_makes_the_run_again(place: Path, tmp_path: Path) -> None:
     """Each run's line, word for word through a shell's parser: the same bytes as the sweep's."""
     sweep = read_sweep(place / "out")
