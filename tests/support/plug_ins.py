@@ -32,6 +32,16 @@ from logitcache.training.trainer import CachedKL
 
 Cached = tuple[list[Sample], LogitCache]
 
+ON_A_CPU: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+"""Arguments of a trainer of TRL's that computes in float32, logs every step, and leaves no files."""
+
 
 class CachedSFTTrainer(CachedKL, SFTTrainer):
     """As a user would write it."""
@@ -69,12 +79,7 @@ def make_sft(out: Path, data: Any, cache: Any, model: Any = None, **changes: Any
         "max_steps": 1,
         "max_length": 64,
         "learning_rate": 1e-2,
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
+        **ON_A_CPU,
     }
     return CachedSFTTrainer(
         cache=cache,

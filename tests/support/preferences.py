@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support.plug_ins import ON_A_CPU
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -91,12 +92,7 @@ def make(kind: Any, folder: Path, out: Path, data: Dataset, cache: Any = None, *
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
+        **ON_A_CPU,
         "precompute_ref_log_probs": is_cached,
     }
     config = KTOConfig if issubclass(kind, KTOTrainer) else DPOConfig

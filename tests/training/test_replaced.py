@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support.numerics_cases import make_case
-from support.plug_ins import Cached, CachedSFTTrainer, arguments, cached, logs_of, lora, rows_of
+from support.plug_ins import ON_A_CPU, Cached, CachedSFTTrainer, arguments, cached, logs_of, lora, rows_of
 from support.tiny_model import make_model, make_tokenizer
 from support.tiny_runs import make_samples
 from torch import Tensor
@@ -143,12 +143,7 @@ def sft_trainer(kind: Any, samples: Any, out: Path, model: Any = None, **more: A
         "max_steps": 3,
         "max_length": 64,
         "learning_rate": 1e-2,
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
+        **ON_A_CPU,
         "gradient_checkpointing": False,
     }
     torch.manual_seed(0)
