@@ -86,7 +86,7 @@ FLAGS: dict[str, list[str]] = {
         "--batch-size",
         *("--block-size", "--cayley"),
         "--cache",
-        *("--ce-weight", "--ce-weight-value", "--label-weight", "--recipe"),
+        *("--ce-weight", "--ce-weight-value", "--label-weight", "--tail-weight", "--recipe"),
         "--data",
         "--dropout",
         "--epochs",
