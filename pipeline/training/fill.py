@@ -94,8 +94,8 @@ class Filling:
             return None
         if not objective.reads_base:
             raise InvalidSettings(
-                "fill=True with regularizer none: the loss reads nothing of the base, and the cache would stay as it is. "
-                "Leave fill out, or give a regularizer."
+                "fill=True with regularizer none: the loss reads nothing of the base, and the cache would stay as it "
+                "is. Leave fill out, or give a regularizer."
             )
         if not isinstance(cache, (str, Path)):
             raise InvalidSettings(
