@@ -191,18 +191,19 @@ def _check_runs(found: Prepared) -> None:
         run, folder = found.settings_of(spec), found.out / RUNS / spec.name
         check_out(folder, resume=True)
         loss = (run.objective, run.penalty, run.training.top_k, run.pairing, run.anchor)
+        adapted = (run.adapter, None if run.penalty is None else run.penalty.kind)
         is_begun = state_of(folder) == "begun"
-        if {loss, run.adapter} <= seen and not is_begun:
+        if {loss, adapted} <= seen and not is_begun:
             continue
         job = found.job(spec, base)
         if loss not in seen:
             _check_loss(job, starts)
-        if run.adapter not in seen:
+        if adapted not in seen:
             check_model(job, None, job.paired_anchors())
         described = describe(job)
         if is_begun:
             look(folder, described)
-        seen |= {loss, run.adapter}
+        seen |= {loss, adapted}
 
 
 def _check_loss(job: Job, measured: set[object]) -> None:

@@ -94,6 +94,14 @@ REFUSED: dict[str, tuple[Keys, int, str]] = {
     "rank": ({"methods": {"a": {"adapter": "pissa", "rank": 64}}}, 2, "allows a rank of at most 32"),
     "no such layer": ({"grid": {**GRID, "target_modules": "q_proj,nowhere"}}, 2, "name no layer"),
     "no linear layer": ({"grid": {**GRID, "target_modules": "input_layernorm"}}, 2, "name no layer"),
+    "no penalty of an embedding": (
+        {
+            "grid": {**GRID, "target_modules": "embed_tokens"},
+            "methods": {"plain": {"regularizer": "none"}, "a": {"regularizer": "l2-sp"}},
+        },
+        2,
+        "model.embed_tokens: it is no linear layer",
+    ),
     "no null space": ({"methods": {"a": {"adapter": "lora-null", "nullspace": "@nowhere"}}}, 2, "nowhere"),
     "another's null space": ({"methods": {"a": {"adapter": "lora-null", "nullspace": "@null"}}}, 4, "null"),
     "another's anchors": ({"anchor_cache": "@foreign"}, 4, "foreign"),
