@@ -59,17 +59,18 @@ GRADIENT_COSINES: dict[tuple[int, int], float] = {
 @dataclass(frozen=True)
 class Choice:
     """A way of keeping a position. bytes_per_position: as stored, the samples' tokens included; kept_mass: the share of
-    the non-target mass that the alternatives hold, mean over positions."""
+    the non-target mass that the alternatives hold, mean over positions; keeps_all: they are all that there are."""
 
     top_k: int
     tail_groups: int
     bytes_per_position: float
     kept_mass: float
+    keeps_all: bool = False
 
     @property
     def gradient_cosine(self) -> float:
-        """Of `GRADIENT_COSINES`: measured on another model and other data."""
-        return GRADIENT_COSINES[self.top_k, self.tail_groups]
+        """Of `GRADIENT_COSINES`: measured on another model and other data; 1 where no tail is left."""
+        return 1.0 if self.keeps_all else GRADIENT_COSINES[self.top_k, self.tail_groups]
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ def choices_of(
     without their --min-mass and draws. positions_per_shard: of the cache that is planned, mean."""
     found = []
     for top_k in (k for k in KEPT if k < base.identity.vocab_size):
+        keeps_all = top_k == base.identity.vocab_size - 1
         for num_groups in (0, *wide.partitions):
-            if num_groups and top_k == base.identity.vocab_size - 1:
+            if num_groups and keeps_all:
                 continue  # no tail is left
             spec = cache_spec(
                 base.source.name,
@@ -134,7 +136,8 @@ def choices_of(
             records = wide.kept(top_k, num_groups)
             cached = spec.stored(zip(wide.samples, records, strict=True))
             kept = float(np.concatenate([record.kept_mass() for record in records]).mean())
-            found.append(Choice(top_k, num_groups, bytes_per_position(cached, spec, positions_per_shard), kept))
+            size = bytes_per_position(cached, spec, positions_per_shard)
+            found.append(Choice(top_k, num_groups, size, kept, keeps_all))
     return tuple(found)
 
 

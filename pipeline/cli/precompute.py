@@ -217,6 +217,9 @@ def _choice_lines(spec: JobSpec, found: "Estimate", plan_bytes: float | None, pr
         f"measured on {p.num_positions:,}"
         for name, (p, where) in zip(("base", ""), said, strict=False)
     ]
+    if not found.choices:
+        size = found.vocab_size
+        return [*lines, f"{'advice':8}--top-k {size - 1}: all that a vocabulary of {size:,} has"]
     lines.append(f"{'other':8}top-k  groups  bytes a position       total  mass kept  gradient")
     lines += [
         f"{'':8}{c.top_k:5}{c.tail_groups:8}{c.bytes_per_position:18.1f}"
@@ -228,11 +231,12 @@ def _choice_lines(spec: JobSpec, found: "Estimate", plan_bytes: float | None, pr
 
 
 def _advice(spec: JobSpec, found: "Estimate", plan_bytes: float | None) -> str:
-    from logitcache.capture.byte_table import best_within
+    from logitcache.capture.byte_table import best_within, with_choice
 
     most = found.bytes_per_position if plan_bytes is None else plan_bytes / found.planned.num_positions
     asked = (spec.settings.top_k, spec.settings.tail_groups)
-    if plan_bytes is None:  # the same settings of the same sample, whose tails are summed in another order
+    if plan_bytes is None and spec.settings == with_choice(spec.settings, *asked):
+        # the same settings of the same sample, whose tails are summed in another order
         most = max([most, *(c.bytes_per_position for c in found.choices if (c.top_k, c.tail_groups) == asked)])
     bound = human_bytes(found.total_of(most))
     best = best_within(found.choices, most)

@@ -11,7 +11,7 @@ from logitcache.sweeps.command import train_command
 from logitcache.sweeps.config import NO_ADAPTER
 
 from .page import Block, Code, Heading, Paragraph
-from .pareto import SEED, ScaledSetting, Setting, best_within, pareto_front, scaled_settings
+from .pareto import SEED, ScaledSetting, Setting, best_within, is_reference, pareto_front, scaled_settings
 from .results import RUNS, Run, without_folders
 from .tables import View, count, nats
 
@@ -20,6 +20,8 @@ NO_FORGETTING_NATS = 0.01
 
 By Pinsker's inequality a KL of .01 moves at most 7 % of the probability of a token, on the average position.
 """
+
+NOTHING_LEARNT = "No setting learns anything on the new text: there is none to take."
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,10 @@ def load_line(model: str, run: Run, folder: str) -> str:
 
 
 def for_nothing(view: View) -> str | None:
-    """The part of a run's change that learns most without forgetting, which cost no training; None: there is none."""
-    points = [point for setting in view.settings for point in scaled_settings(setting) if point.scale not in (0, 1)]
+    """The part of a plain run's change that learns most without forgetting, which cost no training and no base; None:
+    none was measured."""
+    plain = [setting for setting in view.settings if is_reference(setting)]
+    points = [point for setting in plain for point in scaled_settings(setting) if point.scale not in (0, 1)]
     within = [p for p in points if p.forgetting.mean <= NO_FORGETTING_NATS and p.learning.mean > 0]
     if not points:
         return None
@@ -134,7 +138,7 @@ def answer_blocks(view: View) -> list[Block]:
     found = answers(view)
     blocks: list[Block] = [Heading("The answer")]
     if not found:
-        return [*blocks, Paragraph("No setting learns anything on the new text: there is none to take.")]
+        return [*blocks, Paragraph(NOTHING_LEARNT)]
     for answer in found:
         folder, command = f"{RUNS}/{answer.run.name}", without_folders(answer.command)
         cut = (
@@ -154,8 +158,9 @@ def answer_blocks(view: View) -> list[Block]:
 
 def answer_lines(view: View) -> list[str]:
     """The answer at a terminal, with paths as they are."""
-    lines = []
-    for answer in answers(view):
+    found = answers(view)
+    lines = [] if found else [NOTHING_LEARNT]
+    for answer in found:
         folder = view.sweep.folder / RUNS / answer.run.name
         lines += [answer.why, f"  adapter ({answer.seed}): {folder}", f"  {answer.command}"]
     nothing = for_nothing(view)

@@ -7,12 +7,17 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from logitcache.data.settings import OF_TEMPLATE, DataSettings
+from logitcache.settings import line_settings
 from logitcache.training.settings import PENALTIES, run_settings
 
 from .config import OF_ANCHORS, SETTINGS, SHARED
 
 DEFAULTS: dict[str, Any] = {**{name: s.default for name, s in {**SETTINGS, **SHARED}.items()}, "tail": "auto"}
 """Of `train`, by the names of its flags."""
+
+OF_ROWS = tuple(s.key for s in line_settings(DataSettings) if s.name not in OF_TEMPLATE)
+"""What only rows have: where a run learns the samples of the cache, the sweep's are of the held-out texts alone."""
 
 
 def train_command(given: Mapping[str, Any], settings: Mapping[str, Any], out: str) -> str:
@@ -23,9 +28,10 @@ def train_command(given: Mapping[str, Any], settings: Mapping[str, Any], out: st
         values = given.get(name) or []
         for value in [values] if isinstance(values, str) else values:
             words += [f"--{name.replace('_', '-')}", value]
+    left_out = () if given.get("data") else OF_ROWS
     known = {**SETTINGS, **SHARED, **run_settings("loading")}
     for name, value in {**given, **settings}.items():
-        if name in known and _is_needed(name, value, settings, anchored):
+        if name in known and name not in left_out and _is_needed(name, value, settings, anchored):
             words += [known[name].flag] if value is True else [known[name].flag, str(value)]
     return shlex.join([*words, "--out", out])
 

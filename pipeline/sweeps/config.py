@@ -21,7 +21,7 @@ from logitcache.settings import Setting, Settings, line_settings, names_function
 from logitcache.storage.identity import digest_json
 from logitcache.storage.plain_text import one_line, shown
 from logitcache.training.settings import NO_ADAPTER as NO_ADAPTER
-from logitcache.training.settings import PENALTIES, RECIPES, RunSettings, run_settings
+from logitcache.training.settings import NO_PLACE, PENALTIES, RECIPES, RunSettings, run_settings, without_place
 from logitcache.yaml_files import at_home, read_as, read_yaml
 
 SETTINGS = run_settings("objective", "anchor", "adapter", "training")
@@ -185,6 +185,7 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
     data = None if top.get("data") is None else _names(top["data"], "data", origin)
     anchors = () if top.get("anchor_cache") is None else _names(top["anchor_cache"], "anchor_cache", origin)
     shared = {name: _checked(s, top[name], origin) for name, s in SHARED.items() if name in top}
+    _check_curve(shared, origin)
     grid = _axes(_mapping(top.get("grid", {}), f"{origin}, grid", "fields and their values"), f"{origin}, grid")
     named = top.get("methods", METHODS)
     methods = _mapping(METHODS if named is None else named, f"{origin}, methods", "names of methods and their fields")
@@ -211,6 +212,14 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
     return SweepConfig(model, cache, texts["new"], texts["prior"], data, anchors, shared, tuple(runs))
 
 
+def _check_curve(shared: Mapping[str, Any], origin: str) -> None:
+    """Raise `InvalidData` for scales that could not be measured of any run."""
+    try:
+        ScaleSettings(shared.get("scales", ScaleSettings.scales))
+    except InvalidSettings as error:
+        raise InvalidData(f"reading {origin}: {str(error).rstrip('.')}.") from error
+
+
 def _names(value: Any, name: str, origin: str) -> tuple[str, ...]:
     """One path or several in a list."""
     values = value if isinstance(value, list) else [value]
@@ -227,7 +236,9 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     runs: dict[str, RunSpec] = {}  # a grid's weights are one run without a regulariser
     for chosen in itertools.product(*axes.values()):
-        settings = {**defaults, **dict(zip(axes, chosen, strict=True))}
+        given = dict(zip(axes, chosen, strict=True))
+        _check_places(given, where)
+        settings = {**defaults, **given}
         regularizer = settings["regularizer"]
         if regularizer in ("none", *PENALTIES):  # what it does not have is not a setting of it
             settings |= {name: defaults[name] for name in OF_A_REGULARIZER}
@@ -240,6 +251,14 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
             settings |= {**dict.fromkeys(OF_ANCHORS), "anchor_weight": 0.0}
         runs.setdefault(digest_json(settings), RunSpec(_name(method, settings), method, settings))
     return list(runs.values())
+
+
+def _check_places(given: Mapping[str, Any], where: str) -> None:
+    """Raise `InvalidData` for what the kind of adapter does not have, be it the default's value."""
+    kind = given.get("adapter", SETTINGS["adapter"].default)
+    for name in NO_PLACE.get(kind, ()):
+        if given.get(name) is not None:
+            raise InvalidData(f"reading {where}: {without_place(kind, name).rstrip('.')}.")
 
 
 def _weight_reads_top_k(ce_weight: Any) -> bool:

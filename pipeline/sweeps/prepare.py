@@ -28,6 +28,7 @@ from logitcache.models.loading import Base, find_model, load_base, load_tokenize
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.samples import check_weights, samples_for
 from logitcache.pairing.targets import digests_of
+from logitcache.pairing.view import CacheView
 from logitcache.settings import line_settings
 from logitcache.storage import LogitCache
 from logitcache.storage.plain_text import without_secrets
@@ -185,32 +186,47 @@ def _check_runs(found: Prepared) -> None:
     """Raise what a run would before its first step: whatever runs have in common is checked once."""
     base = found.untouched()
     seen: set[object] = set()
+    starts: set[object] = set()
     for spec in found.config.runs:
         run, folder = found.settings_of(spec), found.out / RUNS / spec.name
         check_out(folder, resume=True)
         loss = (run.objective, run.penalty, run.training.top_k, run.pairing, run.anchor)
+        adapted = (run.adapter, None if run.penalty is None else run.penalty.kind)
         is_begun = state_of(folder) == "begun"
-        if {loss, run.adapter} <= seen and not is_begun:
+        if {loss, adapted} <= seen and not is_begun:
             continue
         job = found.job(spec, base)
         if loss not in seen:
-            _check_loss(job)
-        if run.adapter not in seen:
+            _check_loss(job, starts)
+        if adapted not in seen:
             check_model(job, None, job.paired_anchors())
         described = describe(job)
         if is_begun:
             look(folder, described)
-        seen |= {loss, run.adapter}
+        seen |= {loss, adapted}
 
 
-def _check_loss(job: Job) -> None:
-    """Raise where cache and anchors do not fit, or the base itself is further from them than noise."""
-    view, model = job.paired(), job.base.model
+def _check_loss(job: Job, measured: set[object]) -> None:
+    """Raise where cache and anchors do not fit, or the base itself is further from them than noise.
+
+    measured: what the base has been measured by, which weights of a loss do not change; added to.
+    """
+    view, model, anchors = job.paired(), job.base.model, job.paired_anchors()
     if view is not None:
         view.require(job.samples)
-        if job.pairing.teacher_is_base:
+        if job.pairing.teacher_is_base and _is_new(view, measured):
             view.step_zero(model, job.samples)
-    job.paired_anchors().step_zero(model)
+    for term in anchors.terms:
+        if _is_new(term.view, measured):
+            term.step_zero(model)
+
+
+def _is_new(view: CacheView, measured: set[object]) -> bool:
+    """Whether the base has not been measured yet as this view does it (`step_zero`); it has been from now on."""
+    start = (view.cache.path, view.objective.masked, view.objective.min_base_rest, view.rules)
+    is_new = start not in measured
+    measured.add(start)
+    return is_new
 
 
 def _stays(held: LoadSettings) -> bool:

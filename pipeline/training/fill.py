@@ -92,6 +92,11 @@ class Filling:
                     "capture: says what is kept of samples that are captured. Give it with fill=True."
                 )
             return None
+        if not objective.reads_base:
+            raise InvalidSettings(
+                "fill=True with regularizer none: the loss reads nothing of the base, and the cache would stay as it "
+                "is. Leave fill out, or give a regularizer."
+            )
         if not isinstance(cache, (str, Path)):
             raise InvalidSettings(
                 f"fill=True: expected the path of a cache, found {type(cache).__name__}: what is open does not change. "

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.adapters.attach import AdapterSettings, check_attachable
+from logitcache.adapters.attach import AdapterSettings, check_attachable, target_layers
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
@@ -33,6 +33,7 @@ from logitcache.storage import LogitCache
 
 from .anchors import Anchor, Anchors, AnchorTerm
 from .full_weights import check_unpacked, computes_in_bfloat16
+from .penalties import check_penalised
 from .run_folder import check_out
 from .settings import PenaltySettings, TrainSettings
 
@@ -155,6 +156,8 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
         return
     with names_of_layers(base, job.adapter):
         check_attachable(base.model, job.adapter, job.samples)
+    if job.penalty is not None:
+        check_penalised(base.model, target_layers(base.model, job.adapter), job.penalty.kind)
 
 
 @contextmanager

@@ -148,8 +148,7 @@ def fisher_diagonal(
     Raises `UnsuitableAdapter` where a weight has no gradient of its own, `TrainingFailed` where one is not finite.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        _check_differentiable(model, name, layer)
+    check_penalised(model, layers, "ewc")
     fisher = {name: torch.zeros(layer.weight.shape, device=layer.weight.device) for name, layer in layers.items()}
     head, plain, num_positions = OutputHead(model), Objective("none"), 0
     with _squares_added_up({layer.weight: fisher[name] for name, layer in layers.items()}, model):
@@ -195,6 +194,15 @@ def _squares_added_up(sums: Mapping[nn.Parameter, Tensor], model: nn.Module) -> 
             handle.remove()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+def check_penalised(model: nn.Module, layers: Mapping[str, Any], kind: str) -> None:
+    """Raise `UnsuitableAdapter` for layers to be adapted, by their names in the model, of which there is no penalty."""
+    for name, layer in layers.items():
+        if kind == "ewc":
+            _check_differentiable(model, name, layer)
+        elif not isinstance(layer, (nn.Linear, Conv1D)):
+            raise _unknown(name, "it is no linear layer")
 
 
 def _check_differentiable(model: nn.Module, name: str, layer: Any) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from logitcache.errors import NotTheBase, TrainingFailed
+from logitcache.errors import InvalidSettings, NotTheBase, TrainingFailed
 from logitcache.losses.formulas import Objective
+from logitcache.models.head import causal_lm_of
 from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.step_zero import NUM_PROBED, StepZero
 from logitcache.pairing.view import CacheView
@@ -86,6 +87,7 @@ class CachedReference(_AnyTrainer):
         self.filled: dict[str, JobReport] = {}
         self.cache_view: CacheView | None = None
         self.step_zero: StepZero | None = None  # what the untrained model showed
+        _check_rules(type(self).__name__, rules)
         super().__init__(*args, **kwargs)
         if not self.args.precompute_ref_log_probs:
             raise TrainingFailed(
@@ -166,14 +168,21 @@ class CachedReference(_AnyTrainer):
                 "from there, merge it into the base, save that, and use a cache of it."
             ) from error
 
+    def _computed_in(self) -> str:
+        """The dtype of what is trained, and of the autocast that it is under where that is another."""
+        held = str(causal_lm_of(self.model).dtype).removeprefix("torch.")
+        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision, held)
+        return held if autocast == held else f"{held} under {autocast} autocast"
+
     def _tell(self, view: CacheView, rows: PreferenceRows) -> None:
         """Say once what could not be compared, and by what the sums differ from those that TRL would make."""
         said = [f"not compared: {'; '.join(view.left_out)}."] if view.left_out else []
-        kept, mixed = view.cache.manifest, self.accelerator.mixed_precision
-        if mixed != "no" and kept.model.dtype == "float32":
+        kept, computed = view.cache.manifest, self._computed_in()
+        if computed != kept.model.dtype and view.rules.teacher_is_base:
             said.append(
-                f"it is of the base in float32, and training is under {mixed} autocast, which moves every sum a little "
-                f"before the first step. Set {mixed}=False, or load the base in 16 bits and make a cache of that."
+                f"it is of the base in {kept.model.dtype}, and what is trained computes in {computed}, which moves "
+                "every sum a little before the first step. Make a cache of the base as it is trained, or train as the "
+                "cache was made (bf16=False, fp16=False, and a model in that dtype)."
             )
         if (rounded := PRECISIONS[kept.capture.precision]) is not None:
             longest = max((len(sample.positions) for sample in rows[:]), default=0)
@@ -184,6 +193,17 @@ class CachedReference(_AnyTrainer):
             )
         for sentence in said:
             logger.warning("CachedReference with %s: %s", view.cache.path, sentence)
+
+
+def _check_rules(trainer: str, rules: PairingRules | None) -> None:
+    """Raise `InvalidSettings` for a vocabulary that is cut: the sums of both sides are over all of their own tokens."""
+    if rules is not None and rules.ignore_padding:
+        raise InvalidSettings(
+            f"training with {trainer}: expected log-probabilities over one vocabulary, found PairingRules("
+            "ignore_padding=True). TRL sums those of the model over its whole width, the cache has those over another, "
+            "and every reward would be off by the difference. Use a model as wide as the base of the cache, or "
+            "precompute a cache of the model as it is now, saved."
+        )
 
 
 def columns_of(trainer: type[Any]) -> tuple[str, ...]:

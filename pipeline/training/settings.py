@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from logitcache.adapters.settings import NO_ADAPTER as NO_ADAPTER
+from logitcache.adapters.settings import NO_PLACE as NO_PLACE
 from logitcache.adapters.settings import AdapterSettings
+from logitcache.adapters.settings import without_place as without_place
 from logitcache.errors import InvalidSettings
 from logitcache.losses.objective import OWN_WEIGHT, WEIGHT_FORMS, Objective, Regularizer, Tail
 from logitcache.models.settings import LoadSettings

@@ -1,5 +1,6 @@
 """`precompute --plan` as a user reads it: other settings, the advice for so many bytes, the distance from the base."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from support.cli_fixtures import cache as cache
 from support.cli_fixtures import caches as caches
 from support.cli_fixtures import data as data
 from support.cli_harness import copy_of, done, flip_byte, precompute, precompute_line, refused, unchanged
+from support.tiny_model import make_model
 
 from logitcache.storage import LogitCache
 
@@ -99,3 +101,34 @@ def test_what_nobody_reads_is_refused(
     data: Path,
 ) -> None:
     assert named in refused(2, *precompute_line(tiny_model, data, tmp_path / "c", *more))
+
+
+def small(folder: Path, vocab_size: int) -> tuple[Path, Path]:
+    """A base of so many tokens without a tokenizer, and rows of ids."""
+    model = make_model(vocab_size=vocab_size, bos_token_id=None, eos_token_id=None)
+    model.save_pretrained(folder / f"m{vocab_size}")
+    rows = [{"input_ids": [i * j % vocab_size for j in range(9 + i)]} for i in range(1, 7)]
+    data = folder / f"d{vocab_size}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / f"m{vocab_size}", data
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "advised"),
+    [(8, "--top-k 7: all that a vocabulary of 8 has"), (17, "--top-k 16: ")],
+)
+def test_of_a_small_vocabulary_all_is_advised_where_it_fits(vocab_size: int, advised: str, tmp_path: Path) -> None:
+    """No row of the table has 7 alternatives, and with 16 of 17 tokens no tail is left that groups could tell apart."""
+    model, data = small(tmp_path, vocab_size)
+    out = done(*precompute_line(model, data, tmp_path / "c", "--plan", "--top-k", 4, "--plan-bytes", "1G")).out
+    assert advice(out).startswith(advised)
+
+
+@pytest.mark.parametrize("more", [["--min-mass", ".5"], ["--top-k", "32"]])
+def test_the_bound_of_the_advice_is_what_the_settings_take(
+    more: list[str], tmp_path: Path, tiny_model: Path, data: Path
+) -> None:
+    """Also where --min-mass makes less of them than the row of the same alternatives takes."""
+    out = done(*precompute_line(tiny_model, data, tmp_path / "c", "--plan", "--top-k", "64", *more)).out
+    (size,) = (line[8:].split(":")[0] for line in out.splitlines() if line.startswith("size"))
+    assert f" {size} (what these settings take" in advice(out).replace("none of these fits into", "of")

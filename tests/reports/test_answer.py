@@ -6,7 +6,7 @@ import pytest
 from support.cli_harness import done, edit_sealed
 from support.sweep_folders import FULL_KL, MASKED, MASKED_KL, PLAIN, Method, write_sweep
 
-from logitcache.reports.answer import NO_FORGETTING_NATS, answers, for_nothing, knee_of
+from logitcache.reports.answer import NO_FORGETTING_NATS, answer_lines, answers, for_nothing, knee_of
 from logitcache.reports.build import write_sweep_report
 from logitcache.reports.pareto import Setting
 from logitcache.reports.results import read_sweep
@@ -70,6 +70,7 @@ def test_where_nothing_learns_there_is_no_answer(tmp_path: Path) -> None:
     write_sweep_report(tmp_path, tmp_path)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "No setting learns anything on the new text: there is none to take." in page
+    assert answer_lines(found) == ["No setting learns anything on the new text: there is none to take."]
 
 
 def test_page_and_terminal_begin_with_it(tmp_path: Path) -> None:
@@ -101,6 +102,9 @@ def test_parts_of_a_plain_run_are_weighed_against_the_answer(tmp_path: Path) -> 
     gap = learning - answers(found)[0].setting.learning.mean
     assert f"{abs(gap):.3f} {'more' if gap > 0 else 'less'} learning than" in said
     assert for_nothing(view(tmp_path / "without")) is None
+    others = view(tmp_path / "all", scaled=(PLAIN.name, MASKED_KL.name))
+    assert for_nothing(others) == said  # a part of what read the base is not for nothing
+    assert for_nothing(view(tmp_path / "others", scaled=(MASKED_KL.name,))) is None
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown adapter": ({"grid": {"adapter": "lorra"}}, "adapter: expected one of"),
     "refused adapter": ({"grid": {"adapter": "loftq"}}, "LoftQ replaces the weights"),
     "odd rank": ({"grid": {"adapter": "orthogonal", "rank": 3}}, "even rank"),
+    "a rank of rotations": (
+        {"grid": {"lr": 1e-3}, "methods": {"a": {"adapter": ["lora", "oft"], "rank": 16}}},
+        "method 'a': --rank has no place in --adapter oft",
+    ),
+    "a scale twice": ({"scales": [0.5, "0.50"]}, "--scales 0.5,0.5: expected different numbers"),
     "no null space": ({"grid": {"adapter": "lora-null"}}, "null space"),
     "a text for a number": (
         {"grid": {"lr": "1e-3x"}},

@@ -10,6 +10,7 @@ from support.cli_harness import done, logitcache, precompute
 from support.quantised_base import bitsandbytes
 from support.tiny_model import make_model, make_tokenizer, text_rows
 
+from logitcache.pairing.view import CacheView
 from logitcache.sweeps.config import read_config
 
 GRID = {"lr": 1e-3, "max_steps": 2, "batch_size": 2, "rank": 2}
@@ -93,6 +94,14 @@ REFUSED: dict[str, tuple[Keys, int, str]] = {
     "rank": ({"methods": {"a": {"adapter": "pissa", "rank": 64}}}, 2, "allows a rank of at most 32"),
     "no such layer": ({"grid": {**GRID, "target_modules": "q_proj,nowhere"}}, 2, "name no layer"),
     "no linear layer": ({"grid": {**GRID, "target_modules": "input_layernorm"}}, 2, "name no layer"),
+    "no penalty of an embedding": (
+        {
+            "grid": {**GRID, "target_modules": "embed_tokens"},
+            "methods": {"plain": {"regularizer": "none"}, "a": {"regularizer": "l2-sp"}},
+        },
+        2,
+        "model.embed_tokens: it is no linear layer",
+    ),
     "no null space": ({"methods": {"a": {"adapter": "lora-null", "nullspace": "@nowhere"}}}, 2, "nowhere"),
     "another's null space": ({"methods": {"a": {"adapter": "lora-null", "nullspace": "@null"}}}, 4, "null"),
     "another's anchors": ({"anchor_cache": "@foreign"}, 4, "foreign"),
@@ -161,3 +170,23 @@ def test_the_checks_take_no_part_in_what_is_drawn(place: Path, tiny_model: Path,
     weights = "adapter_model.safetensors"
     ours = (tmp_path / "out" / "runs" / vera.name / weights).read_bytes()
     assert ours == (tmp_path / "alone" / weights).read_bytes()
+
+
+def test_the_base_is_measured_once_by_whatever_the_weights_of_a_loss(
+    place: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the cache without the true token, with it, and by the anchors: three times in eighteen losses."""
+    measured: list[str] = []
+    original = CacheView.step_zero
+
+    def step_zero(view: CacheView, *args: Any) -> Any:
+        measured.append(f"{Path(view.cache.path).name} {view.objective.regularizer}")
+        return original(view, *args)
+
+    monkeypatch.setattr(CacheView, "step_zero", step_zero)
+    grid = {**GRID, "weight": [0.5, 1.0, 2.0], "anchor_weight": [0, 1, 2], "anchor_batch": 1}
+    methods = {"masked": {}, "full": {"regularizer": "full-kl"}}
+    keys = {"grid": grid, "methods": methods, "anchor_cache": "@few"}
+    path = config(place, tiny_model, tmp_path, keys)
+    done("sweep", "--config", path, "--out", tmp_path / "out", "--dry-run")
+    assert measured == ["cache masked-kl", "few full-kl", "cache full-kl"]

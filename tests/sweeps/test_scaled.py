@@ -133,9 +133,9 @@ def test_the_line_of_the_answer_makes_the_run_again(place: Path, tmp_path: Path)
 PATHS = {"model": "m", "cache": "c", "new": "n", "prior": "p"}
 
 
-def line_of(method: dict[str, Any], **keys: Any) -> str:
+def line_of(method: dict[str, Any], data: tuple[str, ...] | None = ("d 1", "d2"), **keys: Any) -> str:
     config = make_config({**PATHS, "grid": {"lr": 1e-3}, "methods": {"a": method}, **keys}, "s")
-    given = {"model": "my base", "cache": "c", "data": ["d 1", "d2"], "anchor_cache": ["x"], **config.shared}
+    given = {"model": "my base", "cache": "c", "data": data, "anchor_cache": ["x"], **config.shared}
     return train_command(given, config.runs[0].settings, "out")
 
 
@@ -148,6 +148,9 @@ def test_a_line_has_what_differs_from_the_defaults_and_nothing_else() -> None:
     assert line_of({"regularizer": "l2-sp", "weight": 0.1, "ce_weight": "stm"}) == said
     anchored = line_of({"regularizer": "none", "anchor_weight": 2}, anchor_cache="x")
     assert anchored == f"{start} --anchor-cache x --regularizer none --anchor-weight 2.0 --lr 0.001 --out out"
+    of_rows = {"split": "train", "supervise": "all", "skip_bad_rows": True, "chat_template": "f"}
+    assert line_of({}, **of_rows).startswith(f"{start} --split train --skip-bad-rows --supervise all --chat-template f")
+    assert line_of({}, None, **of_rows).startswith("logitcache train --model 'my base' --cache c --chat-template f --")
     shared = line_of({}, teacher_is_not_base=True, load_in="4bit", split="train")
     assert "--load-in 4bit" in shared and "--teacher-is-not-base --" in shared
 

@@ -183,10 +183,14 @@ def test_what_nobody_reads_is_refused_by_name(tiny_model: Path, tmp_path: Path) 
     for told, changes in (
         ("^capture: ", {"fill": False, "capture": CaptureSettings()}),
         ("expected the path of a cache, found LogitCache", {"cache": LogitCache.open(path)}),
+        ("regularizer none: the loss reads nothing", {"objective": Objective("none")}),
         ("teacher_is_not_base", {"rules": PairingRules(teacher_is_not_base=True)}),
     ):
         with pytest.raises(InvalidSettings, match=told):
             CachedLoss(**{"cache": str(path), "fill": True, **changes})
+    with pytest.raises(InvalidSettings, match="regularizer none"):
+        make_trainer(tmp_path / "o", tiny_model, str(tmp_path / "none"), objective=Objective("none"))
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match=r"expected CachedLoss\(..., fill=True\)"):
         CachedLoss(str(path)).fill(load(tiny_model), [])
     model = get_peft_model(load(tiny_model), lora())

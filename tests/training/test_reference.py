@@ -189,6 +189,31 @@ def test_a_rounded_cache_says_how_far_its_sums_may_be_off(
     assert 1e-3 < max(off) <= 1
 
 
+@pytest.mark.parametrize(
+    ("captured", "trained", "bf16", "said"),
+    [
+        (torch.float32, torch.float32, False, ""),
+        (torch.float32, torch.float32, True, "in float32, and what is trained computes in float32 under bfloat16"),
+        (torch.bfloat16, torch.float32, False, "in bfloat16, and what is trained computes in float32, "),
+        (torch.bfloat16, torch.bfloat16, True, ""),
+    ],
+)
+def test_a_base_in_another_dtype_than_what_is_trained_is_said(
+    captured: torch.dtype,
+    trained: torch.dtype,
+    bf16: bool,
+    said: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make(CachedDPO, tiny_model, tmp_path, PAIRS, tmp_path / "c", model=load(tiny_model, captured), fill=True)
+    caplog.clear()
+    make(CachedDPO, tiny_model, tmp_path, PAIRS, tmp_path / "c", model=load(tiny_model, trained), bf16=bf16)
+    assert said in caplog.text
+    assert ("what is trained computes in" in caplog.text) == bool(said)
+
+
 # Refused
 
 
@@ -234,6 +259,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         InvalidSettings,
         "teacher_is_not_base",
     ),
+    "a cut vocabulary": (CachedDPO, {"rules": PairingRules(ignore_padding=True)}, InvalidSettings, "ignore_padding"),
     "other pairs": (CachedKTO, {"per_device_train_batch_size": 5}, SampleNotCached, "row 0 of the train.*order of the"),
     "inputs": (CachedDPO, {"data_collator": Positions(0)}, InvalidBatch, "found position_ids"),
     "no inputs": (CachedDPO, {"data_collator": Renamed(0)}, InvalidBatch, "completion_mask.*found tokens"),
