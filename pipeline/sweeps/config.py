@@ -7,7 +7,7 @@ refused here, before anything is trained. Must not load models or train.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -205,11 +205,22 @@ def make_config(loaded: Any, origin: str) -> SweepConfig:
             raise InvalidData(
                 f"reading {where}: {name} is of an anchor cache, found none. Give anchor_cache, or leave it out."
             )
-        runs += _runs(method, {**axes, **({} if anchors else {"anchor_weight": [0.0]})}, shared, where)
+        axes |= {} if anchors else {"anchor_weight": [0.0]}
+        runs += _runs(method, axes, own, shared, where)
         _check_count(len(runs), origin)
     _check_distinct(runs, origin)
+    _check_read(grid, runs, origin)
     model, cache = (at_home(top[name]) for name in ("model", "cache"))
     return SweepConfig(model, cache, texts["new"], texts["prior"], data, anchors, shared, tuple(runs))
+
+
+def _check_read(grid: Mapping[str, list[Any]], runs: Sequence[RunSpec], origin: str) -> None:
+    """Raise `InvalidData` for what the grid says of an adapter and no run's kind has."""
+    for name, values in grid.items():
+        if any(value is not None for value in values) and all(run.settings[name] is None for run in runs):
+            kind = runs[0].settings["adapter"]
+            if name in NO_PLACE.get(kind, ()):
+                raise InvalidData(f"reading {origin}, grid: {without_place(kind, name).rstrip('.')}.")
 
 
 def _check_curve(shared: Mapping[str, Any], origin: str) -> None:
@@ -228,7 +239,9 @@ def _names(value: Any, name: str, origin: str) -> tuple[str, ...]:
     return tuple(map(at_home, values))
 
 
-def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], where: str) -> list[RunSpec]:
+def _runs(
+    method: str, axes: Mapping[str, list[Any]], own: Collection[str], shared: dict[str, Any], where: str
+) -> list[RunSpec]:
     count = 1
     for values in axes.values():
         count *= len(values)
@@ -237,8 +250,7 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
     runs: dict[str, RunSpec] = {}  # a grid's weights are one run without a regulariser
     for chosen in itertools.product(*axes.values()):
         given = dict(zip(axes, chosen, strict=True))
-        _check_places(given, where)
-        settings = {**defaults, **given}
+        settings = {**defaults, **_in_place(given, own, where)}
         regularizer = settings["regularizer"]
         if regularizer in ("none", *PENALTIES):  # what it does not have is not a setting of it
             settings |= {name: defaults[name] for name in OF_A_REGULARIZER}
@@ -253,12 +265,15 @@ def _runs(method: str, axes: Mapping[str, list[Any]], shared: dict[str, Any], wh
     return list(runs.values())
 
 
-def _check_places(given: Mapping[str, Any], where: str) -> None:
-    """Raise `InvalidData` for what the kind of adapter does not have, be it the default's value."""
+def _in_place(given: Mapping[str, Any], own: Collection[str], where: str) -> dict[str, Any]:
+    """What is given, without what the kind of adapter does not have: of the grid that is for others. Raises
+    `InvalidData` where the method itself says it (own), be it the default's value."""
     kind = given.get("adapter", SETTINGS["adapter"].default)
-    for name in NO_PLACE.get(kind, ()):
-        if given.get(name) is not None:
+    without = [name for name in NO_PLACE.get(kind, ()) if given.get(name) is not None]
+    for name in without:
+        if name in own:
             raise InvalidData(f"reading {where}: {without_place(kind, name).rstrip('.')}.")
+    return {name: value for name, value in given.items() if name not in without}
 
 
 def _weight_reads_top_k(ce_weight: Any) -> bool:

@@ -79,6 +79,8 @@ def test_a_kind_of_adapter_has_its_own_settings_and_no_other() -> None:
     assert (lora.settings["rank"], lora.settings["block_size"], lora.settings["cayley"]) == (16, None, None)
     with pytest.raises(InvalidData, match="--rank has no place in --adapter oft"):
         config(grid={"lr": 1e-3, "rank": 8}, methods={"turned": {"adapter": "oft"}})
+    both = config(grid={"lr": 1e-3, "rank": [4, 8]}, methods={"turned": {"adapter": "oft"}, "lora": {}})
+    assert [run.settings["rank"] for run in both.runs] == [None, 4, 8]  # the grid's rank is of those that have one
 
 
 def test_a_run_keeps_its_name_when_the_grid_grows() -> None:
