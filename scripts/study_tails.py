@@ -232,7 +232,9 @@ def measures(probes: Sequence[Probe], form: Form, cache: LogitCache) -> dict[str
         row[f"{what}_cosine_mean"] = float(torch.cat([F.cosine_similarity(a, b, eps=1e-30) for a, b in sides]).mean())
         row[f"{what}_cosine_total"] = float(F.cosine_similarity(a, b, dim=0))
         row[f"{what}_norm_ratio"] = norms[0] / norms[1]
-    row["adapter_cosine"] = mean(float(F.cosine_similarity(a.adapter, b.adapter, dim=0)) for a, b in pairs)
+    row["adapter_cosine"] = mean(
+        float(F.cosine_similarity(a.adapter.double(), b.adapter.double(), dim=0)) for a, b in pairs
+    )
     row["adapter_norm_ratio"] = mean(float(a.adapter.norm() / b.adapter.norm()) for a, b in pairs)
     return row
 

@@ -24,7 +24,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     from gguf import GGUFWriter
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab", "abc"]
     rng, size, inner, writer = np.random.default_rng(0), 16, 24, GGUFWriter(path, "llama")
     shapes = {"token_embd": (len(tokens), size), "output_norm": (size,)}
     for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
@@ -44,7 +44,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
