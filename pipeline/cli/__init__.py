@@ -82,7 +82,13 @@ _LINES = re.compile(r"\s*\n\s*")
 """A refusal is one line, whatever it quotes."""
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="logitcache precompute --model base/ --data train.jsonl --cache cache/\n"
+    "logitcache train --model base/ --cache cache/ --out adapter/\n"
+    "logitcache evaluate --model base/ --adapter adapter/ --data new.jsonl --prior prior.jsonl",
+)
 @click.version_option(package_name="logitcache")
 def cli() -> None:
     """Fine-tune with LoRA against a cache of the base model's own predictions.

@@ -6,7 +6,7 @@ the parts. Must not import torch, transformers or peft.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from logitcache.adapters.settings import NO_ADAPTER as NO_ADAPTER
 from logitcache.adapters.settings import AdapterSettings
@@ -28,6 +28,8 @@ HIGH_LR = 1.0
 class TrainSettings(Settings):
     """How long and how fast: AdamW, cosine, 3 % warm-up, no weight decay."""
 
+    heading: ClassVar[str] = "Training"
+
     lr: float = option(2e-4, "Peak learning rate (cosine, 3 % warm-up).", at_least=0)
     epochs: float = option(1.0, "Passes over the samples.", above=0)
     batch_size: int = option(8, "Samples a device and micro-batch.", at_least=1)
@@ -39,6 +41,7 @@ class TrainSettings(Settings):
         None,
         "Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
         at_least=0,
+        heading=Objective.heading,
     )
 
     def check_together(self) -> None:
@@ -75,6 +78,8 @@ class AnchorSettings(Settings):
     An anchor cache holds what the base says far from the new data: its samples are those of the cache's data sets, and
     nothing is learnt of them. The mean is over their own positions of the whole optimizer step.
     """
+
+    heading: ClassVar[str] = "Anchors"
 
     weight: float = option(
         4.0,

@@ -159,6 +159,7 @@ FLAGS: dict[str, list[str]] = {
 """The public surface. A change here is a change for users: it belongs into the changelog."""
 
 OF_ROWS = {"split": "train", "supervise": "assistant"}
+OF_MODEL = {"load-in": "as stored", "device-map": "one device"}
 
 DEFAULTS = {
     "calibrate": {
@@ -175,6 +176,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "precompute": {
+        **OF_MODEL,
         **OF_ROWS,
         "top-k": "64",
         "min-mass": "1.0",
@@ -197,9 +199,11 @@ DEFAULTS = {
         "device": "auto",
     },
     "train": {
+        **OF_MODEL,
         **OF_ROWS,
         "regularizer": "masked-kl",
         "kl-positions": "supervised",
+        "kl-budget": "the weight stays",
         "tail": "auto",
         "weight": "1.0",
         "label-smoothing": "0.0",
@@ -245,8 +249,16 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
-    "evaluate": {**OF_ROWS, "max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
+    "evaluate": {
+        **OF_ROWS,
+        "device-map": "one device",
+        "max-length": "1024",
+        "batch-tokens": "8192",
+        "dtype": "auto",
+        "device": "auto",
+    },
     "answers": {
+        **OF_MODEL,
         "prompts": "100 everyday prompts",
         "max-new-tokens": "128",
         "batch-size": "16",
