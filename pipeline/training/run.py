@@ -40,6 +40,7 @@ from logitcache.data.skipped import listed_beside
 from logitcache.errors import TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
+from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.device_map import devices_of, head_device
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
@@ -181,6 +182,8 @@ def _train(
     set_seed(job.settings.seed)
     resumed = checkpoint is not None and keeps_start(job.adapter)
     model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
+    if job.settings.gradient_checkpointing:
+        checkpoint_layers(model)
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)

@@ -20,6 +20,9 @@ PenaltyKind = Literal["l2-sp", "ewc"]
 PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
 AnchorRegularizer = Literal["full-kl", "masked-kl", "masked-reverse-kl", "masked-js"]
 
+MEMORY = "Memory"
+"""Heading of the help, of what a step may take."""
+
 HIGH_LR = 1.0
 """Above this no fine-tuning is known to learn anything."""
 
@@ -42,6 +45,13 @@ class TrainSettings(Settings):
         "Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
         at_least=0,
         heading=Objective.heading,
+    )
+
+    gradient_checkpointing: bool = option(
+        False,
+        "Keep the input of each layer alone and run the layer again in the backward: less memory, a third more time "
+        "(docs/how-to/memory.md).",
+        heading=MEMORY,
     )
 
     def check_together(self) -> None:

@@ -91,6 +91,7 @@ FLAGS: dict[str, list[str]] = {
         "--dropout",
         "--epochs",
         "--grad-accum",
+        "--gradient-checkpointing",
         "--kl-budget",
         "--kl-positions",
         "--label-smoothing",
