@@ -72,8 +72,9 @@ class Job:
 
     @property
     def mixed(self) -> bool:
-        """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
-        return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+        """Whether what is trained, in float32, is computed with in bfloat16, as the base is. Ask before the model is
+        made the student."""
+        return computes_in_bfloat16(self.base.model)
 
     @property
     def reads_cache(self) -> bool:

@@ -277,7 +277,7 @@ class _Checkpoints(TrainerCallback):
 def trainer_arguments(
     out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False
 ) -> TrainingArguments:
-    """The Trainer's arguments of a run. mixed: float32 weights that are computed with in bfloat16."""
+    """The Trainer's arguments of a run. mixed: what is trained is float32 and computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / run_folder.CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
