@@ -156,7 +156,7 @@ def _tell(error: Exception) -> str | None:
     if is_out_of_memory(error):
         return (
             f"memory ran out ({what[:200]}). What was committed is kept. Run the same command again with a smaller "
-            "--batch-tokens (answers: --batch-size; train: --batch-size and a larger --grad-accum, into a new --out)."
+            "--batch-tokens (answers: --batch-size; train: into a new --out)."
         )
     if is_file_failure(error):
         if isinstance(error, OSError) and error.strerror:

@@ -200,6 +200,7 @@ def _train(
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
         anchor=anchors,
+        batch_tokens=job.settings.batch_tokens,
     )
     _check_whole(trainer, out)
     trainer.remove_callback(PrinterCallback)
@@ -280,8 +281,7 @@ def trainer_arguments(
     """The Trainer's arguments of a run. mixed: what is trained is float32 and computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / run_folder.CHECKPOINTS),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
+        per_device_train_batch_size=settings.batch_size * settings.grad_accum,  # all of a step: the trainer cuts it
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
