@@ -1,6 +1,6 @@
-"""The samples of an optimizer step in micro-batches of at most so many tokens, those of similar length together.
+"""The samples of a batch in micro-batches of at most so many tokens, those of similar length together.
 
-Owns the batch that carries them through a Trainer's loop, which knows one batch and one call of `training_step` a step:
+Owns the batch that carries them through a Trainer's loop, which calls `training_step` once a batch:
 what the loop reads of it (ids and mask, to count tokens), and the micro-batches beside. Which samples go together is
 `data.batches`'. Must not know the trainer, or losses.
 """
@@ -20,7 +20,7 @@ PARTS = "micro_batches"
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Another collator, of each micro-batch of the samples of a step; runs in the workers of a `DataLoader`."""
+    """Another collator, of each micro-batch of its samples; runs in the workers of a `DataLoader`."""
 
     collator: Collator
     batch_tokens: int

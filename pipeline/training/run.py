@@ -58,6 +58,7 @@ from .description import describe
 from .full_weights import save_whole, unfreeze
 from .job import Job, check_before_loading, check_model, names_of_layers
 from .logs import JsonLog, tensorboard
+from .out_of_memory import told_in_bytes
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
 from .settings import PenaltySettings
@@ -208,7 +209,8 @@ def _train(
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
             run_folder.keep_start(out, description, partial(save_start, model))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with told_in_bytes(job):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report = TrainReport(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
@@ -281,7 +283,8 @@ def trainer_arguments(
     """The Trainer's arguments of a run. mixed: what is trained is float32 and computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / run_folder.CHECKPOINTS),
-        per_device_train_batch_size=settings.batch_size * settings.grad_accum,  # all of a step: the trainer cuts it
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,

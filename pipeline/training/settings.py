@@ -35,8 +35,8 @@ class TrainSettings(Settings):
 
     lr: float = option(2e-4, "Peak learning rate (cosine, 3 % warm-up).", at_least=0)
     epochs: float = option(1.0, "Passes over the samples.", above=0)
-    batch_size: int = option(8, "Samples a device and optimizer step.", at_least=1)
-    grad_accum: int = option(1, "Times --batch-size: samples a device and optimizer step.", at_least=1)
+    batch_size: int = option(8, "Samples a device and optimizer step, --grad-accum times.", at_least=1)
+    grad_accum: int = option(1, "Batches of --batch-size an optimizer step.", at_least=1)
     seed: int = option(0, "Seed of the adapter and of the order of samples.", at_least=0, at_most=2**32 - 1)
     max_steps: int = option(-1, "Optimizer steps; -1: as --epochs says.", at_least=-1)
     log_every: int = option(10, "Steps between log entries.", at_least=1)
@@ -49,8 +49,8 @@ class TrainSettings(Settings):
 
     batch_tokens: int = option(
         2048,
-        "Tokens in one forward, padding included: the samples of a step go in as many micro-batches, sorted by "
-        "length; a longer sample goes alone.",
+        "Tokens in one forward, padding included: the samples of --batch-size go in as many micro-batches, sorted "
+        "by length; a longer sample goes alone.",
         at_least=1,
         heading=MEMORY,
     )

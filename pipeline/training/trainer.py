@@ -404,7 +404,7 @@ class CachedKL(_AnyTrainer):
 class CachedKLTrainer(CachedKL, Trainer):
     """`CachedKL` over transformers' own Trainer. Raises as it does.
 
-    batch_tokens: the batch of a step, of `Sample`s, goes through the model in micro-batches of at most so many tokens.
+    batch_tokens: a batch, of `Sample`s, goes through the model in micro-batches of at most so many tokens.
     """
 
     def __init__(self, *args: Any, batch_tokens: int | None = None, **kwargs: Any) -> None:  # those of both above
@@ -412,7 +412,7 @@ class CachedKLTrainer(CachedKL, Trainer):
         self.batch_tokens = batch_tokens
 
     def _train_collator(self, collator: Collator) -> Collator:
-        """With the samples of a step in micro-batches."""
+        """With the samples of a batch in micro-batches."""
         made = super()._train_collator(collator)
         if self.batch_tokens is None:
             return made

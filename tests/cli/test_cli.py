@@ -83,7 +83,7 @@ FLAGS: dict[str, list[str]] = {
         "--adapter",
         "--alpha",
         *("--anchor-batch", "--anchor-cache", "--anchor-every", "--anchor-regularizer", "--anchor-weight"),
-        *("--batch-size", "--batch-tokens"),
+        *("--batch-size", "--batch-tokens", "--plan"),
         *("--block-size", "--cayley"),
         "--cache",
         *("--ce-weight", "--ce-weight-value", "--label-weight", "--recipe"),

@@ -173,8 +173,9 @@ def test_the_trainer_has_the_gradient_of_the_loop(tmp_path: Path) -> None:
     student = student_of(tie_word_embeddings=True)
     CachedLoss(cache, objective, check=False)(student, pad_samples(SAMPLES)).loss.backward()
     expected = gradients(student)
-    args = trainer_arguments(tmp_path / "o", TrainSettings(max_steps=1, batch_size=2), torch.device("cpu"))
-    args.gradient_accumulation_steps = 3
+    args = trainer_arguments(
+        tmp_path / "o", TrainSettings(max_steps=1, batch_size=2, grad_accum=3), torch.device("cpu")
+    )
     args.save_strategy, args.max_grad_norm = "no", 0.0
     found: dict[str, Tensor] = {}
 
