@@ -183,9 +183,7 @@ def _train(
         fisher = fisher_diagonal(base.model, names, job.samples, penalty.num_fisher_samples)
     set_seed(job.settings.seed)
     resumed = checkpoint is not None and keeps_start(job.adapter)
-    model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
-    if job.settings.gradient_checkpointing:
-        checkpoint_layers(model)
+    model = _student(job, run_folder.start_of(out) if resumed else None)
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
@@ -270,14 +268,19 @@ def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
         save_whole(model, job.base.source, folder)
 
 
-def _student(
-    base: Base, adapter: AdapterSettings, samples: Sequence[Sample], start: Path | None
-) -> PreTrainedModel | PeftModel:
+def _student(job: Job, start: Path | None) -> PreTrainedModel | PeftModel:
     """What is trained: the base's model with an adapter on it, or itself. start: of a run that is resumed."""
+    base, adapter = job.base, job.adapter
+    student: PreTrainedModel | PeftModel
     if adapter.kind == NO_ADAPTER:
-        return unfreeze(base.model)
-    with names_of_layers(base, adapter):
-        return attach(base.model, adapter, str(base.source.folder), samples, start if keeps_start(adapter) else None)
+        student = unfreeze(base.model)
+    else:
+        given = start if keeps_start(adapter) else None
+        with names_of_layers(base, adapter):
+            student = attach(base.model, adapter, str(base.source.folder), job.samples, given)
+    if job.settings.gradient_checkpointing:  # last: PEFT would have a frozen embedding's output have a gradient
+        checkpoint_layers(student)
+    return student
 
 
 class _Checkpoints(TrainerCallback):
