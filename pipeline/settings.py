@@ -13,7 +13,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from logitcache.errors import InvalidSettings
 
@@ -45,6 +45,8 @@ class Option:
     metavar: str | None = None
     #: Whether it has a flag, a key of `--config` and, in training, a field of a sweep.
     on_line: bool = True
+    #: Under which heading of the help it stands, where that is not the one of its class.
+    heading: str = ""
 
 
 def option(
@@ -60,16 +62,17 @@ def option(
     flag: str = "",
     metavar: str | None = None,
     on_line: bool = True,
+    heading: str = "",
 ) -> T:
     """A field of a settings dataclass: its default, and what `Option` says."""
-    said = Option(help, above, at_least, below, at_most, choices, or_function, flag, metavar, on_line)
+    said = Option(help, above, at_least, below, at_most, choices, or_function, flag, metavar, on_line, heading)
     made: T = field(default=default, metadata={_OPTION: said})
     return made
 
 
-def required(help: str, *, flag: str = "", metavar: str | None = None) -> Any:
+def required(help: str, *, flag: str = "", metavar: str | None = None, heading: str = "") -> Any:
     """A field that has no default."""
-    return field(metadata={_OPTION: Option(help, flag=flag, metavar=metavar)})
+    return field(metadata={_OPTION: Option(help, flag=flag, metavar=metavar, heading=heading)})
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class Setting:
     def flag(self) -> str:
         """Its flag."""
         return "--" + self.key.replace("_", "-")
+
+    @property
+    def heading(self) -> str:
+        """Under which heading of the help its flag stands; "" where neither it nor its class says one."""
+        return (self.option.heading if self.option is not None else "") or self.owner.heading
 
     @property
     def takes_function(self) -> bool:
@@ -204,6 +212,9 @@ class Derived(float):
 @dataclass(frozen=True)
 class Settings:
     """Base of the settings dataclasses: what is constructed is right, or `InvalidSettings` says what is not."""
+
+    #: Under which heading of the help the flags of its fields stand.
+    heading: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check every field by itself, then derive what was left open, then check them together."""

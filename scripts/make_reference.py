@@ -11,6 +11,7 @@ import click
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
 from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
 from logitcache.cli import cli
+from logitcache.cli.help_page import heading_of
 from logitcache.data.settings import DataSettings
 from logitcache.evaluation.settings import AnswerSettings, ScaleSettings
 from logitcache.losses.objective import Objective
@@ -61,9 +62,10 @@ def verb_table(name: str, command: click.Command) -> str:
     """A verb with its arguments: what it does, and a row a flag."""
     ctx = click.Context(command, info_name=name, max_content_width=100_000, terminal_width=100_000)
     arguments = [f" {argument.metavar}" for argument in command.params if isinstance(argument, click.Argument)]
-    records = (option.get_help_record(ctx) for option in command.params if isinstance(option, click.Option))
-    rows = "".join("| " + " | ".join(_cell(part) for part in record) + " |\n" for record in records if record)
-    table = f"\n| flag | meaning |\n|---|---|\n{rows}" if rows else ""
+    records = ((o, o.get_help_record(ctx)) for o in command.params if isinstance(o, click.Option))
+    cells = [[*map(_cell, record), heading_of(option)] for option, record in records if record]
+    rows = "".join("| " + " | ".join(row) + " |\n" for row in cells)
+    table = f"\n| flag | meaning | heading of --help |\n|---|---|---|\n{rows}" if rows else ""
     return f"### logitcache {name}{''.join(arguments)}\n\n{command.get_short_help_str(200)}\n{table}"
 
 

@@ -28,6 +28,7 @@ from logitcache.errors import TrainingFailed, UnsuitableAdapter, release_of
 from logitcache.models.quantization import LOAD_IN, held_in
 
 from .adalora import AdaLoraCallback
+from .casting import cast_outside_autocast
 from .covariances import linear_layers
 from .registry import (
     KINDS,
@@ -90,6 +91,7 @@ def attach(
     if keeps_start(settings):
         _as_plain_lora(adapted.peft_config[NAME])
     adapted.peft_config[NAME].base_model_name_or_path = base_name
+    cast_outside_autocast(adapted)
     return adapted
 
 

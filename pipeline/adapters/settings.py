@@ -5,7 +5,7 @@ torch or peft: the command line reads its options from these fields.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Derived, Settings, option, settings_of
@@ -74,6 +74,8 @@ REFUSED = {
 @dataclass(frozen=True)
 class AdapterSettings(Settings):
     """The adapter on a model. alpha, variant, block_size and cayley, where not given, follow from kind and rank."""
+
+    heading: ClassVar[str] = "Adapter"
 
     kind: AdapterKind = option(
         "lora",
@@ -161,6 +163,8 @@ def without_place(kind: str, name: str) -> str:
 @dataclass(frozen=True)
 class NullSpaceSettings(Settings):
     """How the directions that a model's layers leave unused are found."""
+
+    heading: ClassVar[str] = "Null spaces"
 
     rank: int = option(16, "Directions an input; that of training.", at_least=1)
     max_samples: int = option(256, "Samples, spread over the data.", at_least=1)

@@ -1,7 +1,7 @@
 """What is kept of the base's predictions, and what a job is that keeps them, in plain values without torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from logitcache.data.settings import DataSettings
 from logitcache.errors import InvalidSettings
@@ -16,6 +16,9 @@ Engine = Literal["transformers", "vllm"]
 GROUP_STEPS = (1.0, 0.25)
 """Nats that the tail groups of a cache may be rounded to."""
 
+ROWS, CUT, WORKERS = DataSettings.heading, "How the work is cut", "Engine and workers"
+"""Headings of the help."""
+
 MANY_ALTERNATIVES = 1024
 """More of them than this and a cache is mostly of tokens that the base rules out."""
 
@@ -24,14 +27,26 @@ MANY_ALTERNATIVES = 1024
 class CaptureSettings(Settings):
     """What a cache keeps of each position, and how the work is cut."""
 
+    heading: ClassVar[str] = "What the cache keeps"
+
     top_k: int = option(
         64, "Alternatives to keep a position; 0: the true token's log-probability alone, with the tail.", at_least=0
     )
-    max_length: int = option(1024, "Tokens a sample; longer ones are cut at the end, counted and reported.", at_least=2)
-    batch_tokens: int = option(
-        8192, "Tokens in one forward of the base, padding included. Lower it if memory runs out.", at_least=1
+    max_length: int = option(
+        1024,
+        "Tokens a sample; longer ones are cut at the end, counted and reported.",
+        at_least=2,
+        heading=ROWS,
     )
-    shard_positions: int = option(32_768, "Positions a shard: what an interruption can lose at most.", at_least=1)
+    batch_tokens: int = option(
+        8192,
+        "Tokens in one forward of the base, padding included. Lower it if memory runs out.",
+        at_least=1,
+        heading=CUT,
+    )
+    shard_positions: int = option(
+        32_768, "Positions a shard: what an interruption can lose at most.", at_least=1, heading=CUT
+    )
     store: Store = option("zarr", "File layout of the shards.")
     precision: Precision = option("fine", "Maximum error of a stored log-probability: 0 (float32), 1/64 or 1/32 nat.")
     min_mass: float = option(
@@ -125,6 +140,8 @@ class VllmSettings(Settings):
 class JobSpec(Settings):
     """What a precompute job is, in plain values that any process can be told."""
 
+    heading: ClassVar[str] = "Model, data and cache"
+
     model: str = required("Base model: a local folder or a hub id.", metavar="M")
     data: tuple[str, ...] = required(
         "JSONL or Parquet file, a folder or a URL of them, or a hub data set id; again for more.", metavar="D"
@@ -136,12 +153,17 @@ class JobSpec(Settings):
     loading: LoadSettings = field(default_factory=LoadSettings)
     #: How the rows are found, read and rendered.
     how: DataSettings = field(default_factory=DataSettings)
-    window_rows: int = option(16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1)
+    window_rows: int = option(
+        16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1, heading=CUT
+    )
     engine: Engine = option(
         "transformers",
         "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
+        heading=WORKERS,
     )
-    calibration: str = option("", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE")
+    calibration: str = option(
+        "", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE", heading=WORKERS
+    )
     data_name: str = option(
         "",
         "Name of the data set in the cache; the same name again replaces what was there.  [default: --data as given]",
@@ -167,6 +189,8 @@ class JobSpec(Settings):
 @dataclass(frozen=True)
 class AgainstSettings(Settings):
     """How much of a cache is captured again to hold it against its model."""
+
+    heading: ClassVar[str] = "Against the model"
 
     num_positions: int = option(
         4096, "With --against-model: positions to capture again, or a few more; all, where there are fewer.", at_least=1

@@ -82,7 +82,13 @@ _LINES = re.compile(r"\s*\n\s*")
 """A refusal is one line, whatever it quotes."""
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="logitcache precompute --model base/ --data train.jsonl --cache cache/\n"
+    "logitcache train --model base/ --cache cache/ --out adapter/\n"
+    "logitcache evaluate --model base/ --adapter adapter/ --data new.jsonl --prior prior.jsonl",
+)
 @click.version_option(package_name="logitcache")
 def cli() -> None:
     """Fine-tune with LoRA against a cache of the base model's own predictions.
@@ -150,7 +156,7 @@ def _tell(error: Exception) -> str | None:
     if is_out_of_memory(error):
         return (
             f"memory ran out ({what[:200]}). What was committed is kept. Run the same command again with a smaller "
-            "--batch-tokens (answers: --batch-size; train: --batch-size and a larger --grad-accum, into a new --out)."
+            "--batch-tokens (answers: --batch-size; train: into a new --out)."
         )
     if is_file_failure(error):
         if isinstance(error, OSError) and error.strerror:

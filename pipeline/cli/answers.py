@@ -9,11 +9,16 @@ from logitcache.evaluation.settings import AnswerSettings
 from logitcache.models.settings import LoadSettings
 
 from .common import config_option, model_option, note, progress_bar, quiet_libraries, say
+from .help_page import heading, verb
 from .options import options_of, settings_from
 
 
-@click.command(short_help="Let a model answer prompts, and write the chats: prior text to measure forgetting on.")
+@verb(
+    "Let a model answer prompts, and write the chats: prior text to measure forgetting on.",
+    example="logitcache answers --model base/ --out prior.jsonl",
+)
 @config_option
+@heading("Model, prompts and output")
 @model_option
 @click.option(
     "--adapter", metavar="DIR", help="Folder of a trained adapter, or model, that answers in the base's place."

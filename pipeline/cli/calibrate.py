@@ -19,6 +19,7 @@ from .common import (
     runtime_options,
     say,
 )
+from .help_page import heading, verb
 from .options import Whole, check_has_rows, options_of, settings_from
 
 if TYPE_CHECKING:
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
     from logitcache.storage import ModelIdentity
 
 
-@click.command(short_help="Compare another engine with transformers before a cache is made by it.")
+@verb(
+    "Compare another engine with transformers before a cache is made by it.",
+    example="logitcache calibrate --model base/ --data train.jsonl --engine vllm --out calibration.json\n"
+    "logitcache precompute --model base/ --data train.jsonl --cache cache/ \\\n"
+    "    --engine vllm --calibration calibration.json",
+)
 @config_option
+@heading("Model, data and output")
 @model_option
 @data_option("Rows to compare on, as for precompute; at least 1,000 supervised tokens.")
+@heading("What is compared")
 @click.option(
     "--engine",
     type=click.Choice(["vllm", "transformers"]),
@@ -64,6 +72,7 @@ if TYPE_CHECKING:
 @options_of(DataSettings)
 @batch_options
 @runtime_options
+@heading("Model, data and output")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

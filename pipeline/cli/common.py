@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from logitcache.data.settings import DataSettings
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import line_settings
 from logitcache.storage.plain_text import escaped, safe, shown
 from logitcache.yaml_files import at_home, read_yaml
 
+from .help_page import headed
 from .options import Whole, options_of, settings_from
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,7 +91,7 @@ def batch_options(function: F) -> F:
         show_default=True,
         help="Tokens a forward, with padding.",
     )
-    return length(batch(function))
+    return headed(length(headed(batch(function), "How the work is cut")), DataSettings.heading)
 
 
 def runtime_options(function: F) -> F:

@@ -3,10 +3,15 @@
 import click
 
 from .common import CachePath, config_option, human_bytes, say
+from .help_page import heading, verb
 
 
-@click.command(short_help="Copy a cache into another store or a coarser precision.")
+@verb(
+    "Copy a cache into another store or a coarser precision.",
+    example="logitcache convert cache/ smaller/ --precision compact --store arrow",
+)
 @config_option
+@heading("What is written")
 @click.argument("source", type=CachePath(), metavar="SOURCE")
 @click.argument("target", type=CachePath(), metavar="TARGET")
 @click.option("--store", type=click.Choice(["zarr", "arrow"]), help="File layout.  [default: that of the source]")

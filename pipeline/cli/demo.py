@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import config_option, note, quiet_libraries, say, say_lines
+from .help_page import heading, verb
 
 if TYPE_CHECKING:
     from logitcache.reports.results import Sweep
 
 
-@click.command(short_help="Show the effect on a small embedded model, or on a real one.")
+@verb(
+    "Show the effect on a small embedded model, or on a real one.",
+    example="logitcache demo --out demo-output/",
+)
 @config_option
+@heading("Output")
 @click.option(
     "--real",
     is_flag=True,

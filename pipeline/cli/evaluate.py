@@ -30,6 +30,7 @@ from .common import (
     say_lines,
     token_bar,
 )
+from .help_page import heading, verb
 from .options import check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
@@ -56,8 +57,12 @@ class _Side:
     view: "CacheView | None" = None
 
 
-@click.command(short_help="Learning on new text and forgetting on prior text, in one table.")
+@verb(
+    "Learning on new text and forgetting on prior text, in one table.",
+    example="logitcache evaluate --model base/ --adapter adapter/ --data new.jsonl --prior prior.jsonl",
+)
 @config_option
+@heading("Model and text")
 @model_option
 @click.option(
     "--adapter", metavar="DIR", help="Folder of the trained adapter, or model; without it only the base is measured."
@@ -72,6 +77,7 @@ class _Side:
 @click.option(
     "--prior-cache", type=CachePath(), metavar="DIR", help="Cache of the prior text, to stand for the base: likewise."
 )
+@heading("Also in the table")
 @click.option(
     "--against",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -100,6 +106,7 @@ class _Side:
 @batch_options
 @device_map_option
 @runtime_options
+@heading("Other")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     model: str,

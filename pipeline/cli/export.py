@@ -5,10 +5,15 @@ from pathlib import Path
 import click
 
 from .common import CachePath, config_option, human_bytes, say
+from .help_page import heading, verb
 
 
-@click.command(short_help="Write a cache as Parquet, for pandas, DuckDB or a data set viewer.")
+@verb(
+    "Write a cache as Parquet, for pandas, DuckDB or a data set viewer.",
+    example="logitcache export cache/ --to parquet --out cache.parquet",
+)
 @config_option
+@heading("What is written")
 @click.argument("path", type=CachePath(), metavar="DIR")
 @click.option("--to", "kind", type=click.Choice(["parquet"]), default="parquet", show_default=True, help="Format.")
 @click.option(

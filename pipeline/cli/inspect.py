@@ -10,11 +10,16 @@ import click
 from logitcache.storage.plain_text import safe
 
 from .common import CachePath, config_option, human_bytes, say, say_lines
+from .help_page import heading, verb
 from .options import Whole
 
 
-@click.command(short_help="Print what a cache holds and what it belongs to.")
+@verb(
+    "Print what a cache holds and what it belongs to.",
+    example="logitcache inspect cache/ --plot cache.png",
+)
 @config_option
+@heading("Output")
 @click.argument("path", type=CachePath(), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(

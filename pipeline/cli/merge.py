@@ -3,9 +3,13 @@
 import click
 
 from .common import CachePath, config_option, human_bytes, say
+from .help_page import verb
 
 
-@click.command(short_help="Join caches of one base and one capture.")
+@verb(
+    "Join caches of one base and one capture.",
+    example="logitcache merge all/ cache/ more/",
+)
 @config_option
 @click.argument("target", type=CachePath(), metavar="TARGET")
 @click.argument("sources", type=CachePath(), metavar="SOURCE...", nargs=-1, required=True)

@@ -18,11 +18,17 @@ from .common import (
     say,
     token_bar,
 )
+from .help_page import heading, verb
 from .options import options_of, settings_from
 
 
-@click.command(short_help="Find the input directions that a model leaves unused, for lora-null.")
+@verb(
+    "Find the input directions that a model leaves unused, for lora-null.",
+    example="logitcache nullspace --model base/ --data prior.jsonl --out nullspace/\n"
+    "logitcache train --model base/ --cache cache/ --out adapter/ --adapter lora-null --nullspace nullspace/",
+)
 @config_option
+@heading("Model, data and output")
 @model_option
 @data_option("Calibration text: what the model must not forget.", required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the result.")

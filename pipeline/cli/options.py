@@ -18,6 +18,8 @@ from logitcache.errors import InvalidSettings
 from logitcache.settings import Numbers, Option, Setting, Settings, line_settings, names_function
 from logitcache.yaml_files import at_home, read_number, read_numbers, read_whole
 
+from .help_page import headed, write_example
+
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
 
@@ -25,12 +27,16 @@ S = TypeVar("S", bound=Settings)
 class Number(click.FloatRange):
     """A number in a range, as `yaml_files` reads it."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_read(read_number, self, value, param, ctx), param, ctx)
 
 
 class Whole(click.IntRange):
     """A whole number in a range, likewise."""
+
+    name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_read(read_whole, self, value, param, ctx), param, ctx)
@@ -108,7 +114,7 @@ def options_of(
             said = {**_arguments(setting), **changed.get(setting.key, {})}
             if types is not None and setting.key in types:
                 said["type"] = types[setting.key]
-            function = click.option(setting.flag, setting.key, **said)(function)
+            function = headed(click.option(setting.flag, setting.key, **said)(function), setting.heading)
         return function
 
     return decorate
@@ -147,7 +153,11 @@ def check_has_rows(ctx: click.Context, flags: str, also_read: tuple[str, ...] = 
 
 
 class Verbs(click.Group):
-    """A group whose verbs take each flag once: click itself takes the last in silence."""
+    """A group whose verbs take each flag once: click itself takes the last in silence. Its epilog is an example."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The example, not wrapped."""
+        write_example(self, formatter)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -11,6 +11,7 @@ from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
 from .common import CachePath, config_option, human_bytes, quiet_libraries, say
+from .help_page import heading, verb
 from .options import ByteSize, Number, Whole, options_of, settings_from
 from .terminal import Console, terminated_softly
 
@@ -20,28 +21,37 @@ if TYPE_CHECKING:
     from logitcache.storage import LogitCache
 
 
-@click.command(short_help="Run the base once and store its log-probabilities.")
+@verb(
+    "Run the base once and store its log-probabilities.",
+    example="logitcache precompute --model base/ --data train.jsonl --cache cache/ --plan\n"
+    "logitcache precompute --model base/ --data train.jsonl --cache cache/",
+)
 @config_option
-@options_of(CaptureSettings)
 @options_of(
     JobSpec,
     types={"cache": CachePath(), "samples_from": CachePath()},
     engine={"type": click.Choice(["transformers", "vllm", "ray"])},
 )
+@options_of(CaptureSettings)
 @options_of(DataSettings)
+@heading("Engine and workers")
 @click.option("--num-workers", type=Whole(min=1), help="Actors of --engine ray.  [default: one a GPU, or 1]")
 @click.option("--shard-index", type=Whole(min=0), help="This worker of --num-shards, from 0.")
 @click.option("--num-shards", type=Whole(min=1), help="Workers that share the job, each started by itself.")
 @options_of(
     LoadSettings,
     load_in={
-        "help": "Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md)."
+        "help": "Quantise the linear layers of the base, by bitsandbytes; the cache says so (docs/how-to/distil.md).  "
+        "[default: as stored]"
     },
 )
+@heading("Engine and workers")
 @click.option(
     "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
 )
+@heading("Other")
 @click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
+@heading("Plan")
 @click.option("--plan", is_flag=True, help="Measure a sample, print what the job will take, write nothing and stop.")
 @click.option(
     "--tokens-per-second",

@@ -7,11 +7,16 @@ import click
 from logitcache.data.settings import DataSettings
 
 from .common import CachePath, config_option, data_option, human_bytes, note, quiet_libraries, say
+from .help_page import heading, verb
 from .options import options_of, settings_from
 
 
-@click.command(short_help="Remove the samples that are not in the data any more.")
+@verb(
+    "Remove the samples that are not in the data any more.",
+    example="logitcache prune cache/ --data train.jsonl --model base/ --dry-run",
+)
 @config_option
+@heading("What stays")
 @click.argument("path", type=CachePath(), metavar="DIR")
 @data_option("Data whose samples stay: what --data of precompute takes, all of it.", required=True)
 @click.option(

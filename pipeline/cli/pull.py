@@ -3,10 +3,15 @@
 import click
 
 from .common import CachePath, config_option, human_bytes, quiet_hub, say
+from .help_page import heading, verb
 
 
-@click.command(short_help="Fetch a cache from the Hugging Face Hub, and verify it.")
+@verb(
+    "Fetch a cache from the Hugging Face Hub, and verify it.",
+    example="logitcache pull me/base-logits cache/",
+)
 @config_option
+@heading("Repository")
 @click.argument("repo_id", metavar="REPO_ID")
 @click.argument("cache", type=CachePath(), metavar="CACHE")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")

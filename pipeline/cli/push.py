@@ -3,10 +3,15 @@
 import click
 
 from .common import CachePath, config_option, human_bytes, note, quiet_hub, say, say_lines
+from .help_page import heading, verb
 
 
-@click.command(short_help="Put a cache on the Hugging Face Hub, with a data card.")
+@verb(
+    "Put a cache on the Hugging Face Hub, with a data card.",
+    example="logitcache push cache/ me/base-logits --private --dry-run",
+)
 @config_option
+@heading("Repository and card")
 @click.argument("cache", type=CachePath(), metavar="CACHE")
 @click.argument("repo_id", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private; refuse one that is public.")

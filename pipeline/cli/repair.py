@@ -3,10 +3,15 @@
 import click
 
 from .common import CachePath, config_option, say
+from .help_page import heading, verb
 
 
-@click.command(short_help="Drop damaged shards, so that precompute makes only those again.")
+@verb(
+    "Drop damaged shards, so that precompute makes only those again.",
+    example="logitcache repair cache/\nlogitcache precompute --model base/ --data train.jsonl --cache cache/",
+)
 @config_option
+@heading("Repair")
 @click.argument("path", type=CachePath(), metavar="DIR")
 @click.option(
     "--manifest-from",

@@ -5,10 +5,15 @@ from pathlib import Path
 import click
 
 from .common import config_option, quiet_libraries, say, say_lines
+from .help_page import heading, verb
 
 
-@click.command(short_help="What a sweep came to: report.html, report.md, results.csv and pictures.")
+@verb(
+    "What a sweep came to: report.html, report.md, results.csv and pictures.",
+    example="logitcache report sweep/",
+)
 @config_option
+@heading("Output")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
 @click.option(
     "--out",

@@ -10,13 +10,18 @@ import click
 from logitcache.storage.plain_text import one_line
 
 from .common import CachePath, config_option, human_bytes, say
+from .help_page import heading, verb
 
 if TYPE_CHECKING:
     from logitcache.storage.job_status import Status, WorkerRecord
 
 
-@click.command(short_help="How far a precompute job is, from its commits.")
+@verb(
+    "How far a precompute job is, from its commits.",
+    example="logitcache status cache/",
+)
 @config_option
+@heading("Output")
 @click.argument("cache", metavar="DIR", type=CachePath())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(cache: str, as_json: bool) -> None:

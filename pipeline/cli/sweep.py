@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import note, quiet_libraries, runtime_options, say, say_lines
+from .help_page import heading, verb
 from .options import Whole
 
 if TYPE_CHECKING:
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
     from logitcache.sweeps.run import Done
 
 
-@click.command(short_help="Train and evaluate a grid of settings against one cache.")
+@verb(
+    "Train and evaluate a grid of settings against one cache.",
+    example="logitcache sweep --config sweep.yaml --out sweep/ --dry-run\n"
+    "logitcache sweep --config sweep.yaml --out sweep/\n"
+    "logitcache report sweep/",
+)
+@heading("Runs")
 @click.option(
     "--config",
     required=True,

@@ -9,10 +9,20 @@ import click
 
 from logitcache.adapters.settings import NO_PLACE, without_place
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
-from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
+from logitcache.training.settings import (
+    MEMORY,
+    PENALTIES,
+    RECIPES,
+    AnchorSettings,
+    RunSettings,
+    run_settings,
+    without_base,
+)
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
+from .help_page import heading, verb
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
+from .train_plan import print_plan
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -31,8 +41,14 @@ ANCHOR_WEIGHT = (
 """Its help on the line, where it may be given several times."""
 
 
-@click.command(short_help="Train an adapter, or a model, against the cached base or teacher.")
+@verb(
+    "Train an adapter, or a model, against the cached base or teacher.",
+    example="logitcache train --model base/ --cache cache/ --out adapter/ --plan\n"
+    "logitcache train --model base/ --cache cache/ --out adapter/\n"
+    "logitcache train --model base/ --cache cache/ --out adapter/ --resume",
+)
 @config_option
+@heading("Model, data and output")
 @click.option(
     "--student",
     "--model",
@@ -52,6 +68,7 @@ ANCHOR_WEIGHT = (
 )
 @data_option("Data set to train on; by default all data sets of the cache.")
 @options_of(DataSettings)
+@heading("Anchors")
 @click.option(
     "--anchor-cache",
     type=CachePath(),
@@ -65,20 +82,28 @@ ANCHOR_WEIGHT = (
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
     tail={"default": "auto"},
     anchor_weight={"multiple": True, "default": None, "show_default": False, "help": ANCHOR_WEIGHT},
-    load_in={"help": "Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md)."},
+    load_in={
+        "help": "Quantise the linear layers below the adapter, by bitsandbytes (docs/how-to/distil.md).  "
+        "[default: as stored]"
+    },
 )
+@heading("Loss")
 @click.option(
     "--recipe",
     type=click.Choice(tuple(RECIPES)),
     help="A published method as settings; what is given beside it wins. asft: --regularizer full-kl --weight .05 "
     "--ce-weight dft.",
 )
+@heading("Rows of the data")
 @click.option(
     "--max-length",
     type=Whole(min=2),
     default=None,
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
+@heading(MEMORY)
+@click.option("--plan", is_flag=True, help="Print what a step takes, by the model's config alone, and stop")
+@heading("Model, data and output")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
 def train(
     model: str,
@@ -88,6 +113,7 @@ def train(
     anchor_cache: tuple[str, ...],
     recipe: str | None,
     max_length: int | None,
+    plan: bool,
     resume: bool,
     **values: Any,
 ) -> None:
@@ -122,6 +148,9 @@ def train(
     if opened is not None and opened.manifest.capture.num_tail_groups:
         with as_usage():
             settings = RunSettings.of(values, has_groups=True)
+    if plan:
+        print_plan(model, settings, max_length, opened, anchors)
+        return
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     for doubt in settings.doubts() if speaks else []:
         note(doubt)

@@ -9,6 +9,7 @@ import click
 from logitcache.capture.settings import AgainstSettings
 
 from .common import CachePath, config_option, device_option, human_bytes, note, quiet_libraries, say, say_lines
+from .help_page import heading, verb
 from .options import options_of, settings_from, was_given
 
 if TYPE_CHECKING:
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     from logitcache.storage.model_check import ModelCheck
 
 
-@click.command(short_help="Read every byte of a cache and check it.")
+@verb(
+    "Read every byte of a cache and check it.",
+    example="logitcache verify cache/ --against-model base/",
+)
 @config_option
+@heading("Output")
 @click.argument("path", type=CachePath(), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@heading("Against the model")
 @click.option(
     "--against-model",
     metavar="M",

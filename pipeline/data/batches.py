@@ -68,8 +68,18 @@ def batches_by_length(samples: Iterable[Sample], batch_tokens: int) -> Iterator[
     batch_tokens: with padding; a longer sample is a batch of its own. The order is one for any order of the samples:
     equal lengths are ordered by sample_id.
     """
+    yield from _cut(sorted(distinct(samples), key=lambda s: (-len(s.token_ids), sample_id(s.token_ids))), batch_tokens)
+
+
+def cut_by_length(samples: Iterable[Sample], batch_tokens: int) -> Iterator[tuple[Sample, ...]]:
+    """All samples, also equal ones, in batches as `batches_by_length` makes them; equal lengths in the order given."""
+    yield from _cut(sorted(samples, key=lambda s: -len(s.token_ids)), batch_tokens)
+
+
+def _cut(samples: Iterable[Sample], batch_tokens: int) -> Iterator[tuple[Sample, ...]]:
+    """One after the other, the longest first."""
     batch: list[Sample] = []
-    for sample in sorted(distinct(samples), key=lambda s: (-len(s.token_ids), sample_id(s.token_ids))):
+    for sample in samples:
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > batch_tokens:
             yield tuple(batch)
             batch = []

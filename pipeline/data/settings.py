@@ -4,7 +4,7 @@ Owns the settings that every verb with data has. Must not read files or know tok
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from logitcache.settings import Settings, option
 
@@ -14,6 +14,8 @@ Supervise = Literal["assistant", "last", "all"]
 @dataclass(frozen=True)
 class DataSettings(Settings):
     """Which rows of the data, and what of a chat is learnt."""
+
+    heading: ClassVar[str] = "Rows of the data"
 
     split: str = option("", "Split to read of data that have several.  [default: train]", metavar="NAME")
     config_name: str = option("", "Configuration to read of a hub data set that has several.", metavar="NAME")

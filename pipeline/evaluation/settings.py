@@ -4,6 +4,7 @@ Must not know models or files.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Settings, option
@@ -13,6 +14,8 @@ from logitcache.settings import Settings, option
 class AnswerSettings(Settings):
     """How long a model may answer, and how many prompts it answers at a time."""
 
+    heading: ClassVar[str] = "Answers"
+
     max_new_tokens: int = option(128, "Tokens an answer; a longer one ends there, is kept and counted.", at_least=1)
     batch_size: int = option(16, "Prompts at a time, those of similar length together.", at_least=1)
 
@@ -20,6 +23,8 @@ class AnswerSettings(Settings):
 @dataclass(frozen=True)
 class ScaleSettings(Settings):
     """Where the curve between base and adapted model is measured (`evaluation.scales`)."""
+
+    heading: ClassVar[str] = "Between base and adapter"
 
     scales: tuple[float, ...] = option(
         (0.0, 0.25, 0.5, 0.75, 1.0),

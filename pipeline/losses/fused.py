@@ -225,7 +225,7 @@ def _slice(call: _Call, hidden: Tensor, part: _Rows) -> _Slice:
     logits = call.logits(hidden)
     overwrites = _are_unshared(logits, call.head)
     buffer = logits.detach().float()
-    if buffer.data_ptr() == logits.data_ptr() and not overwrites:
+    if logits.dtype == torch.float32 and not overwrites:  # then it is no copy
         buffer = buffer.clone()
     found = _losses_and_gradient(buffer, call, part)
     if found is None:

@@ -6,7 +6,7 @@ fields.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Derived, Settings, names_function, option
@@ -65,6 +65,8 @@ class Objective(Settings):
     formula. regularizer and ce_weight may name a function of one's own (docs/how-to/your-own-loss.md).
     """
 
+    heading: ClassVar[str] = "Loss"
+
     regularizer: str = option(
         "masked-kl",
         "masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; dkd: "
@@ -102,7 +104,8 @@ class Objective(Settings):
     )
     kl_budget: float | None = option(
         None,
-        "Nats a position: adapt the weight, from --weight on, so that the mean regulariser meets this.",
+        "Nats a position: adapt the weight, from --weight on, so that the mean regulariser meets this.  "
+        "[default: the weight stays]",
         above=0,
     )
     tokens_per_loss_chunk: int | None = option(

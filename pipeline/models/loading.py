@@ -100,6 +100,14 @@ def _check_weights_name(name: str, folder: Path) -> None:
         )
 
 
+def read_shape(name: str, dtype: str) -> tuple[Any, torch.dtype]:
+    """transformers' configuration of a model, and the number format that its weights would have in memory; they are
+    neither read nor downloaded. dtype: as of `load_base`."""
+    config = _config(Source(name, _folder_of(name, ["config.json"])))
+    stated = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    return config, stated if isinstance(stated, torch.dtype) else torch.float32
+
+
 def find_tokenizer(name: str) -> Source:
     """`find_model` where only the tokenizer is needed: a folder without weights will do, and none are downloaded."""
     return Source(name, _folder_of(name, _TOKENIZER_FILES))

@@ -1,7 +1,7 @@
 """How a model is held: number format, devices, quantisation, without torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Settings, option
@@ -17,11 +17,16 @@ Spread = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 class LoadSettings(Settings):
     """How a model is loaded; `loading.load` does it."""
 
+    heading: ClassVar[str] = "How the model is held"
+
     load_in: LoadIn | None = option(
-        None, "Quantise the linear layers of the model, by bitsandbytes (docs/how-to/distil.md)."
+        None,
+        "Quantise the linear layers of the model, by bitsandbytes (docs/how-to/distil.md).  [default: as stored]",
     )
     device_map: Spread | None = option(
-        None, "Spread the layers of a model that is larger than a GPU over all there are (docs/how-to/distil.md)."
+        None,
+        "Spread the layers of a model that is larger than a GPU over all there are (docs/how-to/distil.md).  "
+        "[default: one device]",
     )
     tensor_parallel: bool = option(
         False, "torchrun's processes hold one model together, and are one worker.", on_line=False

@@ -1,6 +1,7 @@
 """How a cache belongs to the model that is trained: what of it is checked, without torch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Settings, option
@@ -15,6 +16,8 @@ class PairingRules(Settings):
     in another format than the model is (8bit, 4bit or neither); then what that costs is measured before step 1, and
     refused above max_start_kl.
     """
+
+    heading: ClassVar[str] = "How the cache belongs to the model"
 
     teacher_is_not_base: bool = option(
         False, "The cache is of another model with the same tokenizer: its weights and step 0 are not checked."

@@ -22,6 +22,7 @@ from logitcache.errors import InputNotFound, PipelineError, TrainingFailed
 from logitcache.events import OnMessage
 from logitcache.losses.formula_checks import check_formulas
 from logitcache.losses.formulas import Objective
+from logitcache.models.checkpointing import check_checkpointable
 from logitcache.models.device_map import is_spread, offloaded_parts
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base
@@ -72,8 +73,9 @@ class Job:
 
     @property
     def mixed(self) -> bool:
-        """Whether float32 weights are computed with in bfloat16. Ask before the model is made the student."""
-        return self.adapter.kind == NO_ADAPTER and computes_in_bfloat16(self.base.model)
+        """Whether what is trained, in float32, is computed with in bfloat16, as the base is. Ask before the model is
+        made the student."""
+        return computes_in_bfloat16(self.base.model)
 
     @property
     def reads_cache(self) -> bool:
@@ -148,6 +150,8 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
     """
     base = job.base
     check_head(base.model)
+    if job.settings.gradient_checkpointing:
+        check_checkpointable(base.model)
     check_length(base.model, max(len(s.token_ids) for s in [*job.samples, *anchors.samples]))
     if view is not None:
         view.require(job.samples)

@@ -41,6 +41,7 @@ from logitcache.data.skipped import listed_beside
 from logitcache.errors import TrainingFailed, release_of
 from logitcache.events import OnMessage
 from logitcache.losses.formulas import Objective
+from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.device_map import devices_of, head_device
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
@@ -58,6 +59,7 @@ from .description import describe
 from .full_weights import save_whole, unfreeze
 from .job import Job, check_before_loading, check_model, names_of_layers
 from .logs import JsonLog, tensorboard
+from .out_of_memory import told_in_bytes
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
 from .settings import PenaltySettings
@@ -181,7 +183,7 @@ def _train(
         fisher = fisher_diagonal(base.model, names, job.samples, penalty.num_fisher_samples)
     set_seed(job.settings.seed)
     resumed = checkpoint is not None and keeps_start(job.adapter)
-    model = _student(base, job.adapter, job.samples, run_folder.start_of(out) if resumed else None)
+    model = _student(job, run_folder.start_of(out) if resumed else None)
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
@@ -198,6 +200,7 @@ def _train(
         check=False,  # done above, with the names of the samples
         penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
         anchor=anchors,
+        batch_tokens=job.settings.batch_tokens,
     )
     _check_whole(trainer, out)
     if checkpoint is not None:
@@ -207,7 +210,8 @@ def _train(
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
             run_folder.keep_start(out, description, partial(save_start, model))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with told_in_bytes(job):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report = TrainReport(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
@@ -264,14 +268,19 @@ def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
         save_whole(model, job.base.source, folder)
 
 
-def _student(
-    base: Base, adapter: AdapterSettings, samples: Sequence[Sample], start: Path | None
-) -> PreTrainedModel | PeftModel:
+def _student(job: Job, start: Path | None) -> PreTrainedModel | PeftModel:
     """What is trained: the base's model with an adapter on it, or itself. start: of a run that is resumed."""
+    base, adapter = job.base, job.adapter
+    student: PreTrainedModel | PeftModel
     if adapter.kind == NO_ADAPTER:
-        return unfreeze(base.model)
-    with names_of_layers(base, adapter):
-        return attach(base.model, adapter, str(base.source.folder), samples, start if keeps_start(adapter) else None)
+        student = unfreeze(base.model)
+    else:
+        given = start if keeps_start(adapter) else None
+        with names_of_layers(base, adapter):
+            student = attach(base.model, adapter, str(base.source.folder), job.samples, given)
+    if job.settings.gradient_checkpointing:  # last: PEFT would have a frozen embedding's output have a gradient
+        checkpoint_layers(student)
+    return student
 
 
 class _Checkpoints(TrainerCallback):
@@ -289,7 +298,7 @@ class _Checkpoints(TrainerCallback):
 def trainer_arguments(
     out: Path, settings: TrainSettings, device: torch.device, mixed: bool = False
 ) -> TrainingArguments:
-    """The Trainer's arguments of a run. mixed: float32 weights that are computed with in bfloat16."""
+    """The Trainer's arguments of a run. mixed: what is trained is float32 and computed with in bfloat16."""
     return TrainingArguments(
         output_dir=str(out / run_folder.CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,

@@ -6,7 +6,7 @@ the parts. Must not import torch, transformers or peft.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from logitcache.adapters.settings import NO_ADAPTER as NO_ADAPTER
 from logitcache.adapters.settings import NO_PLACE as NO_PLACE
@@ -22,6 +22,9 @@ PenaltyKind = Literal["l2-sp", "ewc"]
 PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
 AnchorRegularizer = Literal["full-kl", "masked-kl", "masked-reverse-kl", "masked-js"]
 
+MEMORY = "Memory"
+"""Heading of the help, of what a step may take."""
+
 HIGH_LR = 1.0
 """Above this no fine-tuning is known to learn anything."""
 
@@ -30,10 +33,12 @@ HIGH_LR = 1.0
 class TrainSettings(Settings):
     """How long and how fast: AdamW, cosine, 3 % warm-up, no weight decay."""
 
+    heading: ClassVar[str] = "Training"
+
     lr: float = option(2e-4, "Peak learning rate (cosine, 3 % warm-up).", at_least=0)
     epochs: float = option(1.0, "Passes over the samples.", above=0)
-    batch_size: int = option(8, "Samples a device and micro-batch.", at_least=1)
-    grad_accum: int = option(1, "Micro-batches an optimizer step.", at_least=1)
+    batch_size: int = option(8, "Samples a device and optimizer step, --grad-accum times.", at_least=1)
+    grad_accum: int = option(1, "Batches of --batch-size an optimizer step.", at_least=1)
     seed: int = option(0, "Seed of the adapter and of the order of samples.", at_least=0, at_most=2**32 - 1)
     max_steps: int = option(-1, "Optimizer steps; -1: as --epochs says.", at_least=-1)
     log_every: int = option(10, "Steps between log entries.", at_least=1)
@@ -41,6 +46,21 @@ class TrainSettings(Settings):
         None,
         "Alternatives a position to read; the others join the tail.  [default: all that the cache has]",
         at_least=0,
+        heading=Objective.heading,
+    )
+
+    batch_tokens: int = option(
+        2048,
+        "Tokens in one forward, padding included: the samples of --batch-size go in as many micro-batches, sorted "
+        "by length; a longer sample goes alone.",
+        at_least=1,
+        heading=MEMORY,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Keep the input of each layer alone and run the layer again in the backward: less memory, a third more time "
+        "(docs/how-to/memory.md).",
+        heading=MEMORY,
     )
 
     def check_together(self) -> None:
@@ -77,6 +97,8 @@ class AnchorSettings(Settings):
     An anchor cache holds what the base says far from the new data: its samples are those of the cache's data sets, and
     nothing is learnt of them. The mean is over their own positions of the whole optimizer step.
     """
+
+    heading: ClassVar[str] = "Anchors"
 
     weight: float = option(
         4.0,

@@ -35,6 +35,7 @@ from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
 from .batch_loss import batch_loss
 from .fill import CaptureSettings, Filling, JobReport
 from .kl_controller import BudgetedWeight
+from .micro_batches import PARTS, MicroBatches, parts_of
 from .normalisation import FirstStep, already_normalised, num_replicas, over_processes
 from .own_loss import probe_own_loss
 from .penalties import Penalty
@@ -186,7 +187,7 @@ class CachedKL(_AnyTrainer):
         collator, settings = self.data_collator, self.accelerator.dataloader_config
         dispatch = settings.dispatch_batches
         view = self.cache_view
-        self.data_collator = self._collator(collator)
+        self.data_collator = self._train_collator(collator)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
             loader = super().get_train_dataloader()
@@ -206,7 +207,8 @@ class CachedKL(_AnyTrainer):
         batches = [self._looked_up(batch) for batch in batches]
         if len(batches) < num_batches:  # a stream has ended
             batches = []
-        self._micro_batch, self._num_micro_batches = 0, max(1, len(batches))
+        parts = [part for batch in batches for part in parts_of(batch)]
+        self._micro_batch, self._num_micro_batches = 0, max(1, len(parts))
         self._metered_steps += bool(batches)
         self._metered_weight += self.kl_weight if batches else 0.0
         self._metered_anchors += self.anchors.due(self.state.global_step) * bool(batches)
@@ -214,8 +216,8 @@ class CachedKL(_AnyTrainer):
         self._anchor_step_meter.zero_()
         self._first_step.begin(self.state.global_step + 1)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batches:
-            counts += count_positions(batch, self.kl_objective).to(device)
+        for part in parts:
+            counts += count_positions(part, self.kl_objective).to(device)
         counts = over_processes(self, counts)
         self._step_counts = counts[1]
         return batches, counts
@@ -275,9 +277,13 @@ class CachedKL(_AnyTrainer):
 
     def _looked_up(self, batch: Batch) -> Batch:
         """A batch with its targets: as it is, or where another collator made it, looked up now."""
-        if f"{PREFIX}rows" in batch:
+        if f"{PREFIX}rows" in batch or PARTS in batch:
             return batch
         return self._collator(collated).looked_up(batch)
+
+    def _train_collator(self, collator: Collator) -> Collator:
+        """What makes the batches of training."""
+        return self._collator(collator)
 
     def _collator(self, collator: Collator) -> CachedCollator:
         """Another's batches, with what the loss reads beside them."""
@@ -396,7 +402,35 @@ class CachedKL(_AnyTrainer):
 
 
 class CachedKLTrainer(CachedKL, Trainer):
-    """`CachedKL` over transformers' own Trainer. Raises as it does."""
+    """`CachedKL` over transformers' own Trainer. Raises as it does.
+
+    batch_tokens: a batch, of `Sample`s, goes through the model in micro-batches of at most so many tokens.
+    """
+
+    def __init__(self, *args: Any, batch_tokens: int | None = None, **kwargs: Any) -> None:  # those of both above
+        super().__init__(*args, **kwargs)
+        self.batch_tokens = batch_tokens
+
+    def _train_collator(self, collator: Collator) -> Collator:
+        """With the samples of a batch in micro-batches."""
+        made = super()._train_collator(collator)
+        if self.batch_tokens is None:
+            return made
+        if self.is_deepspeed_enabled:
+            raise TrainingFailed(
+                "training in micro-batches of tokens under DeepSpeed: its engine counts one backward a batch. Nothing "
+                "was started. Use torchrun alone, or CachedKL in a Trainer of your own."
+            )
+        return MicroBatches(made, self.batch_tokens)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """The loss of a batch, with its gradient: micro-batch by micro-batch. Processes meet at the last, whose numbers
+        may differ."""
+        parts, losses = parts_of(inputs), []
+        for i, part in enumerate(parts, 1):
+            with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -83,7 +83,7 @@ FLAGS: dict[str, list[str]] = {
         "--adapter",
         "--alpha",
         *("--anchor-batch", "--anchor-cache", "--anchor-every", "--anchor-regularizer", "--anchor-weight"),
-        "--batch-size",
+        *("--batch-size", "--batch-tokens", "--plan"),
         *("--block-size", "--cayley"),
         "--cache",
         *("--ce-weight", "--ce-weight-value", "--label-weight", "--tail-weight", "--recipe"),
@@ -91,6 +91,7 @@ FLAGS: dict[str, list[str]] = {
         "--dropout",
         "--epochs",
         "--grad-accum",
+        "--gradient-checkpointing",
         "--kl-budget",
         "--kl-positions",
         "--label-smoothing",
@@ -159,6 +160,7 @@ FLAGS: dict[str, list[str]] = {
 """The public surface. A change here is a change for users: it belongs into the changelog."""
 
 OF_ROWS = {"split": "train", "supervise": "assistant"}
+OF_MODEL = {"load-in": "as stored", "device-map": "one device"}
 
 DEFAULTS = {
     "calibrate": {
@@ -175,6 +177,7 @@ DEFAULTS = {
         "device": "auto",
     },
     "precompute": {
+        **OF_MODEL,
         **OF_ROWS,
         "top-k": "64",
         "min-mass": "1.0",
@@ -197,9 +200,11 @@ DEFAULTS = {
         "device": "auto",
     },
     "train": {
+        **OF_MODEL,
         **OF_ROWS,
         "regularizer": "masked-kl",
         "kl-positions": "supervised",
+        "kl-budget": "the weight stays",
         "tail": "auto",
         "weight": "1.0",
         "label-smoothing": "0.0",
@@ -227,6 +232,7 @@ DEFAULTS = {
         "lr": "0.0002",
         "epochs": "1.0",
         "batch-size": "8",
+        "batch-tokens": "2048",
         "grad-accum": "1",
         "seed": "0",
         "max-steps": "-1",
@@ -245,8 +251,16 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
-    "evaluate": {**OF_ROWS, "max-length": "1024", "batch-tokens": "8192", "dtype": "auto", "device": "auto"},
+    "evaluate": {
+        **OF_ROWS,
+        "device-map": "one device",
+        "max-length": "1024",
+        "batch-tokens": "8192",
+        "dtype": "auto",
+        "device": "auto",
+    },
     "answers": {
+        **OF_MODEL,
         "prompts": "100 everyday prompts",
         "max-new-tokens": "128",
         "batch-size": "16",

@@ -215,7 +215,7 @@ def added(**values: Any) -> None:
 
 def test_a_field_is_a_flag_with_its_help_default_and_bounds() -> None:
     said = CliRunner().invoke(added, ["--help"]).output
-    assert "--warmth FLOAT RANGE" in said and "How warm it is.  [default: 0.5; 0<=x<1]" in said
+    assert "--warmth NUMBER" in said and "How warm it is.  [default: 0.5; 0<=x<1]" in said
     assert "--manner [slow|fast]" in said and "[default: slow]" in said
     assert CliRunner().invoke(added, ["--warmth", "0.25"]).output == f"{Extended(warmth=0.25)!r}\n"
     for wrong in (["--warmth", "1"], ["--warmth", "nan"], ["--manner", "odd"]):

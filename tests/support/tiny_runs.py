@@ -15,7 +15,7 @@ from support.tiny_model import make_model
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings
 from logitcache.capture.worker import precompute
-from logitcache.data.batches import pad_samples
+from logitcache.data.batches import pad_samples, pad_weighted
 from logitcache.data.samples import Sample
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Base, Source
@@ -67,6 +67,7 @@ def make_trainer(
     cache: LogitCache | None,
     objective: Objective,
     anchor: Sequence[Anchor] = (),
+    batch_tokens: int | None = None,
     **changes: Any,
 ) -> CachedKLTrainer:
     """A trainer whose adapter does not start as identity, so that the KL has a gradient at once."""
@@ -81,11 +82,12 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=list(samples),
-        data_collator=pad_samples,
+        data_collator=pad_weighted if objective.ce_weight == "data" else pad_samples,
         cache=cache,
         objective=objective,
         check=False,  # it is not the base any more
         anchor=anchor,
+        batch_tokens=batch_tokens,
     )
 
 
