@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class TrainBar(TrainerCallback):
-    """Steps done, tokens/s, time left and the last CE, KL and anchors' KL, on stderr; silent when it is no terminal."""
+    """Steps done, tokens/s, time left and the last CE, KL, anchors' KL and evaluation, on stderr of a terminal."""
 
     def __init__(self, description: str) -> None:
         self._description = description
@@ -31,6 +31,10 @@ class TrainBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         names = ("ce", "kl", "anchor_kl")
         self._shown |= {name: f"{value:.3f}" for name, value in (logs or {}).items() if name in names}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        names = {"new_ce": "new ce", "prior_kl": "prior kl"}
+        self._shown |= {shown: f"{metrics[name]:.3f}" for name, shown in names.items() if name in metrics}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()

@@ -12,6 +12,7 @@ from logitcache.data.settings import OF_TEMPLATE, DataSettings
 from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
 
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
+from .evaluation_words import evaluation_words
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
@@ -60,6 +61,16 @@ ANCHOR_WEIGHT = (
     help="Cache of what the base says elsewhere: on its samples the model is held to it (docs/how-to/anchors.md). May "
     "be given several times.",
 )
+@data_option(
+    "Held-out text of the new task: its cross-entropy is measured while training (docs/how-to/train.md).", "eval-data"
+)
+@click.option(
+    "--eval-prior",
+    type=CachePath(),
+    metavar="DIR",
+    help="Cache of held-out prior text: cross-entropy, KL to the base and changed first tokens are measured on it "
+    "while training, and the base is not run.",
+)
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -86,6 +97,8 @@ def train(
     out: Path,
     data: tuple[str, ...] | None,
     anchor_cache: tuple[str, ...],
+    eval_data: tuple[str, ...] | None,
+    eval_prior: str | None,
     recipe: str | None,
     max_length: int | None,
     resume: bool,
@@ -95,6 +108,9 @@ def train(
 
     Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md). --ce-weight
     weighs the cross-entropy of each token.
+
+    --eval-data and --eval-prior measure held-out text while training; by --best-by, --patience and --stop-at-prior-kl
+    what is found decides which weights are kept, and when to stop.
 
     Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), files.json (its checksums),
     run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
@@ -107,8 +123,10 @@ def train(
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
+        settings.evaluation.check_texts(eval_data is not None, eval_prior is not None)
     quiet_libraries()
     from logitcache.data.skipped import listed_beside
+    from logitcache.evaluation.held_out import HeldOut
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.pairing.samples import samples_for
     from logitcache.storage import LogitCache
@@ -137,6 +155,10 @@ def train(
         how=how,
         on_message=tell_user,
     )
+    held_out = None
+    if eval_data is not None or eval_prior is not None:
+        given = HeldOut(eval_data, eval_prior, max_length, settings.evaluation.eval_split)
+        held_out = given.opened(how, str(out), tell_user)
     how = listed_beside(how, str(out))  # the list of an earlier run stays where this one is refused
     source = find_model(model)
     tokenizer = load_tokenizer(source)
@@ -155,6 +177,8 @@ def train(
         of_cache=rows is None,
         how=how,
         anchors=anchors,
+        held_out=held_out,
+        evaluation=settings.evaluation,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
@@ -169,6 +193,8 @@ def train(
 
     report = run(job, resume, [TrainBar("train")], tell, tell_user)
     if speaks:
+        for sentence in _said_of_evaluation(report):
+            note(sentence)
         say(_summary(report, out))
 
 
@@ -231,3 +257,13 @@ def _said_of(found: "StepZero", cache: "LogitCache", base: "Base", named: bool) 
 def _summary(report: "TrainReport", out: Path) -> str:
     final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl", "anchor_kl") if name in report.final)
     return f"Trained {report.num_steps:,} steps in {report.seconds:.0f} s ({final}, nats a position): {out}"
+
+
+def _said_of_evaluation(report: "TrainReport") -> list[str]:
+    """Why the run ended, and of which step the weights are."""
+    said = [f"Stopped at step {report.num_steps:,}: {report.stopped}."] if report.stopped else []
+    if report.evaluated:
+        step, best = report.best_step or report.num_steps, report.best_step is not None
+        which = ", the best evaluation" if best else ""
+        said.append(f"The weights are of step {step:,}{which}: {evaluation_words(report.evaluated)}.")
+    return said

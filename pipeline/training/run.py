@@ -10,7 +10,7 @@ import platform
 import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -55,14 +55,14 @@ from . import run_folder
 from .anchors import Anchor, Anchors
 from .description import describe
 from .full_weights import save_whole, unfreeze
-from .job import Job, check_before_loading, check_model, names_of_layers
-from .logs import JsonLog, tensorboard
+from .job import HeldOutText, Job, Probes, check_before_loading, check_model, names_of_layers
+from .logs import EvalLog, JsonLog, tensorboard
+from .monitor import Monitor, MonitoredTrainer, load_trained
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
-from .settings import PenaltySettings
+from .settings import EvalSettings, PenaltySettings
 from .settings import TrainSettings as TrainSettings
 from .supported import in_pieces
-from .trainer import CachedKLTrainer
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ class TrainReport:
     step_zero: StepZero | None
     #: Of each anchor cache.
     anchors_step_zero: Sequence[StepZero] = ()
+    #: What the last evaluation found, by its names; of the weights that were saved, with `best_step`.
+    evaluated: dict[str, float] = field(default_factory=dict)
+    #: Of the weights that were saved, where the best evaluation's were asked for; None: those of the last step.
+    best_step: int | None = None
+    #: Why the run ended before its last step; "": it did not.
+    stopped: str = ""
 
 
 def train(
@@ -97,6 +103,8 @@ def train(
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
     anchors: Sequence[Anchor] = (),
+    held_out: HeldOutText | None = None,
+    evaluation: EvalSettings | None = None,
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -109,7 +117,8 @@ def train(
     resume: go on with what is whole in `out`, or begin where there is nothing; on_message is told, in sentences, what
     is read, what was cut or left aside, and why. on_step_zero is told what was measured before step 1, of the cache and
     then of each anchor's. anchors: caches of what the base itself says far from the data, on whose samples the model
-    is held to it.
+    is held to it. held_out: text that is measured while the model is trained (`HeldOut`), when and to what end the
+    evaluation says.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -118,11 +127,11 @@ def train(
     out, adapter, objective = Path(out), adapter or AdapterSettings(), objective or Objective()
     settings, pairing, how = settings or TrainSettings(), pairing or PairingRules(), how or DataSettings()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-    named = are_names(data)
-    early = partial(check_before_loading, data, opened, out, objective, top_k=settings.top_k, resume=resume)
-    rows = early(max_length=max_length, how=how, on_message=on_message)
+    named, early = are_names(data), partial(check_before_loading, top_k=settings.top_k, resume=resume)
+    rows = early(data, opened, out, objective, max_length=max_length, how=how, on_message=on_message)
     how = listed_beside(how, str(out)) if named else how
     anchors = [anchor.opened() for anchor in anchors]
+    watched = None if held_out is None else held_out.opened(how, str(out), on_message)
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
@@ -132,6 +141,8 @@ def train(
     job = Job(
         *(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how),
         anchors=anchors,
+        held_out=watched,
+        evaluation=evaluation or EvalSettings(),
     )
     return run(job, resume, callbacks, on_step_zero, on_message)
 
@@ -144,36 +155,45 @@ def run(
     on_message: OnMessage = lambda _: None,
 ) -> TrainReport:
     """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
-    out, view, anchors, description = job.out, job.paired(), job.paired_anchors(), describe(job)
+    out, view, anchors, probes = job.out, job.paired(), job.paired_anchors(), job.paired_held_out()
     check_model(job, view, anchors)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
+    ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments)
     with ExitStack() as stack:
-        found = decided(lambda: stack.enter_context(run_folder.claimed(out, description, resume)))
+        found = decided(lambda: stack.enter_context(run_folder.claimed(out, ready.description, resume)))
         run_folder.check_shared(out)
         unseen = [f"Not compared: {phrase}." for phrase in (() if view is None else view.left_out)]
         for sentence in (*found.said, *unseen) if leads() else ():
             on_message(sentence)
         if found.result is None:
-            return _train(job, view, anchors, description, arguments, found.checkpoint, callbacks, on_step_zero)
+            return _train(ready, found.checkpoint, callbacks, on_step_zero)
         if leads():
             run_folder.settle(out)
         return _report_of(found.result)
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A job whose parts were held against each other."""
+
+    job: Job
+    view: CacheView | None
+    anchors: Anchors
+    probes: Probes | None
+    description: dict[str, Any]
+    arguments: TrainingArguments
+
+
 def _train(
-    job: Job,
-    view: CacheView | None,
-    anchors: Anchors,
-    description: dict[str, Any],
-    arguments: TrainingArguments,
+    ready: _Ready,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
     on_step_zero: Callable[[StepZero], None],
 ) -> TrainReport:
     """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
-    base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
-    penalty = job.penalty
+    job, view, anchors, description = ready.job, ready.view, ready.anchors, ready.description
+    base, out, started, mixed, penalty = job.base, job.out, perf_counter(), job.mixed, job.penalty
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
         names = list(target_layers(base.model, job.adapter))
@@ -185,21 +205,13 @@ def _train(
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
     log = JsonLog(out / run_folder.LOG)
+    monitor = Monitor(job.evaluation, partial(run_folder.keep_best, out, description))
     own = [log, tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
-    trainer = CachedKLTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(job.samples),
-        data_collator=pad_weighted if job.objective.ce_weight == "data" else pad_samples,
-        callbacks=[*own, *callbacks],
-        cache=view,
-        objective=job.objective if view is None else None,
-        check=False,  # done above, with the names of the samples
-        penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
-        anchor=anchors,
-    )
-    _check_whole(trainer, out)
-    trainer.remove_callback(PrinterCallback)
+    if ready.probes is not None:
+        own += [EvalLog(out / run_folder.EVAL_LOG), monitor]
+        ready.arguments.eval_on_start = checkpoint is None
+    added = None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter))
+    trainer = _trainer(ready, model, added, [*own, *callbacks])
     if trainer.is_world_process_zero():
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
@@ -213,10 +225,38 @@ def _train(
         final=log.last,
         step_zero=step_zero,
         anchors_step_zero=at_anchors,
+        evaluated=monitor.found,
+        best_step=monitor.best_step,
+        stopped=monitor.why,
     )
     if trainer.is_world_process_zero():
+        if monitor.best_step is not None:
+            load_trained(model, run_folder.best_of(out, monitor.best_step))
         run_folder.finish(out, description, asdict(report), partial(_save, job, model))
     return report
+
+
+def _trainer(
+    ready: _Ready, model: nn.Module, penalty: Penalty | None, callbacks: Sequence[TrainerCallback]
+) -> MonitoredTrainer:
+    """Raises `TrainingFailed` where it would divide the weights."""
+    job = ready.job
+    trainer = MonitoredTrainer(
+        model=model,
+        args=ready.arguments,
+        train_dataset=list(job.samples),
+        data_collator=pad_weighted if job.objective.ce_weight == "data" else pad_samples,
+        callbacks=list(callbacks),
+        cache=ready.view,
+        objective=job.objective if ready.view is None else None,
+        check=False,  # done before, with the names of the samples
+        penalty=penalty,
+        anchor=ready.anchors,
+    )
+    trainer.measured = None if ready.probes is None else ready.probes.measured
+    _check_whole(trainer, job.out)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _measured(
@@ -231,7 +271,7 @@ def _measured(
     return found, at_anchors
 
 
-def _check_whole(trainer: CachedKLTrainer, out: Path) -> None:
+def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
     """Raise `TrainingFailed` where no process has the weights that are saved at the end."""
     if in_pieces(trainer):
         raise TrainingFailed(
