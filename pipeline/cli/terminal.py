@@ -6,28 +6,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
-from logitcache.events import BatchHalved, DataNoted, Event, ShardFailed, WindowPlanned
+from logitcache.events import BatchHalved, DataNoted, Event, ShardFailed, StopRequest, WindowPlanned
 
 from .common import note, progress_bar
 
-
-class Terminated(BaseException):
-    """SIGTERM: as from a scheduler that takes the machine back. No KeyboardInterrupt, of which click makes its own."""
+KEPT, GOES_ON = "What was committed is kept", "the same command goes on"
 
 
 @contextmanager
-def terminated_softly() -> Iterator[None]:
-    """SIGTERM becomes `Terminated`, raised where the program is, which leaves the unit in work and says so."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
+def terminated_softly(kept: str = KEPT, goes_on: str = GOES_ON) -> Iterator[StopRequest]:
+    """SIGTERM becomes `Terminated`, raised where the program is, which leaves the unit in work and says so; or a
+    request, where the job looks for one. kept, goes_on: the halves of the sentence."""
+    stop = StopRequest(kept, goes_on)
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: stop.ask())
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 

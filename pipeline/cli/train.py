@@ -14,6 +14,7 @@ from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, Run
 from .common import CachePath, config_option, data_option, note, quiet_libraries, say
 from .evaluation_words import evaluation_words
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
+from .terminal import terminated_softly
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -119,6 +120,7 @@ def train(
     how = settings_from(DataSettings, values)
     weights = _anchor_weights(anchor_cache, values.pop("anchor_weight"))
     ctx = click.get_current_context()
+    stop = ctx.with_resource(terminated_softly("The last checkpoint is kept", "the same command with --resume goes on"))
     values |= {name: value for name, value in RECIPES.get(recipe or "", {}).items() if not was_given(ctx, name)}
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
@@ -191,7 +193,7 @@ def train(
         if speaks:
             note(_said_of(found, measured.pop(0), base, bool(anchors)))
 
-    report = run(job, resume, [TrainBar("train")], tell, tell_user)
+    report = run(job, resume, [TrainBar("train")], tell, tell_user, stop)
     if speaks:
         for sentence in _said_of_evaluation(report):
             note(sentence)

@@ -38,7 +38,7 @@ from logitcache.data.samples import Sample
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import listed_beside
 from logitcache.errors import TrainingFailed
-from logitcache.events import OnMessage
+from logitcache.events import OnMessage, StopRequest
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
@@ -62,6 +62,7 @@ from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
 from .settings import EvalSettings, PenaltySettings
 from .settings import TrainSettings as TrainSettings
+from .stopping import StopAtStep
 from .supported import in_pieces
 
 
@@ -153,13 +154,19 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
+    stop: StopRequest | None = None,
 ) -> TrainReport:
-    """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
+    """Claim the folder of a job for this run alone, and do what is left of the run in it.
+
+    stop: asks it to stop, which it does at the end of a step, with a checkpoint. Raises as `train`, and `Terminated`
+    where it was asked.
+    """
     out, view, anchors, probes = job.out, job.paired(), job.paired_anchors(), job.paired_held_out()
     check_model(job, view, anchors)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
-    ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments)
+    request = stop or StopRequest("What was committed is kept", "resume the run to go on")
+    ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments, request)
     with ExitStack() as stack:
         found = decided(lambda: stack.enter_context(run_folder.claimed(out, ready.description, resume)))
         run_folder.check_shared(out)
@@ -183,6 +190,7 @@ class _Ready:
     probes: Probes | None
     description: dict[str, Any]
     arguments: TrainingArguments
+    stop: StopRequest
 
 
 def _train(
@@ -206,7 +214,8 @@ def _train(
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
     log = JsonLog(out / run_folder.LOG)
     monitor = Monitor(job.evaluation, partial(run_folder.keep_best, out, description))
-    own = [log, tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
+    stopping = StopAtStep(ready.stop)
+    own = [log, tensorboard(out), _Checkpoints(out, description), stopping, *adapter_callbacks(model, job.adapter)]
     if ready.probes is not None:
         own += [EvalLog(out / run_folder.EVAL_LOG), monitor]
         ready.arguments.eval_on_start = checkpoint is None
@@ -216,7 +225,10 @@ def _train(
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
             run_folder.keep_start(out, description, partial(save_start, model))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with ready.stop.looked_for():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stopping.step is not None and not monitor.why:  # which is an end of its own
+        raise ready.stop.stopped(f"A checkpoint of step {stopping.step:,} was written")
     report = TrainReport(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
