@@ -26,8 +26,12 @@ from logitcache.adapters.saved_files import FILES, about_of, fault_of, names_bel
 from logitcache.errors import FolderInUse, TrainingFailed
 from logitcache.json_files import read_checked, write_checked
 from logitcache.models.same_base import described_differences
+from logitcache.settings import line_settings
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.files import is_unfinished, sync_path
+from logitcache.storage.plain_text import one_line
+
+from .settings import PARTS
 
 RUN, LOG, LOCK, CHECKPOINTS = "run.json", "train_log.jsonl", "run.lock", "checkpoints"
 EVAL_LOG = "eval_log.jsonl"
@@ -48,6 +52,7 @@ CARD = "README.md"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BEST = re.compile(r"best-(\d+)")
 _STAGED = "final.new"
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
 _VARIES = ("versions", "device", "against_model")
 """Parts of a description in which a resumed run may differ."""
 
@@ -317,12 +322,35 @@ def _agree(run: Json | None, recorded: Json | None) -> bool:
 
 
 def _check_same(out: Path, description: Json, recorded: Json) -> None:
-    differs = _differs(description, recorded)
+    mine = json.loads(json.dumps(description))
+    differs = [_with_fields(part, mine.get(part), recorded.get(part)) for part in _differs(description, recorded)]
     if differs:
         raise IdentityMismatch(
             f"resuming {out}: the run there differs in {', '.join(differs)} (see its {RUN}). "
             "Resume with the arguments it was started with, or choose another --out."
         )
+
+
+def _with_fields(part: str, mine: Any, theirs: Any) -> str:
+    """A part of a description that differs, with what differs in it, by the names of the flags where it has some.
+
+    Digests, and what is no plain value, say nothing to anybody: where there is nothing else it is the part alone.
+    """
+    if not isinstance(mine, dict) or not isinstance(theirs, dict):
+        return part
+    owner = PARTS.get({"settings": "training"}.get(part, part))
+    flags = {} if owner is None else {setting.name: setting.flag for setting in line_settings(owner)}
+    here, there = _identity(mine), _identity(theirs)
+    said = [
+        f"{flags.get(name, name)}: {one_line(str(there.get(name)), 80)} there, {one_line(str(here.get(name)), 80)} here"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name) and _is_plain(here.get(name)) and _is_plain(there.get(name))
+    ]
+    return f"{part} ({'; '.join(said)})" if said else part
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, (dict, list)) and not (isinstance(value, str) and _DIGEST.fullmatch(value))
 
 
 def _differs(description: Json, recorded: Json) -> list[str]:

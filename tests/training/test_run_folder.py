@@ -236,8 +236,12 @@ def test_a_lost_run_json_lets_no_other_settings_go_on(
     out = copy_of(stopped if state == "stopped" else whole, tmp_path / "o")
     (out / "run.json").unlink()
     with unchanged(out):
-        with pytest.raises(IdentityMismatch, match="differs in settings"):
+        with pytest.raises(IdentityMismatch, match=r"differs in settings \(--lr: 0\.02 there, 0\.01 here\) \(see"):
             go(cache, out, lr=1e-2)
+        with pytest.raises(
+            IdentityMismatch, match=r"differs in adapter \(--rank: 2 there, 4 here\), settings \(--lr: "
+        ):
+            go(cache, out, lr=1e-2, adapter=AdapterSettings(rank=4, alpha=4, dropout=0.2))
         with pytest.raises(TrainingFailed, match="it holds a run"):
             go(cache, out, resume=False)
 
