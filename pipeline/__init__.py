@@ -49,6 +49,7 @@ _HOMES = {
     "PositionNotCaptured": "storage",
     "SampleNotCached": "storage",
     "TrainSettings": "training.settings",
+    "TrainerSettings": "training.trainer_settings",
     "TrainingFailed": "errors",
     "UnsuitableAdapter": "errors",
     "UnsupportedModel": "errors",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from .training.settings import TrainSettings as TrainSettings
     from .training.trainer import CachedKL as CachedKL
     from .training.trainer import CachedKLTrainer as CachedKLTrainer
+    from .training.trainer_settings import TrainerSettings as TrainerSettings
 
     __version__: str
 

@@ -26,10 +26,11 @@ from logitcache.training.settings import (
     RunSettings,
     TrainSettings,
 )
+from logitcache.training.trainer_settings import TrainerSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
-    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings, EvalSettings),
+    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings, TrainerSettings, EvalSettings),
     *(PairingRules, LoadSettings, RunSettings, DataSettings),
     *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
     *(ProbeSettings, CurveSettings),

@@ -122,6 +122,7 @@ def train(
     ctx = click.get_current_context()
     stop = ctx.with_resource(terminated_softly("The last checkpoint is kept", "the same command with --resume goes on"))
     values |= {name: value for name, value in RECIPES.get(recipe or "", {}).items() if not was_given(ctx, name)}
+    values["set"] = values["set"] or None
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
@@ -181,6 +182,7 @@ def train(
         anchors=anchors,
         held_out=held_out,
         evaluation=settings.evaluation,
+        trainer=settings.trainer,
     )
     if settings.pairing.teacher_is_not_base and opened is not None and speaks:
         note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")

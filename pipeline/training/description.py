@@ -60,6 +60,7 @@ def describe(job: Job, probes: Probes | None = None) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "anchors": [_describe_anchor(anchor) for anchor in job.anchors],
         "settings": asdict(job.settings),
+        "trainer": job.trainer.fields,
         "evaluation": None if probes is None else {**asdict(job.evaluation), **probes.described()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": ", ".join(str(device) for device in devices_of(base.model)),

@@ -37,6 +37,7 @@ from .anchors import Anchor, Anchors, AnchorTerm
 from .full_weights import check_unpacked, computes_in_bfloat16
 from .run_folder import check_out
 from .settings import EvalSettings, PenaltySettings, TrainSettings
+from .trainer_settings import TrainerSettings
 
 
 class Probes(Protocol):
@@ -110,8 +111,11 @@ class Job:
     held_out: HeldOut | None = None
     #: When, and what follows from it.
     evaluation: EvalSettings = field(default_factory=EvalSettings)
+    #: What the Trainer is told beside.
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
+        self.trainer.check_budget(self.objective.kl_budget)
         _check_combination(self)
         _check_placement(self)
 

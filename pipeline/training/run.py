@@ -64,6 +64,8 @@ from .settings import EvalSettings, PenaltySettings
 from .settings import TrainSettings as TrainSettings
 from .stopping import StopAtStep
 from .supported import in_pieces
+from .trainer_arguments import with_fields
+from .trainer_settings import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def train(
     anchors: Sequence[Anchor] = (),
     held_out: HeldOutText | None = None,
     evaluation: EvalSettings | None = None,
+    trainer: TrainerSettings | None = None,
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -119,7 +122,7 @@ def train(
     is read, what was cut or left aside, and why. on_step_zero is told what was measured before step 1, of the cache and
     then of each anchor's. anchors: caches of what the base itself says far from the data, on whose samples the model
     is held to it. held_out: text that is measured while the model is trained (`HeldOut`), when and to what end the
-    evaluation says.
+    evaluation says. trainer: what transformers' Trainer is told beside.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -139,12 +142,9 @@ def train(
     in_memory = None if named else cast("Sequence[Sample] | None", data)
     if in_memory is None:
         in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, on_message, how)
-    job = Job(
-        *(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how),
-        anchors=anchors,
-        held_out=watched,
-        evaluation=evaluation or EvalSettings(),
-    )
+    parts = (base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how)
+    evaluation, trainer = evaluation or EvalSettings(), trainer or TrainerSettings()
+    job = Job(*parts, anchors=anchors, held_out=watched, evaluation=evaluation, trainer=trainer)
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 
@@ -165,6 +165,7 @@ def run(
     check_model(job, view, anchors)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
+    arguments = with_fields(arguments, job.trainer)
     request = stop or StopRequest("What was committed is kept", "resume the run to go on")
     ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments, request)
     with ExitStack() as stack:

@@ -16,6 +16,8 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, line_settings, option
 
+from .trainer_settings import TrainerSettings
+
 PenaltyKind = Literal["l2-sp", "ewc"]
 PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
 AnchorRegularizer = Literal["full-kl", "masked-kl", "masked-reverse-kl", "masked-js"]
@@ -163,6 +165,8 @@ class RunSettings(Settings):
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     #: How long and how fast.
     training: TrainSettings = field(default_factory=TrainSettings)
+    #: What the Trainer is told beside.
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
     #: What is measured while it is trained.
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     #: How the cache belongs to the model.
@@ -206,6 +210,7 @@ class RunSettings(Settings):
                 f"--regularizer {self.penalty.kind} is on what an adapter changes of weights that can be read: not "
                 "with --adapter none or --load-in."
             )
+        self.trainer.check_budget(self.objective.kl_budget)
         if self.pairing.ignore_padding and not self.pairing.teacher_is_not_base:
             raise InvalidSettings(
                 "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
@@ -223,6 +228,7 @@ PARTS: dict[str, Any] = {
     "anchor": AnchorSettings,
     "adapter": AdapterSettings,
     "training": TrainSettings,
+    "trainer": TrainerSettings,
     "evaluation": EvalSettings,
     "loading": LoadSettings,
 }

@@ -229,9 +229,8 @@ def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     others = {"config", "model", "cache", "anchor_cache", "eval_data", "eval_prior", "out", "data", "max_length"}
     others |= {"resume", "recipe"}
     assert settings == flags - others
-    assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - {"dtype", "device"} - {
-        *run_settings("evaluation")
-    }
+    of_one_run = {"dtype", "device", *run_settings("trainer", "evaluation")}
+    assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - of_one_run
     assert [s.key for s in line_settings(TrainSettings)] == [s.name for s in settings_of(TrainSettings)]
 
 
