@@ -108,6 +108,58 @@ class Finished(Event):
     positions: int
 
 
+@dataclass(frozen=True)
+class TrainProgress(Event):
+    """How far a run is, at least every half minute."""
+
+    name: ClassVar[str] = "progress"
+    step: int
+    #: Steps of the run.
+    of: int
+    #: Of this process since it began, padding left out.
+    tokens_per_second: float
+    #: At the pace since it began; None before the first step.
+    seconds_left: float | None
+    #: What was logged last, by its names.
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainLogged(Event):
+    """What the steps since the last log came to."""
+
+    name: ClassVar[str] = "log"
+    step: int
+    #: By the names of train_log.jsonl.
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Held-out text was measured while training."""
+
+    name: ClassVar[str] = "evaluation"
+    step: int
+    #: By the names of eval_log.jsonl.
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trained(Event):
+    """A run is finished."""
+
+    name: ClassVar[str] = "trained"
+    step: int
+    #: Of the weights that were saved; None: the last step's.
+    best_step: int | None
+    #: Why it ended before its last step; "": it did not.
+    stopped: str
+    #: Logged last.
+    values: dict[str, float]
+    #: Of the weights that were saved.
+    evaluated: dict[str, float]
+
+
 class Terminated(BaseException):
     """A job was asked to stop, as by a scheduler that takes the machine back. It is no KeyboardInterrupt, of which
     click makes its own."""

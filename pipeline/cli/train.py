@@ -1,6 +1,7 @@
 """`logitcache train`: an adapter or a whole model, regularised by a cache, or taught by it."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,13 @@ import click
 
 from logitcache.adapters.settings import NO_PLACE, without_place
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
+from logitcache.events import DataNoted, Trained
 from logitcache.training.settings import PENALTIES, RECIPES, AnchorSettings, RunSettings, run_settings, without_base
 
-from .common import CachePath, config_option, data_option, note, quiet_libraries, say
+from .common import CachePath, config_option, data_option, quiet_libraries, say
 from .evaluation_words import evaluation_words
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
-from .terminal import terminated_softly
+from .terminal import Console, terminated_softly
 
 if TYPE_CHECKING:
     from logitcache.models.loading import Base
@@ -92,6 +94,7 @@ ANCHOR_WEIGHT = (
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
+@click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
 def train(
     model: str,
     cache: str | None,
@@ -103,6 +106,7 @@ def train(
     recipe: str | None,
     max_length: int | None,
     resume: bool,
+    log_json: bool,
     **values: Any,
 ) -> None:
     """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
@@ -136,7 +140,7 @@ def train(
     from logitcache.training.job import Job, check_before_loading
     from logitcache.training.run import run
 
-    from .progress import TrainBar
+    from .progress import TrainBar, TrainEvents
 
     opened = None if cache is None else LogitCache.open(cache)
     anchors = _anchors(anchor_cache, weights, settings)
@@ -144,9 +148,14 @@ def train(
         with as_usage():
             settings = RunSettings.of(values, has_groups=True)
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
-    for doubt in settings.doubts() if speaks else []:
-        note(doubt)
-    tell_user = note if speaks else lambda _: None
+    console = Console(log_json, speaks)
+    for doubt in settings.doubts():
+        console.note(doubt)
+
+    def tell_user(sentence: str) -> None:
+        if speaks:
+            console.on_event(DataNoted(sentence))
+
     rows = check_before_loading(
         data,
         opened,
@@ -184,21 +193,24 @@ def train(
         evaluation=settings.evaluation,
         trainer=settings.trainer,
     )
-    if settings.pairing.teacher_is_not_base and opened is not None and speaks:
-        note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
+    if settings.pairing.teacher_is_not_base and opened is not None:
+        tell_user(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
     measured = [anchor.open_cache for anchor in anchors]
     if opened is not None and job.reads_cache and settings.pairing.teacher_is_base:
         measured.insert(0, opened)
 
     def tell(found: "StepZero") -> None:
-        if speaks:
-            note(_said_of(found, measured.pop(0), base, bool(anchors)))
+        tell_user(_said_of(found, measured.pop(0), base, bool(anchors)))
 
-    report = run(job, resume, [TrainBar("train")], tell, tell_user, stop)
+    told = [TrainEvents(console.on_event)] if log_json or not sys.stderr.isatty() else []
+    report = run(job, resume, [TrainBar("train", log_json), *told], tell, tell_user, stop)
     if speaks:
         for sentence in _said_of_evaluation(report):
-            note(sentence)
+            console.note(sentence)
+        if log_json:
+            ended = Trained(report.num_steps, report.best_step, report.stopped, report.final, report.evaluated)
+            console.on_event(ended)
         say(_summary(report, out))
 
 

@@ -57,6 +57,7 @@ from .description import describe
 from .full_weights import save_whole, unfreeze
 from .job import HeldOutText, Job, Probes, check_before_loading, check_model, names_of_layers
 from .logs import EvalLog, JsonLog, tensorboard
+from .model_card import card_of
 from .monitor import Monitor, MonitoredTrainer, load_trained
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
@@ -245,7 +246,8 @@ def _train(
     if trainer.is_world_process_zero():
         if monitor.best_step is not None:
             load_trained(model, run_folder.best_of(out, monitor.best_step))
-        run_folder.finish(out, description, asdict(report), partial(_save, job, model))
+        card = card_of(description, asdict(report))
+        run_folder.finish(out, description, asdict(report), partial(_save, job, model, card))
     return report
 
 
@@ -293,13 +295,16 @@ def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
         )
 
 
-def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """What was trained, as whoever uses it loads it."""
+def _save(job: Job, model: PreTrainedModel | PeftModel, card: str, folder: Path) -> None:
+    """What was trained, as whoever uses it loads it, with its tokenizer and its card."""
     if isinstance(model, PeftModel):
         start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
         save(model, folder, job.adapter, job.base.source.name, start)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(folder)
     else:
         save_whole(model, job.base.source, folder)
+    (folder / run_folder.CARD).write_text(card, encoding="utf-8")
 
 
 def _student(
