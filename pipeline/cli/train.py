@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from logitcache.training.anchors import Anchor
     from logitcache.training.run import TrainReport
 
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Of transformers; what is not installed here, it says."""
+
 ANCHORS_OWN = tuple(run_settings("anchor"))
 """What has no place where there is no anchor cache."""
 
@@ -93,6 +96,21 @@ ANCHOR_WEIGHT = (
     default=None,
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
+@click.option(
+    "--revision", metavar="R", help="Branch, tag or commit of a model that is a hub id.  [default: its main branch]"
+)
+@click.option(
+    "--attn-implementation",
+    type=click.Choice(ATTENTIONS),
+    help="How attention is computed; another one than the cache's base had moves the KL before step 1.  [default: as "
+    "transformers chooses]",
+)
+@click.option(
+    "--start-from",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="ADAPTER",
+    help="Folder of a LoRA of the same rank, scale and layers, whose weights training starts from.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
 @click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
 def train(
@@ -105,6 +123,9 @@ def train(
     eval_prior: str | None,
     recipe: str | None,
     max_length: int | None,
+    revision: str | None,
+    attn_implementation: str | None,
+    start_from: Path | None,
     resume: bool,
     log_json: bool,
     **values: Any,
@@ -133,6 +154,7 @@ def train(
         settings.evaluation.check_texts(eval_data is not None, eval_prior is not None)
     quiet_libraries()
     from logitcache.data.skipped import listed_beside
+    from logitcache.evaluation.compare import check_adapter
     from logitcache.evaluation.held_out import HeldOut
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.pairing.samples import samples_for
@@ -172,9 +194,11 @@ def train(
         given = HeldOut(eval_data, eval_prior, max_length, settings.evaluation.eval_split)
         held_out = given.opened(how, str(out), tell_user)
     how = listed_beside(how, str(out))  # the list of an earlier run stays where this one is refused
-    source = find_model(model)
+    source = find_model(model, revision)
     tokenizer = load_tokenizer(source)
-    base = load_as(source, settings.loading)
+    base = load_as(source, settings.loading, attn_implementation)
+    if start_from is not None:
+        check_adapter(str(start_from), base)
     job = Job(
         base,
         samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user, how),
@@ -192,6 +216,7 @@ def train(
         held_out=held_out,
         evaluation=settings.evaluation,
         trainer=settings.trainer,
+        start_from=start_from,
     )
     if settings.pairing.teacher_is_not_base and opened is not None:
         tell_user(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")

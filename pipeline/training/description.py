@@ -15,6 +15,7 @@ from typing import Any
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.adapters.null_space import NullSpace, check_null_space
 from logitcache.adapters.registry import NO_ADAPTER
+from logitcache.adapters.start_from import start_digest
 from logitcache.data.samples import Sample
 from logitcache.events import OnMessage
 from logitcache.losses.formula_checks import check_formulas
@@ -60,6 +61,7 @@ def describe(job: Job, probes: Probes | None = None) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "anchors": [_describe_anchor(anchor) for anchor in job.anchors],
         "settings": asdict(job.settings),
+        "start_from": None if job.start_from is None else start_digest(job.start_from),
         "trainer": job.trainer.fields,
         "evaluation": None if probes is None else {**asdict(job.evaluation), **probes.described()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

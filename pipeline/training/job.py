@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.adapters.attach import AdapterSettings, check_attachable
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
+from logitcache.adapters.start_from import check_start_kind
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
@@ -113,8 +114,12 @@ class Job:
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     #: What the Trainer is told beside.
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    #: Folder of an adapter whose weights it starts from; None: as the kind starts.
+    start_from: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.start_from is not None:
+            check_start_kind(self.adapter, self.start_from)
         self.trainer.check_budget(self.objective.kl_budget)
         _check_combination(self)
         _check_placement(self)

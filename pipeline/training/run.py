@@ -32,6 +32,7 @@ from transformers import (
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.adapters.saved_files import FILES
+from logitcache.adapters.start_from import start_from
 from logitcache.data.batches import pad_samples, pad_weighted
 from logitcache.data.places import Named, are_names
 from logitcache.data.samples import Sample
@@ -110,6 +111,7 @@ def train(
     held_out: HeldOutText | None = None,
     evaluation: EvalSettings | None = None,
     trainer: TrainerSettings | None = None,
+    start: str | Path | None = None,
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -124,6 +126,7 @@ def train(
     then of each anchor's. anchors: caches of what the base itself says far from the data, on whose samples the model
     is held to it. held_out: text that is measured while the model is trained (`HeldOut`), when and to what end the
     evaluation says. trainer: what transformers' Trainer is told beside.
+    start: folder of a LoRA as the adapter is, whose weights it starts from.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -145,7 +148,7 @@ def train(
         in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, on_message, how)
     parts = (base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how)
     evaluation, trainer = evaluation or EvalSettings(), trainer or TrainerSettings()
-    job = Job(*parts, anchors=anchors, held_out=watched, evaluation=evaluation, trainer=trainer)
+    job = Job(*parts, anchors, watched, evaluation, trainer, None if start is None else Path(start))
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 
@@ -214,6 +217,8 @@ def _train(
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
+    if job.start_from is not None and checkpoint is None:
+        start_from(model, job.start_from)
     log = JsonLog(out / run_folder.LOG)
     monitor = Monitor(job.evaluation, partial(run_folder.keep_best, out, description))
     stopping = StopAtStep(ready.stop)
