@@ -97,6 +97,12 @@ ANCHOR_WEIGHT = (
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
 @click.option(
+    "--modules-to-save",
+    default="",
+    metavar="NAMES",
+    help="Modules that are trained whole beside the adapter and saved with it, separated by commas: lm_head, say.",
+)
+@click.option(
     "--revision", metavar="R", help="Branch, tag or commit of a model that is a hub id.  [default: its main branch]"
 )
 @click.option(
@@ -123,6 +129,7 @@ def train(
     eval_prior: str | None,
     recipe: str | None,
     max_length: int | None,
+    modules_to_save: str,
     revision: str | None,
     attn_implementation: str | None,
     start_from: Path | None,
@@ -151,6 +158,7 @@ def train(
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
+        settings = replace(settings, adapter=replace(settings.adapter, modules_to_save=modules_to_save))
         settings.evaluation.check_texts(eval_data is not None, eval_prior is not None)
     quiet_libraries()
     from logitcache.data.skipped import listed_beside
@@ -168,7 +176,8 @@ def train(
     anchors = _anchors(anchor_cache, weights, settings)
     if opened is not None and opened.manifest.capture.num_tail_groups:
         with as_usage():
-            settings = RunSettings.of(values, has_groups=True)
+            tail = RunSettings.of(values, has_groups=True).objective
+            settings = replace(settings, objective=tail)
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     console = Console(log_json, speaks)
     for doubt in settings.doubts():

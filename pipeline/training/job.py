@@ -252,6 +252,11 @@ def _check_combination(job: Job) -> None:
             f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
             "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
         )
+    if penalty is not None and job.adapter.modules_to_save:
+        raise TrainingFailed(
+            f"training with {penalty.kind} and whole modules ({job.adapter.modules_to_save}): the penalty is of what "
+            "an adapter changes, and would not hold these. Use another regulariser, or leave them out."
+        )
     if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
         raise TrainingFailed(
             f"training with {penalty.kind}: it is of what an adapter changes of weights that can be read. Use an "

@@ -93,7 +93,7 @@ FLAGS: dict[str, list[str]] = {
         "--epochs",
         *("--best-by", "--eval-data", "--eval-prior", "--eval-split", "--eval-steps", "--patience"),
         *("--stop-at-prior-kl", "--save-steps", "--set", "--log-json", "--start-from"),
-        *("--attn-implementation", "--revision"),
+        *("--attn-implementation", "--modules-to-save", "--revision"),
         "--grad-accum",
         "--kl-budget",
         "--kl-positions",

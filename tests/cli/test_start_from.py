@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli_harness import done, precompute, refused, text_data
+
+from logitcache.cli.progress import TrainBar
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -83,3 +86,45 @@ def test_attention_is_computed_as_is_said(tmp_path: Path, tiny_model: Path, fold
 def test_a_folder_has_no_revision(tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]) -> None:
     said = refused(2, *line_of(tiny_model, folders[0], tmp_path / "o", "--revision", "v1"))
     assert "--revision v1:" in said and "is a local folder" in said
+
+
+def test_a_module_is_trained_whole_and_saved(
+    tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head: what PEFT loads computes what was measured at the last step, and a run that goes on ends the same."""
+    cache, _ = folders
+    line = line_of(tiny_model, cache, tmp_path / "o", "--max-steps", 4, "--lr", 3e-3, "--modules-to-save", "lm_head")
+    done(*line, "--eval-prior", cache)
+    saved = load_file(tmp_path / "o" / ADAPTER)
+    before = load_file(tiny_model / "model.safetensors")["lm_head.weight"]
+    assert (saved["base_model.model.lm_head.weight"] - before).abs().max() > 1e-3
+    found = json.loads(
+        done("evaluate", "--model", tiny_model, "--adapter", tmp_path / "o", "--prior-cache", cache, "--json").out
+    )
+    last = json.loads((tmp_path / "o" / "eval_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["prior_kl"] == pytest.approx(found["prior"]["kl_nats"], rel=1e-4) and last["prior_kl"] > 1e-3
+
+    def stops(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    again = line_of(tiny_model, cache, tmp_path / "p", *line[-6:], "--eval-prior", cache, "--save-steps", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainBar, "on_save", stops)
+        refused(130, *again)
+    assert "Going on from checkpoint-3." in done(*again, "--resume").err
+    assert (tmp_path / "p" / ADAPTER).read_bytes() == (tmp_path / "o" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--modules-to-save", "head"], "training 'head' whole beside lora: no module is called so"),
+        (["--modules-to-save", "q_proj"], "training 'q_proj' whole beside lora: the adapter is on it"),
+        (["--modules-to-save", "lm_head", "--adapter", "pissa"], "pissa is saved as the change of weights"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_whole_is_2(
+    more: list[object], said: str, tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]
+) -> None:
+    assert said in refused(2, *line_of(tiny_model, folders[0], tmp_path / "o", *more))
+    assert not (tmp_path / "o").exists()
