@@ -31,7 +31,9 @@ _HOMES = {
     "CaptureSettings": "capture.settings",
     "CorruptCache": "storage",
     "DataSettings": "data.settings",
+    "EvalSettings": "training.settings",
     "FolderInUse": "errors",
+    "HeldOut": "evaluation.held_out",
     "IdentityMismatch": "storage",
     "IncompleteCache": "storage",
     "InputNotFound": "errors",
@@ -47,6 +49,7 @@ _HOMES = {
     "PositionNotCaptured": "storage",
     "SampleNotCached": "storage",
     "TrainSettings": "training.settings",
+    "TrainerSettings": "training.trainer_settings",
     "TrainingFailed": "errors",
     "UnsuitableAdapter": "errors",
     "UnsupportedModel": "errors",
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModel as UnsupportedModel
     from .evaluation.answers import answers as answers
     from .evaluation.compare import evaluate as evaluate
+    from .evaluation.held_out import HeldOut as HeldOut
     from .evaluation.settings import AnswerSettings as AnswerSettings
     from .losses.objective import Objective as Objective
     from .models.settings import LoadSettings as LoadSettings
@@ -97,10 +101,12 @@ if TYPE_CHECKING:
     from .training.reference import CachedReference as CachedReference
     from .training.run import train as train
     from .training.settings import AnchorSettings as AnchorSettings
+    from .training.settings import EvalSettings as EvalSettings
     from .training.settings import PenaltySettings as PenaltySettings
     from .training.settings import TrainSettings as TrainSettings
     from .training.trainer import CachedKL as CachedKL
     from .training.trainer import CachedKLTrainer as CachedKLTrainer
+    from .training.trainer_settings import TrainerSettings as TrainerSettings
 
     __version__: str
 

@@ -19,11 +19,19 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, settings_of
 from logitcache.sweeps.config import FIELDS, SHARED, CurveSettings, ProbeSettings
-from logitcache.training.settings import RECIPES, AnchorSettings, PenaltySettings, RunSettings, TrainSettings
+from logitcache.training.settings import (
+    RECIPES,
+    AnchorSettings,
+    EvalSettings,
+    PenaltySettings,
+    RunSettings,
+    TrainSettings,
+)
+from logitcache.training.trainer_settings import TrainerSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
-    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings),
+    *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings, TrainerSettings, EvalSettings),
     *(PairingRules, LoadSettings, RunSettings, DataSettings),
     *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
     *(ProbeSettings, CurveSettings),

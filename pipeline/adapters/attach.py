@@ -71,6 +71,7 @@ def attach(
     else:
         _check_samples(settings, samples)
         config = kind.config(settings, layers)
+        config.modules_to_save = settings.whole_modules or None
         with _initialising(settings):
             if kind.before is not None:
                 kind.before(model, config, samples)
@@ -223,7 +224,21 @@ def _checked_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers
     _check_quantized(model, settings)
     layers = target_layers(model, settings)
     _check_layers(model, layers, settings)
+    _check_whole_modules(model, layers, settings)
     return layers
+
+
+def _check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
+    """Raise `UnsuitableAdapter` for modules that cannot be trained whole beside this adapter."""
+    for wanted in settings.whole_modules:
+        found = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        why = "" if found else "no module is called so"
+        if any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in found):
+            why = "the adapter is on it, and would be on a weight that moves. Leave it out of --target-modules"
+        if rewrites_base(settings):
+            why = f"{settings.kind} is saved as the change of weights that it rewrote. Use lora, or another kind"
+        if why:
+            raise UnsuitableAdapter(f"training {wanted!r} whole beside {settings.kind}: {why}.")
 
 
 def _check_samples(settings: AdapterSettings, samples: Sequence[Sample]) -> None:

@@ -104,6 +104,18 @@ class AdapterSettings(Settings):
         "forward.  [default: neumann]",
     )
 
+    modules_to_save: str = option(
+        "",
+        "Modules that are trained whole beside the adapter and saved with it, names separated by commas: lm_head, say.",
+        on_line=False,
+        metavar="NAMES",
+    )
+
+    @property
+    def whole_modules(self) -> list[str]:
+        """The names of modules_to_save."""
+        return [name.strip() for name in self.modules_to_save.split(",")] if self.modules_to_save else []
+
     @property
     def scale(self) -> float:
         """alpha as a number."""
@@ -141,6 +153,8 @@ class AdapterSettings(Settings):
                 one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
                 raise InvalidSettings(f"{one} and {other} are for --adapter {kind}, not for {self.kind}.")
         self._check_nothing_without_place()
+        if self.modules_to_save and self.kind == NO_ADAPTER:
+            raise InvalidSettings("--modules-to-save has no place in --adapter none, which trains every weight.")
         if self.kind == "lora-null" and not self.nullspace:
             raise InvalidSettings(
                 "--adapter lora-null needs --nullspace: it starts from a null space. Make one with "

@@ -25,6 +25,7 @@ from logitcache.errors import (
     is_file_failure,
     is_out_of_memory,
 )
+from logitcache.events import Terminated
 from logitcache.storage import (
     AmbiguousData,
     CacheError,
@@ -56,7 +57,6 @@ from .repair import repair
 from .report import report
 from .status import status
 from .sweep import sweep
-from .terminal import Terminated
 from .train import train
 from .verify import verify
 
@@ -129,8 +129,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show(told)
         say_lines(told.getvalue().rstrip("\n"), err=True)
         return error.exit_code
-    except Terminated:
-        note("logitcache: stopped by SIGTERM. What was committed is kept; the same command goes on.")
+    except Terminated as stopped:
+        note(f"logitcache: stopped by SIGTERM. {stopped.kept}; {stopped.goes_on}.")
         return 143
     except (click.Abort, KeyboardInterrupt):
         note(

@@ -137,6 +137,10 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         raise click.UsageError(f"{path}: unknown key {shown(unknown[0])}. Known keys: {', '.join(sorted(known))}.", ctx)
     if len({known[key] for key in given}) < len(loaded):
         raise click.UsageError(f"{path}: expected each key once, found one under two spellings.", ctx)
+    pairs = {opt.removeprefix("--") for p in options if p.metavar == "NAME=VALUE" for opt in p.opts}
+    for key in pairs & given.keys():
+        if isinstance(given[key], dict):
+            given[key] = [f"{name}={_as_text(value)}" for name, value in given[key].items()]
     several = {opt.removeprefix("--") for p in options if p.multiple for opt in p.opts}
     lists = {key: value for key, value in given.items() if key in several and isinstance(value, list)}
     plain = {key: value for key, value in given.items() if key not in lists}
@@ -151,6 +155,11 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     texts |= {known[key]: [at_home(str(value)) for value in values] for key, values in lists.items()}
     texts |= {known[key]: [texts[known[key]]] for key in plain if key in several}
     ctx.default_map = {**(ctx.default_map or {}), **texts}
+
+
+def _as_text(value: Any) -> str:
+    """A value of a mapping as it stands on the line."""
+    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)
 
 
 def _is_plain(value: Any) -> bool:

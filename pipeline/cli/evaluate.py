@@ -32,6 +32,7 @@ from .common import (
 )
 from .help_page import heading, verb
 from .options import check_has_rows, options_of, settings_from, was_given
+from .terminal import terminated_softly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,6 +134,7 @@ def evaluate(
     The table ends with what was learnt and forgotten in one sentence.
     docs/how-to/evaluate.md says what each number means.
     """
+    click.get_current_context().with_resource(terminated_softly("Nothing was written", "the same command begins anew"))
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     given = {"prior": (prior, prior_cache), "new": (data, new_cache)}
     how = settings_from(DataSettings, values)

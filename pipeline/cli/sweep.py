@@ -9,6 +9,7 @@ import click
 from .common import note, quiet_libraries, runtime_options, say, say_lines
 from .help_page import heading, verb
 from .options import Whole
+from .terminal import terminated_softly
 
 if TYPE_CHECKING:
     from logitcache.sweeps.config import RunSpec
@@ -52,6 +53,7 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
     on one machine or on many that share the folder. A run that fails is recorded, and the others go on; the exit status
     is then 1.
     """
+    stop = click.get_current_context().with_resource(terminated_softly("Finished runs are kept"))
     quiet_libraries()
     from logitcache.evaluation.table import table
     from logitcache.models.loading import pick_device
@@ -79,7 +81,7 @@ def sweep(config: Path, out: Path, jobs: int, retry_failed: bool, dry_run: bool,
     note(f"{len(asked.runs):,} runs, {left:,} of them to do.")
     prepared = prepare(asked, out, dtype, pick_device(device), note)
     if jobs == 1:
-        doing = run_all(prepared, retry_failed)
+        doing = run_all(prepared, retry_failed, stop)
     else:
         doing = run_in_processes(asked, out, dtype, device, jobs, retry_failed, quiet_libraries)
     axes = {method: _varied([run for run in asked.runs if run.method == method]) for method in asked.methods}

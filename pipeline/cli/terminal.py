@@ -1,35 +1,50 @@
 """What a long job says while it runs: a bar and notes for a person, or lines of JSON for a machine; and SIGTERM."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
-from logitcache.events import BatchHalved, DataNoted, Event, ShardFailed, WindowPlanned
+from logitcache.events import (
+    BatchHalved,
+    DataNoted,
+    Evaluated,
+    Event,
+    ShardFailed,
+    StopRequest,
+    TrainProgress,
+    WindowPlanned,
+)
 
 from .common import note, progress_bar
+from .evaluation_words import evaluation_words
 
-
-class Terminated(BaseException):
-    """SIGTERM: as from a scheduler that takes the machine back. No KeyboardInterrupt, of which click makes its own."""
+KEPT, GOES_ON = "What was committed is kept", "the same command goes on"
 
 
 @contextmanager
-def terminated_softly() -> Iterator[None]:
-    """SIGTERM becomes `Terminated`, raised where the program is, which leaves the unit in work and says so."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
+def terminated_softly(kept: str = KEPT, goes_on: str = GOES_ON) -> Iterator[StopRequest]:
+    """SIGTERM becomes `Terminated`, raised where the program is, which leaves the unit in work and says so; or a
+    request, where the job looks for one. kept, goes_on: the halves of the sentence."""
+    stop = StopRequest(kept, goes_on)
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: stop.ask())
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _progress_words(event: TrainProgress) -> str:
+    left = ""
+    if event.seconds_left is not None:
+        hours, minutes = divmod(math.ceil(event.seconds_left / 60), 60)
+        left = f", {hours} h {minutes} min left" if hours else f", {minutes} min left"
+    said = "".join(f", {name} {event.values[name]:.3f}" for name in ("ce", "kl", "anchor_kl") if name in event.values)
+    return f"Step {event.step:,} of {event.of:,}: {event.tokens_per_second:,.0f} tokens/s{left}{said}."
 
 
 class Console:
@@ -59,6 +74,10 @@ class Console:
             note(f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most.")
         elif isinstance(event, ShardFailed):
             note(f"A shard was left out: {event.why}")
+        elif isinstance(event, Evaluated):
+            note(f"Step {event.step:,}: {evaluation_words(event.values)}.")
+        elif isinstance(event, TrainProgress):
+            note(_progress_words(event))
 
     @contextmanager
     def bar(self, description: str) -> Iterator[Callable[[int], None]]:

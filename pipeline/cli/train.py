@@ -1,27 +1,32 @@
 """`logitcache train`: an adapter or a whole model, regularised by a cache, or taught by it."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from logitcache.adapters.settings import NO_PLACE, without_place
+from logitcache.adapters.settings import NO_PLACE, AdapterSettings, without_place
 from logitcache.data.settings import OF_TEMPLATE, DataSettings
+from logitcache.events import DataNoted, Trained
 from logitcache.training.settings import (
     MEMORY,
     PENALTIES,
     RECIPES,
     AnchorSettings,
+    EvalSettings,
     RunSettings,
     run_settings,
     without_base,
 )
 
-from .common import CachePath, config_option, data_option, note, quiet_libraries, say
+from .common import CachePath, config_option, data_option, quiet_libraries, say
+from .evaluation_words import evaluation_words
 from .help_page import heading, verb
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
+from .terminal import Console, terminated_softly
 from .train_plan import print_plan
 
 if TYPE_CHECKING:
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
     from logitcache.storage import LogitCache
     from logitcache.training.anchors import Anchor
     from logitcache.training.run import TrainReport
+
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Of transformers; what is not installed here, it says."""
 
 ANCHORS_OWN = tuple(run_settings("anchor"))
 """What has no place where there is no anchor cache."""
@@ -77,6 +85,17 @@ ANCHOR_WEIGHT = (
     help="Cache of what the base says elsewhere: on its samples the model is held to it (docs/how-to/anchors.md). May "
     "be given several times.",
 )
+@heading(EvalSettings.heading)
+@data_option(
+    "Held-out text of the new task: its cross-entropy is measured while training (docs/how-to/train.md).", "eval-data"
+)
+@click.option(
+    "--eval-prior",
+    type=CachePath(),
+    metavar="DIR",
+    help="Cache of held-out prior text: cross-entropy, KL to the base and changed first tokens are measured on it "
+    "while training, and the base is not run.",
+)
 @options_of(
     run_settings().values(),
     types={"nullspace": click.Path(path_type=Path, file_okay=False)},
@@ -101,26 +120,61 @@ ANCHOR_WEIGHT = (
     default=None,
     help="Tokens a sample of --data, at most those of the cache.  [default: that of the cache; 1024 without one]",
 )
+@heading(AdapterSettings.heading)
+@click.option(
+    "--modules-to-save",
+    default="",
+    metavar="NAMES",
+    help="Modules that are trained whole beside the adapter and saved with it, separated by commas: lm_head, say.",
+)
+@heading("Model, data and output")
+@click.option(
+    "--revision", metavar="R", help="Branch, tag or commit of a model that is a hub id.  [default: its main branch]"
+)
+@click.option(
+    "--attn-implementation",
+    type=click.Choice(ATTENTIONS),
+    help="How attention is computed; another one than the cache's base had moves the KL before step 1.  [default: as "
+    "transformers chooses]",
+)
+@heading(AdapterSettings.heading)
+@click.option(
+    "--start-from",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="ADAPTER",
+    help="Folder of a LoRA of the same rank, scale and layers, whose weights training starts from.",
+)
 @heading(MEMORY)
 @click.option("--plan", is_flag=True, help="Print what a step takes, by the model's config alone, and stop")
 @heading("Model, data and output")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
+@click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
 def train(
     model: str,
     cache: str | None,
     out: Path,
     data: tuple[str, ...] | None,
     anchor_cache: tuple[str, ...],
+    eval_data: tuple[str, ...] | None,
+    eval_prior: str | None,
     recipe: str | None,
     max_length: int | None,
     plan: bool,
+    modules_to_save: str,
+    revision: str | None,
+    attn_implementation: str | None,
+    start_from: Path | None,
     resume: bool,
+    log_json: bool,
     **values: Any,
 ) -> None:
     """Train an adapter on loss = cross-entropy + weight * KL to the cached base. The base is not run again.
 
     Baselines: --regularizer l2-sp or ewc, a penalty on the weights, and --label-smoothing (docs/loss.md). --ce-weight
     weighs the cross-entropy of each token.
+
+    --eval-data and --eval-prior measure held-out text while training; by --best-by, --patience and --stop-at-prior-kl
+    what is found decides which weights are kept, and when to stop.
 
     Writes an adapter that PeftModel.from_pretrained reads (--adapter none: a model), files.json (its checksums),
     run.json (what was run), train_log.jsonl and tensorboard/. Interrupted, it goes on with --resume.
@@ -129,32 +183,44 @@ def train(
     how = settings_from(DataSettings, values)
     weights = _anchor_weights(anchor_cache, values.pop("anchor_weight"))
     ctx = click.get_current_context()
+    stop = ctx.with_resource(terminated_softly("The last checkpoint is kept", "the same command with --resume goes on"))
     values |= {name: value for name, value in RECIPES.get(recipe or "", {}).items() if not was_given(ctx, name)}
+    values["set"] = values["set"] or None
     _check_usage(values, cache, data, anchor_cache)
     with as_usage():
         settings = RunSettings.of(values)
+        settings = replace(settings, adapter=replace(settings.adapter, modules_to_save=modules_to_save))
+        settings.evaluation.check_texts(eval_data is not None, eval_prior is not None)
     quiet_libraries()
     from logitcache.data.skipped import listed_beside
+    from logitcache.evaluation.compare import check_adapter
+    from logitcache.evaluation.held_out import HeldOut
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.pairing.samples import samples_for
     from logitcache.storage import LogitCache
     from logitcache.training.job import Job, check_before_loading
     from logitcache.training.run import run
 
-    from .progress import TrainBar
+    from .progress import TrainBar, TrainEvents
 
     opened = None if cache is None else LogitCache.open(cache)
     anchors = _anchors(anchor_cache, weights, settings)
     if opened is not None and opened.manifest.capture.num_tail_groups:
         with as_usage():
-            settings = RunSettings.of(values, has_groups=True)
+            tail = RunSettings.of(values, has_groups=True).objective
+            settings = replace(settings, objective=tail)
     if plan:
         print_plan(model, settings, max_length, opened, anchors)
         return
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
-    for doubt in settings.doubts() if speaks else []:
-        note(doubt)
-    tell_user = note if speaks else lambda _: None
+    console = Console(log_json, speaks)
+    for doubt in settings.doubts():
+        console.note(doubt)
+
+    def tell_user(sentence: str) -> None:
+        if speaks:
+            console.on_event(DataNoted(sentence))
+
     rows = check_before_loading(
         data,
         opened,
@@ -166,10 +232,16 @@ def train(
         how=how,
         on_message=tell_user,
     )
+    held_out = None
+    if eval_data is not None or eval_prior is not None:
+        given = HeldOut(eval_data, eval_prior, max_length, settings.evaluation.eval_split)
+        held_out = given.opened(how, str(out), tell_user)
     how = listed_beside(how, str(out))  # the list of an earlier run stays where this one is refused
-    source = find_model(model)
+    source = find_model(model, revision)
     tokenizer = load_tokenizer(source)
-    base = load_as(source, settings.loading)
+    base = load_as(source, settings.loading, attn_implementation)
+    if start_from is not None:
+        check_adapter(str(start_from), base)
     job = Job(
         base,
         samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user, how),
@@ -184,20 +256,29 @@ def train(
         of_cache=rows is None,
         how=how,
         anchors=anchors,
+        held_out=held_out,
+        evaluation=settings.evaluation,
+        trainer=settings.trainer,
+        start_from=start_from,
     )
-    if settings.pairing.teacher_is_not_base and opened is not None and speaks:
-        note(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
+    if settings.pairing.teacher_is_not_base and opened is not None:
+        tell_user(f"The teacher is {opened.manifest.model_name}, not the base: step 0 is not checked.")
 
     measured = [anchor.open_cache for anchor in anchors]
     if opened is not None and job.reads_cache and settings.pairing.teacher_is_base:
         measured.insert(0, opened)
 
     def tell(found: "StepZero") -> None:
-        if speaks:
-            note(_said_of(found, measured.pop(0), base, bool(anchors)))
+        tell_user(_said_of(found, measured.pop(0), base, bool(anchors)))
 
-    report = run(job, resume, [TrainBar("train")], tell, tell_user)
+    told = [TrainEvents(console.on_event)] if log_json or not sys.stderr.isatty() else []
+    report = run(job, resume, [TrainBar("train", log_json), *told], tell, tell_user, stop)
     if speaks:
+        for sentence in _said_of_evaluation(report):
+            console.note(sentence)
+        if log_json:
+            ended = Trained(report.num_steps, report.best_step, report.stopped, report.final, report.evaluated)
+            console.on_event(ended)
         say(_summary(report, out))
 
 
@@ -260,3 +341,13 @@ def _said_of(found: "StepZero", cache: "LogitCache", base: "Base", named: bool) 
 def _summary(report: "TrainReport", out: Path) -> str:
     final = ", ".join(f"{name} {report.final[name]:.4f}" for name in ("ce", "kl", "anchor_kl") if name in report.final)
     return f"Trained {report.num_steps:,} steps in {report.seconds:.0f} s ({final}, nats a position): {out}"
+
+
+def _said_of_evaluation(report: "TrainReport") -> list[str]:
+    """Why the run ended, and of which step the weights are."""
+    said = [f"Stopped at step {report.num_steps:,}: {report.stopped}."] if report.stopped else []
+    if report.evaluated:
+        step, best = report.best_step or report.num_steps, report.best_step is not None
+        which = ", the best evaluation" if best else ""
+        said.append(f"The weights are of step {step:,}{which}: {evaluation_words(report.evaluated)}.")
+    return said

@@ -43,6 +43,7 @@ from logitcache.models.head import (
 from logitcache.models.loading import Base, find_model, first_line, load_as, load_base, load_tokenizer
 from logitcache.models.same_base import base_differences
 from logitcache.models.settings import LoadSettings
+from logitcache.pairing.identity_checks import PairingRules
 from logitcache.pairing.inputs import model_inputs
 from logitcache.pairing.samples import DEFAULT_MAX_LENGTH, samples_for
 from logitcache.pairing.step_zero import PLAIN_LOSS_BYTES
@@ -62,12 +63,17 @@ _FULL_KL = Objective("full-kl")
 
 
 def probe_view(
-    cache: LogitCache, base: Base, tokenizer: PreTrainedTokenizerBase | None, how: DataSettings = DEFAULT
+    cache: LogitCache,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    how: DataSettings = DEFAULT,
+    other_precision: bool = False,
 ) -> CacheView:
     """A cache of held-out text as an evaluation reads it, held against the base. Raises as `CacheView.paired`, and
     `NotComparable` for one without alternatives."""
-    _check_alternatives(cache)
-    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, how=how)
+    check_alternatives(cache)
+    rules = PairingRules(other_precision=other_precision)
+    return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, rules=rules, how=how)
 
 
 def check_adapter(folder: str, base: Base) -> None:
@@ -218,7 +224,7 @@ def compare_cached(
     `PositionNotCaptured` before anything is run.
     """
     view = CacheView.of(cache, adapted, _FULL_KL, None, None)
-    _check_alternatives(view.cache)
+    check_alternatives(view.cache)
     samples = [s for s in samples if len(s.positions)]
     view.require(samples)
 
@@ -255,7 +261,7 @@ def plain_drift(path: str | Path, prior: Sequence[Sample], base: ModelIdentity) 
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: what a model keeps of a forward, such as longer rotary tables, it is trained with
 def _document_sums(
     models: Sequence[nn.Module],
     samples: Sequence[Sample],
@@ -336,7 +342,8 @@ def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
     return _joined(parts)
 
 
-def _check_alternatives(cache: LogitCache) -> None:
+def check_alternatives(cache: LogitCache) -> None:
+    """Raise `NotComparable` for a cache without alternatives."""
     if not cache.manifest.capture.top_k:
         raise NotComparable(
             f"evaluating against {cache.path}: expected alternatives, found a cache made with --top-k 0. What the base "

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from logitcache.errors import InputNotFound, UnsupportedModel
+from logitcache.errors import InputNotFound, InvalidSettings, UnsupportedModel
 from logitcache.storage import ModelIdentity, TokenizerIdentity
 from logitcache.storage.configs import config_text, read_config
 from logitcache.storage.identity import digest_json, fingerprint_of, own_heads, tensor_digests
@@ -62,14 +62,15 @@ class Base:
     identity: ModelIdentity
 
 
-def find_model(name: str) -> Source:
+def find_model(name: str, revision: str | None = None) -> Source:
     """The folder of a model: itself where it is one, else the local snapshot of the hub id, downloaded if missing.
 
+    revision: a branch, tag or commit of a hub id; None: main.
     Raises `InputNotFound`, or `UnsupportedModel` where the folder lacks config.json or safetensors weights, or where
     transformers would load other files than are fingerprinted here: an adapter that lies there too, on the base that it
     names, or what `transformers_weights` names in config.json.
     """
-    folder = _folder_of(name, _DOWNLOADED)
+    folder = _folder_of(name, _DOWNLOADED, revision)
     weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
     for files, what in (([folder / "config.json"], "a config.json"), (weights, "weights (model.safetensors)")):
         if not any(file.is_file() for file in files):
@@ -113,11 +114,13 @@ def find_tokenizer(name: str) -> Source:
     return Source(name, _folder_of(name, _TOKENIZER_FILES))
 
 
-def _folder_of(name: str, patterns: list[str]) -> Path:
+def _folder_of(name: str, patterns: list[str], revision: str | None = None) -> Path:
     if Path(name).is_dir():
+        if revision is not None:
+            raise InvalidSettings(f"--revision {revision}: {name} is a local folder, which has one. Leave it out.")
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
     except Exception as error:  # the hub client raises many kinds: offline, unknown id, gated, not an id at all
         raise InputNotFound(
             f"loading model {name!r}: no such folder, and the hub did not give it ({first_line(error)}). "
@@ -139,7 +142,7 @@ def load_base(
     dtype: auto (that of the checkpoint), float32, bfloat16 or float16. load_in: a row of `quantization.LOAD_IN`, in
     which to hold the linear layers; the identity says so. device_map: over which devices to spread the layers, in place
     of `device`; tensor_parallel: divide every layer over torchrun's processes (`tensor_parallel`), which must then do
-    the same together; at most one of the two. attention: eager or sdpa, else what transformers chooses. Raises
+    the same together; at most one of the two. attention: eager, sdpa or another, else what transformers chooses. Raises
     `UnsupportedModel` where a weight is missing from the files (it would be random), the folder is not a causal
     language model or cannot be divided so, `InputNotFound` where the package that quantises is not installed.
     """
@@ -209,10 +212,12 @@ def load_as_stated(source: Source, stated: ModelIdentity, device: torch.device) 
     )
 
 
-def load_as(source: Source, settings: LoadSettings) -> Base:
+def load_as(source: Source, settings: LoadSettings, attention: str | None = None) -> Base:
     """`load_base` as the settings say. Raises what it raises, and `InputNotFound` where there is no such device."""
-    where = pick_device(settings.device)
-    return load_base(source, settings.dtype, where, settings.load_in, settings.device_map, settings.tensor_parallel)
+    where, spread = pick_device(settings.device), settings.device_map
+    return load_base(
+        source, settings.dtype, where, settings.load_in, spread, settings.tensor_parallel, attention=attention
+    )
 
 
 def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIdentity:

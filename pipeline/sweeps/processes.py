@@ -6,6 +6,7 @@ and sees to it that none is done twice. Several machines: start `logitcache swee
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from logitcache.errors import TrainingFailed
+from logitcache.events import StopRequest, Terminated
 from logitcache.models.loading import pick_device
 
 from .config import RunSpec, SweepConfig
@@ -23,6 +25,10 @@ from .run import Done, run_one
 
 _prepared: Prepared | None = None
 """Of this process, once it has been started."""
+
+_stop = StopRequest("Finished runs are kept", "the same command goes on", is_patient=True)
+"""Of this process: a run that is being trained looks for it, and others are not begun. It may be asked several times,
+as by a scheduler that tells every process and by the first one of them."""
 
 
 def run_in_processes(
@@ -36,7 +42,8 @@ def run_in_processes(
 ) -> Iterator[Done]:
     """What the runs came to, as they end; those that are done already do not come. The folder has been prepared.
 
-    on_start: called first in every process. Raises what stops all runs, and `TrainingFailed` where one was killed.
+    on_start: called first in every process. Raises what stops all runs, `TrainingFailed` where one was killed, and
+    `Terminated` where this process is asked to stop: the others are then, too, and waited for.
     """
     context = multiprocessing.get_context("spawn")  # CUDA and torch's threads do not survive a fork
     slots: Any = context.Queue()
@@ -49,6 +56,10 @@ def run_in_processes(
                 done = future.result()
                 if done is not None:
                     yield done
+        except Terminated:  # a process that trains writes a checkpoint first
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         except BrokenProcessPool as error:
             raise TrainingFailed(
                 f"sweeping into {out}: one of {jobs} processes was killed, by the system if memory ran out. "
@@ -63,6 +74,7 @@ def _start(
     config: SweepConfig, out: Path, dtype: str, device: str, jobs: int, slots: Any, on_start: Callable[[], None] | None
 ) -> None:
     global _prepared
+    signal.signal(signal.SIGTERM, lambda _number, _frame: _stop.ask())
     if on_start is not None:
         on_start()
     _take_gpu(slots.get())
@@ -80,4 +92,6 @@ def _take_gpu(slot: int) -> None:
 
 def _run(spec: RunSpec, retry_failed: bool) -> Done | None:
     assert _prepared is not None
-    return run_one(_prepared, spec, retry_failed)
+    if _stop.is_asked:
+        raise _stop.stopped()
+    return run_one(_prepared, spec, retry_failed, _stop)

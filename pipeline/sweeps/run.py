@@ -17,7 +17,7 @@ import torch
 from logitcache.errors import FolderInUse, PipelineError, UnreadableSweep, is_file_failure
 from logitcache.evaluation.compare import compare_cached, load_adapter
 from logitcache.evaluation.metrics import Comparison
-from logitcache.events import OnMessage
+from logitcache.events import OnMessage, StopRequest
 from logitcache.json_files import CheckedJson, read_lines, write_checked
 from logitcache.models.loading import pick_device
 from logitcache.storage import CacheError
@@ -67,16 +67,20 @@ def sweep(
     return list(run_all(prepared, retry_failed))
 
 
-def run_all(prepared: Prepared, retry_failed: bool = False) -> Iterator[Done]:
-    """Every run that nobody has done or is doing, in the order of the configuration."""
+def run_all(prepared: Prepared, retry_failed: bool = False, stop: StopRequest | None = None) -> Iterator[Done]:
+    """Every run that nobody has done or is doing, in the order of the configuration. stop: as of `training.run.run`."""
     for spec in prepared.config.runs:
-        done = run_one(prepared, spec, retry_failed)
+        done = run_one(prepared, spec, retry_failed, stop)
         if done is not None:
             yield done
 
 
-def run_one(prepared: Prepared, spec: RunSpec, retry_failed: bool = False) -> Done | None:
+def run_one(
+    prepared: Prepared, spec: RunSpec, retry_failed: bool = False, stop: StopRequest | None = None
+) -> Done | None:
     """Train and evaluate a run; None where it is done already, or another process is at it.
+
+    stop: asks it to stop; a run that is being trained has a checkpoint then. Raises `Terminated`.
 
     What is wrong with this run alone (a loss that is not finite, a rank that a layer does not allow, no memory) is
     recorded in failed.json. What would stop every run (a full disk) is raised.
@@ -89,7 +93,7 @@ def run_one(prepared: Prepared, spec: RunSpec, retry_failed: bool = False) -> Do
             if state_of(folder) == "finished":
                 measure_scales(prepared, spec, folder)  # of a configuration that asks for more of them
                 return None
-            done = _train_and_evaluate(prepared, spec, folder)
+            done = _train_and_evaluate(prepared, spec, folder, stop)
             return replace(done, told=(*done.told, *measure_scales(prepared, spec, folder)))
         except FolderInUse:  # by `logitcache train`, started by hand
             return None
@@ -103,14 +107,14 @@ def run_one(prepared: Prepared, spec: RunSpec, retry_failed: bool = False) -> Do
                 torch.cuda.empty_cache()
 
 
-def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path) -> Done:
+def _train_and_evaluate(prepared: Prepared, spec: RunSpec, folder: Path, stop: StopRequest | None) -> Done:
     if state_of(folder) == "failed":
         clear(folder)
     settings = prepared.settings_of(spec)
     told: list[str] = []
     check_unchanged(prepared.formulas, tried_formulas([settings.objective]), prepared.out)
     clock = StepClock()
-    report = run(prepared.job(spec, prepared.fresh()), True, [clock], on_message=told.append)
+    report = run(prepared.job(spec, prepared.fresh()), True, [clock], on_message=told.append, stop=stop)
     base = prepared.fresh()
     cost = cost_of(prepared.job(spec, base), clock, base.model)
     adapted = load_adapter(base.model, str(folder), settings.loading.device_map)

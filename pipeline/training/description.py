@@ -15,6 +15,7 @@ from typing import Any
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.adapters.null_space import NullSpace, check_null_space
 from logitcache.adapters.registry import NO_ADAPTER
+from logitcache.adapters.start_from import start_digest
 from logitcache.data.samples import Sample
 from logitcache.events import OnMessage
 from logitcache.losses.formula_checks import check_formulas
@@ -30,13 +31,16 @@ from logitcache.storage.model_check import read_model_check
 from logitcache.storage.plain_text import without_secrets
 
 from .anchors import Anchor
-from .job import Job
+from .job import Job, Probes
 
 _PACKAGES = ("logitcache", "torch", "transformers", "peft", "accelerate", "zarr", "pyarrow", "numpy")
 
 
-def describe(job: Job) -> dict[str, Any]:
-    """What determines a run, as JSON: a resumed run must agree in all of it but the versions."""
+def describe(job: Job, probes: Probes | None = None) -> dict[str, Any]:
+    """What determines a run, as JSON: a resumed run must agree in all of it but the versions.
+
+    probes: what is measured while it is trained.
+    """
     base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
     return {
         "model": {"name": without_secrets(base.source.name), **asdict(base.identity)},
@@ -57,6 +61,9 @@ def describe(job: Job) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "anchors": [_describe_anchor(anchor) for anchor in job.anchors],
         "settings": asdict(job.settings),
+        "start_from": None if job.start_from is None else start_digest(job.start_from),
+        "trainer": job.trainer.fields,
+        "evaluation": None if probes is None else {**asdict(job.evaluation), **probes.described()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it

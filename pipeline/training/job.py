@@ -6,14 +6,17 @@ not know the trainer, nor write to the folder.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.adapters.attach import AdapterSettings, check_attachable, target_layers
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
+from logitcache.adapters.start_from import check_start_kind
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
@@ -28,7 +31,7 @@ from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base
 from logitcache.models.quantization import held_in
 from logitcache.pairing.identity_checks import PairingRules, check_tail
-from logitcache.pairing.samples import check_max_length, check_weights
+from logitcache.pairing.samples import DEFAULT_MAX_LENGTH, check_max_length, check_weights
 from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
 
@@ -36,7 +39,48 @@ from .anchors import Anchor, Anchors, AnchorTerm
 from .full_weights import check_unpacked, computes_in_bfloat16
 from .penalties import check_penalised
 from .run_folder import check_out
-from .settings import PenaltySettings, TrainSettings
+from .settings import EvalSettings, PenaltySettings, TrainSettings
+from .trainer_settings import TrainerSettings
+
+
+class Probes(Protocol):
+    """Held-out text that fits a model (`evaluation.held_out.Probes`)."""
+
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        """What there is to know of a model, by its names."""
+        ...
+
+    def described(self) -> dict[str, Any]:
+        """Which texts they are, as JSON: new and prior, None where there is none, and what else is to be said."""
+        ...
+
+
+class HeldOut(Protocol):
+    """Held-out text, opened and not yet held against a model (`evaluation.held_out.OpenHeldOut`)."""
+
+    def paired(
+        self,
+        base: Base,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int,
+        batch_tokens: int,
+        other_precision: bool,
+    ) -> Probes:
+        """max_length: tokens a sample of rows; batch_tokens: of a forward, with padding; other_precision: whether the
+        base of the cache may hold its weights in another format."""
+        ...
+
+
+MAX_EVAL_TOKENS = 8192
+"""Of a forward of held-out text."""
+
+
+class HeldOutText(Protocol):
+    """Held-out text as it is given (`evaluation.held_out.HeldOut`)."""
+
+    def opened(self, how: DataSettings, output: str, on_message: OnMessage) -> HeldOut:
+        """What can be read without a model. output: what the run writes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +110,19 @@ class Job:
     how: DataSettings = DEFAULT
     #: Caches of what the base says elsewhere, opened (`Anchor.opened`).
     anchors: Sequence[Anchor] = ()
+    #: What is measured while it is trained; None: nothing.
+    held_out: HeldOut | None = None
+    #: When, and what follows from it.
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    #: What the Trainer is told beside.
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    #: Folder of an adapter whose weights it starts from; None: as the kind starts.
+    start_from: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.start_from is not None:
+            check_start_kind(self.adapter, self.start_from)
+        self.trainer.check_budget(self.objective.kl_budget)
         _check_combination(self)
         _check_placement(self)
 
@@ -108,6 +163,25 @@ class Job:
             for anchor in self.anchors
         )
         return Anchors(tuple(found))
+
+    def paired_held_out(self) -> Probes | None:
+        """The held-out text, held against the base; None without any.
+
+        A forward of it has at most the tokens of a micro-batch, so that measuring takes no more memory than training.
+        Raises as `OpenHeldOut.paired`, and `InvalidSettings` where the evaluation needs a text that is not there.
+        """
+        if self.held_out is None:
+            self.evaluation.check_texts(has_new=False, has_prior=False)
+            return None
+        longest = max(len(sample.token_ids) for sample in self.samples)
+        length = DEFAULT_MAX_LENGTH if self.cache is None else self.cache.manifest.capture.max_length
+        batch_tokens = min(
+            MAX_EVAL_TOKENS, max(longest, min(self.settings.batch_tokens, self.settings.batch_size * longest))
+        )
+        found = self.held_out.paired(self.base, self.tokenizer, length, batch_tokens, self.pairing.other_precision)
+        texts = found.described()
+        self.evaluation.check_texts(texts["new"] is not None, texts["prior"] is not None)
+        return found
 
 
 def check_before_loading(
@@ -186,6 +260,11 @@ def _check_combination(job: Job) -> None:
         raise TrainingFailed(
             f"training {job.base.source.name} in float16: the gradients of one position among thousands are too small "
             "for it and would be lost. Use --dtype bfloat16 or float32; the cache may stay as it is."
+        )
+    if penalty is not None and job.adapter.modules_to_save:
+        raise TrainingFailed(
+            f"training with {penalty.kind} and whole modules ({job.adapter.modules_to_save}): the penalty is of what "
+            "an adapter changes, and would not hold these. Use another regulariser, or leave them out."
         )
     if penalty is not None and (job.adapter.kind == NO_ADAPTER or held_in(model) is not None):
         raise TrainingFailed(

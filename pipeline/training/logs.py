@@ -1,4 +1,4 @@
-"""The logs of a run: train_log.jsonl, a checked line a logged step, and TensorBoard's events.
+"""The logs of a run: a checked line a logged step (train_log.jsonl) or evaluation (eval_log.jsonl), and TensorBoard's.
 
 Owns which values are kept, and that a resumed run's log has each step once. Must not know what trains.
 """
@@ -44,6 +44,23 @@ class JsonLog(TrainerCallback):
         entry = {"step": state.global_step, "epoch": logs.get("epoch"), **self.last}
         with self.path.open("ab") as f:
             f.write(line_of(entry))
+
+
+class EvalLog(TrainerCallback):
+    """Appends every evaluation to a JSONL file; on resume, drops what lies after the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            entries = logged(self.path, state.global_step) if state.global_step and self.path.exists() else []
+            replace_file(self.path, b"".join(line_of(entry) for entry in entries))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("ab") as f:
+                f.write(line_of({"step": state.global_step, "epoch": state.epoch, **metrics}))
 
 
 def logged(path: Path, step: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import platform
 import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +33,14 @@ from transformers import (
 from logitcache.adapters.attach import AdapterSettings, adapter_callbacks, attach, save, save_start, target_layers
 from logitcache.adapters.registry import NO_ADAPTER, keeps_start, rewrites_base
 from logitcache.adapters.saved_files import FILES
+from logitcache.adapters.start_from import start_from
 from logitcache.data.batches import pad_samples, pad_weighted
 from logitcache.data.places import Named, are_names
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import listed_beside
 from logitcache.errors import TrainingFailed, release_of
-from logitcache.events import OnMessage
+from logitcache.events import OnMessage, StopRequest
 from logitcache.losses.formulas import Objective
 from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.device_map import devices_of, head_device
@@ -57,15 +58,19 @@ from . import run_folder
 from .anchors import Anchor, Anchors
 from .description import describe
 from .full_weights import save_whole, unfreeze
-from .job import Job, check_before_loading, check_model, names_of_layers
-from .logs import JsonLog, tensorboard
+from .job import HeldOutText, Job, Probes, check_before_loading, check_model, names_of_layers
+from .logs import EvalLog, JsonLog, tensorboard
+from .model_card import card_of
+from .monitor import Monitor, MonitoredTrainer, load_trained
 from .out_of_memory import told_in_bytes
 from .own_loss import probe_own_loss
 from .penalties import Penalty, fisher_diagonal
-from .settings import PenaltySettings
+from .settings import EvalSettings, PenaltySettings
 from .settings import TrainSettings as TrainSettings
+from .stopping import StopAtStep
 from .supported import in_pieces
-from .trainer import CachedKLTrainer
+from .trainer_arguments import with_fields
+from .trainer_settings import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ class TrainReport:
     step_zero: StepZero | None
     #: Of each anchor cache.
     anchors_step_zero: Sequence[StepZero] = ()
+    #: What the last evaluation found, by its names; of the weights that were saved, with `best_step`.
+    evaluated: dict[str, float] = field(default_factory=dict)
+    #: Of the weights that were saved, where the best evaluation's were asked for; None: those of the last step.
+    best_step: int | None = None
+    #: Why the run ended before its last step; "": it did not.
+    stopped: str = ""
 
 
 def train(
@@ -100,6 +111,10 @@ def train(
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
     anchors: Sequence[Anchor] = (),
+    held_out: HeldOutText | None = None,
+    evaluation: EvalSettings | None = None,
+    trainer: TrainerSettings | None = None,
+    start: str | Path | None = None,
 ) -> TrainReport:
     """Train an adapter of a model, or all of it, on data, regularised by a cache, into the folder `out`.
 
@@ -112,7 +127,9 @@ def train(
     resume: go on with what is whole in `out`, or begin where there is nothing; on_message is told, in sentences, what
     is read, what was cut or left aside, and why. on_step_zero is told what was measured before step 1, of the cache and
     then of each anchor's. anchors: caches of what the base itself says far from the data, on whose samples the model
-    is held to it.
+    is held to it. held_out: text that is measured while the model is trained (`HeldOut`), when and to what end the
+    evaluation says. trainer: what transformers' Trainer is told beside.
+    start: folder of a LoRA as the adapter is, whose weights it starts from.
     Raises what loading and `CacheView.paired` raise, `SampleNotCached`, `PositionNotCaptured`, `NotTheBase`,
     `TrainingFailed` (output folder in use, loss not finite), `FolderInUse` (another run is writing there),
     `IdentityMismatch` (the run there is another), `CorruptCache`, `InputNotFound` (no layer of the names to adapt),
@@ -121,21 +138,20 @@ def train(
     out, adapter, objective = Path(out), adapter or AdapterSettings(), objective or Objective()
     settings, pairing, how = settings or TrainSettings(), pairing or PairingRules(), how or DataSettings()
     opened = LogitCache.open(cache) if isinstance(cache, (str, Path)) else cache
-    named = are_names(data)
-    early = partial(check_before_loading, data, opened, out, objective, top_k=settings.top_k, resume=resume)
-    rows = early(max_length=max_length, how=how, on_message=on_message)
+    named, early = are_names(data), partial(check_before_loading, top_k=settings.top_k, resume=resume)
+    rows = early(data, opened, out, objective, max_length=max_length, how=how, on_message=on_message)
     how = listed_beside(how, str(out)) if named else how
     anchors = [anchor.opened() for anchor in anchors]
+    watched = None if held_out is None else held_out.opened(how, str(out), on_message)
     base = model if isinstance(model, Base) else load_as(find_model(str(model)), LoadSettings())
     if tokenizer is None and not isinstance(model, Base):
         tokenizer = load_tokenizer(base.source)
     in_memory = None if named else cast("Sequence[Sample] | None", data)
     if in_memory is None:
         in_memory = samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, on_message, how)
-    job = Job(
-        *(base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how),
-        anchors=anchors,
-    )
+    parts = (base, in_memory, opened, out, adapter, objective, settings, penalty, pairing, tokenizer, data is None, how)
+    evaluation, trainer = evaluation or EvalSettings(), trainer or TrainerSettings()
+    job = Job(*parts, anchors, watched, evaluation, trainer, None if start is None else Path(start))
     return run(job, resume, callbacks, on_step_zero, on_message)
 
 
@@ -145,38 +161,55 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     on_step_zero: Callable[[StepZero], None] = lambda _: None,
     on_message: OnMessage = lambda _: None,
+    stop: StopRequest | None = None,
 ) -> TrainReport:
-    """Claim the folder of a job for this run alone, and do what is left of the run in it. Raises as `train`."""
-    out, view, anchors, description = job.out, job.paired(), job.paired_anchors(), describe(job)
+    """Claim the folder of a job for this run alone, and do what is left of the run in it.
+
+    stop: asks it to stop, which it does at the end of a step, with a checkpoint. Raises as `train`, and `Terminated`
+    where it was asked.
+    """
+    out, view, anchors, probes = job.out, job.paired(), job.paired_anchors(), job.paired_held_out()
     check_model(job, view, anchors)
     # starts the group of processes, if there are any
     arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
+    arguments = with_fields(arguments, job.trainer)
+    request = stop or StopRequest("What was committed is kept", "resume the run to go on")
+    ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments, request)
     with ExitStack() as stack:
-        found = decided(lambda: stack.enter_context(run_folder.claimed(out, description, resume)))
+        found = decided(lambda: stack.enter_context(run_folder.claimed(out, ready.description, resume)))
         run_folder.check_shared(out)
         unseen = [f"Not compared: {phrase}." for phrase in (() if view is None else view.left_out)]
         for sentence in (*found.said, *unseen) if leads() else ():
             on_message(sentence)
         if found.result is None:
-            return _train(job, view, anchors, description, arguments, found.checkpoint, callbacks, on_step_zero)
+            return _train(ready, found.checkpoint, callbacks, on_step_zero)
         if leads():
             run_folder.settle(out)
         return _report_of(found.result)
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A job whose parts were held against each other."""
+
+    job: Job
+    view: CacheView | None
+    anchors: Anchors
+    probes: Probes | None
+    description: dict[str, Any]
+    arguments: TrainingArguments
+    stop: StopRequest
+
+
 def _train(
-    job: Job,
-    view: CacheView | None,
-    anchors: Anchors,
-    description: dict[str, Any],
-    arguments: TrainingArguments,
+    ready: _Ready,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
     on_step_zero: Callable[[StepZero], None],
 ) -> TrainReport:
     """From the checkpoint, or from the beginning, to the end, in a folder that is this run's alone."""
-    base, out, started, mixed = job.base, job.out, perf_counter(), job.mixed
-    penalty = job.penalty
+    job, view, anchors, description = ready.job, ready.view, ready.anchors, ready.description
+    base, out, started, mixed, penalty = job.base, job.out, perf_counter(), job.mixed, job.penalty
     fisher = None  # of the base as it is, which `attach` may rewrite
     if penalty is not None and penalty.kind == "ewc":
         names = list(target_layers(base.model, job.adapter))
@@ -187,31 +220,27 @@ def _train(
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
+    if job.start_from is not None and checkpoint is None:
+        start_from(model, job.start_from)
     log = JsonLog(out / run_folder.LOG)
-    own = [log, tensorboard(out), _Checkpoints(out, description), *adapter_callbacks(model, job.adapter)]
-    trainer = CachedKLTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(job.samples),
-        data_collator=pad_weighted if job.objective.ce_weight == "data" else pad_samples,
-        callbacks=[*own, *callbacks],
-        cache=view,
-        objective=job.objective if view is None else None,
-        check=False,  # done above, with the names of the samples
-        penalty=None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter)),
-        anchor=anchors,
-        batch_tokens=job.settings.batch_tokens,
-    )
-    _check_whole(trainer, out)
+    monitor = Monitor(job.evaluation, partial(run_folder.keep_best, out, description))
+    stopping = StopAtStep(ready.stop)
+    own = [log, tensorboard(out), _Checkpoints(out, description), stopping, *adapter_callbacks(model, job.adapter)]
+    if ready.probes is not None:
+        own += [EvalLog(out / run_folder.EVAL_LOG), monitor]
+        ready.arguments.eval_on_start = checkpoint is None
+    added = None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter))
+    trainer = _trainer(ready, model, added, [*own, *callbacks])
     if checkpoint is not None:
         check_resumable(trainer.args, out)
-    trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
             run_folder.keep_start(out, description, partial(save_start, model))
-    with told_in_bytes(job):
+    with told_in_bytes(job), ready.stop.looked_for():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stopping.step is not None and not monitor.why:  # which is an end of its own
+        raise ready.stop.stopped(f"A checkpoint of step {stopping.step:,} was written")
     report = TrainReport(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
@@ -220,10 +249,40 @@ def _train(
         final=log.last,
         step_zero=step_zero,
         anchors_step_zero=at_anchors,
+        evaluated=monitor.found,
+        best_step=monitor.best_step,
+        stopped=monitor.why,
     )
     if trainer.is_world_process_zero():
-        run_folder.finish(out, description, asdict(report), partial(_save, job, model))
+        if monitor.best_step is not None:
+            load_trained(model, run_folder.best_of(out, monitor.best_step))
+        card = card_of(description, asdict(report))
+        run_folder.finish(out, description, asdict(report), partial(_save, job, model, card))
     return report
+
+
+def _trainer(
+    ready: _Ready, model: nn.Module, penalty: Penalty | None, callbacks: Sequence[TrainerCallback]
+) -> MonitoredTrainer:
+    """Raises `TrainingFailed` where it would divide the weights."""
+    job = ready.job
+    trainer = MonitoredTrainer(
+        model=model,
+        args=ready.arguments,
+        train_dataset=list(job.samples),
+        data_collator=pad_weighted if job.objective.ce_weight == "data" else pad_samples,
+        callbacks=list(callbacks),
+        cache=ready.view,
+        objective=job.objective if ready.view is None else None,
+        check=False,  # done before, with the names of the samples
+        penalty=penalty,
+        anchor=ready.anchors,
+        batch_tokens=job.settings.batch_tokens,
+    )
+    trainer.measured = None if ready.probes is None else ready.probes.measured
+    _check_whole(trainer, job.out)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _measured(
@@ -238,7 +297,7 @@ def _measured(
     return found, at_anchors
 
 
-def _check_whole(trainer: CachedKLTrainer, out: Path) -> None:
+def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
     """Raise `TrainingFailed` where no process has the weights that are saved at the end."""
     if in_pieces(trainer):
         raise TrainingFailed(
@@ -259,13 +318,16 @@ def check_resumable(arguments: TrainingArguments, out: Path) -> None:
         )
 
 
-def _save(job: Job, model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """What was trained, as whoever uses it loads it."""
+def _save(job: Job, model: PreTrainedModel | PeftModel, card: str, folder: Path) -> None:
+    """What was trained, as whoever uses it loads it, with its tokenizer and its card."""
     if isinstance(model, PeftModel):
         start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
         save(model, folder, job.adapter, job.base.source.name, start)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(folder)
     else:
         save_whole(model, job.base.source, folder)
+    (folder / run_folder.CARD).write_text(card, encoding="utf-8")
 
 
 def _student(job: Job, start: Path | None) -> PreTrainedModel | PeftModel:

@@ -1,9 +1,10 @@
 """The output folder of a training run: who writes to it, what is whole in it, and where a resumed run goes on.
 
-Owns run.json, run.lock, checkpoints/ and the order of what is written: a list of files (`saved_files`) is on the disk
-before anything older is removed, so that whatever is killed, and whenever the power goes, something whole is left. The
-lists keep the description of the run too: run.json is for people, and is written again from them. Must not know the
-trainer or import torch. Trade-off: two checkpoints, and a third while it is written, take their space.
+Owns run.json, run.lock, checkpoints/, where the best evaluation's weights are too, and the order of what is written: a
+list of files (`saved_files`) is on the disk before anything older is removed, so that whatever is killed, and whenever
+the power goes, something whole is left. The lists keep the description of the run too: run.json is for people, and is
+written again from them. Must not know the trainer or import torch. Trade-off: two checkpoints, and a third while it is
+written, take their space.
 """
 
 import json
@@ -25,10 +26,17 @@ from logitcache.adapters.saved_files import FILES, about_of, fault_of, names_bel
 from logitcache.errors import FolderInUse, TrainingFailed
 from logitcache.json_files import read_checked, write_checked
 from logitcache.models.same_base import described_differences
+from logitcache.settings import line_settings
 from logitcache.storage import IdentityMismatch
 from logitcache.storage.files import is_unfinished, sync_path
+from logitcache.storage.plain_text import one_line
+
+from .settings import PARTS
 
 RUN, LOG, LOCK, CHECKPOINTS = "run.json", "train_log.jsonl", "run.lock", "checkpoints"
+EVAL_LOG = "eval_log.jsonl"
+"""Of a run with evaluation."""
+
 START = "start"
 """Folder of the first factors, among the checkpoints, of an adapter that cannot do without them."""
 
@@ -42,7 +50,9 @@ CARD = "README.md"
 """Which people write anew, so that it is in no list."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BEST = re.compile(r"best-(\d+)")
 _STAGED = "final.new"
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
 _VARIES = ("versions", "device", "against_model")
 """Parts of a description in which a resumed run may differ."""
 
@@ -151,20 +161,44 @@ def begin(out: Path, description: Json, checkpoint: Path | None) -> None:
     (out / FILES).unlink(missing_ok=True)
     write_checked(out / RUN, {**description, "status": "started"})
     shutil.rmtree(out / _STAGED, ignore_errors=True)
-    for path in _checkpoints(out):
+    for path in (*_checkpoints(out), *_bests(out)):
         if checkpoint is None or _step(path) > _step(checkpoint):
             shutil.rmtree(path)
 
 
 def keep_start(out: Path, description: Json, save: Callable[[Path], None]) -> None:
     """Make the folder of the first factors, as a whole or not at all. save: writes them to a folder."""
-    folder, staged = out / CHECKPOINTS / START, out / CHECKPOINTS / f"{START}.new"
+    _keep(out, START, {"run": description}, save)
+
+
+def keep_best(out: Path, description: Json, step: int, save: Callable[[Path], None]) -> None:
+    """Make the folder of what was trained at the best evaluation so far, as a whole or not at all.
+
+    Those before it go when no checkpoint needs them: `seal_checkpoint`. save: writes it to a folder.
+    """
+    _keep(out, f"best-{step}", {"run": description, "step": step}, save)
+
+
+def best_of(out: Path, step: int) -> Path:
+    """The folder of the best evaluation, at this step. Raises `TrainingFailed` where it is not what was written."""
+    folder = out / CHECKPOINTS / f"best-{step}"
+    fault = fault_of(folder)
+    if fault is not None:
+        raise TrainingFailed(
+            f"taking the weights of the best evaluation from {folder}: expected what was written at step {step}, found "
+            f"that {fault}. The last step's would not be what was asked for. Train again with another --out."
+        )
+    return folder
+
+
+def _keep(out: Path, name: str, about: Json, save: Callable[[Path], None]) -> None:
+    folder, staged = out / CHECKPOINTS / name, out / CHECKPOINTS / f"{name}.new"
     for path in (staged, folder):
         if path.exists():
             shutil.rmtree(path)
     staged.mkdir(parents=True)
     save(staged)
-    seal(staged, {"run": description})
+    seal(staged, about)
     staged.rename(folder)
     sync_path(folder.parent)
 
@@ -189,14 +223,18 @@ def seal_checkpoint(out: Path, step: int, description: Json, num_processes: int)
     folder = out / CHECKPOINTS / f"checkpoint-{step}"
     ranks = [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
     _wait_for([folder / name for name in ("trainer_state.json", *ranks)])
-    if (out / LOG).exists():
-        sync_path(out / LOG)
+    _sync_logs(out)
     seal(folder, {"run": description, "step": step})
     older = [path for path in _checkpoints(out) if _step(path) < step]
     spare = [path for path in older if about_of(path) is not None][: KEPT - 1]
     for path in older:
         if path not in spare:
             shutil.rmtree(path, ignore_errors=True)  # what is left of it is not whole
+    bests = _bests(out)
+    needed = [next((best for best in bests if _step(best) <= _step(path)), None) for path in (folder, *spare)]
+    for path in bests:
+        if path not in needed and _step(path) < step:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def finish(out: Path, description: Json, result: Json, save: Callable[[Path], None]) -> None:
@@ -213,8 +251,7 @@ def finish(out: Path, description: Json, result: Json, save: Callable[[Path], No
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(out / name)
     shutil.rmtree(staged)
-    if (out / LOG).exists():
-        sync_path(out / LOG)
+    _sync_logs(out)
     seal(out, {"run": description, "result": result}, [name for name in names if name != CARD])
     settle(out)
 
@@ -227,7 +264,7 @@ def settle(out: Path) -> None:
         write_checked(out / RUN, finished)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # what cannot be removed now does not undo a run
     for path in out.iterdir():  # of a writer that was killed
-        if any(is_unfinished(path.name, name) for name in (RUN, LOG, FILES)):
+        if any(is_unfinished(path.name, name) for name in (RUN, LOG, EVAL_LOG, FILES)):
             path.unlink(missing_ok=True)
 
 
@@ -285,12 +322,35 @@ def _agree(run: Json | None, recorded: Json | None) -> bool:
 
 
 def _check_same(out: Path, description: Json, recorded: Json) -> None:
-    differs = _differs(description, recorded)
+    mine = json.loads(json.dumps(description))
+    differs = [_with_fields(part, mine.get(part), recorded.get(part)) for part in _differs(description, recorded)]
     if differs:
         raise IdentityMismatch(
             f"resuming {out}: the run there differs in {', '.join(differs)} (see its {RUN}). "
             "Resume with the arguments it was started with, or choose another --out."
         )
+
+
+def _with_fields(part: str, mine: Any, theirs: Any) -> str:
+    """A part of a description that differs, with what differs in it, by the names of the flags where it has some.
+
+    Digests, and what is no plain value, say nothing to anybody: where there is nothing else it is the part alone.
+    """
+    if not isinstance(mine, dict) or not isinstance(theirs, dict):
+        return part
+    owner = PARTS.get({"settings": "training"}.get(part, part))
+    flags = {} if owner is None else {setting.name: setting.flag for setting in line_settings(owner)}
+    here, there = _identity(mine), _identity(theirs)
+    said = [
+        f"{flags.get(name, name)}: {one_line(str(there.get(name)), 80)} there, {one_line(str(here.get(name)), 80)} here"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name) and _is_plain(here.get(name)) and _is_plain(there.get(name))
+    ]
+    return f"{part} ({'; '.join(said)})" if said else part
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, (dict, list)) and not (isinstance(value, str) and _DIGEST.fullmatch(value))
 
 
 def _differs(description: Json, recorded: Json) -> list[str]:
@@ -323,8 +383,21 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(folders, key=_step, reverse=True)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _bests(out: Path) -> list[Path]:
+    """Folders of best evaluations, the newest first."""
+    folders = [path for path in (out / CHECKPOINTS).glob("best-*") if _BEST.fullmatch(path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    """Of a checkpoint, or of a best evaluation."""
+    return int(folder.name.split("-")[1])
+
+
+def _sync_logs(out: Path) -> None:
+    for name in (LOG, EVAL_LOG):
+        if (out / name).exists():
+            sync_path(out / name)
 
 
 def _wait_for(paths: Sequence[Path]) -> None:

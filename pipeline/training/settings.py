@@ -18,12 +18,16 @@ from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
 from logitcache.settings import Setting, Settings, line_settings, option
 
+from .trainer_settings import TrainerSettings
+
 PenaltyKind = Literal["l2-sp", "ewc"]
 PENALTIES: tuple[str, ...] = get_args(PenaltyKind)
 AnchorRegularizer = Literal["full-kl", "masked-kl", "masked-reverse-kl", "masked-js"]
 
 MEMORY = "Memory"
 """Heading of the help, of what a step may take."""
+BestBy = Literal["new-ce", "prior-ce", "prior-kl"]
+"""What an evaluation while training finds, by which one of them may be the best: the lowest is."""
 
 HIGH_LR = 1.0
 """Above this no fine-tuning is known to learn anything."""
@@ -122,6 +126,57 @@ class AnchorSettings(Settings):
 
 
 @dataclass(frozen=True)
+class EvalSettings(Settings):
+    """What is measured while training, on text that is not learnt, and what follows from it.
+
+    new-ce is the cross-entropy on --eval-data; prior-ce and prior-kl are the cross-entropy and the KL to the base on
+    the probe cache --eval-prior.
+    """
+
+    heading: ClassVar[str] = "Evaluation while training"
+
+    eval_split: str = option("", "Split of --eval-data.  [default: that of --split]", metavar="NAME")
+    eval_steps: int | None = option(
+        None,
+        "Optimizer steps from one evaluation on --eval-data and --eval-prior to the next; the last step has one too.  "
+        "[default: a tenth of the steps]",
+        at_least=1,
+    )
+    best_by: BestBy | None = option(
+        None, "Keep the weights of the evaluation at which this was lowest, in place of those of the last step."
+    )
+    patience: int | None = option(
+        None, "Stop after so many evaluations in a row without a new lowest --best-by.", at_least=1
+    )
+    stop_at_prior_kl: float | None = option(
+        None,
+        "Stop at the first evaluation whose KL to the base on --eval-prior is at least this, nats a token; of "
+        "--best-by, evaluations below it alone count.",
+        above=0,
+    )
+
+    def check_together(self) -> None:
+        """Raise `InvalidSettings` for a patience with nothing to wait for."""
+        if self.patience is not None and self.best_by is None:
+            raise InvalidSettings("--patience waits for a new lowest --best-by: give --best-by, or leave it out.")
+
+    def check_texts(self, has_new: bool, has_prior: bool) -> None:
+        """Raise `InvalidSettings` for what needs a text that is not given."""
+        if not has_new and self.eval_split:
+            raise InvalidSettings("--eval-split is of --eval-data: give --eval-data, or leave it out.")
+        if not has_new and self.best_by == "new-ce":
+            raise InvalidSettings("--best-by new-ce is measured on --eval-data: give --eval-data, or leave it out.")
+        if not has_prior and self.best_by in ("prior-ce", "prior-kl"):
+            raise InvalidSettings(f"--best-by {self.best_by} is measured on --eval-prior: give it, or leave it out.")
+        if not has_prior and self.stop_at_prior_kl is not None:
+            raise InvalidSettings("--stop-at-prior-kl is measured on --eval-prior: give it, or leave it out.")
+        if not (has_new or has_prior) and self.eval_steps is not None:
+            raise InvalidSettings(
+                "--eval-steps is of an evaluation while training: give --eval-data or --eval-prior, or leave it out."
+            )
+
+
+@dataclass(frozen=True)
 class RunSettings(Settings):
     """Every setting of a training run. The command line and a sweep make it of flat names: `of`."""
 
@@ -135,6 +190,10 @@ class RunSettings(Settings):
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     #: How long and how fast.
     training: TrainSettings = field(default_factory=TrainSettings)
+    #: What the Trainer is told beside.
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    #: What is measured while it is trained.
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
     #: How the cache belongs to the model.
     pairing: PairingRules = field(default_factory=PairingRules)
     #: How the model is held.
@@ -176,6 +235,7 @@ class RunSettings(Settings):
                 f"--regularizer {self.penalty.kind} is on what an adapter changes of weights that can be read: not "
                 "with --adapter none or --load-in."
             )
+        self.trainer.check_budget(self.objective.kl_budget)
         if self.pairing.ignore_padding and not self.pairing.teacher_is_not_base:
             raise InvalidSettings(
                 "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."
@@ -193,6 +253,8 @@ PARTS: dict[str, Any] = {
     "anchor": AnchorSettings,
     "adapter": AdapterSettings,
     "training": TrainSettings,
+    "trainer": TrainerSettings,
+    "evaluation": EvalSettings,
     "loading": LoadSettings,
 }
 """The parts of a run that have flags, in the order of `train --help`."""

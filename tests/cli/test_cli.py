@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.cli_harness import (
@@ -90,6 +91,9 @@ FLAGS: dict[str, list[str]] = {
         "--data",
         "--dropout",
         "--epochs",
+        *("--best-by", "--eval-data", "--eval-prior", "--eval-split", "--eval-steps", "--patience"),
+        *("--stop-at-prior-kl", "--save-steps", "--set", "--log-json", "--start-from"),
+        *("--attn-implementation", "--modules-to-save", "--revision"),
         "--grad-accum",
         "--gradient-checkpointing",
         "--kl-budget",
@@ -236,6 +240,11 @@ DEFAULTS = {
         "grad-accum": "1",
         "seed": "0",
         "max-steps": "-1",
+        "revision": "its main branch",
+        "attn-implementation": "as transformers chooses",
+        "save-steps": "a tenth of the steps",
+        "eval-split": "that of --split",
+        "eval-steps": "a tenth of the steps",
         "max-length": "that of the cache",
         "log-every": "10",
         "dtype": "auto",
@@ -692,11 +701,25 @@ def read_run(out: Path) -> dict[str, Any]:
 
 def test_train_writes_what_it_promises(trained: Path, tiny_model: Path) -> None:
     names = {p.name for p in trained.iterdir()}
-    expected = {"adapter_config.json", "adapter_model.safetensors", "files.json", "run.json", "run.lock"}
-    assert names - {"README.md"} == {*expected, "train_log.jsonl", "tensorboard"}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "files.json", "run.json", "run.lock", "README.md"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert names == {*expected, *tokenizer, "train_log.jsonl", "tensorboard"}
+    assert (trained / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
     assert config["base_model_name_or_path"] == str(tiny_model)
+
+
+def test_the_model_card_is_filled(trained: Path) -> None:
+    """All that is known, and no line to fill in; of a local base the last part of its path."""
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    _, front, page = card.split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert told["base_model"] == "tiny" and "base_model:adapter:tiny" in told["tags"]
+    assert page.startswith("\n# lora adapter of tiny\n") and "cross-entropy + 1 times masked-kl to the base's" in page
+    assert "| trained | kind lora, rank 4, alpha 8.0," in page and "| data | 12 samples, " in page
+    assert f"ce {read_log(trained)[-1]['ce']:.4g}, kl {read_log(trained)[-1]['kl']:.4g} |" in page
+    assert "More Information Needed" not in card and str(trained.parent) not in card
 
 
 def test_run_json_says_what_was_run(trained: Path, cache: Path, tiny_model: Path) -> None:

@@ -226,9 +226,12 @@ def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     """All flags of train that come from settings, and all that a sweep takes, are the fields and no list besides."""
     settings = {*run_settings(), *(s.key for s in line_settings(DataSettings))}
     flags = {str(p.name) for p in cli.commands["train"].params}
-    others = {"config", "model", "cache", "anchor_cache", "out", "data", "max_length", "resume", "recipe"}
+    others = {"config", "model", "cache", "anchor_cache", "eval_data", "eval_prior", "out", "data", "max_length"}
+    others |= {"resume", "recipe", "log_json", "revision", "attn_implementation", "start_from"}
+    others |= {"modules_to_save"}
     assert settings == flags - others
-    assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - {"dtype", "device"}
+    of_one_run = {"dtype", "device", *run_settings("trainer", "evaluation")}
+    assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - of_one_run
     assert [s.key for s in line_settings(TrainSettings)] == [s.name for s in settings_of(TrainSettings)]
 
 

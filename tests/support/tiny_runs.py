@@ -45,9 +45,11 @@ def make_samples(count: int = 16, seed: int = 0) -> list[Sample]:
     return samples
 
 
-def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16) -> LogitCache:
+def make_cache(path: Path, samples: Sequence[Sample], top_k: int = 16, of: ModelIdentity | None = None) -> LogitCache:
+    """of: the identity that it states, in place of the tiny base's."""
     settings = CaptureSettings(top_k=top_k, max_length=256, precision="exact")
-    precompute(make_base(), samples, path, settings)
+    base = make_base() if of is None else replace(make_base(), identity=of)
+    precompute(base, samples, path, settings)
     return LogitCache.open(path)
 
 

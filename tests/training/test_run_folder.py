@@ -26,11 +26,13 @@ from transformers import TrainerCallback
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.errors import FolderInUse, TrainingFailed, UnsupportedModel, release_of
 from logitcache.evaluation.compare import check_adapter
+from logitcache.evaluation.held_out import HeldOut
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Source
 from logitcache.storage import IdentityMismatch, LogitCache
 from logitcache.training import run_folder
 from logitcache.training.run import TrainSettings, check_resumable, train
+from logitcache.training.settings import EvalSettings
 
 STEPS = 4
 ADAPTER = "adapter_model.safetensors"
@@ -55,6 +57,7 @@ def go(cache: LogitCache, out: Path, *callbacks: TrainerCallback, resume: bool =
     base.model.config.save_pretrained(out.parent / "tiny")  # PEFT looks at it when it saves
     adapter = changes.pop("adapter", AdapterSettings(rank=2, alpha=4, dropout=0.2))
     asked = {"on_step_zero": changes.pop("on_step_zero", lambda _: None), "on_message": told.append}
+    asked |= {name: changes.pop(name) for name in ("held_out", "evaluation") if name in changes}
     settings = TrainSettings(**{"lr": 2e-2, "max_steps": STEPS, "batch_size": 4, "log_every": 1, **changes})
     train(base, make_samples(), cache, out, adapter, Objective(weight=0.5), settings, resume, callbacks, **asked)
     return told
@@ -238,8 +241,12 @@ def test_a_lost_run_json_lets_no_other_settings_go_on(
     out = copy_of(stopped if state == "stopped" else whole, tmp_path / "o")
     (out / "run.json").unlink()
     with unchanged(out):
-        with pytest.raises(IdentityMismatch, match="differs in settings"):
+        with pytest.raises(IdentityMismatch, match=r"differs in settings \(--lr: 0\.02 there, 0\.01 here\) \(see"):
             go(cache, out, lr=1e-2)
+        with pytest.raises(
+            IdentityMismatch, match=r"differs in adapter \(--rank: 2 there, 4 here\), settings \(--lr: "
+        ):
+            go(cache, out, lr=1e-2, adapter=AdapterSettings(rank=4, alpha=4, dropout=0.2))
         with pytest.raises(TrainingFailed, match="it holds a run"):
             go(cache, out, resume=False)
 
@@ -340,10 +347,15 @@ class PowerCut:
         return called
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
 def test_killed_between_any_two_writes_it_ends_the_same(
-    tmp_path: Path, cache: LogitCache, monkeypatch: pytest.MonkeyPatch
+    evaluated: bool, tmp_path: Path, cache: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"adapter": AdapterSettings("pissa", 2, 4.0), "max_steps": 2}
+    """evaluated: with weights of a best evaluation, which are not the last step's."""
+    settings: dict[str, Any] = {"adapter": AdapterSettings("pissa", 2, 4.0), "max_steps": 2}
+    if evaluated:
+        settings |= {"held_out": HeldOut(make_samples(4, seed=1), cache)}
+        settings |= {"evaluation": EvalSettings(eval_steps=1, best_by="prior-kl")}
     monkeypatch.setattr(run_folder, "KEPT", 1)  # so that the second checkpoint has one to remove
 
     def cut_at(n: int, out: Path) -> int:

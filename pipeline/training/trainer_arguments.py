@@ -1,0 +1,62 @@
+"""TrainingArguments of a run with the fields that --set names, each as its type reads the text.
+
+Owns how a text is read for a field of the installed transformers. Which fields may be set is `trainer_settings`'.
+"""
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from logitcache.errors import InvalidSettings
+from logitcache.models.loading import first_line
+
+from .trainer_settings import TrainerSettings
+
+
+def with_fields(arguments: TrainingArguments, settings: TrainerSettings) -> TrainingArguments:
+    """The arguments, with what the settings say beside them. Raises `InvalidSettings` for a field that the installed
+    transformers lacks, and for a value that it does not take."""
+    kinds = {field.name: str(field.type) for field in fields(TrainingArguments) if field.init}
+    unknown = sorted(settings.fields.keys() - kinds.keys())
+    if unknown:
+        raise InvalidSettings(
+            f"--set {unknown[0]}: expected a field of the installed transformers' TrainingArguments, found no such "
+            "one. Check its spelling."
+        )
+    found = {name: _read(name, text, kinds[name]) for name, text in settings.fields.items()}
+    if settings.save_steps is not None:
+        found["save_steps"] = settings.save_steps
+    if not found:
+        return arguments
+    try:
+        return replace(arguments, **found)
+    except (TypeError, ValueError, KeyError, ImportError) as error:  # what its own checks raise
+        raise InvalidSettings(f"--set: transformers refuses it ({first_line(error)}). Give other values.") from error
+
+
+def _read(name: str, text: str, kind: str) -> Any:
+    """A text for a field of this type, as TrainingArguments annotates it. Raises `InvalidSettings`."""
+    word = text.strip().lower()
+    if word in ("true", "false") and "bool" in kind:
+        return word == "true"
+    if word == "null" and "None" in kind:
+        return None
+    if "bool" in kind and not any(other in kind for other in ("str", "int", "float")):
+        raise InvalidSettings(f"--set {name}: expected true or false, found {text!r:.200}. Give one of them.")
+    readers: list[type] = [int] if "'int'" in kind or "int |" in kind else []
+    readers += [float] if "float" in kind else []
+    for reader in readers:
+        try:
+            return reader(text)
+        except ValueError:
+            continue
+    if readers and "str" not in kind:
+        raise InvalidSettings(f"--set {name}: expected a number, found {text!r:.200}. Give one.")
+    if text.startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InvalidSettings(f"--set {name}: expected JSON, found {text!r:.200} ({error}). Mend it.") from error
+    return text
