@@ -78,7 +78,7 @@ class ObjectFiles:
         paths = [f"{path}/{name}"] * len(spans)
         starts, ends = [at for at, _ in spans], [at + length for at, length in spans]
         try:
-            parts: list[bytes] = fs.cat_ranges(paths, starts, ends, on_error="raise")
+            parts = _whole(fs.cat_ranges(paths, starts, ends, on_error="raise"))
         except FileNotFoundError:
             raise
         except OSError:  # a range beyond the end of an object that was cut short is an error of some stores
@@ -184,6 +184,14 @@ def _time_of(entry: Mapping[str, Any]) -> float | None:
         if isinstance(when, (int, float)):
             return float(when)
     return None
+
+
+def _whole(parts: Sequence[bytes | BaseException]) -> list[bytes]:
+    """What `cat_ranges` gave. Some versions of s3fs list an error among the parts instead of raising it."""
+    for part in parts:
+        if isinstance(part, BaseException):
+            raise part
+    return [part for part in parts if not isinstance(part, BaseException)]
 
 
 def _make_parents(fs: Any, path: str) -> None:

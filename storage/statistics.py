@@ -1,4 +1,4 @@
-"""What a cache is made of, for people: bytes by column, kept mass, alternatives and different draws of a row.
+"""What a cache is made of, for people: bytes by column, kept mass and tail, alternatives and different draws of a row.
 
 Owns the sums; a large cache is sampled evenly over its shards. Must not decide anything.
 """
@@ -26,6 +26,8 @@ class Statistics:
     bytes_by_column: dict[str, int]
     #: One value a row read.
     kept_mass: NDArray[np.float64]
+    #: One value a row read: the base's mass beyond label and alternatives.
+    tail_mass: NDArray[np.float64]
     #: One value a row read.
     num_alternatives: NDArray[np.int64]
     #: One value a row read; 0 without draws.
@@ -64,8 +66,8 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
     if not records:
         nothing = np.zeros(0, dtype=np.int64)
         empty = nothing.astype(np.float64)
-        return Statistics(0, False, columns, empty, nothing, nothing, empty)
-    kept, alternatives, draws = (np.concatenate(values) for values in zip(*(r for r, _ in records), strict=True))
+        return Statistics(0, False, columns, empty, empty, nothing, nothing, empty)
+    kept, tail, alternatives, draws = (np.concatenate(values) for values in zip(*(r for r, _ in records), strict=True))
     by_rank = np.zeros(max(len(mass) for _, mass in records))
     for _, mass in records:
         by_rank[: len(mass)] += mass
@@ -74,17 +76,18 @@ def describe(cache: LogitCache, max_positions: int = 1_000_000) -> Statistics:
         is_sampled=step > 1,
         bytes_by_column=columns,
         kept_mass=kept,
+        tail_mass=tail,
         num_alternatives=alternatives,
         num_distinct_draws=draws,
         mass_by_rank=by_rank / max(len(kept), 1),
     )
 
 
-_Rows = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+_Rows = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 
 
 def _slim(record: BaseLogprobs) -> tuple[_Rows, NDArray[np.float64]]:
-    """Kept mass, alternatives and different draws of each row; and the mass of each rank, summed over the rows."""
+    """Kept mass, tail, alternatives and different draws of each row; and the mass of each rank, summed over rows."""
     draws = np.zeros(len(record), dtype=np.int64)
     if record.tail_sample_ids is not None:
         ids = record.tail_sample_ids
@@ -92,4 +95,5 @@ def _slim(record: BaseLogprobs) -> tuple[_Rows, NDArray[np.float64]]:
     kept, mass = record.kept_mass(), np.exp(record.alternative_logprobs.astype(np.float64))
     of_row = mass.sum(axis=1, keepdims=True)
     shares = kept[:, None] * np.divide(mass, of_row, out=np.zeros_like(mass), where=of_row > 0)
-    return (kept, (record.alternative_logprobs > -np.inf).sum(axis=1), draws), shares.sum(axis=0)
+    tail = np.exp(record.tail_logprobs.astype(np.float64))
+    return (kept, tail, (record.alternative_logprobs > -np.inf).sum(axis=1), draws), shares.sum(axis=0)

@@ -257,9 +257,17 @@ def _check_installed(settings: AdapterSettings) -> None:
 
 def _check_quantized(model: PreTrainedModel, settings: AdapterSettings) -> None:
     held = held_in(model)
-    if held is None or held in KINDS[settings.kind].quantized:
+    if held is None:
         return
     what = f"attaching {settings.kind} to weights of {held}"
+    if held in KINDS[settings.kind].quantized:
+        first, found = KINDS[settings.kind].quantized_since, version("peft")
+        if release_of(found) < release_of(first):
+            raise UnsuitableAdapter(
+                f"{what}: expected PEFT {first} or later, whose layer stands on packed weights, found PEFT {found}. "
+                "Upgrade it (pip install -U peft), or leave --load-in out."
+            )
+        return
     if held not in LOAD_IN:
         raise UnsuitableAdapter(
             f"{what}: expected weights that are unquantised, or held in {' or '.join(LOAD_IN)}; no adapter has been "

@@ -66,6 +66,8 @@ class AdapterKind:
     decomposes: bool = False
     #: Rows of `quantization.LOAD_IN`, weights that it may stand on.
     quantized: tuple[str, ...] = ()
+    #: The first PEFT whose layer stands on them.
+    quantized_since: str = "0.18"
     #: The first PEFT that has it, where that is a later one than plug-ins run with.
     since: str = "0.18"
 
@@ -211,7 +213,7 @@ KINDS: dict[str, AdapterKind] = {
     "randlora": AdapterKind(_randlora, rank_sides=0, quantized=LOAD_IN),
     "vera": AdapterKind(_vera, rank_sides=0, quantized=LOAD_IN),
     "adalora": AdapterKind(_adalora, quantized=LOAD_IN),
-    "oft": AdapterKind(_oft, rank_sides=0, quantized=LOAD_IN),
+    "oft": AdapterKind(_oft, rank_sides=0, quantized=LOAD_IN, quantized_since="0.21"),
 }
 
 

@@ -51,6 +51,9 @@ WHY = {
 }
 """By how `init_lora_weights` begins."""
 
+DRAWN_AGAIN = "0.21"
+"""The first PEFT that does not miss a TinyLoRA's projections in a file that leaves them to their seed."""
+
 
 def check_reloadable(folder: str) -> None:
     """Raise `UnsuitableAdapter` where the folder holds an adapter that is not known to compute, on the base, what was
@@ -84,6 +87,13 @@ def check_reloadable(folder: str) -> None:
             "earlier one, which made rotations by another sum of the same parameters. It would be another model than "
             "was trained. Merge it into the base with the PEFT that trained it (merge_and_unload, save_pretrained), "
             "and give that folder."
+        )
+    drawn = kind == "TINYLORA" and config.get("save_projection") is False
+    if drawn and release_of(version("peft")) < release_of(DRAWN_AGAIN):
+        raise UnsuitableAdapter(
+            f"loading adapter {folder!r}: expected PEFT {DRAWN_AGAIN} or later, which draws the projections of a "
+            f"TinyLoRA again, found PEFT {version('peft')}, which takes them for missing. Upgrade it (pip install -U "
+            "peft)."
         )
     if config.get("sample_at_inference"):
         raise UnsuitableAdapter(

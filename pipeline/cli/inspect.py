@@ -95,6 +95,7 @@ def _contents_lines(facts: dict[str, Any]) -> list[str]:
         lines.append("    percentile " + "".join(f"{p:>9}" for p in kept))
         lines.append("    kept mass  " + "".join(f"{v:9.4f}" for v in kept.values()))
         lines.append("    kept       " + "".join(f"{v:9.0f}" for v in rows.values()))
+        lines.append(f"  tail         {100 * facts['mean_tail_mass']:.3g} % of the whole mass on average")
     if facts["is_sampled"]:
         lines.append(f"    (percentiles of {contents['num_positions_read']:,} positions; see --max-positions)")
     return lines
@@ -130,5 +131,6 @@ def _facts(cache: Any, statistics: Any) -> dict[str, Any]:
         "bytes_a_position_by_column": {name: size / max(positions, 1) for name, size in columns.items()},
         "is_sampled": statistics.is_sampled,
         "kept_mass": {f"{p}%": v for p, v in statistics.kept_mass_percentiles().items()},
+        "mean_tail_mass": float(statistics.tail_mass.mean()) if statistics.num_positions else None,
         "num_alternatives": {f"{p}%": v for p, v in statistics.num_alternatives_percentiles().items()},
     }

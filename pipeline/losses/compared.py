@@ -24,6 +24,7 @@ from .formulas import (
     regularizer_mask,
     sampled_kl,
     split_label,
+    split_tail,
 )
 
 LEAST_GROUP_SUM = 1e-30
@@ -116,7 +117,7 @@ class Compared:
             gradient, drawn = log_q.exp(), -log_p[:, -1:].exp() / z_drawn.shape[1]
             gradient[:, :-1] -= log_p[:, :-1].exp()
         else:
-            form = objective.regularizer, objective.label_weight
+            form = objective.regularizer, objective.part_weight, targets.num_groups
             values = divergence(log_p, log_q, *form) * objective.temperature**2
             gradient = outcome_gradient(log_p, log_q, *form) * objective.temperature
             drawn = None
@@ -132,12 +133,15 @@ class Compared:
         )
 
 
-def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str, label_weight: float = 1.0) -> Tensor:
+def outcome_gradient(
+    log_p: Tensor, log_q: Tensor, regularizer: str, part_weight: float = 1.0, num_groups: int = 0
+) -> Tensor:
     """d divergence / d (logit of each outcome), [n, J], Q being the softmax of these logits.
 
     KL(P || Q): Q - P. KL(Q || P): Q (log Q/P - KL(Q || P)). JS: Q (log Q/m - KL(Q || m)) / 2, m = (P + Q) / 2. dkd:
-    -d at the label and d Q' + Q' - P' beside it, with P' and Q' without the label, normalised, and d = label_weight
-    ((1 - Q(y)) - (1 - P(y))). A formula of one's own: s - Q sum s, with its derivatives s by log Q, by autograd.
+    -d at the label and d Q' + Q' - P' beside it, with P' and Q' without the label, normalised, and d = part_weight
+    ((1 - Q(y)) - (1 - P(y))). tad: Q - P, and in the tail (part_weight - 1) (P(T) Q' - P) more, Q' within T. A formula
+    of one's own: s - Q sum s, with its derivatives s by log Q, by autograd.
     """
     q = log_q.exp()
     if names_function(regularizer):
@@ -149,8 +153,13 @@ def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str, label_weigh
         return q - log_p.exp()
     if regularizer == "dkd":
         (of_label, p_rest), (of_label_q, q_rest) = split_label(log_p), split_label(log_q)
-        moved = label_weight * (of_label_q[:, 1:].exp() - of_label[:, 1:].exp())
+        moved = part_weight * (of_label_q[:, 1:].exp() - of_label[:, 1:].exp())
         return torch.cat([-moved, moved * q_rest.exp() + q_rest.exp() - p_rest.exp()], dim=1)
+    if regularizer == "tad":
+        gradient, p = q - log_p.exp(), log_p[:, -num_groups:].exp()
+        within = split_tail(log_q, num_groups)[1].exp()
+        gradient[:, -num_groups:] += (part_weight - 1) * (p.sum(dim=1, keepdim=True) * within - p)
+        return gradient
     against, factor = log_p, 1.0
     if regularizer == "masked-js":
         against, factor = torch.logaddexp(log_p, log_q) - math.log(2), 0.5
@@ -160,7 +169,7 @@ def outcome_gradient(log_p: Tensor, log_q: Tensor, regularizer: str, label_weigh
 
 def _divides_by_q(regularizer: str) -> bool:
     """Whether the gradient within an outcome divides by its Q, which must then not have underflowed."""
-    return regularizer in ("masked-kl", "full-kl", "dkd") or names_function(regularizer)
+    return regularizer in ("masked-kl", "full-kl", "dkd", "tad") or names_function(regularizer)
 
 
 def times(weight: float | Tensor, value: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ class SparseTargets:
     def __len__(self) -> int:
         return len(self.label_ids)
 
+    @property
+    def num_groups(self) -> int:
+        """G; 0 without groups."""
+        return 0 if self.tail_group_logprobs is None else self.tail_group_logprobs.shape[1]
+
     def rows(self, rows: slice) -> "SparseTargets":
         """These positions."""
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token_groups"}
@@ -123,7 +128,8 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
         assert targets.draw_ids is not None
         values = sampled_kl(log_p, log_q, rest.gather(1, targets.draw_ids.long()) - norm, targets)
     else:
-        values = divergence(log_p, log_q, objective.regularizer, objective.label_weight) * objective.temperature**2
+        form = objective.regularizer, objective.part_weight, targets.num_groups
+        values = divergence(log_p, log_q, *form) * objective.temperature**2
     if objective.weighting == "non-target-mass":
         values = values * base_rest(targets).exp()
     if objective.masked and objective.min_adapted_rest > 0:
@@ -132,18 +138,21 @@ def regularizer_values(logits: Tensor, targets: SparseTargets, objective: Object
     return values
 
 
-def divergence(log_p: Tensor, log_q: Tensor, regularizer: str, label_weight: float = 1.0) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor, regularizer: str, part_weight: float = 1.0, num_groups: int = 0) -> Tensor:
     """KL(P || Q), KL(Q || P) or JS(P, Q), [N], of log-probabilities [N, J] over outcomes; 0 log 0 = 0.
 
-    dkd: label_weight * KL of (P(y), 1 - P(y)) + KL without the label, which is the first outcome. Or a formula of the
-    user's own (FILE.py:FUNCTION), which is given -1e4 for -inf. Raises `TrainingFailed` unless that gives a number a
-    position.
+    dkd: part_weight * KL of (P(y), 1 - P(y)) + KL without the label, which is the first outcome. tad: KL(P || Q) with
+    T, the last num_groups outcomes, as one + part_weight * P(T) * KL within T. Or a formula of the user's own
+    (FILE.py:FUNCTION), which is given -1e4 for -inf. Raises `TrainingFailed` unless that gives a number a position.
     """
     if names_function(regularizer):
         return own_divergence(log_p, log_q, regularizer)
     if regularizer == "dkd":
         of_label, of_rest = zip(split_label(log_p), split_label(log_q), strict=True)
-        return label_weight * _kl(*of_label) + _kl(*of_rest)
+        return part_weight * _kl(*of_label) + _kl(*of_rest)
+    if regularizer == "tad":
+        (of_head, within), (of_head_q, within_q) = split_tail(log_p, num_groups), split_tail(log_q, num_groups)
+        return _kl(of_head, of_head_q) + part_weight * of_head[:, -1].exp() * _kl(within, within_q)
     if regularizer == "masked-reverse-kl":
         return _kl(log_q, log_p)
     if regularizer == "masked-js":
@@ -156,6 +165,13 @@ def split_label(logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Of log P [N, J], the label first: the log of (P(y), 1 - P(y)), [N, 2], and log P without y, [N, J - 1]."""
     rest = _logsumexp(logprobs[:, 1:], empty=-torch.inf)
     return torch.cat([logprobs[:, :1], rest], dim=1), logprobs[:, 1:] - torch.where(rest == -torch.inf, 0.0, rest)
+
+
+def split_tail(logprobs: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Of log P [N, J], T the last G = num_groups outcomes: log P with T as one, [N, J - G + 1]; within T, [N, G]."""
+    tail = _logsumexp(logprobs[:, -num_groups:], empty=-torch.inf)
+    within = logprobs[:, -num_groups:] - torch.where(tail == -torch.inf, 0.0, tail)
+    return torch.cat([logprobs[:, :-num_groups], tail], dim=1), within
 
 
 def own_divergence(log_p: Tensor, log_q: Tensor, name: str) -> Tensor:

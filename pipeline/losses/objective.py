@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from logitcache.errors import InvalidSettings
 from logitcache.settings import Derived, Settings, names_function, option
 
-Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "dkd", "none"]
+Regularizer = Literal["masked-kl", "masked-reverse-kl", "masked-js", "full-kl", "dkd", "tad", "none"]
 Tail = Literal["bucket", "groups", "renormalize", "sampled"]
 Weighting = Literal["uniform", "non-target-mass"]
 KLPositions = Literal["supervised", "all"]
@@ -54,9 +54,10 @@ class Objective(Settings):
 
     regularizer: masked-kl is KL(p || q) over V without y (arXiv 2605.29498, eq. 1); masked-reverse-kl is KL(q || p)
     there; masked-js their Jensen-Shannon divergence; full-kl is KL(p || q) with y; dkd is masked-kl + label_weight *
-    KL of (p(y), 1 - p(y)) (Decoupled Knowledge Distillation, CVPR 2022). tail: bucket is T as one outcome;
-    groups T's part in each group of the vocabulary; renormalize nothing, each side renormalised on S; sampled draws
-    from the base's own tail. temperature: of both sides, the value times its square (Hinton et al. 2015).
+    KL of (p(y), 1 - p(y)) (Decoupled Knowledge Distillation, CVPR 2022); tad is full-kl with its part within T times
+    tail_weight (tail-aware distillation, arXiv 2602.20816). tail: bucket is T as one outcome; groups T's part in each
+    group of the vocabulary; renormalize nothing, each side renormalised on S; sampled draws from the base's own tail.
+    temperature: of both sides, the value times its square (Hinton et al. 2015).
     kl_positions: where the regulariser counts, at the supervised positions or at all of a document that has some; the
     cross-entropy counts at the supervised ones. min_base_rest leaves positions out of value and count (1e-4 in the
     paper); min_adapted_rest makes them 0 (the paper clamps at 1e-6; log space needs none). ce_weight: by what each
@@ -67,10 +68,10 @@ class Objective(Settings):
     regularizer: str = option(
         "masked-kl",
         "masked-*: to the base without the true token, KL, reverse KL or Jensen-Shannon; full-kl: with it; dkd: "
-        "masked-kl and --label-weight times the KL of the true token against the rest; l2-sp: "
-        "half the squared change of the adapted weights; ewc: the same weighted by their Fisher information from the "
-        "new data; none: plain cross-entropy. FILE.py:FUNCTION: a divergence of your own "
-        "(docs/how-to/your-own-loss.md).",
+        "masked-kl and --label-weight times the KL of the true token against the rest; tad: full-kl with its part "
+        "within the tail times --tail-weight; l2-sp: half the squared change of the adapted weights; ewc: the same "
+        "weighted by their Fisher information from the new data; none: plain cross-entropy. FILE.py:FUNCTION: a "
+        "divergence of your own (docs/how-to/your-own-loss.md).",
         choices=get_args(Regularizer),
         or_function=True,
     )
@@ -137,6 +138,11 @@ class Objective(Settings):
         "Of dkd: weight of the part about the true token, KL of (p(y), 1 - p(y)), beside that about the others.",
         at_least=0,
     )
+    tail_weight: float | None = option(
+        None,
+        "Of tad, which has no default: factor of the part within the tail, b over the mean mass of the tail.",
+        above=0,
+    )
 
     @property
     def weight_form(self) -> WeightForm:
@@ -174,6 +180,11 @@ class Objective(Settings):
         """Whether the others are compared as they are without the label, which takes some mass beside it."""
         return self.masked or self.regularizer == "dkd"
 
+    @property
+    def part_weight(self) -> float:
+        """Of the part of the divergence that has a weight of its own: dkd's label, tad's tail; else 1."""
+        return self.label_weight if self.tail_weight is None else self.tail_weight
+
     def check_together(self) -> None:
         """Raise `InvalidSettings` for a combination that is not defined."""
         none = self.regularizer == "none"
@@ -205,6 +216,7 @@ class Objective(Settings):
                 f"{self.regularizer} with tail sampled: draws from the base estimate forward KL only. Use another tail."
             )
         self._check_dkd()
+        self._check_tad()
         self._check_weight()
 
     def _check_dkd(self) -> None:
@@ -220,6 +232,26 @@ class Objective(Settings):
             raise InvalidSettings(
                 f"dkd with {what}: its two parts are of the whole distribution, each with a weight of its own. Use "
                 "tail bucket or groups and weighting uniform."
+            )
+
+    def _check_tad(self) -> None:
+        if self.regularizer != "tad":
+            if self.tail_weight is not None:
+                raise InvalidSettings(
+                    f"--tail-weight {self.tail_weight:g} with --regularizer {self.regularizer}: it is of tad. Leave it "
+                    "out."
+                )
+            return
+        if self.tail != "groups" or self.weighting != "uniform":
+            what = f"tail {self.tail}" if self.tail != "groups" else f"weighting {self.weighting}"
+            raise InvalidSettings(
+                f"tad with {what}: it weighs what is within the tail, which only groups tell, as a part of the whole "
+                "distribution. Use tail groups (precompute --tail-groups) and weighting uniform."
+            )
+        if self.tail_weight is None:
+            raise InvalidSettings(
+                "tad without --tail-weight: 1 is full-kl, and no other number fits every cache. Give b over the mean "
+                "mass of the tail."
             )
 
     def _check_weight(self) -> None:

@@ -332,22 +332,30 @@ def _cost_picture(spent: Spent, unit: str, size: float, out: Path) -> list[Block
 
 
 def _how_measured(reading: Spent | None, plain: Spent | None) -> str:
-    both = [spent for spent in (reading, plain) if spent is not None]
-    num, alone = sum(s.num_runs for s in both), sum(s.num_alone for s in both)
-    loads = [load for spent in both for load in spent.loads]
-    if alone == num:
-        where = "Every run was alone on the machine while it was measured."
-    else:
-        seen = f" (a load of {min(loads):.1f} to {max(loads):.1f})" if loads else ""
-        where = (
-            f"Not measured alone: {num - alone:,} of {count(num, 'run')} shared the machine with other work{seen}, so "
-            "the seconds are longer than they need be, and only their ratios within a row's own run say something."
-        )
+    kinds = {"that read the cache": reading, "that need no base": plain}
+    where = " ".join(_where_measured(spent, kind) for kind, spent in kinds.items() if spent is not None)
     return (
         f"{where} Seconds a step are the median over runs of each run's median step, batches and lookups included, "
         "saving and evaluation not. What a live base would have added, its forward over the same batches up to its "
         "log-softmax, was timed right after each run in the same process, and so was the base once over all that a run "
         "reads, scaled by tokens. The memory that a live base takes is in neither."
+    )
+
+
+def _where_measured(spent: Spent, kind: str) -> str:
+    """Whether runs of a kind had the machine to themselves, and which of them the seconds are of."""
+    num, alone = spent.num_runs, spent.num_alone
+    if alone == num:
+        return f"All {count(num, 'run')} {kind} were alone on the machine while they were measured."
+    seen = f" (a load of {min(spent.loads):.1f} to {max(spent.loads):.1f})" if spent.loads else ""
+    if alone:
+        return (
+            f"Of {count(num, 'run')} {kind}, {alone:,} were alone on the machine while they were measured, and the "
+            f"seconds are theirs; the others shared it with other work{seen}."
+        )
+    return (
+        f"Not measured alone: the {count(num, 'run')} {kind} shared the machine with other work{seen}, so the seconds "
+        "are longer than they need be, and only their ratios within a row's own run say something."
     )
 
 

@@ -258,7 +258,8 @@ def prevented_by(setting: Setting, settings: Sequence[Setting]) -> float | None:
 
 @dataclass(frozen=True)
 class Spent:
-    """What runs of one kind cost: medians of what each of them measured, seconds, and their steps."""
+    """What runs of one kind cost: their steps, and medians of the seconds that each of them measured; of those alone
+    that had the machine to themselves, where some had."""
 
     num_runs: int
     num_alone: int
@@ -294,8 +295,10 @@ def _spent(outcomes: Sequence[RunOutcome]) -> Spent | None:
         return None
     costs = [outcome.cost for outcome in outcomes]
 
+    measured = [cost for cost in costs if cost.alone] or costs
+
     def middle(value: Callable[[RunCost], float | None]) -> float | None:
-        found = [v for v in map(value, costs) if v is not None]
+        found = [v for v in map(value, measured) if v is not None]
         return median(found) if found else None
 
     step = middle(lambda c: c.step_seconds)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -38,7 +39,7 @@ from logitcache.data.places import Named, are_names
 from logitcache.data.samples import Sample
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import listed_beside
-from logitcache.errors import TrainingFailed
+from logitcache.errors import TrainingFailed, release_of
 from logitcache.events import OnMessage, StopRequest
 from logitcache.losses.formulas import Objective
 from logitcache.models.device_map import devices_of, head_device
@@ -228,6 +229,8 @@ def _train(
         ready.arguments.eval_on_start = checkpoint is None
     added = None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter))
     trainer = _trainer(ready, model, added, [*own, *callbacks])
+    if checkpoint is not None:
+        check_resumable(trainer.args, out)
     if trainer.is_world_process_zero():
         run_folder.begin(out, description, checkpoint)
         if isinstance(model, PeftModel) and keeps_start(job.adapter) and checkpoint is None:
@@ -297,6 +300,18 @@ def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
         raise TrainingFailed(
             f"training into {out} under FSDP or ZeRO-3: the job saves whole weights, and each process has a part of "
             "them. Use torchrun alone, or CachedKL in a Trainer of your own, which saves as it is set to."
+        )
+
+
+def check_resumable(arguments: TrainingArguments, out: Path) -> None:
+    """Raise `TrainingFailed` where transformers cannot read the optimizer's state again: below 5.18 it asks torch for
+    the device cpu:0, which several processes on a CPU have."""
+    found = version("transformers")
+    if arguments.world_size > 1 and arguments.device.type == "cpu" and release_of(found) < (5, 18):
+        raise TrainingFailed(
+            f"going on with {out} by {arguments.world_size} processes on a CPU: expected transformers 5.18 or later, "
+            f"which can read an optimizer there, found {found}. Upgrade it (pip install -U transformers), or train "
+            "again in one process."
         )
 
 

@@ -179,12 +179,12 @@ class RunSettings(Settings):
         """From flat names, those of `run_settings`; what is absent, or None and may not be, has its default.
 
         regularizer may be a penalty, whose weight is then `weight`; tail may be auto, which is groups where the cache
-        has them (has_groups).
+        has them (has_groups) or the regulariser is of nothing else.
         """
         chosen = {name: value for name, value in values.items() if value is not None}
         regularizer, penalty = chosen.get("regularizer"), None
         if chosen.get("tail") == "auto":
-            chosen["tail"] = "groups" if has_groups else "bucket"
+            chosen["tail"] = "groups" if has_groups or regularizer == "tad" else "bucket"
         if regularizer in PENALTIES:
             if chosen.get("label_smoothing"):
                 raise InvalidSettings(f"--label-smoothing goes with --regularizer none, not with {regularizer}.")

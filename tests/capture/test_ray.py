@@ -30,6 +30,9 @@ from logitcache.storage.errors import CorruptCache
 from logitcache.storage.files import open_files
 from logitcache.storage.job_status import RUNNING, read_records, status
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Ray 2.50 leaves /dev/null open and does not wait for its own processes, which Python tells when it finds them."""
+
 NUM_ROWS = 120
 SMALL = ["--top-k", 8, "--batch-tokens", 64, "--shard-positions", 80, "--window-rows", 25]
 ON_RAY = ["--engine", "ray", "--num-workers", 2]

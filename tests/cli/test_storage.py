@@ -142,6 +142,7 @@ def test_keys_of_inspect_as_json(cache: Path) -> None:
         "bytes_a_position_by_column",
         "is_sampled",
         "kept_mass",
+        "mean_tail_mass",
         "num_alternatives",
     }
     assert set(found["contents"]) == {
@@ -168,11 +169,14 @@ def test_percentiles_of_inspect_are_those_of_the_records(cache: Path) -> None:
     for name, value in found["kept_mass"].items():
         assert value == pytest.approx(np.percentile(kept, float(name[:-1])))
     assert found["contents"]["mean_kept_mass"] == pytest.approx(kept.mean(), abs=0.02)  # of exact numbers
+    tail = np.concatenate([np.exp(s.logprobs.tail_logprobs.astype(np.float64)) for s in opened.samples()]).mean()
+    assert found["mean_tail_mass"] == pytest.approx(tail)
     assert set(found["num_alternatives"].values()) == {8}
     lines = [line.split() for line in done("inspect", cache).out.splitlines()]
     assert ["percentile", *found["kept_mass"]] in lines
     assert ["kept", "mass", *(f"{v:.4f}" for v in found["kept_mass"].values())] in lines
     assert ["kept", *["8"] * 7] in lines
+    assert ["tail", f"{100 * tail:.3g}", "%", "of", "the", "whole", "mass", "on", "average"] in lines
 
 
 def bytes_by_column(text: str) -> tuple[float, dict[str, float]]:

@@ -104,7 +104,8 @@ def test_parts_of_a_plain_run_are_weighed_against_the_answer(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("load", "said"), [(1.2, "Every run was alone on the machine"), (2.4, "Not measured alone: 18 of")]
+    ("load", "said"),
+    [(1.2, "All 12 runs that read the cache were alone on the machine"), (2.4, "Not measured alone: the 12 runs that")],
 )
 def test_cost_is_told_one_way_with_plain_runs_apart(tmp_path: Path, load: float, said: str) -> None:
     write_sweep(tmp_path, ALL, load=load)

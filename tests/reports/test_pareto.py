@@ -251,6 +251,8 @@ def test_what_was_spent_charges_a_live_base_to_regularised_steps_only() -> None:
     found = [spent for spent in spent_on(busy) if spent is not None]
     assert [(spent.num_alone, spent.loads) for spent in found] == [(0, (2.1,) * 3), (0, (2.1,) * 2)]
     assert spent_on([]) == (None, None)
+    mixed, _ = spent_on([*busy, *(replace(r, name=f"{r.name}-again") for r in runs[:3])])
+    assert mixed is not None and (mixed.num_runs, mixed.num_alone, mixed.step_seconds) == (4, 1, 0.1)  # of that one
 
 
 def test_a_weighted_cross_entropy_is_not_plain_and_may_need_the_base() -> None:

@@ -109,7 +109,7 @@ def train(case: Case, cache: LogitCache) -> Result:
     with (
         patch.object(AcceleratorState, "__init__", _sharded_on_cpus),
         patch.object(Accelerator, "multi_device", several),
-        patch.object(modeling_utils, "save_on_cpu", _save_on_cpu),
+        patch.object(modeling_utils, "save_on_cpu", _save_on_cpu, create=True),  # transformers 5.16 has none
     ):
         try:
             return _train(case, cache)

@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/datasets/{repo_id}"
         if repo_id in self.hub.repos:
             raise Refusal(409, message="You already created this dataset repo", url=url)
-        repo = self.hub.repos[repo_id] = Repo(asked.get("visibility") == "private")
+        repo = self.hub.repos[repo_id] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
         repo.commit("main", {".gitattributes": Blob(b"*.npy filter=lfs\n", False)})
         self._json({"url": url, "id": repo_id})
 

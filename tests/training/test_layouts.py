@@ -6,6 +6,7 @@ The whole of the layouts is docs/benchmarks/trainers.csv (scripts/table_trainers
 import csv
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,8 @@ from support.breadth import some_of
 from support.layouts import Case
 from support.quantised_base import bitsandbytes
 from support.two_processes import run_under_torchrun
+
+from logitcache.errors import release_of
 
 LARGEST_ERROR = 1e-5
 SILENT = ("loop | fsdp2, head alone | lora + head | even", "loop | fsdp1, head alone | full | even")
@@ -78,6 +81,9 @@ REFUSED_OF_FOUR = {
     "loop | fsdp2 x tensor parallel, lora on layers split by output | lora": "20 parameters that it has not",
     "loop | fsdp2 x tensor parallel by hand | lora": "by tensor parallelism: expected an adapter that PEFT divides",
 }
+if release_of(version("transformers")) < (5, 18):  # which then ends in an IndexError of its own loading (5.16)
+    OF_FOUR = tuple(case for case in OF_FOUR if "x tensor parallel" not in case or "by hand" in case)
+    REFUSED_OF_FOUR = {case: said for case, said in REFUSED_OF_FOUR.items() if "by hand" in case}
 IN_ZERO = tuple(f"{wrapper} | zero3 | {parts}" for wrapper in ("loop", "trainer") for parts in layouts.PARTS)
 KEPT_BY_ZERO = (
     *(f"loop | zero3 | lora + head | {option}" for option in ("parameters on the CPU", "activations as TRL")),

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +24,14 @@ from support.two_processes import in_two_processes
 from transformers import TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
-from logitcache.errors import FolderInUse, TrainingFailed, UnsupportedModel
+from logitcache.errors import FolderInUse, TrainingFailed, UnsupportedModel, release_of
 from logitcache.evaluation.compare import check_adapter
 from logitcache.evaluation.held_out import HeldOut
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Source
 from logitcache.storage import IdentityMismatch, LogitCache
 from logitcache.training import run_folder
-from logitcache.training.run import TrainSettings, train
+from logitcache.training.run import TrainSettings, check_resumable, train
 from logitcache.training.settings import EvalSettings
 
 STEPS = 4
@@ -543,6 +545,25 @@ def _rank(rank: int, folder: str) -> tuple[list[str], list[str]]:
     return sorted(listed), told
 
 
+@pytest.mark.parametrize(
+    ("installed", "num", "device"), [("5.16.1", 1, "cpu"), ("5.17.0", 2, "cuda"), ("5.18.0", 2, "cpu")]
+)
+def test_an_optimizer_that_can_be_read_again_is(
+    installed: str, num: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcache.training.run.version", lambda _: installed)
+    found: Any = SimpleNamespace(world_size=num, device=torch.device(device))
+    check_resumable(found, Path("o"))
+
+
+def test_several_processes_on_a_cpu_go_on_where_transformers_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitcache.training.run.version", lambda _: "5.17.2")
+    found: Any = SimpleNamespace(world_size=2, device=torch.device("cpu", 0))
+    with pytest.raises(TrainingFailed, match=r"expected transformers 5\.18 or later, .* found 5\.17\.2"):
+        check_resumable(found, Path("o"))
+
+
+@pytest.mark.skipif(release_of(version("transformers")) < (5, 18), reason="reads no optimizer in two processes")
 def test_two_processes_go_on_from_what_is_whole_for_both(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", make_samples())
     found = in_two_processes(_rank, str(tmp_path))
