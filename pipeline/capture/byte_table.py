@@ -35,25 +35,26 @@ GROUPS = (0, 16, 64)
 
 GRADIENT_COSINES: dict[tuple[int, int], float] = {
     (8, 0): 0.940,
-    (8, 16): 0.976,
-    (8, 64): 0.984,
+    (8, 16): 0.975,
+    (8, 64): 0.983,
     (16, 0): 0.964,
     (16, 16): 0.982,
     (16, 64): 0.990,
-    (32, 0): 0.980,
+    (32, 0): 0.979,
     (32, 16): 0.990,
-    (32, 64): 0.995,
+    (32, 64): 0.994,
     (64, 0): 0.989,
-    (64, 16): 0.995,
-    (64, 64): 0.997,
-    (128, 0): 0.995,
+    (64, 16): 0.994,
+    (64, 64): 0.996,
+    (128, 0): 0.994,
     (128, 16): 0.997,
-    (128, 64): 0.999,
-    (256, 0): 0.998,
-    (256, 16): 0.999,
-    (256, 64): 1.000,
+    (128, 64): 0.998,
+    (256, 0): 0.997,
+    (256, 16): 0.998,
+    (256, 64): 0.999,
 }
-"""Of the adapter's gradient with that of the exact masked KL, by alternatives and groups."""
+"""Of the adapter's gradient with that of the exact masked KL, by alternatives and groups: mean over three students of
+the demo's base and three of SmolLM2-135M-Instruct (docs/loss.md)."""
 
 
 @dataclass(frozen=True)
