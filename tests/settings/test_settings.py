@@ -228,7 +228,7 @@ def test_a_field_of_a_run_is_a_flag_a_key_and_a_field_of_a_sweep() -> None:
     flags = {str(p.name) for p in cli.commands["train"].params}
     others = {"config", "model", "cache", "anchor_cache", "eval_data", "eval_prior", "out", "data", "max_length"}
     others |= {"resume", "recipe", "log_json", "revision", "attn_implementation", "start_from"}
-    others |= {"modules_to_save"}
+    others |= {"modules_to_save", "plan"}
     assert settings == flags - others
     of_one_run = {"dtype", "device", *run_settings("trainer", "evaluation")}
     assert {*FIELDS, *SHARED} - {"probe_top_k", "scales", "scales_of"} == settings - of_one_run
