@@ -155,18 +155,18 @@ def test_with_a_limit_the_best_is_the_best_within_it(tmp_path: Path, caches: tup
     assert measured(out, caches[1]) == pytest.approx(report.evaluated, rel=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [None, AdapterSettings("pissa", 2, 4.0)])
+@pytest.mark.parametrize(("adapter", "lr"), [(None, 0.05), (AdapterSettings("pissa", 2, 4.0), 0.3)])
 def test_the_weights_are_those_of_the_best_evaluation(
-    adapter: AdapterSettings | None, tmp_path: Path, caches: tuple[LogitCache, LogitCache]
+    adapter: AdapterSettings | None, lr: float, tmp_path: Path, caches: tuple[LogitCache, LogitCache]
 ) -> None:
-    """A learning rate that overshoots, and a patience that ends it: of an adapter that rewrites the base too."""
+    """A learning rate too high for more than a step, and a patience that ends it: of an adapter that rewrites the base too."""
     out = tmp_path / "o"
-    report = go(caches, out, adapter=adapter, lr=0.3, eval_steps=1, best_by="new-ce", patience=2)
+    report = go(caches, out, adapter=adapter, lr=lr, eval_steps=1, best_by="new-ce", patience=2)
     log = evaluations(out)[1:]
     best = min(log, key=lambda entry: entry["new_ce"])
     assert report.best_step == best["step"] and report.num_steps == best["step"] + 2 < STEPS
     assert report.stopped == "2 evaluations in a row found no lower new-ce"
-    assert measured(out, caches[1]) == pytest.approx({name: best[name] for name in MEASURED}, rel=1e-4)
+    assert measured(out, caches[1]) == pytest.approx({name: best[name] for name in MEASURED}, rel=1e-4, abs=1e-7)
     assert report.evaluated == {name: best[name] for name in MEASURED}
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_goes_on_decides_as_one_that_nothing_interrupts(
     stop: TrainerCallback, tmp_path: Path, caches: tuple[LogitCache, LogitCache]
 ) -> None:
     """The best at a step before the kill, at it or after it, and a checkpoint of the very step where a run stops."""
-    asked: dict[str, Any] = {"lr": 0.3, "eval_steps": 1, "best_by": "new-ce", "patience": 2}
+    asked: dict[str, Any] = {"lr": 0.05, "eval_steps": 1, "best_by": "new-ce", "patience": 2}
     report = go(caches, tmp_path / "whole", **asked)
     assert (report.best_step, report.num_steps) == (2, 4)
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_a_run_that_goes_on_decides_as_one_that_nothing_interrupts(
 
 def test_the_best_stays_as_long_as_a_checkpoint_needs_it(tmp_path: Path, caches: tuple[LogitCache, LogitCache]) -> None:
     """Two checkpoints are kept, and the newer may be lost: the best evaluation of each is there, and no other."""
-    asked: dict[str, Any] = {"lr": 0.3, "eval_steps": 1, "best_by": "new-ce"}
+    asked: dict[str, Any] = {"lr": 0.05, "eval_steps": 1, "best_by": "new-ce"}
     go(caches, tmp_path / "whole", **asked)
     with pytest.raises(KeyboardInterrupt):
         go(caches, tmp_path / "o", StopAfterCheckpoint(2), **asked)
@@ -210,7 +210,7 @@ def test_the_best_stays_as_long_as_a_checkpoint_needs_it(tmp_path: Path, caches:
 
 
 def test_damaged_weights_of_the_best_are_not_saved(tmp_path: Path, caches: tuple[LogitCache, LogitCache]) -> None:
-    asked: dict[str, Any] = {"lr": 0.3, "eval_steps": 1, "best_by": "new-ce", "patience": 2}
+    asked: dict[str, Any] = {"lr": 0.05, "eval_steps": 1, "best_by": "new-ce", "patience": 2}
     with pytest.raises(KeyboardInterrupt):
         go(caches, tmp_path / "o", StopAfterCheckpoint(3), **asked)
     flip_byte(tmp_path / "o" / "checkpoints" / "best-2" / "weights.safetensors")
