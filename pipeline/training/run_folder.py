@@ -339,7 +339,8 @@ def _with_fields(part: str, mine: Any, theirs: Any) -> str:
     if not isinstance(mine, dict) or not isinstance(theirs, dict):
         return part
     owner = PARTS.get({"settings": "training"}.get(part, part))
-    flags = {} if owner is None else {setting.name: setting.flag for setting in line_settings(owner)}
+    owners = [PARTS["loading"], *([] if owner is None else [owner])]  # how the model is held is among its pairing
+    flags = {setting.name: setting.flag for each in owners for setting in line_settings(each)}
     here, there = _identity(mine), _identity(theirs)
     said = [
         f"{flags.get(name, name)}: {one_line(str(there.get(name)), 80)} there, {one_line(str(here.get(name)), 80)} here"

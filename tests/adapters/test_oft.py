@@ -232,7 +232,8 @@ def test_a_run_says_what_it_has_and_nothing_else(tmp_path: Path, cache: LogitCac
 
     run(make_base(), SAMPLES, cache, tmp_path / "o", max_steps=1, adapter=sized("oft", SIZE))
     described = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))["adapter"]
-    assert described == {"kind": "oft", "target_modules": "all-linear", "block_size": SIZE, "cayley": "neumann"}
+    expected = {"kind": "oft", "target_modules": "all-linear", "block_size": SIZE, "cayley": "neumann"}
+    assert described == expected | {"modules_to_save": ""}
     config = json.loads((tmp_path / "o" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["oft_block_size"], config["r"], config["use_cayley_neumann"]) == (SIZE, 0, True)
     assert (config["num_cayley_neumann_terms"], config["block_share"], config["coft"]) == (5, False, False)

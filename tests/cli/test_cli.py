@@ -645,6 +645,7 @@ def test_config_of_train(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
         "alpha": 4.0,
         "dropout": 0.0,
         "target_modules": "q_proj,v_proj",
+        "modules_to_save": "",
     }
 
 
@@ -737,6 +738,8 @@ def test_run_json_says_what_was_run(trained: Path, cache: Path, tiny_model: Path
         "max_steps": 10,
         "log_every": 1,
         "top_k": None,
+        "batch_tokens": 2048,
+        "gradient_checkpointing": False,
     }
     assert run["objective"]["regularizer"] == "masked-kl" and run["objective"]["tail"] == "bucket"
     assert run["versions"]["torch"] == torch.__version__

@@ -458,7 +458,7 @@ def test_train_load_in_on_the_command_line(load_in: str, tmp_path: Path, tiny: P
     assert 1e-5 < run["result"]["step_zero"]["kl_nats"] < run["result"]["step_zero"]["tolerance_nats"]
     done(*line, "--resume")
     message = refused(4, *[a for a in line if a not in ("--load-in", load_in)], "--resume")
-    assert f"{load_in} there, pairing (see its run.json)" in message
+    assert f"--load-in: {load_in} there, None here) (see its run.json)" in message
     done("evaluate", "--model", tiny, "--adapter", tmp_path / "o", "--data", data, "--prior", data)
     elsewhere = [tmp_path / "p" if a == tmp_path / "o" else other if a is tiny else a for a in line]
     assert "differs in weights" in refused(4, *elsewhere)

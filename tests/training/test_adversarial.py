@@ -90,7 +90,7 @@ def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch:
     cache, out = make_cache(tmp_path / "c", samples), tmp_path / "o"
     describe = training.describe
     with monkeypatch.context() as patch:
-        patch.setattr(training, "describe", lambda job: {**describe(job), "processes": 2})
+        patch.setattr(training, "describe", lambda *told: {**describe(*told), "processes": 2})
         run(make_base(), samples, cache, out)
     monkeypatch.setattr("support.tiny_runs.train", lambda *args: _train_on(*args))
     with pytest.raises(IdentityMismatch, match="processes"):

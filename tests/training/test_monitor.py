@@ -159,7 +159,7 @@ def test_with_a_limit_the_best_is_the_best_within_it(tmp_path: Path, caches: tup
 def test_the_weights_are_those_of_the_best_evaluation(
     adapter: AdapterSettings | None, lr: float, tmp_path: Path, caches: tuple[LogitCache, LogitCache]
 ) -> None:
-    """A learning rate too high for more than a step, and a patience that ends it: of an adapter that rewrites the base too."""
+    """A learning rate that overshoots, and a patience that ends it: of an adapter that rewrites the base too."""
     out = tmp_path / "o"
     report = go(caches, out, adapter=adapter, lr=lr, eval_steps=1, best_by="new-ce", patience=2)
     log = evaluations(out)[1:]
