@@ -350,8 +350,8 @@ def _where_measured(spent: Spent, kind: str) -> str:
     seen = f" (a load of {min(spent.loads):.1f} to {max(spent.loads):.1f})" if spent.loads else ""
     if alone:
         return (
-            f"Of {count(num, 'run')} {kind}, {alone:,} were alone on the machine while they were measured, and the "
-            f"seconds are theirs; the others shared it with other work{seen}."
+            f"Of {count(num, 'run')} {kind}, {alone:,} {'was' if alone == 1 else 'were'} alone on the machine, and the "
+            f"seconds are {'its' if alone == 1 else 'theirs'}; the others shared it with other work{seen}."
         )
     return (
         f"Not measured alone: the {count(num, 'run')} {kind} shared the machine with other work{seen}, so the seconds "
