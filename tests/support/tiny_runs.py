@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from support.tiny_model import make_model
+from transformers import TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.settings import CaptureSettings
@@ -135,3 +136,14 @@ def run(base: Base, samples: Sequence[Sample], cache: LogitCache | None, out: Pa
     base.model.config.save_pretrained(out.parent / "tiny")  # PEFT looks at it when it saves
     base = replace(base, source=Source("tiny", out.parent / "tiny"))
     return train(base, samples, cache, out, adapter, objective, TrainSettings(**settings), **more)
+
+
+class Stop(TrainerCallback):
+    """Ends a run as ctrl-c does, at the end of a step, before its evaluation and its checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from support.saved_bytes import saved_bytes
 from support.tiny_model import make_model
 from support.tiny_runs import (
     Step,
+    Stop,
     assert_same_step,
     make_base,
     make_cache,
@@ -126,25 +127,13 @@ def test_two_processes_have_the_step_of_one(tmp_path: Path) -> None:
     assert_same_step(in_two_processes(_step_of_a_rank, str(tmp_path))[0], expected, LOGGED)
 
 
-class Stopped(BaseException):
-    """What nobody catches."""
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run after a step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise Stopped
-
-
 def test_a_stopped_run_ends_with_the_same_bytes(cached: tuple[list[Sample], LogitCache], tmp_path: Path) -> None:
     samples, cache = cached
     settings: dict[str, Any] = {"max_steps": 8, "batch_size": 4, "lr": 1e-2, "log_every": 1}
     settings |= {"adapter": AdapterSettings(rank=4, dropout=0.1), "gradient_checkpointing": True}
     run(make_base(), samples, cache, tmp_path / "whole", **settings)
-    with pytest.raises(Stopped):
-        run(make_base(), samples, cache, tmp_path / "o", callbacks=[StopAfter()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_base(), samples, cache, tmp_path / "o", callbacks=[Stop(5)], **settings)
     run(make_base(), samples, cache, tmp_path / "o", resume=True, **settings)
     for name in ("adapter_model.safetensors", "train_log.jsonl"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_runs import (
     Step,
+    Stop,
     assert_same_step,
     make_base,
     make_cache,
@@ -18,7 +19,6 @@ from support.tiny_runs import (
     step_of,
 )
 from support.two_processes import in_two_processes
-from transformers import TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
 from logitcache.data.batches import cut_by_length, pad_samples
@@ -161,25 +161,13 @@ def test_processes_with_different_numbers_of_micro_batches_make_one_step(tmp_pat
     assert_same_step(found[0][0], expected, (*LOGGED, "anchor_kl"))
 
 
-class Stopped(BaseException):
-    """What nobody catches."""
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run after a step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise Stopped
-
-
 def test_a_stopped_run_ends_with_the_same_bytes(cached: tuple[list[Sample], LogitCache], tmp_path: Path) -> None:
     samples, cache = cached
     settings: dict[str, Any] = {"max_steps": 8, "batch_size": 3, "grad_accum": 2, "batch_tokens": 50, "lr": 1e-2}
     settings |= {"adapter": AdapterSettings(rank=4, dropout=0.1), "log_every": 1}
     whole = run(make_base(), samples, cache, tmp_path / "whole", **settings)
-    with pytest.raises(Stopped):
-        run(make_base(), samples, cache, tmp_path / "o", callbacks=[StopAfter()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_base(), samples, cache, tmp_path / "o", callbacks=[Stop(5)], **settings)
     assert run(make_base(), samples, cache, tmp_path / "o", resume=True, **settings).num_steps == whole.num_steps == 8
     for name in ("adapter_model.safetensors", "train_log.jsonl"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 from support.cli_harness import copy_of, flip_byte
 from support.tiny_model import make_model
-from support.tiny_runs import make_base, make_cache, make_samples
+from support.tiny_runs import Stop, make_base, make_cache, make_samples
 from transformers import TrainerCallback
 
 from logitcache.adapters.attach import AdapterSettings
@@ -76,17 +76,6 @@ def measured(out: Path, prior: LogitCache) -> dict[str, float]:
     assert found.after is not None and found.kl_nats is not None and found.num_first_changed is not None
     new = compare(adapted, None, NEW).before.ce_nats  # type: ignore[arg-type]
     return dict(zip(MEASURED, (new, found.after.ce_nats, found.kl_nats, found.num_first_changed), strict=True))
-
-
-class Stop(TrainerCallback):
-    """Ends a run as ctrl-c does, at the end of a step, before its evaluation and its checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 class StopAfterCheckpoint(TrainerCallback):

@@ -19,7 +19,7 @@ import torch
 from support.breadth import some_of
 from support.cli_harness import copy_of, edit_json, flip_byte, snapshot, unchanged
 from support.tiny_model import make_model
-from support.tiny_runs import make_base, make_cache, make_samples
+from support.tiny_runs import Stop, make_base, make_cache, make_samples
 from support.two_processes import in_two_processes
 from transformers import TrainerCallback
 
@@ -37,17 +37,6 @@ from logitcache.training.settings import EvalSettings
 STEPS = 4
 ADAPTER = "adapter_model.safetensors"
 Damage = Callable[[Path], object]
-
-
-class Stop(TrainerCallback):
-    """Ends a run as ctrl-c does, at the end of a step and before its checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def go(cache: LogitCache, out: Path, *callbacks: TrainerCallback, resume: bool = True, **changes: Any) -> list[str]:
