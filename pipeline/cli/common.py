@@ -109,6 +109,11 @@ def device_map_option(function: F) -> F:
     return _loading("device_map")(function)
 
 
+def log_json_option(function: F) -> F:
+    """--log-json, which `terminal.Console` is given."""
+    return click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")(function)
+
+
 def _loading(*names: str) -> Callable[[F], F]:
     return options_of([s for s in line_settings(LoadSettings) if s.key in names])
 

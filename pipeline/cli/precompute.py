@@ -10,7 +10,7 @@ from logitcache.data.settings import DataSettings
 from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
-from .common import CachePath, config_option, human_bytes, quiet_libraries, say
+from .common import CachePath, config_option, human_bytes, log_json_option, quiet_libraries, say
 from .help_page import heading, verb
 from .options import ByteSize, Number, Whole, options_of, settings_from
 from .terminal import Console, terminated_softly
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
 )
 @heading("Other")
-@click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
+@log_json_option
 @heading("Plan")
 @click.option("--plan", is_flag=True, help="Measure a sample, print what the job will take, write nothing and stop.")
 @click.option(

@@ -22,7 +22,7 @@ from logitcache.training.settings import (
     without_base,
 )
 
-from .common import CachePath, config_option, data_option, quiet_libraries, say
+from .common import CachePath, config_option, data_option, log_json_option, quiet_libraries, say
 from .evaluation_words import evaluation_words
 from .help_page import heading, verb
 from .options import Whole, as_usage, check_has_rows, options_of, settings_from, was_given
@@ -148,7 +148,7 @@ ANCHOR_WEIGHT = (
 @click.option("--plan", is_flag=True, help="Print what a step takes, by the model's config alone, and stop")
 @heading("Model, data and output")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last whole checkpoint.")
-@click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")
+@log_json_option
 def train(
     model: str,
     cache: str | None,
