@@ -45,6 +45,7 @@ from logitcache.storage import (
     SampleNotCached,
     sample_id,
 )
+from logitcache.storage.captured_index import fingerprint64
 from logitcache.storage.files import open_files
 from logitcache.storage.heads import read_manifest
 from logitcache.storage.identity import differing, digest
@@ -133,11 +134,12 @@ class Filling:
             is_shared = len({fingerprint for _, fingerprint in told}) == 1
             share = Share(rank, len(told)) if is_shared else Share()
             name = data_name if is_shared else f"{data_name}, part {rank + 1} of {len(told)}"
+            mine = samples if is_shared else _without_earlier(samples, rank)
             reports = list[JobReport]()
 
             def capture_mine() -> None:
-                if is_shared or told[rank][0]:
-                    reports.append(self._captured(model, samples, tokenizer, share, name))
+                if is_shared or (told[rank][0] and _first_samples(mine)):
+                    reports.append(self._captured(model, mine, tokenizer, share, name))
 
             if rank == 0:
                 logger.warning("Filling %s: the base runs now over what it lacks of the data.", self.path)
@@ -152,9 +154,9 @@ class Filling:
             return bool(_first_samples(samples))
         _check_asked(self.capture, cache.manifest, self.path)
         every = self.objective.kl_positions == "all"
-        for start in range(0, len(samples), _AT_ONCE):
+        for part in _at_once(samples):
             try:
-                check_samples(cache, list(samples[start : start + _AT_ONCE]), every)
+                check_samples(cache, part, every)
             except (SampleNotCached, PositionNotCaptured):
                 return True
         return False
@@ -217,8 +219,37 @@ def samples_of(batches: Iterable[Batch]) -> list[Sample]:
 
 def _first_samples(samples: SampleRows) -> list[Sample]:
     """Those of the first rows that have some."""
-    parts = (list(samples[start : start + _AT_ONCE]) for start in range(0, len(samples), _AT_ONCE))
-    return next((part for part in parts if part), [])
+    return next((part for part in _at_once(samples) if part), [])
+
+
+def _at_once(samples: SampleRows) -> Iterator[list[Sample]]:
+    """The samples of a few rows at a time."""
+    return (list(samples[start : start + _AT_ONCE]) for start in range(0, len(samples), _AT_ONCE))
+
+
+@dataclass(frozen=True)
+class _Without:
+    """Rows less the samples that are known by these fingerprints."""
+
+    rows: SampleRows
+    left_out: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice, /) -> list[Sample]:
+        return [sample for sample in self.rows[rows] if _known_by(sample) not in self.left_out]
+
+
+def _without_earlier(samples: SampleRows, rank: int) -> SampleRows:
+    """The samples that no process before this one has at the same positions: what a sampler gives to two processes is
+    captured by the first, whichever of them is faster. All processes must call it."""
+    known = _of_all(lambda: {_known_by(sample) for rows in _at_once(samples) for sample in rows})
+    return _Without(samples, frozenset().union(*known[:rank]))
+
+
+def _known_by(sample: Sample) -> int:
+    return fingerprint64(sample_id(sample.token_ids), sample.positions)
 
 
 def _check_asked(capture: CaptureSettings | None, manifest: Manifest, path: str) -> None:

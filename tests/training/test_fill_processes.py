@@ -1,6 +1,7 @@
 """A cache that fills itself: killed and started again, and by several processes, each its part."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from logitcache import CachedLoss, CaptureSettings
 from logitcache.data.batches import pad_samples
 from logitcache.errors import NotTheBase, TrainingFailed
-from logitcache.storage import IncompleteCache, LogitCache
-from logitcache.training.fill import FILLED
+from logitcache.storage import IncompleteCache, LogitCache, NotACache
+from logitcache.training import fill as fill_module
+from logitcache.training.fill import FILLED, work
 
 # TRL's SFTConfig sets gradient_checkpointing, whose name transformers 5.23 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -123,25 +125,55 @@ def test_a_model_in_pieces_fills_nothing(tiny_model: Path, tmp_path: Path) -> No
     assert all("Fill the cache in one process first" in each for each in told) and not (tmp_path / "c").exists()
 
 
-def _loop_on_a_rank(rank: int, folder: str, out: str) -> tuple[int, list[float]]:
-    """Each process has a part of its own, with one sample in both."""
+def _loop_on_a_rank(rank: int, folder: str, out: str, late: int) -> tuple[int, list[float]]:
+    """Each process has a part of its own, with one sample in both; one comes when the other has captured its part."""
     dist.init_process_group("gloo")
     model = get_peft_model(load(Path(folder)), lora())
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     mine = [*SAMPLES[rank::2], SAMPLES[0]]
-    anchored = CachedLoss(f"{out}/c", fill=True)
-    anchored.fill(wrapped, [pad_samples(mine[:4]), pad_samples(mine[4:])])
-    assert anchored.filled is not None
-    return anchored.filled.num_samples, [float(anchored(wrapped, pad_samples(mine[i : i + 3])).kl) for i in (0, 3, 6)]
+    if rank == late:
+        fill_module.work = _after_the_other(f"{out}/c")  # type: ignore[attr-defined]
+    cached = CachedLoss(f"{out}/c", fill=True)
+    cached.fill(wrapped, [pad_samples(mine[:4]), pad_samples(mine[4:])])
+    assert cached.filled is not None
+    return cached.filled.num_samples, [float(cached(wrapped, pad_samples(mine[i : i + 3])).kl) for i in (0, 3, 6)]
+
+
+def _after_the_other(cache: str) -> Any:
+    def late(*args: Any) -> Any:
+        while True:
+            try:
+                LogitCache.open(cache)
+            except (NotACache, IncompleteCache):
+                time.sleep(0.1)
+            else:
+                return work(*args)
+
+    return late
 
 
 def test_a_loop_of_two_processes_fills_the_part_of_each(tiny_model: Path, tmp_path: Path) -> None:
-    found = in_two_processes(_loop_on_a_rank, str(tiny_model), str(tmp_path))
-    assert [samples for samples, _ in found] == [8, 9]
-    assert all(kl <= 5e-5 for _, kls in found for kl in kls)
-    cache = LogitCache.open(tmp_path / "c")
-    assert len(cache) == len(SAMPLES)
-    assert [(e.name, e.num_samples) for e in cache.data_sets] == [
-        (f"{FILLED}, part 1 of 2", 8),
-        (f"{FILLED}, part 2 of 2", 9),
-    ]
+    """Which process captures what both have does not depend on which is faster, so neither do the bytes."""
+    for late in (0, 1):
+        out = tmp_path / str(late)
+        found = in_two_processes(_loop_on_a_rank, str(tiny_model), str(out), late)
+        assert [samples for samples, _ in found] == [8, 8]
+        assert all(kl <= 5e-5 for _, kls in found for kl in kls)
+        cache = LogitCache.open(out / "c")
+        assert len(cache) == len(SAMPLES)
+        parts = [(f"{FILLED}, part 1 of 2", 8), (f"{FILLED}, part 2 of 2", 8)]
+        assert [(e.name, e.num_samples) for e in cache.data_sets] == parts
+    assert cache_bytes(tmp_path / "0" / "c") == cache_bytes(tmp_path / "1" / "c")
+
+
+def _all_of_the_other_on_a_rank(rank: int, folder: str, out: str) -> int:
+    """The second process has nothing that the first has not."""
+    dist.init_process_group("gloo")
+    model = get_peft_model(load(Path(folder)), lora())
+    cached = CachedLoss(f"{out}/c", fill=True)
+    cached.fill(model, [pad_samples(SAMPLES[: 3 - rank])])
+    return 0 if cached.filled is None else cached.filled.num_samples
+
+
+def test_a_process_whose_samples_another_has_captures_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    assert in_two_processes(_all_of_the_other_on_a_rank, str(tiny_model), str(tmp_path)) == [3, 0]
