@@ -122,7 +122,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.start_from is not None:
             check_start_kind(self.adapter, self.start_from)
-        self.trainer.check_budget(self.objective.kl_budget)
+        self.evaluation.check_budget(self.objective.kl_budget)
+        self.trainer.check_budget(self.evaluation.budget_of_steps(self.objective.kl_budget))
         _check_combination(self)
         _check_placement(self)
 

@@ -69,7 +69,9 @@ def _loss_of(description: Mapping[str, Any]) -> str:
     words = [f"cross-entropy{weighted}"]
     if objective["regularizer"] != "none":
         weight = objective["weight"]
-        how = f"a weight that meets {objective['kl_budget']:g} nats" if objective["kl_budget"] else f"{weight:g}"
+        of_prior = (description["evaluation"] or {}).get("kl_budget_of") == "prior"
+        budget = f"a weight that meets {objective['kl_budget']:g} nats" if objective["kl_budget"] else ""
+        how = f"{budget}{' on prior text' * of_prior}" if budget else f"{weight:g}"
         whose = "the teacher's" if description["pairing"]["teacher_is_not_base"] else "the base's"
         words.append(f"{how} times {objective['regularizer']} to {whose} cached predictions")
     if penalty is not None:

@@ -1,15 +1,15 @@
 """Evaluation while training: when it is due, what its numbers decide, and the weights of the best one.
 
-Owns early stopping and the choice among evaluations; both are restored from checkpoints, so that a run that goes on
-decides as one that nothing interrupted. What is measured is given (`Probe`), and where weights are kept is the
-`run_folder`'s. Must not know texts, caches or metrics.
+Owns early stopping, the choice among evaluations and a budget that is of them; all are restored from checkpoints, so
+that a run that goes on decides as one that nothing interrupted. What is measured is given (`Probe`), and where weights
+are kept is the `run_folder`'s. Must not know texts, caches or metrics.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,8 +20,9 @@ from transformers.trainer_callback import ExportableState
 
 from logitcache.errors import TrainingFailed
 
+from .kl_controller import EVERY_EVALUATION, Gains
 from .settings import EvalSettings
-from .trainer import CachedKLTrainer
+from .trainer import BudgetCallback, CachedKLTrainer
 
 WEIGHTS = "weights.safetensors"
 """What is trained, in the folder of the best evaluation."""
@@ -92,12 +93,30 @@ class Monitor(TrainerCallback, ExportableState):
             self._keep(state.global_step, partial(save_trained, model))
 
 
+class PriorBudget(BudgetCallback):
+    """Sets the trainer's weight after every evaluation, by the KL on prior text."""
+
+    gains: ClassVar[Gains] = EVERY_EVALUATION
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing: the KL of a step is of the new data."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step:  # before the first step it is the base's own, 0
+            self.found(metrics["prior_kl"])
+
+
 class MonitoredTrainer(CachedKLTrainer):
     """`CachedKLTrainer` whose evaluation is what it is given."""
 
     #: Set before it trains; None: there is no evaluation.
     measured: Measured | None = None
     control: TrainerControl
+
+    def budget_of_prior(self) -> None:
+        """Have the objective's budget be of the KL on prior text, instead of that of the steps."""
+        self.remove_callback(BudgetCallback)
+        self.add_callback(PriorBudget(self))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -280,6 +280,8 @@ def _trainer(
         batch_tokens=job.settings.batch_tokens,
     )
     trainer.measured = None if ready.probes is None else ready.probes.measured
+    if job.evaluation.kl_budget_of == "prior":
+        trainer.budget_of_prior()
     _check_whole(trainer, job.out)
     trainer.remove_callback(PrinterCallback)
     return trainer

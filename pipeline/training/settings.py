@@ -29,6 +29,8 @@ MEMORY = "Memory"
 BestBy = Literal["new-ce", "prior-ce", "prior-kl"]
 """What an evaluation while training finds, by which one of them may be the best: the lowest is."""
 
+BudgetOf = Literal["new", "prior"]
+
 HIGH_LR = 1.0
 """Above this no fine-tuning is known to learn anything."""
 
@@ -155,10 +157,27 @@ class EvalSettings(Settings):
         above=0,
     )
 
+    kl_budget_of: BudgetOf = option(
+        "new",
+        "What --kl-budget bounds. new: the regulariser on the training data, at every step; prior: the KL to the base "
+        "on --eval-prior, at every evaluation.",
+    )
+
     def check_together(self) -> None:
         """Raise `InvalidSettings` for a patience with nothing to wait for."""
         if self.patience is not None and self.best_by is None:
             raise InvalidSettings("--patience waits for a new lowest --best-by: give --best-by, or leave it out.")
+
+    def check_budget(self, kl_budget: float | None) -> None:
+        """Raise `InvalidSettings` where a budget is to be of something and there is none."""
+        if self.kl_budget_of == "prior" and kl_budget is None:
+            raise InvalidSettings(
+                "--kl-budget-of prior says what --kl-budget bounds: give --kl-budget, or leave it out."
+            )
+
+    def budget_of_steps(self, kl_budget: float | None) -> float | None:
+        """The budget, where it is of the KL of the training data."""
+        return kl_budget if self.kl_budget_of == "new" else None
 
     def check_texts(self, has_new: bool, has_prior: bool) -> None:
         """Raise `InvalidSettings` for what needs a text that is not given."""
@@ -170,6 +189,8 @@ class EvalSettings(Settings):
             raise InvalidSettings(f"--best-by {self.best_by} is measured on --eval-prior: give it, or leave it out.")
         if not has_prior and self.stop_at_prior_kl is not None:
             raise InvalidSettings("--stop-at-prior-kl is measured on --eval-prior: give it, or leave it out.")
+        if not has_prior and self.kl_budget_of == "prior":
+            raise InvalidSettings("--kl-budget-of prior is measured on --eval-prior: give it, or leave it out.")
         if not (has_new or has_prior) and self.eval_steps is not None:
             raise InvalidSettings(
                 "--eval-steps is of an evaluation while training: give --eval-data or --eval-prior, or leave it out."
@@ -235,7 +256,8 @@ class RunSettings(Settings):
                 f"--regularizer {self.penalty.kind} is on what an adapter changes of weights that can be read: not "
                 "with --adapter none or --load-in."
             )
-        self.trainer.check_budget(self.objective.kl_budget)
+        self.evaluation.check_budget(self.objective.kl_budget)
+        self.trainer.check_budget(self.evaluation.budget_of_steps(self.objective.kl_budget))
         if self.pairing.ignore_padding and not self.pairing.teacher_is_not_base:
             raise InvalidSettings(
                 "--ignore-padding is for --teacher-is-not-base: a base has the widths of its own cache."

@@ -9,7 +9,7 @@ accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes g
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from logitcache.pairing.view import AnyCache, CacheView, objective_of
 from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
 from .batch_loss import batch_loss
 from .fill import CaptureSettings, Filling, JobReport
-from .kl_controller import BudgetedWeight
+from .kl_controller import EVERY_STEP, BudgetedWeight, Gains
 from .micro_batches import PARTS, MicroBatches, parts_of
 from .normalisation import FirstStep, already_normalised, num_replicas, over_processes
 from .own_loss import probe_own_loss
@@ -396,7 +396,7 @@ class CachedKL(_AnyTrainer):
         """
         kinds, saved = (BudgetCallback, TokenMetrics), dict(self.state.stateful_callbacks or {})
         own = {type(c).__name__: c.state() for c in self.callback_handler.callbacks if isinstance(c, kinds)}
-        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in {kind.__name__ for kind in kinds}}
+        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in own}
         super()._load_callback_state()
         self.state.stateful_callbacks = {**own, **saved}
 
@@ -486,23 +486,30 @@ class _FirstStepCheck(TrainerCallback):
 class BudgetCallback(TrainerCallback, ExportableState):
     """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
 
+    gains: ClassVar[Gains] = EVERY_STEP
+
     def __init__(self, trainer: CachedKL) -> None:
         objective = trainer.kl_objective
         assert objective.kl_budget is not None
         self._trainer = trainer
-        self._weight = BudgetedWeight(objective.kl_budget, objective.weight)
+        self._weight = BudgetedWeight(objective.kl_budget, objective.weight, self.gains)
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps."""
-        return {"args": {}, "attributes": vars(self._weight).copy()}
+        return {"args": {}, "attributes": {k: v for k, v in vars(self._weight).items() if k != "gains"}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
-            self._weight = BudgetedWeight(**{**saved["attributes"], "kl_budget": self._weight.kl_budget})
+            kept = {**saved["attributes"], "kl_budget": self._weight.kl_budget}
+            self._weight = BudgetedWeight(**kept, gains=self.gains)
         self._trainer.kl_weight = self._weight.weight
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step_kl = self._trainer.step_kl()
         if step_kl is not None:
-            self._trainer.kl_weight = self._weight.update(step_kl)
+            self.found(step_kl)
+
+    def found(self, kl_nats: float) -> None:
+        """Move the weight, after a KL of this."""
+        self._trainer.kl_weight = self._weight.update(kl_nats)

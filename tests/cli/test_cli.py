@@ -91,7 +91,7 @@ FLAGS: dict[str, list[str]] = {
         "--data",
         "--dropout",
         "--epochs",
-        *("--best-by", "--eval-data", "--eval-prior", "--eval-split", "--eval-steps", "--patience"),
+        *("--best-by", "--eval-data", "--eval-prior", "--eval-split", "--eval-steps", "--kl-budget-of", "--patience"),
         *("--stop-at-prior-kl", "--save-steps", "--set", "--log-json", "--start-from"),
         *("--attn-implementation", "--modules-to-save", "--revision"),
         "--grad-accum",

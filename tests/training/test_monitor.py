@@ -19,6 +19,7 @@ from logitcache.evaluation.held_out import HeldOut
 from logitcache.losses.formulas import Objective
 from logitcache.models.loading import Source
 from logitcache.storage import IdentityMismatch, LogitCache
+from logitcache.training.kl_controller import EVERY_EVALUATION, BudgetedWeight
 from logitcache.training.run import TrainReport, TrainSettings, train
 from logitcache.training.settings import EvalSettings
 
@@ -42,6 +43,7 @@ def go(
     held_out: HeldOut | None = None,
     adapter: AdapterSettings | None = None,
     lr: float = 2e-2,
+    objective: Objective | None = None,
     **evaluation: Any,
 ) -> TrainReport:
     """Train with dropout, so that what is drawn matters, and evaluate every second step unless it is said otherwise."""
@@ -51,7 +53,7 @@ def go(
     settings = TrainSettings(lr=lr, max_steps=STEPS, batch_size=4, log_every=3)
     watched = HeldOut(NEW, caches[1]) if held_out is None else held_out
     return train(
-        *(base, make_samples(), caches[0], out, chosen, Objective(weight=0.5), settings, True, callbacks),
+        *(base, make_samples(), caches[0], out, chosen, objective or Objective(weight=0.5), settings, True, callbacks),
         held_out=watched,
         evaluation=EvalSettings(**{"eval_steps": 2, **evaluation}),
     )
@@ -244,3 +246,47 @@ def test_a_prior_cache_of_another_base_or_without_alternatives_is_refused(
     with pytest.raises(IdentityMismatch, match="weights"):
         go(caches, tmp_path / "o", held_out=HeldOut(None, other))
     assert not (tmp_path / "o").exists()
+
+
+def weights_of(out: Path) -> list[float]:
+    return [entry["kl_weight"] for entry in evaluations(out, "train_log.jsonl")]
+
+
+def test_a_budget_of_prior_text_moves_the_weight_at_evaluations_alone(
+    tmp_path: Path, caches: tuple[LogitCache, LogitCache]
+) -> None:
+    """By the controller's own rule of what every evaluation found; the KL of the steps has no part in it."""
+    out, objective = tmp_path / "o", Objective(weight=0.5, kl_budget=5e-3)
+    go(caches, out, objective=objective, eval_steps=2, kl_budget_of="prior")
+    expected, controller = [0.5], BudgetedWeight(5e-3, 0.5, EVERY_EVALUATION)
+    for entry in evaluations(out)[1:-1]:
+        expected.append(controller.update(entry["prior_kl"]))
+    assert len(set(expected)) == 4 and expected[-1] > 0.5  # what was found is above the budget
+    # logged are the means since the last entry: of steps 1; 2; 3; 4; 5 and 6; 7 and 8
+    assert weights_of(out) == pytest.approx([expected[i] for i in (0, 0, 1, 1, 2, 3)])
+
+
+@pytest.mark.training
+def test_a_killed_run_with_a_budget_of_prior_text_goes_on_to_the_same_bytes(
+    tmp_path: Path, caches: tuple[LogitCache, LogitCache]
+) -> None:
+    asked: dict[str, Any] = {"objective": Objective(weight=0.5, kl_budget=5e-3), "kl_budget_of": "prior"}
+    go(caches, tmp_path / "whole", **asked)
+    with pytest.raises(KeyboardInterrupt):
+        go(caches, tmp_path / "cut", StopAfterCheckpoint(5), **asked)
+    go(caches, tmp_path / "cut", **asked)
+    assert (tmp_path / "cut" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+    assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
+
+
+def test_a_budget_of_prior_text_needs_both(tmp_path: Path, caches: tuple[LogitCache, LogitCache]) -> None:
+    with pytest.raises(InvalidSettings, match="--kl-budget-of prior is measured on --eval-prior"):
+        go(
+            caches,
+            tmp_path / "o",
+            held_out=HeldOut(NEW),
+            objective=Objective(kl_budget=0.1),
+            kl_budget_of="prior",
+        )
+    with pytest.raises(InvalidSettings, match="--kl-budget-of prior says what --kl-budget bounds"):
+        go(caches, tmp_path / "o", kl_budget_of="prior")
