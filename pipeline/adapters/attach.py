@@ -230,11 +230,17 @@ def _checked_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers
 
 def _check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for modules that cannot be trained whole beside this adapter."""
+    names = [name for name, _ in model.named_modules() if name]
     for wanted in settings.whole_modules:
-        found = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+        others = [name for name in names if name.endswith(wanted) and name not in found]
         why = "" if found else "no module is called so"
         if any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in found):
             why = "the adapter is on it, and would be on a weight that moves. Leave it out of --target-modules"
+        elif found and others:  # PEFT compares the ends of names, wherever a word begins
+            why = f"PEFT would train {others[0]} too, whose name ends so. Give more of the name, as in {found[0]}"
+        elif any(isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)) for name in found):
+            why = "it is a list of modules, which PEFT does not copy. Name those in it"
         if rewrites_base(settings):
             why = f"{settings.kind} is saved as the change of weights that it rewrote. Use lora, or another kind"
         if why:

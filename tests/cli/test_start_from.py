@@ -115,11 +115,23 @@ def test_a_module_is_trained_whole_and_saved(
     assert (tmp_path / "p" / ADAPTER).read_bytes() == (tmp_path / "o" / ADAPTER).read_bytes()
 
 
+def test_what_is_named_is_trained_whole_and_nothing_else(
+    tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]
+) -> None:
+    done(*line_of(tiny_model, folders[0], tmp_path / "o", "--modules-to-save", "model.norm,input_layernorm"))
+    whole = {name for name in load_file(tmp_path / "o" / ADAPTER) if "lora_" not in name}
+    layers = {f"base_model.model.model.layers.{i}.input_layernorm.weight" for i in range(2)}
+    assert whole == {"base_model.model.model.norm.weight", *layers}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--modules-to-save", "head"], "training 'head' whole beside lora: no module is called so"),
         (["--modules-to-save", "q_proj"], "training 'q_proj' whole beside lora: the adapter is on it"),
+        (["--modules-to-save", "norm"], "PEFT would train model.layers.0.input_layernorm too, whose name ends so"),
+        (["--modules-to-save", "layers", "--target-modules", "lm_head"], "training 'layers' whole beside lora: it is"),
+        (["--modules-to-save", "lm_head,"], "--modules-to-save 'lm_head,': expected names separated by commas"),
         (["--modules-to-save", "lm_head", "--adapter", "pissa"], "pissa is saved as the change of weights"),
     ],
 )
