@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.adapters.attach import AdapterSettings, check_attachable, target_layers
+from logitcache.adapters.of_base import check_adapter
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
-from logitcache.adapters.start_from import check_start_kind
+from logitcache.adapters.start_from import check_start_kind, check_start_weights
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
@@ -220,9 +221,13 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
     """Raise what can be told of a job's model, samples and adapter before its folder is claimed.
 
     view, anchors: as the job pairs them. Raises `UnsupportedModel`, `SampleNotCached`, `PositionNotCaptured`,
-    `UnsuitableAdapter`, `InputNotFound` (no layer of the names to adapt). Takes from torch's generator.
+    `UnsuitableAdapter`, `NotTheBase` (of an adapter to start from), `InputNotFound` (no layer of the names to adapt).
+    Takes from torch's generator.
     """
     base = job.base
+    if job.start_from is not None:
+        check_adapter(str(job.start_from), base)
+        check_start_weights(job.start_from)
     check_head(base.model)
     if job.settings.gradient_checkpointing:
         check_checkpointable(base.model)

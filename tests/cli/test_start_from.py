@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.cli_harness import done, precompute, refused, text_data
+from transformers import AutoModelForCausalLM
 
+from logitcache.adapters.attach import AdapterSettings
 from logitcache.cli.progress import TrainBar
+from logitcache.errors import NotTheBase
+from logitcache.losses.formulas import Objective
+from logitcache.training.run import train
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -74,6 +80,39 @@ def test_an_adapter_of_another_base_is_no_start(
     done(*[word for word in line_of(other_model, cache, tmp_path / "other", *plain) if word not in ("--cache", cache)])
     said = refused(4, *line_of(tiny_model, cache, tmp_path / "o", "--start-from", tmp_path / "other"))
     assert "it was trained on" in said and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("made_with", "said"),
+    [
+        ({"alpha_pattern": {"q_proj": 40}}, "found alpha_pattern: {'q_proj': 40} there, {} here"),
+        (
+            {"init_lora_weights": "pissa"},
+            "found init_lora_weights 'pissa', which took a part out of the base's weights",
+        ),
+        ({"init_lora_weights": "olora"}, "found init_lora_weights 'olora'"),
+        ({"modules_to_save": ["lm_head"]}, "found --modules-to-save: base_model.model.lm_head.weight is in one"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj.lora_A.weight: [4, 32] there, [2, 32] here"),
+    ],
+)
+def test_a_lora_that_computes_otherwise_is_no_start(
+    made_with: dict[str, Any], said: str, tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]
+) -> None:
+    """A scale of one layer, or a base that was rewritten, is told by the configuration alone."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **made_with}
+    get_peft_model(base, LoraConfig(**config)).save_pretrained(tmp_path / "foreign")
+    line = line_of(tiny_model, folders[0], tmp_path / "o", "--start-from", tmp_path / "foreign")
+    assert said in refused(2, *line)
+
+
+def test_an_adapter_of_another_base_is_no_start_from_python(
+    tmp_path: Path, other_model: Path, folders: tuple[Path, Path]
+) -> None:
+    _, first = folders
+    rows, rank = str(text_data(tmp_path, 0, 8)), AdapterSettings(rank=2)
+    with pytest.raises(NotTheBase, match="it was trained on"):
+        train(str(other_model), rows, None, tmp_path / "o", rank, Objective("none"), start=first)
 
 
 def test_attention_is_computed_as_is_said(tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]) -> None:
