@@ -242,7 +242,7 @@ def _train(
     if stopping.step is not None and not monitor.why:  # which is an end of its own
         raise ready.stop.stopped(f"A checkpoint of step {stopping.step:,} was written")
     report = TrainReport(
-        num_steps=trainer.state.global_step,
+        num_steps=_steps_of(trainer, job),
         num_tokens=int(trainer.state.num_input_tokens_seen),
         seconds=round(perf_counter() - started, 2),
         peak_memory_bytes=_peak_memory(devices_of(base.model)),
@@ -295,6 +295,17 @@ def _measured(
     for each in at_anchors if found is None else [found, *at_anchors]:
         on_step_zero(each)
     return found, at_anchors
+
+
+def _steps_of(trainer: MonitoredTrainer, job: Job) -> int:
+    """Optimizer steps that were made. Raises `TrainingFailed` where there were none: nothing was trained."""
+    if not trainer.state.global_step:
+        raise TrainingFailed(
+            f"training into {job.out}: expected {trainer.state.max_steps:,} steps, found that {len(job.samples):,} "
+            f"samples make no batch of {job.settings.batch_size} on each device. Nothing was trained. Leave --set "
+            "dataloader_drop_last out, or use a smaller --batch-size."
+        )
+    return int(trainer.state.global_step)
 
 
 def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
