@@ -47,7 +47,16 @@ _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 _KEEPS_FROZEN = "0.20"
 """The first PEFT whose layers know factors that stay frozen."""
 
-__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "check_attachable", "save", "save_start", "target_layers"]
+__all__ = [
+    "AdapterSettings",
+    "adapter_callbacks",
+    "attach",
+    "check_attachable",
+    "check_whole_modules",
+    "save",
+    "save_start",
+    "target_layers",
+]
 
 
 def attach(
@@ -224,11 +233,11 @@ def _checked_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers
     _check_quantized(model, settings)
     layers = target_layers(model, settings)
     _check_layers(model, layers, settings)
-    _check_whole_modules(model, layers, settings)
+    check_whole_modules(model, layers, settings)
     return layers
 
 
-def _check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
+def check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for modules that cannot be trained whole beside this adapter."""
     names = [name for name, _ in model.named_modules() if name]
     for wanted in settings.whole_modules:

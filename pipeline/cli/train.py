@@ -209,7 +209,7 @@ def train(
             tail = RunSettings.of(values, has_groups=True).objective
             settings = replace(settings, objective=tail)
     if plan:
-        print_plan(model, settings, max_length, opened, anchors)
+        print_plan(model, settings, max_length, opened, anchors, revision, attn_implementation)
         return
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     console = Console(log_json, speaks)

@@ -237,22 +237,22 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
     if job.adapter.kind == NO_ADAPTER:
         check_unpacked(base.model)
         return
-    with names_of_layers(base, job.adapter):
+    with names_of_layers(base.source.name, job.adapter):
         check_attachable(base.model, job.adapter, job.samples)
     if job.penalty is not None:
         check_penalised(base.model, target_layers(base.model, job.adapter), job.penalty.kind)
 
 
 @contextmanager
-def names_of_layers(base: Base, adapter: AdapterSettings) -> Iterator[None]:
-    """Raise `InputNotFound` for the ValueError of names within, those of no layer that can be adapted."""
+def names_of_layers(model: str, adapter: AdapterSettings) -> Iterator[None]:
+    """Raise `InputNotFound` for the ValueError of names within, those of no layer of the model that can be adapted."""
     try:
         yield
     except PipelineError:
         raise
     except ValueError as error:
         raise InputNotFound(
-            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
+            f"attaching {adapter.kind} to {model}: target modules {adapter.target_modules!r}, or one of "
             "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
         ) from error
 

@@ -349,7 +349,7 @@ def _student(job: Job, start: Path | None) -> PreTrainedModel | PeftModel:
         student = unfreeze(base.model)
     else:
         given = start if keeps_start(adapter) else None
-        with names_of_layers(base, adapter):
+        with names_of_layers(base.source.name, adapter):
             student = attach(base.model, adapter, str(base.source.folder), job.samples, given)
     if job.settings.gradient_checkpointing:  # last: PEFT would have a frozen embedding's output have a gradient
         checkpoint_layers(student)
