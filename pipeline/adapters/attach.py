@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -92,6 +94,7 @@ def attach(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # as PEFT does, but not of what is set later
+    _measure_magnitudes(adapted)
     for name, original in originals.items():
         _take_out(adapted.base_model.model.get_submodule(name), original)
     if _freezes_a(settings):
@@ -355,6 +358,18 @@ def _check_names(found: Sequence[str], settings: AdapterSettings) -> None:
     for name in [] if wanted == "all-linear" else wanted:
         if not any(module == name or module.endswith(f".{name}") for module in found):
             raise ValueError(f"no layer is called {name!r}")
+
+
+@torch.no_grad()
+def _measure_magnitudes(adapted: PeftModel) -> None:
+    """DoRA's magnitudes from weights of 16 bits, as float32: PEFT rounds them to 16, and W m / |W| would not be W."""
+    for _, layer in lora_layers(adapted):
+        if NAME not in getattr(layer, "lora_magnitude_vector", {}):
+            continue
+        vector, weight = layer.lora_magnitude_vector[NAME], dequantize_module_weight(layer.get_base_layer())
+        if type(vector) is DoraLinearLayer and weight.dtype != torch.float32:
+            norms = vector.get_weight_norm(weight.float(), torch.zeros((), device=weight.device), 1.0)
+            vector.weight.data = norms.to(vector.weight.device)
 
 
 def _take_out(layer: LoraLayer, original: Tensor) -> None:
