@@ -132,14 +132,22 @@ def save_start(adapted: PeftModel, folder: Path) -> None:
     _write(folder, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config[NAME])
 
 
-def save(adapted: PeftModel, out: Path, settings: AdapterSettings, base_name: str, start: Path | None = None) -> None:
+def save(
+    adapted: PeftModel,
+    out: Path,
+    settings: AdapterSettings,
+    base_name: str,
+    start: Path | None = None,
+    revision: str | None = None,
+) -> None:
     """An adapter folder from which `PeftModel.from_pretrained`, on the original base, makes what was trained.
 
+    revision: of the base on the hub, where it is not main.
     start: what `save_start` kept; needed where W is now W - s B0 A0. The change of the original weights is saved then:
     s (B A - B0 A0) = s [B | -B0] [A; A0], of rank 2 r; where A was frozen s (B - B0) A, of rank r.
     """
     config = adapted.peft_config[NAME]
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path, config.revision = base_name, revision
     if not rewrites_base(settings):
         adapted.save_pretrained(str(out), save_embedding_layers=False)  # no vocabulary is ever resized here
         return

@@ -51,6 +51,8 @@ class Source:
 
     name: str
     folder: Path
+    #: Branch, tag or commit of a hub id, where another than main was asked for.
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def find_model(name: str, revision: str | None = None) -> Source:
             "Give a folder of the base alone."
         )
     _check_weights_name(name, folder)
-    return Source(name, folder)
+    return Source(name, folder, revision)
 
 
 def _check_weights_name(name: str, folder: Path) -> None:

@@ -333,7 +333,7 @@ def _save(job: Job, model: PreTrainedModel | PeftModel, card: str, folder: Path)
     """What was trained, as whoever uses it loads it, with its tokenizer and its card."""
     if isinstance(model, PeftModel):
         start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
-        save(model, folder, job.adapter, job.base.source.name, start)
+        save(model, folder, job.adapter, job.base.source.name, start, job.base.source.revision)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder)
     else:

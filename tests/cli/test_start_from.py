@@ -15,6 +15,7 @@ from logitcache.adapters.attach import AdapterSettings
 from logitcache.cli.progress import TrainBar
 from logitcache.errors import NotTheBase
 from logitcache.losses.formulas import Objective
+from logitcache.models import loading
 from logitcache.training.run import train
 
 ADAPTER = "adapter_model.safetensors"
@@ -152,6 +153,27 @@ def test_a_module_is_trained_whole_and_saved(
         refused(130, *again)
     assert "Going on from checkpoint-3." in done(*again, "--resume").err
     assert (tmp_path / "p" / ADAPTER).read_bytes() == (tmp_path / "o" / ADAPTER).read_bytes()
+
+
+def test_a_revision_is_told_to_who_loads_the_adapter(
+    tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the base's main branch it would be an adapter of other weights; a run that goes on may find them elsewhere."""
+    asked: list[Any] = []
+
+    def snapshot(name: str, revision: str | None = None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(tiny_model)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    out = tmp_path / "o"
+    done(*line_of(Path("owner/name"), folders[0], out, "--revision", "v2"))
+    assert set(asked) == {("owner/name", "v2")}
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v2")
+    assert 'AutoModelForCausalLM.from_pretrained("owner/name", revision="v2")' in (out / "README.md").read_text("utf-8")
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["model"]["revision"] == "v2"
+    done(*line_of(tiny_model, folders[0], out, "--resume"))
 
 
 def test_what_is_named_is_trained_whole_and_nothing_else(
