@@ -4,6 +4,7 @@ Owns how a text is read for a field of the installed transformers. Which fields 
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -14,7 +15,6 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from logitcache.errors import InvalidSettings
 from logitcache.models.loading import first_line
-from logitcache.yaml_files import read_number, read_whole
 
 from .trainer_settings import TrainerSettings
 
@@ -58,6 +58,14 @@ def _try(arguments: TrainingArguments) -> None:
         raise ValueError("dataloader_persistent_workers needs dataloader_num_workers above 0")
 
 
+def _finite(text: str) -> float:
+    """Raises ValueError as float does, and for what is no number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def _read(name: str, text: str, kind: str) -> Any:
     """A text for a field of this type, as TrainingArguments annotates it. Raises `InvalidSettings`."""
     word = text.strip().lower()
@@ -67,8 +75,8 @@ def _read(name: str, text: str, kind: str) -> Any:
         return None
     if "bool" in kind and not any(other in kind for other in ("str", "int", "float")):
         raise InvalidSettings(f"--set {name}: expected true or false, found {text!r:.200}. Give one of them.")
-    readers: list[Callable[[str], Any]] = [read_whole] if "'int'" in kind or "int |" in kind else []
-    readers += [read_number] if "float" in kind else []
+    readers: list[Callable[[str], Any]] = [int] if "'int'" in kind or "int |" in kind else []
+    readers += [_finite] if "float" in kind else []
     for reader in readers:
         try:
             return reader(text)
