@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -47,7 +49,16 @@ _WEIGHTS, _FROZEN = "adapter_model.safetensors", "lora_A"
 _KEEPS_FROZEN = "0.20"
 """The first PEFT whose layers know factors that stay frozen."""
 
-__all__ = ["AdapterSettings", "adapter_callbacks", "attach", "check_attachable", "save", "save_start", "target_layers"]
+__all__ = [
+    "AdapterSettings",
+    "adapter_callbacks",
+    "attach",
+    "check_attachable",
+    "check_whole_modules",
+    "save",
+    "save_start",
+    "target_layers",
+]
 
 
 def attach(
@@ -83,6 +94,7 @@ def attach(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # as PEFT does, but not of what is set later
+    _measure_magnitudes(adapted)
     for name, original in originals.items():
         _take_out(adapted.base_model.model.get_submodule(name), original)
     if _freezes_a(settings):
@@ -120,14 +132,22 @@ def save_start(adapted: PeftModel, folder: Path) -> None:
     _write(folder, get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config[NAME])
 
 
-def save(adapted: PeftModel, out: Path, settings: AdapterSettings, base_name: str, start: Path | None = None) -> None:
+def save(
+    adapted: PeftModel,
+    out: Path,
+    settings: AdapterSettings,
+    base_name: str,
+    start: Path | None = None,
+    revision: str | None = None,
+) -> None:
     """An adapter folder from which `PeftModel.from_pretrained`, on the original base, makes what was trained.
 
+    revision: of the base on the hub, where it is not main.
     start: what `save_start` kept; needed where W is now W - s B0 A0. The change of the original weights is saved then:
     s (B A - B0 A0) = s [B | -B0] [A; A0], of rank 2 r; where A was frozen s (B - B0) A, of rank r.
     """
     config = adapted.peft_config[NAME]
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path, config.revision = base_name, revision
     if not rewrites_base(settings):
         adapted.save_pretrained(str(out), save_embedding_layers=False)  # no vocabulary is ever resized here
         return
@@ -224,17 +244,23 @@ def _checked_layers(model: PreTrainedModel, settings: AdapterSettings) -> Layers
     _check_quantized(model, settings)
     layers = target_layers(model, settings)
     _check_layers(model, layers, settings)
-    _check_whole_modules(model, layers, settings)
+    check_whole_modules(model, layers, settings)
     return layers
 
 
-def _check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
+def check_whole_modules(model: PreTrainedModel, layers: Layers, settings: AdapterSettings) -> None:
     """Raise `UnsuitableAdapter` for modules that cannot be trained whole beside this adapter."""
+    names = [name for name, _ in model.named_modules() if name]
     for wanted in settings.whole_modules:
-        found = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+        others = [name for name in names if name.endswith(wanted) and name not in found]
         why = "" if found else "no module is called so"
         if any(layer == name or layer.startswith(f"{name}.") for layer in layers for name in found):
             why = "the adapter is on it, and would be on a weight that moves. Leave it out of --target-modules"
+        elif found and others:  # PEFT compares the ends of names, wherever a word begins
+            why = f"PEFT would train {others[0]} too, whose name ends so. Give more of the name, as in {found[0]}"
+        elif any(isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)) for name in found):
+            why = "it is a list of modules, which PEFT does not copy. Name those in it"
         if rewrites_base(settings):
             why = f"{settings.kind} is saved as the change of weights that it rewrote. Use lora, or another kind"
         if why:
@@ -340,6 +366,18 @@ def _check_names(found: Sequence[str], settings: AdapterSettings) -> None:
     for name in [] if wanted == "all-linear" else wanted:
         if not any(module == name or module.endswith(f".{name}") for module in found):
             raise ValueError(f"no layer is called {name!r}")
+
+
+@torch.no_grad()
+def _measure_magnitudes(adapted: PeftModel) -> None:
+    """DoRA's magnitudes from weights of 16 bits, as float32: PEFT rounds them to 16, and W m / |W| would not be W."""
+    for _, layer in lora_layers(adapted):
+        if NAME not in getattr(layer, "lora_magnitude_vector", {}):
+            continue
+        vector, weight = layer.lora_magnitude_vector[NAME], dequantize_module_weight(layer.get_base_layer())
+        if type(vector) is DoraLinearLayer and weight.dtype != torch.float32:
+            norms = vector.get_weight_norm(weight.float(), torch.zeros((), device=weight.device), 1.0)
+            vector.weight.data = norms.to(vector.weight.device)
 
 
 def _take_out(layer: LoraLayer, original: Tensor) -> None:

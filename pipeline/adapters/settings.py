@@ -153,6 +153,11 @@ class AdapterSettings(Settings):
                 one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
                 raise InvalidSettings(f"{one} and {other} are for --adapter {kind}, not for {self.kind}.")
         self._check_nothing_without_place()
+        if self.modules_to_save and not all(self.whole_modules):
+            raise InvalidSettings(
+                f"--modules-to-save {self.modules_to_save!r:.200}: expected names separated by commas, found an empty "
+                "one. Take a comma out."
+            )
         if self.modules_to_save and self.kind == NO_ADAPTER:
             raise InvalidSettings("--modules-to-save has no place in --adapter none, which trains every weight.")
         if self.kind == "lora-null" and not self.nullspace:

@@ -16,12 +16,27 @@ from logitcache.models.loading import first_line
 from logitcache.storage.identity import digest
 
 from .registry import NAME
+from .reloadable import INITIALISATIONS
 from .settings import AdapterSettings
 
 KINDS_THAT_START = ("lora", "dora", "rslora", "gaussian", "orthogonal")
 """LoRA on weights that stay as they are, whose factors are all in the file."""
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ON_THE_BASE = INITIALISATIONS - {"pissa", "olora"}
+"""Texts of `init_lora_weights` after which the weights below are the base's."""
+
+_ELSEWHERE = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("rank_pattern", "modules_to_save", "bias", "lora_bias", "lora_dropout", "fan_in_fan_out"),
+        *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    }
+)
+"""Of a LoRA's configuration, what the names and shapes of its tensors tell, what only training has, and what is held
+against the base otherwise; of all else, what the run's own adapter does not have would compute something else."""
+
 _FLAGS = {"r": "--rank", "lora_alpha": "--alpha", "use_dora": "--adapter dora", "use_rslora": "--adapter rslora"}
 
 
@@ -31,6 +46,18 @@ def check_start_kind(settings: AdapterSettings, folder: Path) -> None:
         raise UnsuitableAdapter(
             f"starting from {folder}: expected --adapter {', '.join(KINDS_THAT_START[:-1])} or {KINDS_THAT_START[-1]}, "
             f"found {settings.kind}, whose first weights are its own. Use one of these."
+        )
+
+
+def check_start_weights(folder: Path) -> None:
+    """Raise `UnsuitableAdapter` where an adapter was trained on weights that its initialisation had rewritten."""
+    start = _config_of(folder).get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _ON_THE_BASE:
+        raise UnsuitableAdapter(
+            f"starting from {folder}: expected a LoRA of the untouched base, found init_lora_weights {start!r:.80}, "
+            "which took a part out of the base's weights. Without that its weights are another adapter's. Save it as a "
+            "plain LoRA where it was trained (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            ", or start from one of `logitcache train`."
         )
 
 
@@ -50,10 +77,11 @@ def start_from(adapted: PeftModel, folder: Path) -> None:
     Raises `UnsuitableAdapter` where that is of another shape, scale, or other layers.
     """
     config, own = _config_of(folder), adapted.peft_config[NAME]
+    asked = [*_FLAGS, *(name for name, value in config.items() if value and name not in {*_FLAGS, *_ELSEWHERE})]
     differs = [
-        f"{flag}: {config.get(name)} there, {getattr(own, name)} here"
-        for name, flag in _FLAGS.items()
-        if config.get(name) != getattr(own, name)
+        f"{_FLAGS.get(name, name)}: {config.get(name)!s:.200} there, {getattr(own, name, None)!s:.200} here"
+        for name in asked
+        if config.get(name) != getattr(own, name, None)
     ]
     try:
         weights = load_peft_weights(str(folder), device="cpu")
@@ -64,8 +92,11 @@ def start_from(adapted: PeftModel, folder: Path) -> None:
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     strange = sorted(weights.keys() ^ expected.keys())
     if strange and not differs:
-        differs = [f"--target-modules: {strange[0]} is in one of the two alone"]
-    differs += [] if differs else [n for n, tensor in expected.items() if weights[n].shape != tensor.shape]
+        flag = "--target-modules" if "lora_" in strange[0] else "--modules-to-save"
+        differs = [f"{flag}: {strange[0]} is in one of the two alone"]
+    if not differs:
+        sizes = ((n, list(weights[n].shape), list(t.shape)) for n, t in expected.items())
+        differs = [f"{n}: {there} there, {here} here" for n, there, here in sizes if there != here][:1]
     if differs:
         raise UnsuitableAdapter(
             f"starting from {folder}: expected an adapter as the one that is to be trained, found "

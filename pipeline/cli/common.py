@@ -20,7 +20,7 @@ from logitcache.data.settings import DataSettings
 from logitcache.models.settings import LoadSettings
 from logitcache.settings import line_settings
 from logitcache.storage.plain_text import escaped, safe, shown
-from logitcache.yaml_files import at_home, read_yaml
+from logitcache.yaml_files import NUMBER, WHOLE, at_home, read_number, read_whole, read_yaml
 
 from .help_page import headed
 from .options import Whole, options_of, settings_from
@@ -164,7 +164,19 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 def _as_text(value: Any) -> str:
     """A value of a mapping as it stands on the line."""
-    return json.dumps(value) if isinstance(value, (dict, list, bool)) or value is None else str(value)
+    is_json = isinstance(value, (dict, list, bool)) or value is None
+    return json.dumps(_with_numbers(value)) if is_json else str(value)
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value of a file with the texts that are numbers as numbers, at any depth."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(each) for each in value]
+    if not isinstance(value, str) or NUMBER.match(value) is None:
+        return value
+    return read_whole(value) if WHOLE.match(value) else read_number(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -193,7 +193,6 @@ def train(
         settings.evaluation.check_texts(eval_data is not None, eval_prior is not None)
     quiet_libraries()
     from logitcache.data.skipped import listed_beside
-    from logitcache.evaluation.compare import check_adapter
     from logitcache.evaluation.held_out import HeldOut
     from logitcache.models.loading import find_model, load_as, load_tokenizer
     from logitcache.pairing.samples import samples_for
@@ -210,7 +209,7 @@ def train(
             tail = RunSettings.of(values, has_groups=True).objective
             settings = replace(settings, objective=tail)
     if plan:
-        print_plan(model, settings, max_length, opened, anchors)
+        print_plan(model, settings, max_length, opened, anchors, revision, attn_implementation)
         return
     speaks = os.environ.get("RANK", "0") == "0"  # torchrun: one process does
     console = Console(log_json, speaks)
@@ -240,8 +239,6 @@ def train(
     source = find_model(model, revision)
     tokenizer = load_tokenizer(source)
     base = load_as(source, settings.loading, attn_implementation)
-    if start_from is not None:
-        check_adapter(str(start_from), base)
     job = Job(
         base,
         samples_for(rows, opened, tokenizer, base.identity.vocab_size, max_length, tell_user, how),

@@ -20,20 +20,31 @@ DEFAULT_LENGTH = 1024
 
 
 def print_plan(
-    model: str, settings: RunSettings, max_length: int | None, cache: "LogitCache | None", anchors: "list[Anchor]"
+    model: str,
+    settings: RunSettings,
+    max_length: int | None,
+    cache: "LogitCache | None",
+    anchors: "list[Anchor]",
+    revision: str | None = None,
+    attention: str | None = None,
 ) -> None:
     """Say what a step takes, from the model's config.json."""
     from logitcache.models.loading import read_shape
-    from logitcache.training.memory import step_memory
+    from logitcache.training.job import names_of_layers
+    from logitcache.training.memory import check_reckonable, step_memory
 
-    config, dtype = read_shape(model, settings.loading.dtype)
+    check_reckonable(settings.trainer)
+    config, dtype = read_shape(model, settings.loading.dtype, revision)
     length = max_length or (DEFAULT_LENGTH if cache is None else cache.manifest.capture.max_length)
-    found = step_memory(
-        *(config, dtype, settings.adapter, settings.training, length),
-        load_in=settings.loading.load_in,
-        device="cpu" if settings.loading.device == "cpu" else "cuda",
-        anchor_tokens=sum(a.settings.batch * a.open_cache.manifest.capture.max_length for a in anchors),
-    )
+    with names_of_layers(model, settings.adapter):
+        found = step_memory(
+            *(config, dtype, settings.adapter, settings.training, length),
+            load_in=settings.loading.load_in,
+            device="cpu" if settings.loading.device == "cpu" else "cuda",
+            anchor_tokens=sum(a.settings.batch * a.open_cache.manifest.capture.max_length for a in anchors),
+            with_fisher=settings.penalty is not None and settings.penalty.kind == "ewc",
+            attention=attention,
+        )
     stated = settings.loading.load_in or str(dtype).removeprefix("torch.")
     for name, value in _lines(model, stated, settings, found):
         say(f"{name:11}{value}")
@@ -44,11 +55,13 @@ def _lines(model: str, stated: str, settings: RunSettings, found: "StepMemory") 
     what = "every weight" if whole else f"an adapter ({kind}) of {_count(found.num_trained)}"
     tokens = f"{found.rows} x {found.width:,} tokens" + (f" and {found.anchor_tokens:,}" if found.anchor_tokens else "")
     each = human_bytes(found.kept / (found.rows * found.width + found.anchor_tokens))
+    fisher = f"{human_bytes(found.fisher)}: of ewc, a float32 of each adapted weight"
     return [
         ("model", f"{model}: {_count(found.num_weights)} weights; trained is {what}, in float32"),
         ("weights", human_bytes(found.weights) + ("" if whole else f" in {stated}")),
         ("trained", f"{human_bytes(found.trained)}, its gradients {human_bytes(found.gradients)}"),
         ("optimizer", f"{human_bytes(found.optimizer)}: two moments of AdamW"),
+        *([("fisher", fisher)] if found.fisher else []),
         ("kept", f"{human_bytes(found.kept)} for the backward of {tokens}, {each} a token"),
         ("", f"{human_bytes(found.kept_checkpointed)} with --gradient-checkpointing"),
         ("head", f"{human_bytes(found.head)}: a slice of the loss, and the gradient of all hidden states"),

@@ -18,15 +18,15 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitcache.adapters.reloadable import base_of, check_reloadable
-from logitcache.adapters.saved_files import FILES, fault_of
+from logitcache.adapters.of_base import check_adapter, is_whole
+from logitcache.adapters.reloadable import check_reloadable
 from logitcache.data.batches import PaddedBatch, batches_by_length, pad_batch, pad_samples
 from logitcache.data.places import Named, are_names, settings_for
 from logitcache.data.rows import read_rows
 from logitcache.data.samples import Sample, distinct
 from logitcache.data.settings import DEFAULT, DataSettings
 from logitcache.data.skipped import listed_beside
-from logitcache.errors import InputNotFound, InvalidData, NonFiniteLogits, NotComparable, NotTheBase, UnsupportedModel
+from logitcache.errors import InvalidData, NonFiniteLogits, NotComparable, UnsupportedModel
 from logitcache.events import OnMessage, Progress
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
@@ -76,33 +76,6 @@ def probe_view(
     return CacheView.paired(cache, base, _FULL_KL, tokenizer=tokenizer, rules=rules, how=how)
 
 
-def check_adapter(folder: str, base: Base) -> None:
-    """Raise `InputNotFound` where the folder is neither an adapter nor a model, `UnsupportedModel` where it is not what
-    was written, `UnsuitableAdapter` where what was trained cannot be had from it, `NotTheBase` where its run.json names
-    another model."""
-    if not (Path(folder) / "adapter_config.json").is_file() and not _is_whole(folder):
-        raise InputNotFound(
-            f"loading adapter {folder!r}: expected adapter_config.json in it, or a whole model, found neither."
-        )
-    fault = fault_of(Path(folder)) if (Path(folder) / FILES).exists() else None
-    if fault is not None:
-        raise UnsupportedModel(
-            f"loading adapter {folder!r}: {fault}, and its numbers would not be those of what was trained. Restore it "
-            f"from a copy, or train it again; where it was changed on purpose, remove {FILES}."
-        )
-    check_reloadable(folder)
-    trained_on = base_of(folder)
-    if trained_on is None:  # an adapter made elsewhere
-        return
-    name, identity = trained_on
-    differs = base_differences(identity, base.identity, "in its run.json", "in the model")
-    if differs:
-        raise NotTheBase(
-            f"loading adapter {folder!r}: it was trained on {name}, not on {base.source.name} ({'; '.join(differs)}). "
-            "Give the model it was trained on."
-        )
-
-
 def load_adapter(base: PreTrainedModel, folder: str, device_map: DeviceMap | None = None) -> nn.Module:
     """`base` with a trained adapter, in evaluation mode. `base` itself is changed by it: load it for this.
 
@@ -111,7 +84,7 @@ def load_adapter(base: PreTrainedModel, folder: str, device_map: DeviceMap | Non
     (`reloadable`), `UnsupportedModel` where it is damaged or does not fit; a factor that is missing would be random.
     """
     check_reloadable(folder)
-    if _is_whole(folder):
+    if is_whole(folder):
         dtype = str(base.dtype).removeprefix("torch.")
         whole: nn.Module = load_base(find_model(folder), dtype, head_device(base), device_map=device_map).model
         if logits_width(whole) != logits_width(base):
@@ -141,12 +114,6 @@ def load_adapter(base: PreTrainedModel, folder: str, device_map: DeviceMap | Non
             "Give the model it was trained on, or train it again."
         ) from error
     return model.eval()
-
-
-def _is_whole(folder: str) -> bool:
-    """Whether a folder holds a model and no adapter."""
-    path = Path(folder)
-    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
 
 
 def evaluate(

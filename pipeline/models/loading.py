@@ -51,6 +51,8 @@ class Source:
 
     name: str
     folder: Path
+    #: Branch, tag or commit of a hub id, where another than main was asked for.
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def find_model(name: str, revision: str | None = None) -> Source:
             "Give a folder of the base alone."
         )
     _check_weights_name(name, folder)
-    return Source(name, folder)
+    return Source(name, folder, revision)
 
 
 def _check_weights_name(name: str, folder: Path) -> None:
@@ -101,10 +103,10 @@ def _check_weights_name(name: str, folder: Path) -> None:
         )
 
 
-def read_shape(name: str, dtype: str) -> tuple[Any, torch.dtype]:
+def read_shape(name: str, dtype: str, revision: str | None = None) -> tuple[Any, torch.dtype]:
     """transformers' configuration of a model, and the number format that its weights would have in memory; they are
-    neither read nor downloaded. dtype: as of `load_base`."""
-    config = _config(Source(name, _folder_of(name, ["config.json"])))
+    neither read nor downloaded. dtype: as of `load_base`; revision: as of `find_model`."""
+    config = _config(Source(name, _folder_of(name, ["config.json"], revision)))
     stated = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     return config, stated if isinstance(stated, torch.dtype) else torch.float32
 

@@ -15,10 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, on the meta device."""
+def from_config(config: Any, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The model of a config, on the meta device. attention: how it is computed; None: as transformers chooses."""
+    chosen = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
     return model
 
 

@@ -43,7 +43,7 @@ def describe(job: Job, probes: Probes | None = None) -> dict[str, Any]:
     """
     base, samples, cache, penalty = job.base, job.samples, job.cache, job.penalty
     return {
-        "model": {"name": without_secrets(base.source.name), **asdict(base.identity)},
+        "model": {"name": without_secrets(base.source.name), **_of_revision(base), **asdict(base.identity)},
         "cache": None if cache is None else {"path": str(cache.path), "contents": cache.contents_checksum},
         "against_model": _describe_check(cache),
         "data": {
@@ -68,6 +68,11 @@ def describe(job: Job, probes: Probes | None = None) -> dict[str, Any]:
         "device": ", ".join(str(device) for device in devices_of(base.model)),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's; the batch of a step grows with it
     }
+
+
+def _of_revision(base: Base) -> dict[str, str]:
+    """Which one of a hub id, where it is not its main branch: for people, since the identity decides."""
+    return {} if base.source.revision is None else {"revision": base.source.revision}
 
 
 def _describe_check(cache: LogitCache | None) -> dict[str, Any] | None:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.adapters.attach import AdapterSettings, check_attachable, target_layers
+from logitcache.adapters.of_base import check_adapter
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
-from logitcache.adapters.start_from import check_start_kind
+from logitcache.adapters.start_from import check_start_kind, check_start_weights
 from logitcache.data.places import are_names
 from logitcache.data.rows import NamedRows, read_rows
 from logitcache.data.samples import Sample
@@ -221,9 +222,13 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
     """Raise what can be told of a job's model, samples and adapter before its folder is claimed.
 
     view, anchors: as the job pairs them. Raises `UnsupportedModel`, `SampleNotCached`, `PositionNotCaptured`,
-    `UnsuitableAdapter`, `InputNotFound` (no layer of the names to adapt). Takes from torch's generator.
+    `UnsuitableAdapter`, `NotTheBase` (of an adapter to start from), `InputNotFound` (no layer of the names to adapt).
+    Takes from torch's generator.
     """
     base = job.base
+    if job.start_from is not None:
+        check_adapter(str(job.start_from), base)
+        check_start_weights(job.start_from)
     check_head(base.model)
     if job.settings.gradient_checkpointing:
         check_checkpointable(base.model)
@@ -233,22 +238,22 @@ def check_model(job: Job, view: CacheView | None, anchors: Anchors) -> None:
     if job.adapter.kind == NO_ADAPTER:
         check_unpacked(base.model)
         return
-    with names_of_layers(base, job.adapter):
+    with names_of_layers(base.source.name, job.adapter):
         check_attachable(base.model, job.adapter, job.samples)
     if job.penalty is not None:
         check_penalised(base.model, target_layers(base.model, job.adapter), job.penalty.kind)
 
 
 @contextmanager
-def names_of_layers(base: Base, adapter: AdapterSettings) -> Iterator[None]:
-    """Raise `InputNotFound` for the ValueError of names within, those of no layer that can be adapted."""
+def names_of_layers(model: str, adapter: AdapterSettings) -> Iterator[None]:
+    """Raise `InputNotFound` for the ValueError of names within, those of no layer of the model that can be adapted."""
     try:
         yield
     except PipelineError:
         raise
     except ValueError as error:
         raise InputNotFound(
-            f"attaching {adapter.kind} to {base.source.name}: target modules {adapter.target_modules!r}, or one of "
+            f"attaching {adapter.kind} to {model}: target modules {adapter.target_modules!r}, or one of "
             "them, name no layer that can be adapted. Use all-linear, or names of linear layers separated by commas."
         ) from error
 

@@ -10,21 +10,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from logitcache.adapters.attach import attach
+from logitcache.adapters.attach import attach, check_whole_modules, target_layers
 from logitcache.adapters.registry import KINDS, NO_ADAPTER
 from logitcache.adapters.settings import AdapterSettings
+from logitcache.errors import InvalidSettings
 from logitcache.losses.fused import LOSS_SLICE_BYTES
 from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.head import body_of, causal_lm_of, logits_width
 from logitcache.models.without_weights import bytes_kept, from_config
 
 from .settings import TrainSettings
+from .trainer_settings import ADAMW, TrainerSettings
 
 BYTES_PACKED = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 """Of a weight with its scales; one of 4 bits shares a byte with 64 others."""
+
+
+_OF_FEWER_BITS = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class StepMemory:
     gradients: int
     #: AdamW's two moments.
     optimizer: int
+    #: The Fisher information of ewc, a float32 of each adapted weight; else 0.
+    fisher: int
     #: Tokens of the largest micro-batch: rows, and columns of each.
     rows: int
     width: int
@@ -70,7 +78,7 @@ class StepMemory:
     @property
     def held(self) -> int:
         """What is there whatever the batch."""
-        return self.weights + self.trained + self.gradients + self.optimizer
+        return self.weights + self.trained + self.gradients + self.optimizer + self.fisher
 
     @property
     def total(self) -> int:
@@ -98,15 +106,18 @@ def step_memory(
     load_in: str | None = None,
     device: str = "cuda",
     anchor_tokens: int = 0,
+    with_fisher: bool = False,
+    attention: str | None = None,
 ) -> StepMemory:
     """What a step of a run takes. config: transformers' of the base; dtype: of its weights. max_length: tokens of the
     longest sample. load_in: a row of `quantization.LOAD_IN`. device: its kind, which says how large a slice is.
-    anchor_tokens: of all anchors of a step, which are kept beside the micro-batch.
+    anchor_tokens: of all anchors of a step, which are kept beside the micro-batch. with_fisher: whether ewc holds what
+    is adapted. attention: how it is computed; eager keeps every weight of it, all others none.
 
     Raises what attaching the adapter raises.
     """
     rows, width = largest_micro_batch(settings, max_length)
-    plain = _student(config, dtype, adapter)
+    plain = _student(config, dtype, adapter, "eager" if attention == "eager" else None)
     causal_lm: PreTrainedModel = causal_lm_of(plain)
     trained = [p for p in plain.parameters() if p.requires_grad]
     num_trained = sum(p.numel() for p in trained)
@@ -127,6 +138,7 @@ def step_memory(
         trained=4 * num_trained,
         gradients=4 * num_trained,
         optimizer=8 * num_trained,
+        fisher=4 * _num_adapted(causal_lm, adapter) if with_fisher else 0,
         rows=rows,
         width=width,
         anchor_tokens=anchor_tokens,
@@ -137,20 +149,37 @@ def step_memory(
     )
 
 
+def check_reckonable(trainer: TrainerSettings) -> None:
+    """Raise `InvalidSettings` for an optimizer whose state is not AdamW's two moments."""
+    chosen = trainer.fields.get("optim", ADAMW)
+    if not chosen.startswith(ADAMW) or chosen in _OF_FEWER_BITS:
+        raise InvalidSettings(
+            f"--plan with --set optim={chosen}: it reckons with AdamW's two moments, 8 bytes of what is trained. Leave "
+            "--set optim out here, and count this optimizer's own bytes instead of those."
+        )
+
+
 def largest_micro_batch(settings: TrainSettings, max_length: int) -> tuple[int, int]:
     """Rows and columns of a micro-batch of samples that are all as long as the longest."""
     return max(1, min(settings.batch_tokens // max_length, settings.batch_size)), max_length
 
 
-def _student(config: Any, dtype: torch.dtype, adapter: AdapterSettings) -> nn.Module:
+def _num_adapted(causal_lm: PreTrainedModel, adapter: AdapterSettings) -> int:
+    """Weights below the adapter."""
+    layers = (m for m in causal_lm.modules() if isinstance(m, BaseTunerLayer))
+    return 0 if adapter.kind == NO_ADAPTER else sum(layer.get_base_layer().weight.numel() for layer in layers)
+
+
+def _student(config: Any, dtype: torch.dtype, adapter: AdapterSettings, attention: str | None) -> nn.Module:
     """What is trained, on the meta device, in training mode."""
-    model = from_config(config, dtype)
+    model = from_config(config, dtype, attention)
     student: nn.Module = model
     if adapter.kind == NO_ADAPTER:
         student.to(torch.float32).requires_grad_(True)
     else:
         kind = KINDS[adapter.kind]
         as_lora = kind.decomposes or kind.needs_samples  # whose first values are made of weights; the shapes are LoRA's
+        check_whole_modules(model, target_layers(model, adapter), adapter)
         settings = replace(AdapterSettings(), **_shape_of(adapter)) if as_lora else adapter
         student = attach(model, settings, "")
     student.train()
@@ -159,7 +188,7 @@ def _student(config: Any, dtype: torch.dtype, adapter: AdapterSettings) -> nn.Mo
 
 def _shape_of(adapter: AdapterSettings) -> dict[str, Any]:
     """What LoRA has of the settings of a kind like it."""
-    names = ("rank", "alpha", "dropout", "target_modules")
+    names = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
     return {name: getattr(adapter, name) for name in names}
 
 

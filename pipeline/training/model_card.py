@@ -17,7 +17,7 @@ _LOAD = {
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = AutoModelForCausalLM.from_pretrained({base}{revision})
 model = PeftModel.from_pretrained(base, "THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```""",
@@ -34,7 +34,8 @@ def card_of(description: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """The whole page. description: as `description.describe` makes it; result: of a `TrainReport`."""
     adapter, name = description["adapter"], description["model"]["name"]
     base = one_line(Path(name).name if Path(name).is_dir() else name, 200)
-    is_adapter = adapter["kind"] != NO_ADAPTER
+    is_adapter, asked = adapter["kind"] != NO_ADAPTER, description["model"].get("revision")
+    revision = "" if asked is None else f", revision={json.dumps(asked)}"
     relation = "adapter" if is_adapter else "finetune"
     tags = [f"base_model:{relation}:{base}", "transformers", "logitcache", *([adapter["kind"]] if is_adapter else [])]
     front = {
@@ -57,7 +58,7 @@ def card_of(description: Mapping[str, Any], result: Mapping[str, Any]) -> str:
             "|---|---|",
             *(f"| {what} | {said} |" for what, said in _rows(description, result)),
             "\n## How to load it\n",
-            _LOAD[is_adapter].format(base=json.dumps(base)) if is_adapter else _LOAD[False],
+            _LOAD[is_adapter].format(base=json.dumps(base), revision=revision) if is_adapter else _LOAD[False],
             "",
         ]
     )
@@ -82,9 +83,11 @@ def _loss_of(description: Mapping[str, Any]) -> str:
 
 def _rows(description: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, data, adapter = description["settings"], description["data"], description["adapter"]
+    name, revision = description["model"]["name"], description["model"].get("revision")
     own = ", ".join(f"{key} {value}" for key, value in adapter.items() if _is_said(key, value))
     rows = [
         ("trained", own or "every weight"),
+        *([] if revision is None else [("base", f"{name}, revision {revision}")]),
         (
             "data",
             f"{data['num_samples']:,} samples, {data['num_tokens']:,} tokens, {data['num_positions']:,} supervised "

@@ -14,7 +14,7 @@ from logitcache.models.device_map import head_device
 from logitcache.models.quantization import LOAD_IN, held_in
 
 from .job import Job
-from .memory import StepMemory, step_memory
+from .memory import StepMemory, check_reckonable, step_memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ def told_in_bytes(job: Job) -> Iterator[None]:
 
 
 def _reckoned(job: Job) -> str:
-    """The sum; nothing where a model cannot be made without weights, since the first error is the one to tell."""
+    """The sum; nothing where a model cannot be made without weights, or an optimizer's state is not known, since the
+    first error is the one to tell."""
     try:
+        check_reckonable(job.trainer)
         return f"By its config a step takes {memory_of(job).said}. "
     except Exception as error:  # whatever a family's own code raises of tensors without memory
         logger.debug("reckoning the bytes of a step failed", exc_info=error)
@@ -55,6 +57,8 @@ def memory_of(job: Job) -> StepMemory:
         load_in=held if held in LOAD_IN else None,
         device=head_device(model).type,
         anchor_tokens=sum(a.settings.batch * a.open_cache.manifest.capture.max_length for a in job.anchors),
+        with_fisher=job.penalty is not None and job.penalty.kind == "ewc",
+        attention=getattr(model.config, "_attn_implementation", None),
     )
 
 

@@ -242,7 +242,7 @@ def _train(
     if stopping.step is not None and not monitor.why:  # which is an end of its own
         raise ready.stop.stopped(f"A checkpoint of step {stopping.step:,} was written")
     report = TrainReport(
-        num_steps=trainer.state.global_step,
+        num_steps=_steps_of(trainer, job),
         num_tokens=int(trainer.state.num_input_tokens_seen),
         seconds=round(perf_counter() - started, 2),
         peak_memory_bytes=_peak_memory(devices_of(base.model)),
@@ -299,6 +299,17 @@ def _measured(
     return found, at_anchors
 
 
+def _steps_of(trainer: MonitoredTrainer, job: Job) -> int:
+    """Optimizer steps that were made. Raises `TrainingFailed` where there were none: nothing was trained."""
+    if not trainer.state.global_step:
+        raise TrainingFailed(
+            f"training into {job.out}: expected {trainer.state.max_steps:,} steps, found that {len(job.samples):,} "
+            f"samples make no batch of {job.settings.batch_size} on each device. Nothing was trained. Leave --set "
+            "dataloader_drop_last out, or use a smaller --batch-size."
+        )
+    return int(trainer.state.global_step)
+
+
 def _check_whole(trainer: MonitoredTrainer, out: Path) -> None:
     """Raise `TrainingFailed` where no process has the weights that are saved at the end."""
     if in_pieces(trainer):
@@ -324,7 +335,7 @@ def _save(job: Job, model: PreTrainedModel | PeftModel, card: str, folder: Path)
     """What was trained, as whoever uses it loads it, with its tokenizer and its card."""
     if isinstance(model, PeftModel):
         start = run_folder.start_of(job.out) if keeps_start(job.adapter) else None
-        save(model, folder, job.adapter, job.base.source.name, start)
+        save(model, folder, job.adapter, job.base.source.name, start, job.base.source.revision)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder)
     else:
@@ -340,7 +351,7 @@ def _student(job: Job, start: Path | None) -> PreTrainedModel | PeftModel:
         student = unfreeze(base.model)
     else:
         given = start if keeps_start(adapter) else None
-        with names_of_layers(base, adapter):
+        with names_of_layers(base.source.name, adapter):
             student = attach(base.model, adapter, str(base.source.folder), job.samples, given)
     if job.settings.gradient_checkpointing:  # last: PEFT would have a frozen embedding's output have a gradient
         checkpoint_layers(student)

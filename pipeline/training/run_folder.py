@@ -363,10 +363,10 @@ def _differs(description: Json, recorded: Json) -> list[str]:
 
 
 def _identity(part: Any) -> Any:
-    """A part of a description without the names of paths: content decides, however it is spelt or where it is now."""
+    """A part of a description without names and revisions: content decides, however it is spelt or where it is now."""
     if isinstance(part, list):
         return [_identity(each) for each in part]
-    return {k: v for k, v in part.items() if k not in ("name", "path")} if isinstance(part, dict) else part
+    return {k: v for k, v in part.items() if k not in ("name", "path", "revision")} if isinstance(part, dict) else part
 
 
 def _is_leftover(path: Path) -> bool:

@@ -4,10 +4,14 @@ Owns how a text is read for a field of the installed transformers. Which fields 
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from logitcache.errors import InvalidSettings
 from logitcache.models.loading import first_line
@@ -31,9 +35,35 @@ def with_fields(arguments: TrainingArguments, settings: TrainerSettings) -> Trai
     if not found:
         return arguments
     try:
-        return replace(arguments, **found)
+        made = replace(arguments, **found)
+        _try(made)
     except (TypeError, ValueError, KeyError, ImportError) as error:  # what its own checks raise
         raise InvalidSettings(f"--set: transformers refuses it ({first_line(error)}). Give other values.") from error
+    return made
+
+
+def _try(arguments: TrainingArguments) -> None:
+    """Raise what transformers would of schedule, optimizer and loader, once the run had begun."""
+    parameter = nn.Parameter(torch.zeros(1))
+    if not str(arguments.optim).startswith(("galore", "apollo")):  # which are made of a model
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([parameter], lr=arguments.learning_rate),
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+    )
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise ValueError("dataloader_persistent_workers needs dataloader_num_workers above 0")
+
+
+def _finite(text: str) -> float:
+    """Raises ValueError as float does, and for what is no number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _read(name: str, text: str, kind: str) -> Any:
@@ -45,8 +75,8 @@ def _read(name: str, text: str, kind: str) -> Any:
         return None
     if "bool" in kind and not any(other in kind for other in ("str", "int", "float")):
         raise InvalidSettings(f"--set {name}: expected true or false, found {text!r:.200}. Give one of them.")
-    readers: list[type] = [int] if "'int'" in kind or "int |" in kind else []
-    readers += [float] if "float" in kind else []
+    readers: list[Callable[[str], Any]] = [int] if "'int'" in kind or "int |" in kind else []
+    readers += [_finite] if "float" in kind else []
     for reader in readers:
         try:
             return reader(text)

@@ -38,7 +38,10 @@ _HUB = "a run sends nothing anywhere, and run.json would keep a token. Push the 
 _LOSS = "the loss is made in the model's own forward from the cache, which this replaces. Leave it out"
 _MEMORY = "it has a flag of its own, --gradient-checkpointing. Use that"
 
+_UNREAD = "nothing of a run reads it: what is trained on are samples, not columns. Leave it out"
+
 _REASONS = {
+    _UNREAD: ("length_column_name",),
     _FORMAT: ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval"),
     _RESUME: (
         *("save_strategy", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
@@ -75,8 +78,38 @@ REFUSED: dict[str, str] = {
 }
 """Fields that may not be set, and why; the end of a sentence."""
 
+ADAMW = "adamw_torch"
+"""The optimizer of a run that names none."""
+
 PLATEAU = ("reduce_lr_on_plateau", "greedy")
 """Schedules that wait for an evaluation of the Trainer's, of which a run has none."""
+
+
+_IN_BACKWARD = "it steps in every backward, of which a step has as many as --batch-tokens makes"
+_NOT_KEPT = "the weights that it trains with are not those that it is to be used with, and a run saves the former"
+_OPTIMIZERS = {
+    **dict.fromkeys(("lomo", "adalomo", "apollo_adamw_layerwise"), _IN_BACKWARD),
+    **dict.fromkeys((f"galore_{name}_layerwise" for name in ("adamw", "adamw_8bit", "adafactor")), _IN_BACKWARD),
+    **dict.fromkeys((f"schedule_free_{name}" for name in ("adamw", "radam", "sgd")), _NOT_KEPT),
+}
+"""Optimizers with which a run would be another than it says, and why."""
+
+_READ_ARGS: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "ademamix": ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
+}
+"""What transformers reads of optim_args for an optimizer; the rest it leaves out in silence."""
+
+_PASS_ARGS = ("galore", "apollo", "grokadamw", "stable_adamw", "adamw_anyprecision", "rmsprop_bnb")
+"""How optimizers begin that are given optim_args as they are."""
+
+_PROJECTED = ("galore", "apollo")
+"""How optimizers begin that read optim_target_modules."""
+
+_DRAWN_ORDER = ("group_by_length", "batch_rebalance")
+"""Orders that are drawn anew where a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +144,28 @@ class TrainerSettings(Settings):
                 raise InvalidSettings(f"--set {name}: {REFUSED[name]}.")
             if name == "lr_scheduler_type" and value in PLATEAU:
                 raise InvalidSettings(f"--set {name}={value}: {_EVALUATION}.")
+            if name == "train_sampling_strategy" and value in _DRAWN_ORDER:
+                raise InvalidSettings(f"--set {name}={value}: {_RESUME}.")
             if name in seen:
                 raise InvalidSettings(f"--set {name} is given twice. Leave one of them out.")
             seen.append(name)
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """Raise `InvalidSettings` for an optimizer with which a run is another, and for what it does not read."""
+        chosen = self.fields.get("optim", ADAMW)
+        if chosen in _OPTIMIZERS:
+            raise InvalidSettings(f"--set optim={chosen}: {_OPTIMIZERS[chosen]}. Use another optimizer.")
+        if "optim_target_modules" in self.fields and not chosen.startswith(_PROJECTED):
+            raise InvalidSettings(f"--set optim_target_modules: {chosen} does not read it. Leave it out.")
+        if "optim_args" not in self.fields or chosen.startswith(_PASS_ARGS):
+            return
+        read = _READ_ARGS.get(chosen.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit"), ())
+        names = [part.partition("=")[0].strip() for part in self.fields["optim_args"].split(",")]
+        unread = [name for name in names if name not in read]
+        if unread:
+            known = f"it reads {', '.join(read)}" if read else "it reads none"
+            raise InvalidSettings(f"--set optim_args: {chosen} does not read {unread[0]!r:.80}; {known}. Leave it out.")
 
     def check_budget(self, kl_budget: float | None) -> None:
         """Raise `InvalidSettings` where a budget would be of a noisy KL."""

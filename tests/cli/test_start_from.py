@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.cli_harness import done, precompute, refused, text_data
+from transformers import AutoModelForCausalLM
 
+from logitcache.adapters.attach import AdapterSettings
 from logitcache.cli.progress import TrainBar
+from logitcache.errors import NotTheBase
+from logitcache.losses.formulas import Objective
+from logitcache.models import loading
+from logitcache.training.run import train
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -76,6 +83,39 @@ def test_an_adapter_of_another_base_is_no_start(
     assert "it was trained on" in said and not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("made_with", "said"),
+    [
+        ({"alpha_pattern": {"q_proj": 40}}, "found alpha_pattern: {'q_proj': 40} there, {} here"),
+        (
+            {"init_lora_weights": "pissa"},
+            "found init_lora_weights 'pissa', which took a part out of the base's weights",
+        ),
+        ({"init_lora_weights": "olora"}, "found init_lora_weights 'olora'"),
+        ({"modules_to_save": ["lm_head"]}, "found --modules-to-save: base_model.model.lm_head.weight is in one"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj.lora_A.weight: [4, 32] there, [2, 32] here"),
+    ],
+)
+def test_a_lora_that_computes_otherwise_is_no_start(
+    made_with: dict[str, Any], said: str, tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]
+) -> None:
+    """A scale of one layer, or a base that was rewritten, is told by the configuration alone."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **made_with}
+    get_peft_model(base, LoraConfig(**config)).save_pretrained(tmp_path / "foreign")
+    line = line_of(tiny_model, folders[0], tmp_path / "o", "--start-from", tmp_path / "foreign")
+    assert said in refused(2, *line)
+
+
+def test_an_adapter_of_another_base_is_no_start_from_python(
+    tmp_path: Path, other_model: Path, folders: tuple[Path, Path]
+) -> None:
+    _, first = folders
+    rows, rank = str(text_data(tmp_path, 0, 8)), AdapterSettings(rank=2)
+    with pytest.raises(NotTheBase, match="it was trained on"):
+        train(str(other_model), rows, None, tmp_path / "o", rank, Objective("none"), start=first)
+
+
 def test_attention_is_computed_as_is_said(tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]) -> None:
     cache, _ = folders
     done(*line_of(tiny_model, cache, tmp_path / "o", "--attn-implementation", "eager", "--max-steps", 1))
@@ -115,11 +155,44 @@ def test_a_module_is_trained_whole_and_saved(
     assert (tmp_path / "p" / ADAPTER).read_bytes() == (tmp_path / "o" / ADAPTER).read_bytes()
 
 
+def test_a_revision_is_told_to_who_loads_the_adapter(
+    tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the base's main branch it would be an adapter of other weights; a run that goes on may find them elsewhere."""
+    asked: list[Any] = []
+
+    def snapshot(name: str, revision: str | None = None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(tiny_model)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    out = tmp_path / "o"
+    done(*line_of(Path("owner/name"), folders[0], out, "--revision", "v2"))
+    assert set(asked) == {("owner/name", "v2")}
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v2")
+    assert 'AutoModelForCausalLM.from_pretrained("owner/name", revision="v2")' in (out / "README.md").read_text("utf-8")
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["model"]["revision"] == "v2"
+    done(*line_of(tiny_model, folders[0], out, "--resume"))
+
+
+def test_what_is_named_is_trained_whole_and_nothing_else(
+    tmp_path: Path, tiny_model: Path, folders: tuple[Path, Path]
+) -> None:
+    done(*line_of(tiny_model, folders[0], tmp_path / "o", "--modules-to-save", "model.norm,input_layernorm"))
+    whole = {name for name in load_file(tmp_path / "o" / ADAPTER) if "lora_" not in name}
+    layers = {f"base_model.model.model.layers.{i}.input_layernorm.weight" for i in range(2)}
+    assert whole == {"base_model.model.model.norm.weight", *layers}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--modules-to-save", "head"], "training 'head' whole beside lora: no module is called so"),
         (["--modules-to-save", "q_proj"], "training 'q_proj' whole beside lora: the adapter is on it"),
+        (["--modules-to-save", "norm"], "PEFT would train model.layers.0.input_layernorm too, whose name ends so"),
+        (["--modules-to-save", "layers", "--target-modules", "lm_head"], "training 'layers' whole beside lora: it is"),
+        (["--modules-to-save", "lm_head,"], "--modules-to-save 'lm_head,': expected names separated by commas"),
         (["--modules-to-save", "lm_head", "--adapter", "pissa"], "pissa is saved as the change of weights"),
     ],
 )

@@ -79,6 +79,17 @@ def test_save_steps_are_those_of_the_checkpoints(
         ("weigth_decay=1", "--set weigth_decay: expected a field of the installed transformers"),
         ("weight_decay=much", "--set weight_decay: expected a number, found 'much'"),
         ("dataloader_drop_last=3", "--set dataloader_drop_last: expected true or false, found '3'"),
+        ("weight_decay=nan", "--set weight_decay: expected a number, found 'nan'"),
+        ("length_column_name=n", "--set length_column_name: nothing of a run reads it"),
+        ("train_sampling_strategy=group_by_length", "a run that goes on would end otherwise, or could not"),
+        ("optim=schedule_free_adamw", "the weights that it trains with are not those that it is to be used with"),
+        ("optim=lomo", "--set optim=lomo: it steps in every backward"),
+        ("optim=galore_adamw_layerwise", "it steps in every backward"),
+        ("optim_args=eps=1", "--set optim_args: adamw_torch does not read 'eps'; it reads none"),
+        ("optim_target_modules=q_proj", "--set optim_target_modules: adamw_torch does not read it"),
+        ('lr_scheduler_kwargs={"foo": 1}', "--set: transformers refuses it (get_cosine_schedule_with_warmup() got an"),
+        ("lr_scheduler_type=cosine_with_min_lr", "--set: transformers refuses it (One of min_lr or min_lr_rate"),
+        ("dataloader_persistent_workers=true", "needs dataloader_num_workers above 0"),
         ("optim=best", "--set: transformers refuses it (best is not a valid OptimizerNames"),
     ],
 )
@@ -92,6 +103,29 @@ def test_what_may_not_be_set_is_refused_by_name(
 def test_a_field_is_not_set_twice(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
     twice = ["--set", "weight_decay=.1", "--set", "weight_decay=.2"]
     assert "--set weight_decay is given twice" in refused(2, *line_of(tiny_model, cache, tmp_path / "o", *twice))
+
+
+def test_what_an_optimizer_does_not_read_is_refused(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
+    line = line_of(tiny_model, cache, tmp_path / "o", "--set", "optim=sgd")
+    said = refused(2, *line, "--set", "optim_args=momentum=.9,nesterof=true")
+    assert "sgd does not read 'nesterof'; it reads momentum, dampening" in said
+
+
+def test_numbers_within_a_field_of_yaml_are_numbers(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
+    """min_lr as a text would be divided by the rate."""
+    asked = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 4e-3}, "warmup_steps": 0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"set": asked}), encoding="utf-8")
+    done(*line_of(tiny_model, cache, tmp_path / "o", "--config", tmp_path / "c.yaml"))
+    assert rates(tmp_path / "o")[0] == pytest.approx(1e-2) and 4e-3 < min(rates(tmp_path / "o")) < 5e-3
+    run = json.loads((tmp_path / "o" / "run.json").read_text(encoding="utf-8"))
+    assert json.loads(run["trainer"]["lr_scheduler_kwargs"]) == {"min_lr": 4e-3}
+
+
+def test_a_run_without_a_step_is_none(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
+    """Of 8 samples a batch of 100 is none, and an adapter that learnt nothing would be saved as trained."""
+    line = line_of(tiny_model, cache, tmp_path / "o", "--batch-size", 100, "--set", "dataloader_drop_last=true")
+    assert "8 samples make no batch of 100" in refused(1, *line)
+    assert not (tmp_path / "o" / ADAPTER).exists()
 
 
 @pytest.mark.skipif(release_of(version("transformers")) < (5, 24), reason="some of the fields are of later versions")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cli_harness import done, logitcache
+from support.cli_harness import done, logitcache, refused
 from support.families import FAMILIES, make_family
 from support.saved_bytes import saved_bytes
 from support.tiny_model import make_model
@@ -14,13 +14,14 @@ from support.tiny_runs import make_base, make_cache, make_samples, run
 from torch import nn
 from transformers import AutoConfig, TrainerCallback
 
-from logitcache.adapters.attach import AdapterSettings, attach
+from logitcache.adapters.attach import AdapterSettings, attach, target_layers
 from logitcache.adapters.registry import KINDS
 from logitcache.errors import TrainingFailed
 from logitcache.losses.formulas import Objective
 from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.head import body_of, causal_lm_of
 from logitcache.training.memory import StepMemory, largest_micro_batch, step_memory
+from logitcache.training.penalties import fisher_diagonal
 from logitcache.training.settings import TrainSettings
 from logitcache.training.trainer import CachedKLTrainer
 
@@ -141,6 +142,34 @@ def test_anchors_are_kept_beside_the_batch() -> None:
     assert with_anchors.kept == pytest.approx(2 * alone.kept, rel=1e-6) and with_anchors.held == alone.held
 
 
+def test_eager_attention_keeps_its_weights() -> None:
+    """Of every head a number for each pair of tokens, which other kernels make again."""
+    model = make_model(attn_implementation="eager")
+    found = step_memory(*(model.config, torch.float32, LORA, SETTINGS, WIDTH), device="cpu", attention="eager")
+    student = attach(model, LORA, "tiny").train()
+    assert found.kept == pytest.approx(kept_of(student, False), rel=0.1)
+    assert found.kept > 1.2 * reckoned(make_model(), torch.float32, LORA).kept
+
+
+def test_the_fisher_information_is_held() -> None:
+    model = make_model()
+    layers = target_layers(model, LORA)
+    plain = reckoned(model, torch.bfloat16, LORA)
+    found = step_memory(*(model.config, torch.bfloat16, LORA, SETTINGS, WIDTH), device="cpu", with_fisher=True)
+    held = fisher_diagonal(model, list(layers), make_samples(), 2)
+    assert found.fisher == sum(f.numel() * f.element_size() for f in held.values()) > 0
+    assert found.total - plain.total == found.fisher
+
+
+@pytest.mark.parametrize("kind", ["lora", "eva"])
+def test_whole_modules_are_counted(kind: str) -> None:
+    """The head: V x D of them, beside the adapter, of a kind that starts from samples too."""
+    whole = AdapterSettings(kind, rank=4, modules_to_save="lm_head")  # type: ignore[arg-type]
+    model = make_model()
+    more = reckoned(model, torch.float32, whole).num_trained - reckoned(model, torch.float32, LORA).num_trained
+    assert more == model.lm_head.weight.numel()
+
+
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +198,24 @@ def test_the_plan_is_of_the_run_that_is_set(tiny_model: Path, tmp_path: Path) ->
     assert "an adapter (dora) of" in done(*line, "--adapter", "dora").out
     assert "every weight" in done(*line, "--adapter", "none").out
     assert "in 4bit" in done(*line, "--load-in", "4bit").out
+    assert "of ewc, a float32 of each adapted weight" in done(*line, "--regularizer", "ewc").out
     outcome = logitcache(*plan_line(tmp_path / "nothing", tmp_path / "o"))
     assert outcome.status == 2 and "loading model" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "optim=sgd"], "--plan with --set optim=sgd: it reckons with AdamW's two moments"),
+        (["--target-modules", "nothing"], "target modules 'nothing', or one of them, name no layer"),
+        (["--adapter", "pissa", "--modules-to-save", "lm_head"], "pissa is saved as the change of weights"),
+        (["--revision", "v1"], "--revision v1:"),
+    ],
+)
+def test_a_plan_of_what_cannot_be_reckoned_is_refused(
+    more: list[object], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert said in refused(2, *plan_line(tiny_model, tmp_path / "o", "--max-length", 64, *more))
 
 
 class RunsOut(TrainerCallback):

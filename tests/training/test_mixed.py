@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from support.saved_bytes import saved_bytes
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_base, make_samples, run
@@ -133,6 +134,39 @@ def test_query_key_and_value_keep_one_input() -> None:
     assert torch.equal(*made)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert mine.grad is None or torch.equal(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("how", [MIXED, PLAIN])
+def test_dora_starts_at_its_base_and_is_trained_as_it_is_used(how: str) -> None:
+    """Its magnitudes are the weights' own norms."""
+    ids, base = torch.arange(40)[None], make_model().to(torch.bfloat16)
+    torch.manual_seed(0)
+    model = attach(make_model().to(torch.bfloat16), AdapterSettings("dora", rank=4), "tiny")
+    autocast = torch.autocast("cpu", torch.bfloat16) if how == MIXED else nullcontext()
+    with torch.no_grad(), autocast:
+        assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    for name, layer in model.named_modules():
+        if "lora_magnitude_vector" in dict(layer.named_children()) and len(layer.lora_magnitude_vector):
+            expected = layer.get_base_layer().weight.double().norm(dim=1)
+            found = layer.lora_magnitude_vector["default"].weight.double()
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, msg=name)
+
+
+def test_dora_takes_its_norms_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does where it is used: 16 bits would lose what a small B A changes of them."""
+    torch.manual_seed(0)
+    model = attach(make_model().to(torch.bfloat16), AdapterSettings("dora", rank=4), "tiny")
+    seen, original = set(), DoraLinearLayer.get_weight_norm
+
+    def watched(self: Any, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        found: Tensor = original(self, weight, *rest, **named)
+        seen.update((weight.dtype, found.dtype))
+        return found
+
+    monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", watched)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(40)[None])
+    assert seen == {torch.float32}
 
 
 def test_outside_autocast_the_input_is_cast() -> None:
