@@ -174,6 +174,19 @@ def test_a_loss_above_the_mixin_is_the_users_own(cached: Cached, tmp_path: Path)
     assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"] + 5.0, rel=1e-5)
 
 
+def test_a_loss_that_was_put_on_the_trainer_itself_stays_for_every_step(cached: Cached, tmp_path: Path) -> None:
+    """As some libraries do; the check of the first step puts its own there for that step."""
+    samples, cache = cached
+    trainer = sft_trainer(CachedSFTTrainer, samples, tmp_path, cache=cache)
+    inner = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: inner(*args, **kwargs) + 5.0
+    trainer.train()
+    logs = logs_of(trainer)
+    assert len(logs) == 3
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"] + 5.0, rel=1e-5)
+
+
 def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
     cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
