@@ -44,7 +44,7 @@ def check_supported(trainer: Any) -> None:
             "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
         ),
         (
-            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
+            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", None) not in (None, "nll"),
             "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
             "Leave it at its default",
         ),

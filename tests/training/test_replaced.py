@@ -187,6 +187,33 @@ def test_a_loss_that_was_put_on_the_trainer_itself_stays_for_every_step(cached: 
         assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"] + 5.0, rel=1e-5)
 
 
+class Skipping(Trainer):
+    """Its loader skips batches when it is asked to, and has no `dataset`."""
+
+    asked: tuple[int, ...] = ()
+
+    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
+        Skipping.asked += (skip_batches,)
+        return iter([*super().get_train_dataloader()][skip_batches:])
+
+
+class CachedSkipping(CachedKL, Skipping): ...
+
+
+def test_what_a_trainer_says_to_its_loader_arrives(cached: Cached, tmp_path: Path) -> None:
+    samples, cache = cached
+    args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False)
+    args.loss_type = None  # a framework's name for the model's own
+    model = get_peft_model(make_model(), lora())
+    trainer = CachedSkipping(
+        cache=cache, model=model, args=args, train_dataset=list(samples), data_collator=pad_samples
+    )
+    Skipping.asked = ()
+    every, rest = list(trainer.get_train_dataloader()), list(trainer.get_train_dataloader(skip_batches=2))
+    assert Skipping.asked == (0, 2) and len(rest) == len(every) - 2 > 0
+    assert all("base_rows" in batch for batch in every + rest)
+
+
 def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
     cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
