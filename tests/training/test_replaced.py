@@ -11,6 +11,7 @@ import numpy as np
 import peft.helpers
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import get_peft_model
 from support.numerics_cases import make_case
@@ -221,6 +222,15 @@ def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args, **kwargs: 3 * original(*args, **kwargs))
     with pytest.raises(TrainingFailed, match=r"SFTTrainer\.compute_loss of \S*test_replaced"):
         one_step(CachedSFTTrainer, cached, tmp_path)
+
+
+def test_processes_that_do_not_see_one_another_are_refused(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun where there is no GPU, without use_cpu: accelerate counts them and reduces nothing."""
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(TrainingFailed, match=r"2 processes were started that do not see one another.*use_cpu=True"):
+        one_step(CachedBare, cached, tmp_path)
 
 
 def test_a_smoother_that_was_set_by_hand_is_refused(cached: Cached, tmp_path: Path) -> None:
