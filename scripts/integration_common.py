@@ -3,9 +3,10 @@
     loss of a step = mean CE over its supervised positions + weight * mean masked KL over those that count
 
 Owns the tiny base and its rows, how the batches of another's trainer are kept, the oracle of a step (the formula, from
-tests/support/oracles.py, on the logits of base and adapted model in float64, a document at a time) and the rows of
-docs/benchmarks/integrations.csv. Must not import `logitcache`, nor any framework but transformers and PEFT: what a
-framework is told and how it is started is in integration_<framework>.py, which `scripts/check-integration NAME` runs.
+tests/support/oracles.py, on the logits of base and adapted model in float64, a document at a time), what is asked of a
+run, and the rows of docs/benchmarks/integrations.csv. Must not import any framework but transformers and PEFT, nor
+`logitcache` beyond its errors: what a framework is told and how it is started is in integration_<framework>.py, which
+`scripts/check-integration NAME` runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -107,6 +109,25 @@ class Recorder:
 
         trainer.compute_loss = kept
 
+    @contextmanager
+    def watching(self, integration: Any) -> Iterator[None]:
+        """Inside, what this module of logitcache.integrations makes in `trainer_class` is attached when it trains."""
+        recorder, made = self, integration.trainer_class
+
+        def trainer_class(block: Any) -> type[Any]:
+            class Recorded(made(block)):  # type: ignore[misc]
+                def train(self, *args: Any, **kwargs: Any) -> Any:
+                    recorder.attach(self)
+                    return super().train(*args, **kwargs)
+
+            return Recorded
+
+        integration.trainer_class = trainer_class
+        try:
+            yield
+        finally:
+            integration.trainer_class = made
+
 
 @dataclass(frozen=True)
 class Step:
@@ -186,6 +207,32 @@ def worst(ours: Sequence[Step], oracle: Sequence[Step]) -> tuple[Step, Step, flo
         (a, b, max(abs(a.loss - b.loss), abs(a.ce - b.ce), abs(a.kl - b.kl))) for a, b in zip(ours, oracle, strict=True)
     ]
     return max(pairs, key=lambda pair: pair[2])
+
+
+def check_steps(ours: Sequence[Step], oracle: Sequence[Step], steps: int) -> None:
+    """Raise AssertionError unless all steps were logged, learn something, and are those of the oracle."""
+    assert len(ours) == steps, ours
+    assert len({step.loss for step in ours}) == steps and ours[-1].kl > LARGEST_DIFFERENCE, ours
+    assert worst(ours, oracle)[2] <= LARGEST_DIFFERENCE, list(zip(ours, oracle, strict=True))
+
+
+def check_refused(name: str, run: Callable[[], None]) -> None:
+    """Raise AssertionError unless a run is refused before it trains, in a sentence that has this option's name."""
+    from logitcache import InvalidSettings
+
+    try:
+        run()
+    except InvalidSettings as error:
+        said = str(error)
+    else:
+        raise AssertionError(f"{name} was not refused")
+    assert name in said and "Nothing was trained" in said, said
+    print(said)
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """Every file of a cache."""
+    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
 def row(
