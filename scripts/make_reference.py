@@ -14,6 +14,7 @@ from logitcache.cli import cli
 from logitcache.cli.help_page import heading_of
 from logitcache.data.settings import DataSettings
 from logitcache.evaluation.settings import AnswerSettings, ScaleSettings
+from logitcache.integrations.block import CacheSettings
 from logitcache.losses.objective import Objective
 from logitcache.models.settings import LoadSettings
 from logitcache.pairing.settings import PairingRules
@@ -34,7 +35,7 @@ CLASSES: tuple[type[Settings], ...] = (
     *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings, TrainerSettings, EvalSettings),
     *(PairingRules, LoadSettings, RunSettings, DataSettings),
     *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
-    *(ProbeSettings, CurveSettings),
+    *(ProbeSettings, CurveSettings, CacheSettings),
 )
 
 HEAD = """# Reference

@@ -1,6 +1,6 @@
-# Sourced by scripts/demo, test, test-lowest and nightly: a virtual environment with logitcache in it, from a fresh machine
-# with Python 3.11 to 3.13. Sets $venv: .venv, or the folder that venv_name says. Pip is quiet unless it fails; a second
-# run only reinstalls logitcache itself.
+# Sourced by scripts/demo, test, test-lowest, check-integration and nightly: a virtual environment with logitcache in it,
+# from a fresh machine with Python 3.11 to 3.13. Sets $venv: .venv, or the folder that venv_name says. Pip is quiet unless
+# it fails; a second run only reinstalls logitcache itself.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$PWD/${venv_name:-.venv}

@@ -35,6 +35,13 @@ Batch = dict[str, Any]
 Collator = Callable[[Sequence[Any]], Batch]
 
 
+BESIDE_TOKENS = (
+    *("pixel_values", "pixel_values_videos", "images", "input_features", "input_values", "audio_values"),
+    "inputs_embeds",
+)
+"""What models of images and sound read beside tokens, or in place of them: a cache knows samples by their tokens alone,
+and was made from them alone."""
+
 OWN_TOKENS = (
     " The trainer learns other tokens of a row than precompute supervised: precompute with the --supervise that it "
     "learns by (assistant, last or all), or give its own input_ids and labels as --data (docs/how-to/plug-in.md)."
@@ -172,6 +179,12 @@ def documents_of(batch: Batch, every: bool = False) -> Iterator[Document]:
     for name in ("input_ids", "labels"):
         if name not in batch:
             raise InvalidBatch(f"looking up a batch: expected {name} in it, found {', '.join(sorted(batch))}.")
+    beside = [name for name in BESIDE_TOKENS if batch.get(name) is not None]
+    if beside:
+        raise InvalidBatch(
+            f"looking up a batch: expected tokens alone, found {', '.join(beside)} too. The cache knows samples by "
+            "their tokens, and the base was run on these alone. Leave out the rows with images or sound."
+        )
     for name in ("input_ids", "labels", "attention_mask", "position_ids"):
         shape = None if batch.get(name) is None else tuple(batch[name].shape)
         if shape is not None and (len(shape) != 2 or shape != tuple(batch["input_ids"].shape)):

@@ -87,8 +87,9 @@ class FirstStep:
 
     @contextmanager
     def watching(self, trainer: Any) -> Iterator[None]:
-        """Inside, what a class above the mixin adds to `compute_loss` counts as a term of its own."""
-        outermost = trainer.compute_loss
+        """Inside, what is added to `compute_loss` counts as a term of its own: by a class above the mixin, or by a
+        function that was set on the trainer itself, which stays."""
+        outermost, own = trainer.compute_loss, vars(trainer).get("compute_loss")
 
         def compute_loss(*args: Any, **kwargs: Any) -> Any:
             found = outermost(*args, **kwargs)
@@ -101,6 +102,8 @@ class FirstStep:
             yield
         finally:
             vars(trainer).pop("compute_loss", None)
+            if own is not None:
+                trainer.compute_loss = own
 
     def add_terms(self, sums: Sequence[Tensor], counts: Sequence[Tensor], others: Tensor, loss: Tensor) -> None:
         """Of a micro-batch: the sum of each mean's values, the positions of each, and what else this process's share of

@@ -29,6 +29,12 @@ def check_supported(trainer: Any) -> None:
             "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
         ),
         (
+            lambda: trainer.accelerator.num_processes > 1 and trainer.accelerator.distributed_type == "NO",
+            f"{trainer.accelerator.num_processes} processes were started that do not see one another, and each would "
+            "train a model of its own by that many times its gradient. Set use_cpu=True where there is no GPU, or "
+            "start one process",
+        ),
+        (
             lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
             "label smoothing by the trainer would be ignored, as the loss is made here. "
             'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
@@ -44,11 +50,16 @@ def check_supported(trainer: Any) -> None:
             "part. Use LoRA with PEFT 0.21 and transformers 5.17 or later, which divide it with the model",
         ),
         (
-            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", "nll") != "nll",
+            lambda: trainer.compute_loss_func is not None or getattr(args, "loss_type", None) not in (None, "nll"),
             "another loss is set (compute_loss_func, or loss_type other than nll), which would be ignored. "
             "Leave it at its default",
         ),
         (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
+        (
+            lambda: bool(getattr(args, "neftune_noise_alpha", None)) and trainer.kl_objective.kl_budget is not None,
+            "neftune_noise_alpha puts noise on the embeddings, which is in the KL that kl_budget is of, and the weight "
+            "would follow the noise. Leave one of them out",
+        ),
     )
     for holds, why in refused:
         if holds():

@@ -177,7 +177,7 @@ class CachedKL(_AnyTrainer):
             logger.warning("CachedKL with %s: not compared: %s.", held.cache.path, "; ".join(held.left_out))
         return held
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:  # those of the trainer that this is mixed into
         """The trainer's own, whose batches bring their targets along, made where they are collated."""
         if self._check and in_pieces(self):  # which the wrapper alone puts together
             self._check_split = True
@@ -190,11 +190,11 @@ class CachedKL(_AnyTrainer):
         self.data_collator = self._train_collator(collator)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
         try:
-            loader = super().get_train_dataloader()
+            loader = super().get_train_dataloader(*args, **kwargs)
         finally:
             self.data_collator, settings.dispatch_batches = collator, dispatch
         if self._check and view is not None:
-            check_rows(self, view, loader.dataset)
+            check_rows(self, view, getattr(loader, "dataset", None))  # a stream's loader need not have one
         return loader
 
     def get_batch_samples(

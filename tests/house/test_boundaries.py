@@ -155,6 +155,7 @@ PACKAGES = {
     "reports": {"errors", "evaluation", "json_files", "storage", "sweeps"},
     "hub": {"errors", "models", "storage", "yaml_files"},
     "demo": {"capture", "errors", "evaluation", "models", "reports", "storage", "sweeps"},
+    "integrations": {"capture", "errors", "settings", "training", "yaml_files"},
 }
 """The packages and ground-floor files of pipeline/, and which others each may import; cli imports all, nobody cli."""
 
@@ -211,6 +212,13 @@ def test_training_captures_in_one_file() -> None:
     assert importing == {"fill"}
 
 
+def test_an_integration_knows_no_other() -> None:
+    """One thin file a framework; what they share is `block`, which knows none."""
+    folder = ROOT / "pipeline" / "integrations"
+    shared = {path.stem: imports_of(path, "integrations")[0] for path in folder.glob("*.py")}
+    assert shared.pop("block") == set() and shared and all(siblings <= {"block"} for siblings in shared.values())
+
+
 def test_losses_import_torch_and_the_ground_floor() -> None:
     for path in (ROOT / "pipeline" / "losses").rglob("*.py"):
         _, rooms, foreign = imports_of(path, "losses")
@@ -254,7 +262,7 @@ def test_the_house_stays_small() -> None:
         rest = {name: needs for name, needs in rest.items() if name not in ready}
     of_cli = rooms_of("cli")
     assert len(arrows) + 1 <= 22 and floors + 1 <= 9
-    assert sum(map(len, arrows.values())) + len(of_cli) <= 96  # docs/adr/0007-house.md says why not 90
+    assert sum(map(len, arrows.values())) + len(of_cli) <= 101  # docs/adr/0007-house.md says why not 90
 
 
 def test_functions_fit_a_screen() -> None:

@@ -166,6 +166,8 @@ def spoilt(batch: dict[str, Any], how: str) -> dict[str, Any]:
     elif how == "jumping":
         counted[0, 2:] += 5
         batch["position_ids"] = counted
+    elif how == "an image":
+        batch["pixel_values"] = torch.zeros(1, 3, 8, 8)
     elif how == "one for all":
         batch["position_ids"] = counted[:1]
     elif how == "flat":
@@ -182,6 +184,7 @@ SPOILT = {
     "packed with a mask": "row 0.*2 documents.*Leave attention_mask out",
     "from 1": "row 0.*position_ids that count up",
     "jumping": "row 0.*position_ids that count up",
+    "an image": "expected tokens alone, found pixel_values too.*Leave out the rows with images",
     "one for all": "position_ids of that shape",
     "flat": r"expected input_ids \[rows, time\]",
 }
@@ -403,6 +406,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"compute_loss_func": lambda *_: torch.zeros(())},
         TrainingFailed,
         "compute_loss_func.*Leave it at its default",
+    ),
+    "noise in the budget": (
+        {"neftune_noise_alpha": 5.0, "objective": Objective(kl_budget=0.1)},
+        TrainingFailed,
+        "neftune_noise_alpha.*kl_budget.*Leave one of them out",
     ),
     "other weights": ({"model": lambda: make_model(seed=1)}, NotTheBase, r"step 0.*row \d+ of the first batch at col"),
     "wider": ({"model": lambda: make_model(vocab_size=300)}, NotTheBase, "over 260 tokens, found 300. Use the model"),

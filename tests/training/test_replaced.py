@@ -11,6 +11,7 @@ import numpy as np
 import peft.helpers
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import get_peft_model
 from support.numerics_cases import make_case
@@ -174,6 +175,46 @@ def test_a_loss_above_the_mixin_is_the_users_own(cached: Cached, tmp_path: Path)
     assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"] + 5.0, rel=1e-5)
 
 
+def test_a_loss_that_was_put_on_the_trainer_itself_stays_for_every_step(cached: Cached, tmp_path: Path) -> None:
+    """As some libraries do; the check of the first step puts its own there for that step."""
+    samples, cache = cached
+    trainer = sft_trainer(CachedSFTTrainer, samples, tmp_path, cache=cache)
+    inner = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: inner(*args, **kwargs) + 5.0
+    trainer.train()
+    logs = logs_of(trainer)
+    assert len(logs) == 3
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kl"] + 5.0, rel=1e-5)
+
+
+class Skipping(Trainer):
+    """Its loader skips batches when it is asked to, and has no `dataset`."""
+
+    asked: tuple[int, ...] = ()
+
+    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
+        Skipping.asked += (skip_batches,)
+        return iter([*super().get_train_dataloader()][skip_batches:])
+
+
+class CachedSkipping(CachedKL, Skipping): ...
+
+
+def test_what_a_trainer_says_to_its_loader_arrives(cached: Cached, tmp_path: Path) -> None:
+    samples, cache = cached
+    args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False)
+    args.loss_type = None  # a framework's name for the model's own
+    model = get_peft_model(make_model(), lora())
+    trainer = CachedSkipping(
+        cache=cache, model=model, args=args, train_dataset=list(samples), data_collator=pad_samples
+    )
+    Skipping.asked = ()
+    every, rest = list(trainer.get_train_dataloader()), list(trainer.get_train_dataloader(skip_batches=2))
+    assert Skipping.asked == (0, 2) and len(rest) == len(every) - 2 > 0
+    assert all("base_rows" in batch for batch in every + rest)
+
+
 def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
     cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +222,15 @@ def test_a_loss_that_a_library_has_put_into_a_known_class_is_refused(
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args, **kwargs: 3 * original(*args, **kwargs))
     with pytest.raises(TrainingFailed, match=r"SFTTrainer\.compute_loss of \S*test_replaced"):
         one_step(CachedSFTTrainer, cached, tmp_path)
+
+
+def test_processes_that_do_not_see_one_another_are_refused(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun where there is no GPU, without use_cpu: accelerate counts them and reduces nothing."""
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(TrainingFailed, match=r"2 processes were started that do not see one another.*use_cpu=True"):
+        one_step(CachedBare, cached, tmp_path)
 
 
 def test_a_smoother_that_was_set_by_hand_is_refused(cached: Cached, tmp_path: Path) -> None:
