@@ -26,6 +26,7 @@ from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, sample_id
 
 from .cache_spec import CacheSpec
+from .top_k import top_k as top_k_of
 
 CACHED_BYTES = 4 * 2**20
 """Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
@@ -126,7 +127,7 @@ def slice_record(
     rest = logits - top  # first, so that the size of the logits costs no digits
     normaliser = rest.logsumexp(dim=1, keepdim=True)
     label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
-    kept, ids = _by_id_where_equal(*rest.scatter_(1, labels[:, None], -torch.inf).topk(k, dim=1))
+    kept, ids = top_k_of(rest.scatter_(1, labels[:, None], -torch.inf), k)
     tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
     columns = {
         "label_logprobs": label.where(finite, torch.nan),
@@ -149,14 +150,6 @@ def slice_record(
         columns["tail_sample_ids"] = torch.where(nothing, -1, drawn.gather(1, order))
         columns["tail_sample_logprobs"] = torch.where(nothing, -torch.inf, logprobs.gather(1, order))
     return columns
-
-
-def _by_id_where_equal(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Descending values [n, K] with their ids, equal ones by ascending id: the first is the argmax, which among equal
-    logits, frequent in bfloat16, takes the smallest id. `topk` itself has them in any order."""
-    ids, place = ids.sort(dim=1)
-    values, order = values.gather(1, place).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order)
 
 
 def one_hot(groups: Tensor) -> Tensor:
