@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits
+from logitcache.models.causal import needs_mask
 from logitcache.models.device_map import head_device
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, sample_id
 
 from .cache_spec import CacheSpec
+from .top_k import top_k as top_k_of
 
 CACHED_BYTES = 4 * 2**20
 """Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
@@ -47,17 +49,18 @@ class TransformersTeacher:
     top_k: int
     token_groups: Tensor | None = None
     num_tail_samples: int = 0
+    masked: bool = True
 
     def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
         """`capture` of one padded batch."""
-        return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples)
+        return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples, self.masked)
 
 
 def teacher_of(base: Base, cache_spec: CacheSpec) -> TransformersTeacher:
     """The base as the teacher of a cache."""
     kept, groups = cache_spec.manifest.capture, cache_spec.token_groups
     split = None if groups is None else torch.from_numpy(groups.copy())
-    return TransformersTeacher(base.model, kept.top_k, split, kept.num_tail_samples)
+    return TransformersTeacher(base.model, kept.top_k, split, kept.num_tail_samples, needs_mask(base.model))
 
 
 @torch.inference_mode()
@@ -67,16 +70,19 @@ def capture(
     top_k: int,
     token_groups: Tensor | None = None,
     num_tail_samples: int = 0,
+    masked: bool = True,
 ) -> list[BaseLogprobs]:
     """The record of every supervised position of a batch, with K = min(top_k, V - 1).
 
     log p(c) = z_c - logsumexp(z) in float32 over the whole vocabulary; the tail is summed directly over the tokens that
     are neither label nor kept. token_groups: int [V], to split the tail by, or [V, n], n partitions whose groups then
     stand side by side; num_tail_samples: draws from the tail, the
-    same for a position of a sample whenever it is captured. Raises `NonFiniteLogits` with the sample and the position.
+    same for a position of a sample whenever it is captured; masked: hide the padding behind samples, which a model that
+    is causal by itself (`needs_mask`) does not see. Raises `NonFiniteLogits` with the sample and the position.
     """
     padded = pad_batch(batch, head_device(model))
-    hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
+    mask = {"attention_mask": padded.attention_mask} if masked else {}
+    hidden = hidden_states(model, input_ids=padded.input_ids, **mask).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)
     num_rows = rows_at_once(model, LOGITS_BYTES)
@@ -121,7 +127,7 @@ def slice_record(
     rest = logits - top  # first, so that the size of the logits costs no digits
     normaliser = rest.logsumexp(dim=1, keepdim=True)
     label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
-    kept, ids = rest.scatter_(1, labels[:, None], -torch.inf).topk(k, dim=1)
+    kept, ids = top_k_of(rest.scatter_(1, labels[:, None], -torch.inf), k)
     tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
     columns = {
         "label_logprobs": label.where(finite, torch.nan),

@@ -9,6 +9,7 @@ forward, or by PEFT. Must not know what the documents of a batch are, which is `
 import inspect
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -34,8 +35,16 @@ READ_BY_ATTENTION: tuple[str, ...] = (
 )
 """Named by no body: transformers hands them through **kwargs to the layers."""
 
+OPEN = "open"
+"""Of what a batch has for the loss: there where it is padded on the right, for a model that needs no mask then."""
+
 _ALWAYS = ("input_ids", "attention_mask", "position_ids")
 """`targets` reads them, and takes documents apart by them, whatever the body does."""
+
+
+def opened(batch: Batch) -> Batch:
+    """A batch that is padded on the right, for a model that needs no mask (`models.causal.needs_mask`)."""
+    return {**batch, f"{PREFIX}{OPEN}": torch.ones(())}
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch:
@@ -53,6 +62,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
             "that are divided over processes are not supported."
         )
     given = {n: v for n, v in batch.items() if n != "labels" and not n.startswith(PREFIX) and v is not None}
+    if f"{PREFIX}{OPEN}" in batch:
+        given.pop("attention_mask", None)
     others = given.keys() - set(_ALWAYS)
     if not others:
         return given

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
+from logitcache.models.causal import needs_mask
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
 from logitcache.pairing.anchors import anchor_samples
 from logitcache.training.job import Job
@@ -74,17 +75,19 @@ def _batch_seconds(base: PreTrainedModel, samples: Sequence[Sample], size: int) 
     """Seconds and tokens of a batch of so many samples, means over a few."""
     starts = range(0, min(len(samples), size * NUM_BATCHES), size)
     batches = [samples[start : start + size] for start in starts]
-    seconds = [_seconds_of(base, batch) for batch in batches]
+    masked = needs_mask(base)
+    seconds = [_seconds_of(base, batch, masked) for batch in batches]
     counted = seconds[1:] or seconds
     return sum(counted) / len(counted), _num_tokens(samples[: size * len(batches)]) / len(batches)
 
 
 @torch.inference_mode()
-def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample]) -> float:
+def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample], masked: bool) -> float:
     _wait_for(base.device)
     started = perf_counter()
     padded = pad_batch(batch, base.device)
-    hidden = hidden_states(base, input_ids=padded.input_ids, attention_mask=padded.attention_mask).flatten(0, 1)
+    mask = {"attention_mask": padded.attention_mask} if masked else {}
+    hidden = hidden_states(base, input_ids=padded.input_ids, **mask).flatten(0, 1)
     head, num_rows = OutputHead(base), rows_at_once(base, LOGITS_BYTES)
     for rows in hidden.index_select(0, padded.rows).split(num_rows):
         head(rows).float().log_softmax(dim=1)

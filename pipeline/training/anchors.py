@@ -26,6 +26,7 @@ from logitcache.models.head import unwrapped
 from logitcache.models.loading import Base
 from logitcache.pairing.anchors import AnchorSamples, anchor_samples, drawn, looked_up
 from logitcache.pairing.identity_checks import PairingRules
+from logitcache.pairing.inputs import opened
 from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
@@ -148,6 +149,8 @@ class Anchors:
 
     def __init__(self, terms: Sequence[AnchorTerm] = ()) -> None:
         self.terms = tuple(terms)
+        #: Whether the model needs the mask of padding, which here is on the right (`models.causal.needs_mask`).
+        self.masked = True
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -188,7 +191,8 @@ class Anchors:
             counts[i], counted[i] = num_counted, part.num_counted
             if not part.samples:
                 continue
-            found = batch_loss(inner, part.batch(device), term.view.objective, term.settings.weight, term.view)
+            batch = part.batch(device) if self.masked else opened(part.batch(device))
+            found = batch_loss(inner, batch, term.view.objective, term.settings.weight, term.view)
             loss, sums[i] = loss + found.loss / num_counted, found.kl
         return AnchorLoss(loss, sums, counts.clamp(min=1), counted)
 

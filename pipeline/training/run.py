@@ -42,6 +42,7 @@ from logitcache.data.skipped import listed_beside
 from logitcache.errors import TrainingFailed, release_of
 from logitcache.events import OnMessage, StopRequest
 from logitcache.losses.formulas import Objective
+from logitcache.models.causal import needs_mask
 from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.device_map import devices_of, head_device
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
@@ -220,6 +221,7 @@ def _train(
     with torch.autocast(head_device(base.model).type, torch.bfloat16, enabled=mixed):
         probe_own_loss(model)
         step_zero, at_anchors = _measured(job, model, view, anchors, on_step_zero)
+        masked = needs_mask(model)
     if job.start_from is not None and checkpoint is None:
         start_from(model, job.start_from)
     log = JsonLog(out / run_folder.LOG)
@@ -230,7 +232,7 @@ def _train(
         own += [EvalLog(out / run_folder.EVAL_LOG), monitor]
         ready.arguments.eval_on_start = checkpoint is None
     added = None if penalty is None else Penalty(model, penalty.weight, fisher, rewrites_base(job.adapter))
-    trainer = _trainer(ready, model, added, [*own, *callbacks])
+    trainer = _trainer(ready, model, added, [*own, *callbacks], masked)
     if checkpoint is not None:
         check_resumable(trainer.args, out)
     if trainer.is_world_process_zero():
@@ -262,9 +264,9 @@ def _train(
 
 
 def _trainer(
-    ready: _Ready, model: nn.Module, penalty: Penalty | None, callbacks: Sequence[TrainerCallback]
+    ready: _Ready, model: nn.Module, penalty: Penalty | None, callbacks: Sequence[TrainerCallback], masked: bool
 ) -> MonitoredTrainer:
-    """Raises `TrainingFailed` where it would divide the weights."""
+    """masked: whether the model needs a mask of padding. Raises `TrainingFailed` where it would divide the weights."""
     job = ready.job
     trainer = MonitoredTrainer(
         model=model,
@@ -278,6 +280,7 @@ def _trainer(
         penalty=penalty,
         anchor=ready.anchors,
         batch_tokens=job.settings.batch_tokens,
+        masked=masked,
     )
     trainer.measured = None if ready.probes is None else ready.probes.measured
     if job.evaluation.kl_budget_of == "prior":

@@ -26,6 +26,7 @@ from logitcache.models.inside_forward import check_head_inside
 from logitcache.models.quantization import keep_trainable
 from logitcache.models.sharding import check_parts, is_sharded, local_part, on_any_process
 from logitcache.pairing.identity_checks import PairingRules
+from logitcache.pairing.inputs import opened
 from logitcache.pairing.layout import LayoutCheck
 from logitcache.pairing.step_zero import StepZero
 from logitcache.pairing.targets import PREFIX, Batch, CachedCollator, Collator, collated, count_positions
@@ -404,12 +405,16 @@ class CachedKL(_AnyTrainer):
 class CachedKLTrainer(CachedKL, Trainer):
     """`CachedKL` over transformers' own Trainer. Raises as it does.
 
-    batch_tokens: a batch, of `Sample`s, goes through the model in micro-batches of at most so many tokens.
+    batch_tokens: a batch, of `Sample`s, goes through the model in micro-batches of at most so many tokens. masked:
+    False where every batch is padded on the right, and the model needs no mask then (`models.causal.needs_mask`).
     """
 
-    def __init__(self, *args: Any, batch_tokens: int | None = None, **kwargs: Any) -> None:  # those of both above
+    def __init__(  # those of both above
+        self, *args: Any, batch_tokens: int | None = None, masked: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.masked = batch_tokens, masked
+        self.anchors.masked = masked
 
     def _train_collator(self, collator: Collator) -> Collator:
         """With the samples of a batch in micro-batches."""
@@ -431,6 +436,17 @@ class CachedKLTrainer(CachedKL, Trainer):
             with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """As `CachedKL`'s, without a mask where none is needed."""
+        inputs = inputs if self.masked or not model.training else opened(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

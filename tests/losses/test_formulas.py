@@ -120,3 +120,17 @@ def test_sliced_losses_hold_one_slice_of_logits() -> None:
         objective = Objective(tokens_per_loss_chunk=8)
         linear_loss(hidden, head, targets.label_ids, targets, objective, 1.0).loss.backward()
     assert 8 * 400 <= largest < 16 * 400
+
+
+def test_the_first_token_of_a_record_is_the_argmax_among_equal_logits_too() -> None:
+    """As in bfloat16: few different logits, of which many are the largest. `topk` alone has them in any order."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 600, (64, 3000), generator=generator).float() / 64
+    labels = torch.randint(0, 3000, (64,), generator=generator)
+    record = slice_record(logits.clone(), labels, 16)
+    first, ids = record["alternative_logprobs"][:, 0], record["alternative_ids"][:, 0]
+    is_label = (record["label_logprobs"] > first) | ((record["label_logprobs"] == first) & (labels < ids))
+    assert torch.equal(torch.where(is_label, labels, ids), logits.argmax(dim=1))
+    steps = record["alternative_logprobs"].diff(dim=1)
+    assert (steps <= 0).all() and (record["alternative_ids"].diff(dim=1)[steps == 0] > 0).all()
+    assert (steps == 0).any()

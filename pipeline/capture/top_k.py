@@ -1,0 +1,54 @@
+"""The largest logits of a row with their ids, exactly, without sorting the vocabulary.
+
+Owns the two stages: the maxima of small chunks of the vocabulary, then a top-k over the chunks that have the k largest
+of them, in which the k largest values must be. `topk` alone spends most of its time on values that are far from the
+best. Must not know what a logit or a record is.
+Shapes: n rows, V values a row, k kept.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_CHUNK = 32
+"""Maxima of fewer values cost more than they save."""
+
+MOST_CANDIDATES = 1 / 4
+"""Share of the vocabulary above which its own top-k is as fast."""
+
+
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of floats [n, V], descending, and their places, int64; equal ones by ascending place.
+
+    So the first is the argmax. Which of several equal to the k-th value are kept is not said; it is the same whenever
+    the same values come.
+    """
+    chunk = _chunk(values.shape[1], k)
+    found = values.topk(k, dim=1) if chunk is None else _two_stages(values, k, chunk)
+    return _by_place_where_equal(*found)
+
+
+def _chunk(width: int, k: int) -> int | None:
+    """Values a chunk, about sqrt(V / k), at which both stages look at as many; None where one stage is faster."""
+    chunk = max(MIN_CHUNK, 2 ** round(math.log2(width / max(k, 1)) / 2))
+    return chunk if 0 < k * chunk <= MOST_CANDIDATES * width else None
+
+
+def _two_stages(values: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """chunk: values of which one is the maximum; what is left behind the last whole chunk is a candidate as it is."""
+    whole = values.shape[1] // chunk * chunk
+    chunks = values[:, :whole].unflatten(1, (-1, chunk))
+    best = chunks.amax(dim=2).topk(k, dim=1, sorted=False).indices
+    places = (best[:, :, None] * chunk + torch.arange(chunk, device=values.device)).flatten(1)
+    rest = torch.arange(whole, values.shape[1], device=values.device).expand(len(values), -1)
+    places = torch.cat([places, rest], dim=1)
+    kept, at = values.gather(1, places).topk(k, dim=1)
+    return kept, places.gather(1, at)
+
+
+def _by_place_where_equal(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Descending values [n, k] with their places; `topk` has equal ones, frequent in bfloat16, in any order."""
+    places, order = places.sort(dim=1)
+    values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, again)
