@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from logitcache.errors import TrainingFailed
 
 from .kl_controller import EVERY_EVALUATION, Gains
-from .settings import EvalSettings
+from .settings import BudgetOf, EvalSettings
 from .trainer import BudgetCallback, CachedKLTrainer
 
 WEIGHTS = "weights.safetensors"
@@ -107,16 +107,22 @@ class PriorBudget(BudgetCallback):
 
 
 class MonitoredTrainer(CachedKLTrainer):
-    """`CachedKLTrainer` whose evaluation is what it is given."""
+    """`CachedKLTrainer` whose evaluation is what it is given. budget_of: what the objective's budget bounds."""
 
     #: Set before it trains; None: there is no evaluation.
     measured: Measured | None = None
     control: TrainerControl
 
-    def budget_of_prior(self) -> None:
-        """Have the objective's budget be of the KL on prior text, instead of that of the steps."""
-        self.remove_callback(BudgetCallback)
-        self.add_callback(PriorBudget(self))
+    def __init__(self, *args: Any, budget_of: BudgetOf = "new", **kwargs: Any) -> None:  # those of the class above
+        self.budget_of = budget_of
+        super().__init__(*args, **kwargs)
+        if budget_of == "prior":
+            self.add_callback(PriorBudget(self))
+
+    @property
+    def step_budget(self) -> float | None:
+        """None where the budget is of the KL on prior text."""
+        return super().step_budget if self.budget_of == "new" else None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -281,10 +281,9 @@ def _trainer(
         anchor=ready.anchors,
         batch_tokens=job.settings.batch_tokens,
         masked=masked,
+        budget_of=job.evaluation.kl_budget_of,
     )
     trainer.measured = None if ready.probes is None else ready.probes.measured
-    if job.evaluation.kl_budget_of == "prior":
-        trainer.budget_of_prior()
     _check_whole(trainer, job.out)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -56,7 +56,7 @@ def check_supported(trainer: Any) -> None:
         ),
         (lambda: bool(getattr(trainer, "aux_loss_enabled", False)), ROUTER),
         (
-            lambda: bool(getattr(args, "neftune_noise_alpha", None)) and trainer.kl_objective.kl_budget is not None,
+            lambda: bool(getattr(args, "neftune_noise_alpha", None)) and trainer.step_budget is not None,
             "neftune_noise_alpha puts noise on the embeddings, which is in the KL that kl_budget is of, and the weight "
             "would follow the noise. Leave one of them out",
         ),

@@ -136,8 +136,13 @@ class CachedKL(_AnyTrainer):
         self.add_callback(_FirstStepCheck(self))
         if self._tokens is not None:
             self.add_callback(self._tokens)
-        if self.kl_objective.kl_budget is not None:
+        if self.step_budget is not None:
             self.add_callback(BudgetCallback(self))
+
+    @property
+    def step_budget(self) -> float | None:
+        """Nats a position that the KL of the steps is to meet; None: it is to meet none."""
+        return self.kl_objective.kl_budget
 
     def _check_model(self) -> None:
         """Raise where this trainer and model would be trained wrongly, whatever the loss."""

@@ -22,6 +22,7 @@ from logitcache.storage import IdentityMismatch, LogitCache
 from logitcache.training.kl_controller import EVERY_EVALUATION, BudgetedWeight
 from logitcache.training.run import TrainReport, TrainSettings, train
 from logitcache.training.settings import EvalSettings
+from logitcache.training.trainer_settings import TrainerSettings
 
 STEPS = 8
 ADAPTER = "adapter_model.safetensors"
@@ -44,6 +45,7 @@ def go(
     adapter: AdapterSettings | None = None,
     lr: float = 2e-2,
     objective: Objective | None = None,
+    trainer: TrainerSettings | None = None,
     **evaluation: Any,
 ) -> TrainReport:
     """Train with dropout, so that what is drawn matters, and evaluate every second step unless it is said otherwise."""
@@ -56,6 +58,7 @@ def go(
         *(base, make_samples(), caches[0], out, chosen, objective or Objective(weight=0.5), settings, True, callbacks),
         held_out=watched,
         evaluation=EvalSettings(**{"eval_steps": 2, **evaluation}),
+        trainer=trainer,
     )
 
 
@@ -290,3 +293,14 @@ def test_a_budget_of_prior_text_needs_both(tmp_path: Path, caches: tuple[LogitCa
         )
     with pytest.raises(InvalidSettings, match="--kl-budget-of prior says what --kl-budget bounds"):
         go(caches, tmp_path / "o", kl_budget_of="prior")
+
+
+def test_noise_is_refused_beside_a_budget_of_the_steps_alone(
+    tmp_path: Path, caches: tuple[LogitCache, LogitCache]
+) -> None:
+    """Evaluations are measured without it."""
+    asked: dict[str, Any] = {"objective": Objective(weight=0.5, kl_budget=5e-3)}
+    noisy = TrainerSettings(set=("neftune_noise_alpha=5",))
+    with pytest.raises(InvalidSettings, match="neftune_noise_alpha with --kl-budget"):
+        go(caches, tmp_path / "new", trainer=noisy, **asked)
+    assert go(caches, tmp_path / "prior", trainer=noisy, kl_budget_of="prior", **asked).num_steps == STEPS
