@@ -207,6 +207,7 @@ DEFAULTS = {
         **OF_MODEL,
         **OF_ROWS,
         "regularizer": "masked-kl",
+        "kl-budget-of": "new",
         "kl-positions": "supervised",
         "kl-budget": "the weight stays",
         "tail": "auto",
