@@ -36,7 +36,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def measured(width: int, k: int, repeats: int) -> dict[str, Any]:
     """Both ways on the same rows."""
-    num_rows = max(1, CACHED_BYTES // (4 * width))
+    num_rows = max(1, CACHED_BYTES["cpu"] // (4 * width))
     logits = 4 * torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0))
     assert torch.equal(top_k(logits, k)[0], logits.topk(k, dim=1).values)
     rounds = [(seconds(lambda: logits.topk(k, dim=1)), seconds(lambda: top_k(logits, k))) for _ in range(repeats)]

@@ -6,7 +6,7 @@ the split against the model itself on a few tokens: what a model does beyond thi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,9 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
-LOGITS_BYTES = 64 * 2**20
-"""Size of one slice of float32 logits that are read and dropped; a few of its size are alive at a time."""
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Size of one slice of float32 logits that are read and dropped, by the kind of device; a few are alive at a time. A
+GPU reads the head's whole weight from its memory for every slice."""
 
 
 class OutputHead:
@@ -148,9 +149,10 @@ def logits_width(model: PreTrainedModel) -> int:
     return width
 
 
-def rows_at_once(model: PreTrainedModel, num_bytes: int) -> int:
-    """How many rows of float32 logits fit into num_bytes; 1 at least."""
-    return max(1, num_bytes // (4 * logits_width(model)))
+def rows_at_once(model: PreTrainedModel, num_bytes: Mapping[str, int]) -> int:
+    """How many rows of float32 logits fit into num_bytes, by the kind of device that the head is on; 1 at least."""
+    size = num_bytes.get(head_device(model).type, num_bytes["cuda"])
+    return max(1, size // (4 * logits_width(model)))
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:

@@ -45,8 +45,8 @@ PADDING = 7
 NOISE_TOKENS = 512
 """Of each of them at most, where they are not those of the batch."""
 
-PLAIN_LOSS_BYTES = 16 * 2**20
-"""Of float32 logits; the plain forms hold several times that."""
+PLAIN_LOSS_BYTES = {"cpu": 16 * 2**20, "cuda": 2**28}
+"""Of float32 logits, by the kind of device; the plain forms hold several times that."""
 
 KL_FLOAT32_NATS = 1e-5
 """Bound of the mean KL(base || base + untrained adapter) where cache and model are float32 (measured 2e-8), and added

@@ -11,7 +11,7 @@ from support.tiny_model import make_model
 from logitcache.capture.teacher import capture
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, UnsupportedModel
-from logitcache.models.head import OutputHead, check_head, hidden_states
+from logitcache.models.head import LOGITS_BYTES, OutputHead, check_head, hidden_states, rows_at_once
 from logitcache.storage.records import check_positions, check_rows
 
 
@@ -94,7 +94,7 @@ def test_non_finite_logits_name_sample_and_position(value: float) -> None:
 
 
 def test_no_tensor_of_batch_time_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitcache.capture.teacher.LOGITS_BYTES", 4 * 260 * 4)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * 260 * 4)
     model, batch = make_model(), make_batch(vocab_size=250, lengths=(40, 40, 40))
     largest = 0
 
@@ -119,3 +119,14 @@ def test_capture_does_not_depend_on_dropout_or_padding() -> None:
         (alone,) = capture(model, [sample], 8)
         np.testing.assert_allclose(alone.label_logprobs, record.label_logprobs, atol=1e-5)
         np.testing.assert_array_equal(alone.alternative_ids, record.alternative_ids)
+
+
+def test_a_gpu_takes_larger_slices() -> None:
+    """A head's weight is read once a slice: at V = 151,936 a GiB is 1,766 rows, 64 MiB are 110."""
+    with torch.device("meta"):
+        model = make_model()
+    wide = torch.nn.Linear(32, 151_936, device="meta")
+    model.set_output_embeddings(wide)
+    assert rows_at_once(model, {"cpu": 2**26, "cuda": 2**30}) == 1766  # whatever is no processor
+    model = make_model()
+    assert rows_at_once(model, LOGITS_BYTES) == 64 * 2**20 // (4 * 260)
