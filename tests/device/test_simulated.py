@@ -1,0 +1,75 @@
+"""What a GPU would be asked to do, on the simulated CUDA device: the numbers of a CPU.
+
+It is no card: what is held here is where tensors lie, and when the host must wait for the device.
+Times, memory and a card's own rounding are not.
+"""
+
+from typing import Any
+
+import pytest
+from support import simulated_cuda
+from support.on_simulated_cuda import found_on_device
+
+pytestmark = pytest.mark.skipif(bool(simulated_cuda.unavailable()), reason=simulated_cuda.unavailable() or "there")
+
+CASES = ["of_the_device", "losses", "steps", "captured", "compared"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_on_device(CASES, tmp_path_factory.mktemp("device"))
+
+
+def of(found: dict[str, Any], case: str) -> Any:
+    assert "error" not in found[case], found[case]["error"]
+    return found[case]
+
+
+def test_the_device_refuses_to_be_mixed_and_shows_when_the_host_waits(found: dict[str, Any]) -> None:
+    device = of(found, "of_the_device")
+    assert device["device"] == "cuda:0"
+    assert len(device["refused"]) == 2
+    assert all("Expected all tensors to be on the same device" in said for said in device["refused"])
+    waits = device["waits"]
+    assert {name for name, count in waits.items() if count == 1} == {
+        *("a number", "a comparison", "places", "a choice by a mask", "a copy to the host", "a copy from the host"),
+        *("a copy that blocks", "a tensor of a number", "a backward"),
+    }
+    assert {name for name, count in waits.items() if count == 0} == {
+        *("a copy from pinned memory", "an empty copy", "a fill by a mask", "a choice by numbers", "a sum"),
+        "a tensor of zeros",
+    }
+
+
+def test_losses_and_gradients_are_those_of_the_cpu(found: dict[str, Any]) -> None:
+    losses = of(found, "losses")
+    assert len(losses) == 7
+    for values in losses.values():
+        assert values["cuda"] == pytest.approx(values["cpu"], rel=1e-5)
+        assert values["apart"] < 1e-5 * values["size"] and values["size"] > 1
+
+
+def test_steps_of_the_trainer_are_those_of_the_cpu(found: dict[str, Any]) -> None:
+    cpu, cuda = of(found, "steps")["cpu"], of(found, "steps")["cuda"]
+    assert cuda["on"] == ["cuda:0"] and cpu["on"] == ["cpu"]
+    assert len(cuda["log"]) == len(cpu["log"]) == 3
+    for on_cuda, on_cpu in zip(cuda["log"], cpu["log"], strict=True):
+        assert on_cuda == pytest.approx(on_cpu, rel=1e-4)
+    assert cuda["norm"] == pytest.approx(cpu["norm"], rel=1e-5)
+
+
+def test_a_cache_made_on_it_is_that_of_the_cpu(found: dict[str, Any]) -> None:
+    captured = of(found, "captured")
+    ids = {name for name in captured if name.endswith("ids") or name == "positions"}
+    assert ids == {"positions", "label_ids", "alternative_ids", "tail_sample_ids"}
+    assert all(captured[name] == 0 for name in ids)
+    assert len(captured) > len(ids) and all(difference < 1e-4 for difference in captured.values())
+
+
+def test_an_evaluation_on_it_is_that_of_the_cpu(found: dict[str, Any]) -> None:
+    cpu, cuda = (of(found, "compared")[device] for device in ("cpu", "cuda"))
+    assert cuda["samples"] == cpu["samples"] and cuda["num_documents"] == 16
+    for name in ("kl_nats", "base_ce_nats", "agreement", "num_first_changed"):
+        assert cuda[name] == pytest.approx(cpu[name], rel=1e-5)
+    for side in ("before", "after"):
+        assert cuda[side] == pytest.approx(cpu[side], rel=1e-5)
