@@ -1,6 +1,6 @@
-"""What a GPU would be asked to do, on the simulated CUDA device: the numbers of a CPU.
+"""What a GPU would be asked to do, on the simulated CUDA device: the numbers of a CPU, and few waits of the host.
 
-It is no card: what is held here is where tensors lie, and when the host must wait for the device.
+It is no card: what is held here is where tensors lie, what is copied, and how often the host must wait for the device.
 Times, memory and a card's own rounding are not.
 """
 
@@ -12,7 +12,24 @@ from support.on_simulated_cuda import found_on_device
 
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.unavailable()), reason=simulated_cuda.unavailable() or "there")
 
-CASES = ["of_the_device", "losses", "steps", "captured", "compared"]
+CASES = ["of_the_device", "losses", "steps", "captured", "compared", "waits_of_a_step", "waits_of_sft", "sent_columns"]
+
+MOST_BEYOND = 3
+"""Waits of a training step of ours beyond those of the trainer below, at most."""
+
+OWN_WAITS = {
+    "plug-in": 0,
+    "plug-in, groups": 1,  # whether a group has lost its digits, once a slice of logits: `losses.compared`
+    "plug-in, all positions": 0,
+    "plug-in, rho1": 0,
+    "plug-in, budget": 1,  # the KL of the step, which decides the weight of the next
+    "plug-in, anchor": 0,
+    "job": 0,
+    "job, micro-batches": 0,
+    "job, whole": 0,
+    "own loop": 3,  # ids, labels and mask, which the cache is asked for
+}
+"""Of a step, at lines of the product itself, at most."""
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +90,36 @@ def test_an_evaluation_on_it_is_that_of_the_cpu(found: dict[str, Any]) -> None:
         assert cuda[name] == pytest.approx(cpu[name], rel=1e-5)
     for side in ("before", "after"):
         assert cuda[side] == pytest.approx(cpu[side], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OWN_WAITS)
+def test_a_step_waits_no_more_than_the_trainer_below_and_three_times(name: str, found: dict[str, Any]) -> None:
+    waits = of(found, "waits_of_a_step")
+    plain, ours = waits["plain, job" if name.startswith("job") else "plain"], waits[name]
+    assert ours["count"] <= plain["count"] + MOST_BEYOND, ours["lines"]
+    assert ours["own"] <= OWN_WAITS[name], ours["lines"]
+    assert ours["count"] > 0 and plain["own"] == 0  # what the model and the trainer below read is counted
+
+
+@pytest.mark.parametrize("batches", ["padded", "packed"])
+def test_a_step_of_sft_waits_less_than_by_itself(batches: str, found: dict[str, Any]) -> None:
+    waits = of(found, "waits_of_sft")
+    plain, ours = waits[f"plain, {batches}"], waits[f"cached, {batches}"]
+    assert ours["count"] < plain["count"], ours["lines"]
+    assert ours["own"] <= 1, ours["lines"]  # whether a label shares the largest logit, for mean_token_accuracy
+
+
+def test_a_batch_brings_the_columns_that_the_objective_reads(found: dict[str, Any]) -> None:
+    columns = {name: set(sent) for name, sent in of(found, "sent_columns").items()}
+    groups, draws = {"base_tail_group_logprobs"}, {"base_draw_ids", "base_draw_logprobs"}
+    of_tails = {name: sent & (groups | draws) for name, sent in columns.items()}
+    assert of_tails == {
+        "bucket": set(),
+        "groups": groups,
+        "sampled": draws,
+        "full-kl": set(),
+        "reverse": groups,
+        "all positions": set(),
+        "rho1": set(),
+    }
+    assert columns["bucket"] >= {"base_alternative_ids", "base_alternative_logprobs", "base_tail_logprobs"}

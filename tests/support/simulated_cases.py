@@ -33,6 +33,7 @@ from logitcache.pairing.view import CacheView
 from logitcache.storage import LogitCache
 from logitcache.training.anchors import Anchor, AnchorSettings
 from logitcache.training.batch_loss import batch_loss
+from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.run import TrainSettings, train, trainer_arguments
 from logitcache.training.trainer import CachedKLTrainer
 from logitcache.training.trainer_settings import TrainerSettings
@@ -195,6 +196,7 @@ def waits_of_a_step(folder: Path) -> Json:
         "job, micro-batches": lambda out: _trainer(out, CUDA, cache, masked=False, batch_tokens=64),
     }
     found = {name: _told(_waits_of_third_step(make(folder / name))) for name, make in makers.items()}
+    found["own loop"] = _told(_waits_of_a_loop(cache))
     return {**found, "job, whole": _told(_waits_of_a_job(folder, cache))}
 
 
@@ -339,6 +341,16 @@ def _waits(work: Callable[[], Any]) -> Waits:
     with HostWaits() as waits:
         work()
     return waits.found
+
+
+def _waits_of_a_loop(cache: LogitCache) -> Waits:
+    """Of the third batch of a loop of one's own, whose collator knows no cache: it is on the device when it is looked
+    up."""
+    model, loss_of = _student().to(CUDA), CachedLoss(cache, check=False)
+    batch = {name: value.to(CUDA) for name, value in pad_samples(make_samples()[:4]).items()}
+    for _ in range(2):
+        loss_of(model, batch).loss.backward()
+    return _waits(lambda: loss_of(model, batch).loss.backward())
 
 
 def _waits_of_a_job(folder: Path, cache: LogitCache) -> Waits:
