@@ -4,6 +4,7 @@ It is no card: what is held here is where tensors lie, what is copied, and how o
 Times, memory and a card's own rounding are not.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +124,12 @@ def test_a_batch_brings_the_columns_that_the_objective_reads(found: dict[str, An
         "rho1": set(),
     }
     assert columns["bucket"] >= {"base_alternative_ids", "base_alternative_logprobs", "base_tail_logprobs"}
+
+
+def test_a_job_on_a_machine_with_two_devices_takes_that_of_its_base(tmp_path: Path) -> None:
+    jobs = of(found_on_device(["one_of_two"], tmp_path, num_devices=2), "one_of_two")
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        assert jobs[device]["steps"] == 3 and jobs[device]["on"] == [device]
+        assert jobs[device]["final"] == pytest.approx(jobs["cpu"]["final"], rel=1e-4, abs=1e-6)
+    assert jobs["cuda:0, no workers"]["adapter"] == jobs["cuda:0"]["adapter"]  # whoever looks batches up
+    assert "2 GPUs in one process (DataParallel)" in jobs["own"]  # a trainer of one's own would divide the batches
