@@ -4,10 +4,13 @@ It is no card: what is held here is where tensors lie, what is copied, and how o
 Times, memory and a card's own rounding are not.
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support import simulated_cuda
 from support.on_simulated_cuda import found_on_device
 
@@ -35,7 +38,15 @@ OWN_WAITS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return found_on_device(CASES, tmp_path_factory.mktemp("device"))
+    """What the cases found; of several workers of pytest one runs them."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    kept = shared / "simulated.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps(found_on_device(CASES, tmp_path_factory.mktemp("device"))))
+    told: dict[str, Any] = json.loads(kept.read_text())
+    return told
 
 
 def of(found: dict[str, Any], case: str) -> Any:

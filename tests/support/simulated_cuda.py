@@ -45,8 +45,10 @@ def library() -> Path:
     key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"logitcache-simulated-cuda-{os.getuid()}-{key}"
     built = folder / "libsimulated_cuda.so"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"building the simulated device: {folder} is another user's. Remove it, or set TMPDIR.")
     if not built.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
         made = folder / f"{os.getpid()}.so"
         _compile(made)
         made.replace(built)  # two processes may build at once
