@@ -34,11 +34,12 @@ SLOW = {
         *("pairing/test_distil", "pairing/test_layout", "sweeps/test_run", "training/", "house/test_docs"),
         *("models/test_device_map", "models/test_prequantised", "pairing/test_wanted_samples", "capture/test_vllm"),
     ),
+    "device": ("device/",),
     "faults": ("storage/test_faults", "storage/test_hostile", "storage/test_adversarial", "reports/test_flips"),
     "peer": ("evaluation/test_lm_eval", "storage/test_interop", "storage/test_remote", "hub/"),
 }
-"""What `scripts/test --quick` leaves out, and why it takes long: it starts processes or trains, tries thousands of
-faults, or asks other programs."""
+"""What `scripts/test --quick` leaves out, and why it takes long: it starts processes or trains, builds the simulated
+device, tries thousands of faults, or asks other programs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
-from logitcache.losses.formulas import regularizer_mask
+from logitcache.losses.formulas import Tail, regularizer_mask
 from logitcache.storage import BaseLogprobs, LogitCache, data_samples
 
-from .targets import PREFIX, Batch, sparse_targets, target_columns
+from .targets import PREFIX, Batch, sent, sparse_targets, target_columns
 from .view import CacheView
 
 
@@ -42,19 +42,21 @@ class AnchorSamples:
             raise ValueError(f"part {index} of {of} parts of a step: expected one from 0 to {of - 1}")
         return AnchorSamples(self.samples[index::of], self.records[index::of], self.counted[index::of])
 
-    def batch(self, device: torch.device) -> Batch:
-        """They as `targets.with_targets` has a batch, padded on the right; no position has a cross-entropy."""
+    def batch(self, device: torch.device, tail: Tail | None = None) -> Batch:
+        """They as `targets.with_targets` has a batch, padded on the right; no position has a cross-entropy.
+
+        tail: how the tail is compared, as `CachedCollator` has it.
+        """
         padded = pad_batch(self.samples)
         added = {
             "rows": padded.rows,
             "label_ids": padded.label_ids.int(),
             "preceded": torch.zeros(0, dtype=torch.int64),
             "supervised": torch.zeros(len(padded.rows), dtype=torch.bool),
-            **{name: torch.from_numpy(column) for name, column in target_columns(self.records).items()},
+            **{name: torch.from_numpy(column) for name, column in target_columns(self.records, tail=tail).items()},
         }
         batch = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-        batch |= {f"{PREFIX}{name}": column for name, column in added.items()}
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        return sent({**batch, **{f"{PREFIX}{name}": column for name, column in added.items()}}, device)
 
 
 def anchor_samples(cache: LogitCache) -> list[Sample]:

@@ -44,7 +44,7 @@ _ALWAYS = ("input_ids", "attention_mask", "position_ids")
 
 def opened(batch: Batch) -> Batch:
     """A batch that is padded on the right, for a model that needs no mask (`models.causal.needs_mask`)."""
-    return {**batch, f"{PREFIX}{OPEN}": torch.ones(())}
+    return {**batch, f"{PREFIX}{OPEN}": torch.empty(0)}  # nothing to copy to a device
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch:

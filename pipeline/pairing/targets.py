@@ -20,7 +20,7 @@ from logitcache.data.files import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.data.tokenize import WEIGHTS
 from logitcache.errors import InvalidBatch
-from logitcache.losses.formulas import Objective, SparseTargets, regularizer_mask
+from logitcache.losses.formulas import Objective, SparseTargets, Tail, regularizer_mask
 from logitcache.losses.weights import num_weighed
 from logitcache.storage import BaseLogprobs, DataSamples, LogitCache, PositionNotCaptured, data_samples
 from logitcache.storage.records import NO_TOKEN
@@ -30,6 +30,9 @@ from .vocab_cut import VocabCut, cut_columns
 PREFIX = "base_"
 _IDS = ("alternative_ids", "draw_ids")
 _LOGPROBS = ("label_logprobs", "alternative_logprobs", "tail_logprobs", "tail_group_logprobs", "draw_logprobs")
+
+_OF_TAIL: dict[Tail, tuple[str, ...]] = {"groups": ("tail_group_logprobs",), "sampled": ("draw_ids", "draw_logprobs")}
+"""Columns that are read where the tail is compared so, and nowhere else."""
 
 Batch = dict[str, Any]
 Collator = Callable[[Sequence[Any]], Batch]
@@ -78,8 +81,9 @@ class CachedCollator:
     objective, reads of a batch what `weights.weigher_of` says) and, with a cache, base_*:
     ids as int32, log-probabilities as the bits of float16 where these lose nothing, else of float32, in integers, which
     nothing casts on the way to a device. top_k: read fewer alternatives than the cache has; cut: of its vocabulary, the
-    first tokens only. Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`,
-    `PositionNotCaptured`, `CorruptCache`, `InvalidBatch`.
+    first tokens only. tail: how the objective compares the tail; what it does not read stays behind, None: nothing.
+    Runs in the workers of a `DataLoader`, ahead of the step. Raises `SampleNotCached`, `PositionNotCaptured`,
+    `CorruptCache`, `InvalidBatch`.
     """
 
     collator: Collator
@@ -88,6 +92,7 @@ class CachedCollator:
     cut: VocabCut | None = None
     every: bool = False
     ce_weight: str = "none"
+    tail: Tail | None = None
 
     def __call__(self, features: Sequence[Any]) -> Batch:
         return self._with_targets(self.collator(features))
@@ -96,17 +101,26 @@ class CachedCollator:
         """A batch that has been collated, with its targets, on its device; as it is where they are there already."""
         if f"{PREFIX}rows" in batch:
             return batch
-        device = batch["input_ids"].device
         found = self._with_targets(on_cpu(batch))
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in found.items()}
+        added = {name: value for name, value in found.items() if name.startswith(PREFIX)}
+        kept = {name: value for name, value in batch.items() if name in found}
+        return {**kept, **sent(added, batch["input_ids"].device)}
 
     def _with_targets(self, batch: Batch) -> Batch:
-        return with_targets(batch, self.cache, self.top_k, self.cut, self.every, self.ce_weight)
+        return with_targets(batch, self.cache, self.top_k, self.cut, self.every, self.ce_weight, self.tail)
 
 
 def on_cpu(batch: Batch) -> Batch:
     """The batch with its tensors in main memory, where it is looked up."""
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def sent(batch: Batch, device: torch.device) -> Batch:
+    """The batch, whose tensors are in main memory, on a device. CUDA takes them from pinned memory, for which the host
+    does not wait."""
+    if device.type != "cuda":
+        return {name: value.to(device) for name, value in batch.items()}
+    return {name: value.pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def collated(batch: Any) -> Batch:
@@ -122,6 +136,7 @@ def with_targets(
     cut: VocabCut | None = None,
     every: bool = False,
     ce_weight: str = "none",
+    tail: Tail | None = None,
 ) -> Batch:
     """A collated batch on the CPU with the base_* columns of `CachedCollator`, and without the weights it brought."""
     documents = list(documents_of(batch, every))
@@ -147,7 +162,7 @@ def with_targets(
             found = cache.lookup_batch([d.token_ids for d in documents], [d.positions for d in documents], top_k)
         except PositionNotCaptured as error:
             raise PositionNotCaptured(f"{error}{'' if every else OWN_TOKENS}") from error
-        added |= target_columns(found, cut)
+        added |= target_columns(found, cut, tail)
     return {**batch, **{f"{PREFIX}{name}": torch.from_numpy(column) for name, column in added.items()}}
 
 
@@ -239,7 +254,9 @@ def sparse_targets(records: Sequence[BaseLogprobs], token_groups: Tensor | None 
     return targets
 
 
-def target_columns(records: Sequence[BaseLogprobs], cut: VocabCut | None = None) -> dict[str, NDArray[Any]]:
+def target_columns(
+    records: Sequence[BaseLogprobs], cut: VocabCut | None = None, tail: Tail | None = None
+) -> dict[str, NDArray[Any]]:
     """Records one after the other as compact columns; see `CachedCollator`. Raises `InvalidBatch` as `cut_columns`."""
     labels = np.concatenate([r.label_ids for r in records]).astype(np.int32)
     names = {"draw_ids": "tail_sample_ids", "draw_logprobs": "tail_sample_logprobs"}
@@ -252,9 +269,10 @@ def target_columns(records: Sequence[BaseLogprobs], cut: VocabCut | None = None)
         columns[name] = (
             np.where(column == NO_TOKEN, labels[:, None], column.astype(np.int32)) if name in _IDS else column
         )
-    if cut is not None:
+    if cut is not None:  # which reads the groups, whatever the tail
         columns = cut_columns(columns, labels, cut)
-    return {name: column if name in _IDS else _as_bits(column) for name, column in columns.items()}
+    unread = [name for of, names in _OF_TAIL.items() if tail not in (None, of) for name in names]
+    return {n: column if n in _IDS else _as_bits(column) for n, column in columns.items() if n not in unread}
 
 
 def targets_of(batch: Batch, token_groups: Tensor | None = None) -> SparseTargets | None:

@@ -136,8 +136,8 @@ class CacheView:
 
     def collator(self, collator: Collator = collated) -> CachedCollator:
         """A collator whose batches bring their targets; `looked_up` of it is for batches that are made already."""
-        every, ce_weight = self.objective.kl_positions == "all", self.objective.ce_weight
-        return CachedCollator(collator, self.cache, self.top_k, self._cut, every, ce_weight)
+        every, chosen = self.objective.kl_positions == "all", self.objective
+        return CachedCollator(collator, self.cache, self.top_k, self._cut, every, chosen.ce_weight, chosen.tail)
 
     def require(self, samples: Sequence[Sample]) -> None:
         """Raise `SampleNotCached`, `PositionNotCaptured` or `InvalidData` unless every sample can be looked up.

@@ -188,10 +188,12 @@ class Anchors:
             if whole is None:
                 continue
             num_counted, part = max(whole.num_counted, 1), whole.part(index, of)
-            counts[i], counted[i] = num_counted, part.num_counted
+            counts[i].fill_(num_counted)  # assigned, each would be copied from the host
+            counted[i].fill_(part.num_counted)
             if not part.samples:
                 continue
-            batch = part.batch(device) if self.masked else opened(part.batch(device))
+            batch = part.batch(device, term.view.objective.tail)
+            batch = batch if self.masked else opened(batch)
             found = batch_loss(inner, batch, term.view.objective, term.settings.weight, term.view)
             loss, sums[i] = loss + found.loss / num_counted, found.kl
         return AnchorLoss(loss, sums, counts.clamp(min=1), counted)

@@ -46,7 +46,9 @@ def batch_loss(
     where, made = batch["input_ids"].device, list[LinearLoss]()
 
     def loss_of(hidden: Tensor, layer: HeadLayer) -> Tensor:
-        own, weight = placed(batch, hidden.device), _on(hidden.device, kl_weight)
+        own, weight = placed(batch, hidden.device), kl_weight
+        if not isinstance(weight, Tensor):  # filled in there: a number of the host's would be copied, slice by slice
+            weight = torch.full((), weight, device=hidden.device)
         vocab_size, groups = (None, None) if view is None else (view.vocab_size, view.token_groups(hidden.device))
         head = OutputHead(causal_lm_of(model), vocab_size, layer)
         given, logits_of, trained = _given(hidden, head, layer)
@@ -56,7 +58,7 @@ def batch_loss(
             own[f"{PREFIX}label_ids"],
             targets_of(own, groups),
             objective,
-            weight,
+            _on(hidden.device, weight),
             trained,
             top1,
             own.get(f"{PREFIX}supervised"),

@@ -169,8 +169,8 @@ class CachedLoss:
                 f"looking up {self.cache.path} before a model is known: the rules ignore padding, and how much of the "
                 "vocabulary that is follows from the model. Give CachedLoss(..., model=model)."
             )
-        every, ce_weight = self.objective.kl_positions == "all", self.objective.ce_weight
-        return CachedCollator(collator, self.cache, self._top_k, every=every, ce_weight=ce_weight)
+        every, chosen = self.objective.kl_positions == "all", self.objective
+        return CachedCollator(collator, self.cache, self._top_k, None, every, chosen.ce_weight, chosen.tail)
 
     def count(self, batch: Batch) -> Tensor:
         """Positions that count for CE and for the regulariser, int64 [2]: add them up over accumulated batches."""

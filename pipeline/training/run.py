@@ -44,7 +44,7 @@ from logitcache.events import OnMessage, StopRequest
 from logitcache.losses.formulas import Objective
 from logitcache.models.causal import needs_mask
 from logitcache.models.checkpointing import checkpoint_layers
-from logitcache.models.device_map import devices_of, head_device
+from logitcache.models.device_map import devices_of, head_device, is_spread
 from logitcache.models.loading import Base, find_model, load_as, load_tokenizer
 from logitcache.models.settings import LoadSettings
 from logitcache.models.tensor_parallel import decided, leads
@@ -70,8 +70,11 @@ from .settings import EvalSettings, PenaltySettings
 from .settings import TrainSettings as TrainSettings
 from .stopping import StopAtStep
 from .supported import in_pieces
-from .trainer_arguments import with_fields
+from .trainer_arguments import on_device, with_fields
 from .trainer_settings import TrainerSettings
+
+LOADER_WORKERS = 2
+"""Processes that look up batches ahead of the step where a GPU would wait for them; on a CPU it needs the cores."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,11 @@ def run(
     out, view, anchors, probes = job.out, job.paired(), job.paired_anchors(), job.paired_held_out()
     check_model(job, view, anchors)
     # starts the group of processes, if there are any
-    arguments = trainer_arguments(out, job.settings, head_device(job.base.model), job.mixed)
+    where = head_device(job.base.model)
+    arguments = trainer_arguments(out, job.settings, where, job.mixed)
     arguments = with_fields(arguments, job.trainer)
+    if not is_spread(job.base.model):  # else transformers leaves it where it is
+        arguments = on_device(arguments, where)
     request = stop or StopRequest("What was committed is kept", "resume the run to go on")
     ready = _Ready(job, view, anchors, probes, describe(job, probes), arguments, request)
     with ExitStack() as stack:
@@ -402,6 +408,7 @@ def trainer_arguments(
         use_cpu=device.type == "cpu",
         bf16=mixed,
         dataloader_pin_memory=device.type == "cuda",
+        dataloader_num_workers=LOADER_WORKERS if device.type == "cuda" else 0,
     )
 
 

@@ -29,5 +29,5 @@ class StopAtStep(TrainerCallback):
     def _is_asked(self, device: torch.device) -> bool:
         if PartialState().num_processes == 1:
             return self._request.is_asked
-        asked = reduce(torch.tensor(float(self._request.is_asked), device=device), reduction="sum")
+        asked = reduce(torch.full((), float(self._request.is_asked), device=device), reduction="sum")
         return bool(asked > 0)

@@ -191,14 +191,15 @@ class CachedKL(_AnyTrainer):
             check_head(causal_lm_of(self.model))
             probe_own_loss(self.model)
         collator, settings = self.data_collator, self.accelerator.dataloader_config
-        dispatch = settings.dispatch_batches
+        before = settings.dispatch_batches, settings.non_blocking
         view = self.cache_view
         self.data_collator = self._train_collator(collator)
         settings.dispatch_batches = False  # it would cut every tensor of a batch after as many entries as it has rows
+        settings.non_blocking = before[1] or self.args.dataloader_pin_memory  # a batch has a dozen tensors
         try:
             loader = super().get_train_dataloader(*args, **kwargs)
         finally:
-            self.data_collator, settings.dispatch_batches = collator, dispatch
+            self.data_collator, (settings.dispatch_batches, settings.non_blocking) = collator, before
         if self._check and view is not None:
             check_rows(self, view, getattr(loader, "dataset", None))  # a stream's loader need not have one
         return loader
@@ -352,9 +353,9 @@ class CachedKL(_AnyTrainer):
 
     def step_kl(self) -> float | None:
         """Mean regulariser of the last optimizer step over all processes, nats a position; None where none counted."""
-        if not int(self._step_counts):
-            return None
-        return float(over_processes(self, self._step_meter)[1])
+        kl = over_processes(self, self._step_meter)[1]
+        num_positions, kl_nats = torch.stack([self._step_counts.to(kl), kl]).tolist()  # the host waits once
+        return kl_nats if num_positions else None
 
     def check_first_step(self) -> None:
         """Raise `TrainingFailed` where the run's first step is not that of all its positions: see `FirstStep`."""

@@ -1,6 +1,7 @@
-"""TrainingArguments of a run with the fields that --set names, each as its type reads the text.
+"""TrainingArguments of a run with the fields that --set names, each as its type reads the text; and of one device.
 
-Owns how a text is read for a field of the installed transformers. Which fields may be set is `trainer_settings`'.
+Owns how a text is read for a field of the installed transformers, and which GPU a run of one process is on. Which
+fields may be set is `trainer_settings`'.
 """
 
 import json
@@ -64,6 +65,19 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(text)
     return number
+
+
+def on_device(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
+    """The arguments, for one process that trains on this GPU alone, however many the machine has.
+
+    transformers would take them all, by DataParallel, which splits a batch without its targets, and move the model to
+    the first. Under a launcher each process has its own already; a model that is spread over several stays so.
+    """
+    if device.type == "cuda" and arguments.n_gpu > 1:
+        torch.cuda.set_device(device)
+        arguments._n_gpu = 1
+        vars(arguments)["_setup_devices"] = device  # what its property `device` has found, and keeps
+    return arguments
 
 
 def _read(name: str, text: str, kind: str) -> Any:
