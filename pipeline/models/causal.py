@@ -15,8 +15,8 @@ from .quantization import held_in
 from .sharding import dtype_as_called
 
 LENGTHS = (7, 12, 5)
-"""Tokens of the rows of the probe. Padding stands before tokens of other rows too, as in a batch: experts that have room
-for so many tokens are full of it otherwise than of what comes after."""
+"""Tokens of the rows of the probe. Padding stands before tokens of other rows too, as in a batch: it takes room from
+them in a layer that has room for so many."""
 
 TOLERANCE_FLOAT32, TOLERANCE_16BIT = 1e-5, 0.02
 """Relative change of hidden states, mean over tokens, that another kernel may make (7e-3 measured in bfloat16)."""
