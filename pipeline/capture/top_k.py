@@ -21,12 +21,13 @@ MOST_CANDIDATES = 1 / 4
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of floats [n, V], descending, and their places, int64; equal ones by ascending place.
 
-    So the first is the argmax. Which of several equal to the k-th value are kept is not said; it is the same whenever
-    the same values come.
+    So the first is the argmax. Which others of several equal to the k-th value are kept is not said; it is the same
+    whenever the same values come.
     """
     chunk = _chunk(values.shape[1], k)
     found = values.topk(k, dim=1) if chunk is None else _two_stages(values, k, chunk)
-    return _by_place_where_equal(*found)
+    kept, places = _by_place_where_equal(*found)
+    return kept, _argmax_first(values, kept, places)
 
 
 def _chunk(width: int, k: int) -> int | None:
@@ -52,3 +53,11 @@ def _by_place_where_equal(values: Tensor, places: Tensor) -> tuple[Tensor, Tenso
     places, order = places.sort(dim=1)
     values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, places.gather(1, again)
+
+
+def _argmax_first(values: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+    """places, with the argmax among them where more values than k, of all [n, V], are equal to the largest."""
+    if not kept.shape[1] or not bool((open_ := kept[:, 0] == kept[:, -1]).any()):
+        return places
+    first = torch.where(open_, values.argmax(dim=1), places[:, 0])
+    return torch.cat([first[:, None], places[:, 1:]], dim=1)

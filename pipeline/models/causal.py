@@ -14,8 +14,9 @@ from .head import causal_lm_of, evaluation_mode, hidden_states, num_tokens
 from .quantization import held_in
 from .sharding import dtype_as_called
 
-LENGTHS = (12, 7)
-"""Tokens of the two rows of the probe: the second has padding behind it."""
+LENGTHS = (7, 12, 5)
+"""Tokens of the rows of the probe. Padding stands before tokens of other rows too, as in a batch: it takes room from
+them in a layer that has room for so many."""
 
 TOLERANCE_FLOAT32, TOLERANCE_16BIT = 1e-5, 0.02
 """Relative change of hidden states, mean over tokens, that another kernel may make (7e-3 measured in bfloat16)."""
@@ -23,11 +24,11 @@ TOLERANCE_FLOAT32, TOLERANCE_16BIT = 1e-5, 0.02
 
 @torch.no_grad()
 def needs_mask(model: nn.Module) -> bool:
-    """Whether a batch that is padded on the right must bring its attention mask: two rows, three forwards.
+    """Whether a batch that is padded on the right must bring its attention mask: three forwards of a few tokens.
 
     It need not where the hidden states of the tokens are the same with the mask and without, but for rounding, and
-    exactly the same whatever the padding is. Whoever takes more than all tokens before it into account needs it, and so
-    does a model whose rounding depends on the rest of its batch, as LLM.int8()'s.
+    exactly the same whatever the padding is. Whoever takes more than all tokens before it into account needs it, in its
+    row or in others, and so does a model whose rounding depends on the rest of its batch, as LLM.int8()'s.
     """
     ids, mask = _probe(num_tokens(causal_lm_of(model)))
     others = torch.where(mask.bool(), ids, ids + 1)
@@ -43,9 +44,9 @@ def needs_mask(model: nn.Module) -> bool:
 
 
 def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, [2, T]."""
+    """input_ids and attention_mask, [B, T]."""
     longest = max(LENGTHS)
-    ids = torch.arange(2 * longest).reshape(2, longest) * 7919 % max(vocab_size - 1, 1)
+    ids = torch.arange(len(LENGTHS) * longest).reshape(-1, longest) * 7919 % max(vocab_size - 1, 1)
     return ids, torch.stack([(torch.arange(longest) < length).long() for length in LENGTHS])
 
 

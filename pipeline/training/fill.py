@@ -8,6 +8,7 @@ vouch for; the work is `capture.worker`'s, so the bytes are those of `precompute
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +50,7 @@ from logitcache.storage import (
 from logitcache.storage.captured_index import fingerprint64
 from logitcache.storage.files import open_files
 from logitcache.storage.heads import read_manifest
-from logitcache.storage.identity import differing, digest
+from logitcache.storage.identity import differing, digest_json
 from logitcache.storage.manifest import Manifest
 
 FILLED = "filled before training"
@@ -56,6 +58,8 @@ FILLED = "filled before training"
 
 _AT_ONCE = 64
 """Rows that are looked up together, and by which processes know whether they have the same data."""
+
+_NOWHERE: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +130,8 @@ class Filling:
         raise, on every process where one of them does, and `TrainingFailed` under what divides the model.
         """
         with _randomness_kept():
-            told = _of_all(lambda: (self._lacks(samples), _fingerprint(samples)))
+            every = self.objective.kl_positions == "all"
+            told = _of_all(lambda: (self._lacks(samples), _fingerprint(samples, every)))
             if not any(lacks for lacks, _ in told):
                 return None
             self._check_whole(divided_by)
@@ -134,7 +139,7 @@ class Filling:
             is_shared = len({fingerprint for _, fingerprint in told}) == 1
             share = Share(rank, len(told)) if is_shared else Share()
             name = data_name if is_shared else f"{data_name}, part {rank + 1} of {len(told)}"
-            mine = samples if is_shared else _without_earlier(samples, rank)
+            mine = samples if is_shared else _without_earlier(samples, rank, every)
             reports = list[JobReport]()
 
             def capture_mine() -> None:
@@ -229,27 +234,60 @@ def _at_once(samples: SampleRows) -> Iterator[list[Sample]]:
 
 @dataclass(frozen=True)
 class _Without:
-    """Rows less the samples that are known by these fingerprints."""
+    """Rows less what other processes capture of them."""
 
     rows: SampleRows
-    left_out: frozenset[int]
+    every: bool
+    #: Samples at these positions, whole.
+    left_out: frozenset[tuple[int, int]]
+    #: Positions of samples that have others too.
+    cut: dict[int, NDArray[np.int32]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, rows: slice, /) -> list[Sample]:
-        return [sample for sample in self.rows[rows] if _known_by(sample) not in self.left_out]
+        left = (self._left(sample) for sample in self.rows[rows])
+        return [sample for sample in left if len(sample.positions)]
+
+    def _left(self, sample: Sample) -> Sample:
+        known = _known_by(sample, self.every)
+        supervised = sample.supervised.copy()
+        supervised[self.cut.get(known[0], _NOWHERE) + 1] = False
+        if known in self.left_out:
+            supervised[:] = False
+        return replace(sample, supervised=supervised)
 
 
-def _without_earlier(samples: SampleRows, rank: int) -> SampleRows:
-    """The samples that no process before this one has at the same positions: what a sampler gives to two processes is
-    captured by the first, whichever of them is faster. All processes must call it."""
-    known = _of_all(lambda: {_known_by(sample) for rows in _at_once(samples) for sample in rows})
-    return _Without(samples, frozenset().union(*known[:rank]))
+def _without_earlier(samples: SampleRows, rank: int, every: bool) -> SampleRows:
+    """The samples, at the positions at which no process before this one has them: what a sampler gives to two processes
+    is captured by the first, whichever of them is faster. every: at all their positions, whichever these are. All
+    processes must call it."""
+    known = _of_all(lambda: {_known_by(sample, every) for rows in _at_once(samples) for sample in rows})
+    times = Counter(tokens for tokens, _ in set[tuple[int, int]]().union(*known))
+    otherwise = {tokens for tokens, number in times.items() if number > 1}
+    positions = _of_all(lambda: _positions_of(samples, otherwise) if otherwise else {})
+    cut: dict[int, NDArray[np.int32]] = {}
+    for earlier in positions[:rank]:
+        cut |= {tokens: np.union1d(cut.get(tokens, places), places) for tokens, places in earlier.items()}
+    return _Without(samples, every, frozenset().union(*known[:rank]), cut)
 
 
-def _known_by(sample: Sample) -> int:
-    return fingerprint64(sample_id(sample.token_ids), sample.positions)
+def _positions_of(samples: SampleRows, wanted: set[int]) -> dict[int, NDArray[np.int32]]:
+    """At which positions there are samples of these tokens."""
+    found: dict[int, NDArray[np.int32]] = {}
+    for sample in (sample for rows in _at_once(samples) for sample in rows):
+        tokens, _ = _known_by(sample, every=False)
+        if tokens in wanted:
+            found[tokens] = np.union1d(found.get(tokens, sample.positions), sample.positions)
+    return found
+
+
+def _known_by(sample: Sample, every: bool) -> tuple[int, int]:
+    """Its tokens, and its positions where not every one of them is captured."""
+    key = sample_id(sample.token_ids)
+    tokens = fingerprint64(key, _NOWHERE)
+    return tokens, tokens if every else fingerprint64(key, sample.positions)
 
 
 def _check_asked(capture: CaptureSettings | None, manifest: Manifest, path: str) -> None:
@@ -266,10 +304,10 @@ def _check_asked(capture: CaptureSettings | None, manifest: Manifest, path: str)
         )
 
 
-def _fingerprint(samples: SampleRows) -> str:
+def _fingerprint(samples: SampleRows, every: bool) -> str:
     """By which processes that have the same samples know it: how many rows, and what the first and last ones are."""
     ends = [*samples[:_AT_ONCE], *samples[max(0, len(samples) - _AT_ONCE) :]]
-    return digest(b"".join([str(len(samples)).encode(), *(sample_id(s.token_ids) for s in ends)]))
+    return digest_json([len(samples), *(_known_by(sample, every) for sample in ends)])
 
 
 def _of_all(function: Callable[[], T]) -> list[T]:

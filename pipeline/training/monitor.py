@@ -55,12 +55,23 @@ class Monitor(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._every = self._settings.eval_steps or max(1, math.ceil(SHARE * state.max_steps))
+        if not state.global_step:
+            self._check_moves_budget(state.max_steps)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         if self.why:  # the checkpoint is of the very step: there is no other
             state.max_steps = state.global_step
+
+    def _check_moves_budget(self, max_steps: int) -> None:
+        """Raise `TrainingFailed` where the only evaluation is after the last step: it would move no weight."""
+        if self._settings.kl_budget_of == "prior" and self._settings.eval_steps and self._every >= max_steps:
+            raise TrainingFailed(
+                f"training with --kl-budget-of prior: expected an evaluation before the last of {max_steps:,} steps, "
+                f"found --eval-steps {self._every:,}. The weight would stay as it is, whatever the budget. Give a "
+                "smaller --eval-steps, or leave it out."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every == 0 or state.global_step >= state.max_steps:

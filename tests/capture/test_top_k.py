@@ -47,3 +47,14 @@ def test_ties_have_the_values_of_sorting_distinct_places_and_the_argmax_first() 
     assert all(len(set(row)) == 64 for row in places.tolist())
     assert torch.equal(places[:, 0], values.argmax(dim=1)) and (found[:, 0] == found[:, 1]).any()
     assert torch.equal(top_k(values, 64)[1], places)
+
+
+@pytest.mark.parametrize("k", [1, 2, 64])
+@pytest.mark.parametrize("width", [300, 32_768])
+def test_more_of_the_largest_than_are_kept_have_the_argmax_first(width: int, k: int) -> None:
+    values = torch.zeros(3, width)
+    values[1, 5:] = 1.0
+    values[2, [7, 11, 200, 230, 290]] = 1.0
+    found, places = top_k(values, k)
+    assert torch.equal(places[:, 0], values.argmax(dim=1)) and torch.equal(values.gather(1, places), found)
+    assert all(len(set(row)) == k for row in places.tolist())

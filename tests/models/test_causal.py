@@ -48,6 +48,24 @@ def counting_the_mask() -> Any:
     return model
 
 
+def with_little_room() -> Any:
+    """A model with a layer that has room for 16 tokens of a batch, the first; no padding takes any of it where a mask
+    says which that is."""
+    model = make_model()
+    forward = model.model.forward
+
+    def dropping(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        found = forward(*args, attention_mask=attention_mask, **kwargs)
+        hidden = found.last_hidden_state
+        present = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
+        place = present.flatten().cumsum(0).reshape(present.shape)
+        found.last_hidden_state = hidden * (place <= 16)[..., None]
+        return found
+
+    model.model.forward = dropping
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_causal_families_need_none(family: str, dtype: torch.dtype) -> None:
@@ -64,6 +82,10 @@ def test_who_sees_what_stands_behind_needs_one() -> None:
 
 def test_who_reads_more_than_padding_from_it_needs_one() -> None:
     assert needs_mask(counting_the_mask())
+
+
+def test_whose_padding_takes_the_room_of_the_rows_behind_it_needs_one() -> None:
+    assert needs_mask(with_little_room())
 
 
 def test_a_model_of_numbers_that_are_none_needs_one() -> None:

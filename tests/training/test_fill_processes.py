@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +18,9 @@ from support.preferences import make as make_preferences
 from support.two_processes import in_two_processes
 from torch.distributed.fsdp import fully_shard
 
-from logitcache import CachedLoss, CaptureSettings
+from logitcache import CachedLoss, CaptureSettings, Objective
 from logitcache.data.batches import pad_samples
+from logitcache.data.samples import Sample
 from logitcache.errors import NotTheBase, TrainingFailed
 from logitcache.storage import IncompleteCache, LogitCache, NotACache
 from logitcache.training import fill as fill_module
@@ -177,3 +179,45 @@ def _all_of_the_other_on_a_rank(rank: int, folder: str, out: str) -> int:
 
 def test_a_process_whose_samples_another_has_captures_nothing(tiny_model: Path, tmp_path: Path) -> None:
     assert in_two_processes(_all_of_the_other_on_a_rank, str(tiny_model), str(tmp_path)) == [3, 0]
+
+
+def _labelled(sample: Sample, first: int, end: int) -> Sample:
+    labels = np.zeros(len(sample.token_ids), dtype=np.bool_)
+    labels[first:end] = True
+    return Sample(sample.token_ids, labels, sample.origin)
+
+
+def _same_tokens_on_a_rank(rank: int, folder: str, out: str) -> list[tuple[int, float]]:
+    """Both processes have the same documents, at positions of their own."""
+    dist.init_process_group("gloo")
+    found = []
+    for case, (kl_positions, *spans) in enumerate(SPANS):
+        mine = [_labelled(sample, *spans[rank]) for sample in LONG]
+        model = get_peft_model(load(Path(folder)), lora())
+        cached = CachedLoss(f"{out}/{case}", Objective(kl_positions=kl_positions), fill=True)
+        cached.fill(model, [pad_samples(mine)])
+        captured = 0 if cached.filled is None else cached.filled.num_positions
+        found.append((captured, float(cached(model, pad_samples(mine)).kl)))
+    return found
+
+
+LONG = [sample for sample in SAMPLES if len(sample.token_ids) >= 16]
+SPANS: list[Any] = [
+    ("supervised", (1, 6), (6, 11)),
+    ("supervised", (1, 9), (5, 11)),
+    ("supervised", (1, 11), (4, 8)),
+    ("all", (1, 9), (5, 11)),
+]
+"""Where the KL counts, and the first label of each process and the one behind its last."""
+
+
+def test_the_same_tokens_at_other_positions(tiny_model: Path, tmp_path: Path) -> None:
+    """Each position is captured once, by the first process that has it, and nothing that one learns is missing."""
+    first, second = in_two_processes(_same_tokens_on_a_rank, str(tiny_model), str(tmp_path))
+    assert all(kl <= 5e-5 for _, kl in [*first, *second])
+    num = len(LONG)
+    captured = list(zip((n for n, _ in first), (n for n, _ in second), strict=True))
+    assert captured[:3] == [(5 * num, 5 * num), (8 * num, 2 * num), (10 * num, 0)]
+    own = [10 * num] * 3 + [sum(len(sample.token_ids) - 1 for sample in LONG)]
+    assert [sum(each) for each in captured] == own
+    assert [LogitCache.open(tmp_path / str(case)).num_positions for case in range(4)] == own

@@ -295,6 +295,15 @@ def test_a_budget_of_prior_text_needs_both(tmp_path: Path, caches: tuple[LogitCa
         go(caches, tmp_path / "o", kl_budget_of="prior")
 
 
+@pytest.mark.parametrize("eval_steps", [STEPS, STEPS + 5])
+def test_a_budget_of_prior_text_that_no_evaluation_would_move(
+    eval_steps: int, tmp_path: Path, caches: tuple[LogitCache, LogitCache]
+) -> None:
+    asked: dict[str, Any] = {"objective": Objective(kl_budget=0.1), "kl_budget_of": "prior"}
+    with pytest.raises(TrainingFailed, match=f"before the last of 8 steps, found --eval-steps {eval_steps}"):
+        go(caches, tmp_path / "o", eval_steps=eval_steps, **asked)
+
+
 def test_noise_is_refused_beside_a_budget_of_the_steps_alone(
     tmp_path: Path, caches: tuple[LogitCache, LogitCache]
 ) -> None:
