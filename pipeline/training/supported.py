@@ -29,12 +29,6 @@ def check_supported(trainer: Any) -> None:
             "Start one process a GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES",
         ),
         (
-            lambda: trainer.accelerator.num_processes > 1 and trainer.accelerator.distributed_type == "NO",
-            f"{trainer.accelerator.num_processes} processes were started that do not see one another, and each would "
-            "train a model of its own by that many times its gradient. Set use_cpu=True where there is no GPU, or "
-            "start one process",
-        ),
-        (
             lambda: bool(args.label_smoothing_factor) or getattr(trainer, "label_smoother", None) is not None,
             "label smoothing by the trainer would be ignored, as the loss is made here. "
             'Set label_smoothing_factor=0; Objective("none", label_smoothing=...) smooths labels',
@@ -59,6 +53,11 @@ def check_supported(trainer: Any) -> None:
             lambda: bool(getattr(args, "neftune_noise_alpha", None)) and trainer.step_budget is not None,
             "neftune_noise_alpha puts noise on the embeddings, which is in the KL that kl_budget is of, and the weight "
             "would follow the noise. Leave one of them out",
+        ),
+        (
+            lambda: trainer.accelerator.num_processes > 1 and trainer.accelerator.distributed_type == "NO",
+            "several processes were started that do not see one another, and each would train a model of its own by "
+            "that many times its gradient. Set use_cpu=True where there is no GPU, or start one process",
         ),
     )
     for holds, why in refused:

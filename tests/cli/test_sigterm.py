@@ -121,9 +121,9 @@ def test_the_processes_of_a_sweep_stop_too(caches: dict[str, Path], tiny_model: 
         started.terminate()
         out, err = started.communicate()
     assert started.returncode == 143, err
-    assert err.splitlines()[-1] == (
-        "logitcache: stopped by SIGTERM. Finished runs are kept; the same command goes on."
-    ), err
+    # not the last line in any case: Python's tracker of semaphores may have a word after it on a busy machine
+    said = "logitcache: stopped by SIGTERM. Finished runs are kept; the same command goes on."
+    assert err.splitlines().count(said) == 1 and "Traceback" not in err, err
     assert "failed" not in out
     assert len(list(tmp_path.glob("s/runs/*/checkpoints/checkpoint-*/files.json"))) == 2
     states = [json.loads(path.read_text(encoding="utf-8"))["status"] for path in tmp_path.glob("s/runs/*/run.json")]

@@ -304,7 +304,8 @@ def test_what_accelerate_was_told_counts_where_the_trainer_does_not_know(
     trainer = trainer_over(Trainer, tmp_path, samples, cache)  # transformers 5.16 does not see that a model is divided
     trainer.get_tp_size = trainer.get_cp_size = lambda: 1
     sizes = SimpleNamespace(tp_size=1, cp_size=1, sp_size=1)
-    trainer.accelerator = SimpleNamespace(parallelism_config=sizes, state=trainer.accelerator.state)
+    alone = {"num_processes": 1, "distributed_type": "NO"}
+    trainer.accelerator = SimpleNamespace(parallelism_config=sizes, state=trainer.accelerator.state, **alone)
     check_supported(trainer)
     setattr(sizes, f"{kind}_size", 2)
     with pytest.raises(TrainingFailed, match={"tp": "2 processes hold it together", "cp": "Set cp_size=1"}[kind]):
