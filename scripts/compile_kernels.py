@@ -83,7 +83,10 @@ def main() -> int:
                 kernel = compiled(program, dtype, tile, constants, aligned, sm)
                 used, spilt = registers(kernel, sm)
                 said = " ".join(f"{name}={value}" for name, value in constants.items())
-                print(f"{sm},{program.__name__},{dtype},{said},{aligned},{used},{spilt},{kernel.metadata.shared}")
+                print(
+                    f"{sm},{program.__name__},{dtype},{said},{aligned},{used},{spilt},{kernel.metadata.shared}",
+                    flush=True,
+                )
                 lacks = constants.get("num_groups", 0) > 0 and ".tf32.tf32" not in kernel.asm["ptx"]
                 failed = failed or spilt > 0 or lacks
     return int(failed)

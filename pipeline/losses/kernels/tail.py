@@ -110,7 +110,7 @@ def _padded(num_groups: int) -> int:
 def stats_tile(num_groups: int, dtype: torch.dtype) -> Tile:
     """Of `programs.stats`; num_groups: 0, or a power of 2. None that fits leaves its registers for memory."""
     if num_groups:
-        return Tile(16, 64 if num_groups <= 64 and dtype.itemsize == 2 else 32, 4)
+        return Tile(16, 64 if num_groups <= 64 and dtype.itemsize == 2 else 32, 4 if num_groups <= 128 else 8)
     return Tile(4, 64, 4) if is_interpreted() else Tile(1, 4096, 8)
 
 
