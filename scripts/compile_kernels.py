@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from logitcache.losses.kernels import programs, tail
@@ -63,8 +63,7 @@ def registers(kernel: Any, sm: int) -> tuple[int, int]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"], encoding="utf-8")
         card = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-        assembler = Path(nvidia.__file__).parent / "bin" / "ptxas"
-        line = [str(assembler), "-v", f"--gpu-name={card}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        line = [get_ptxas(sm).path, "-v", f"--gpu-name={card}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
         said = subprocess.run(line, capture_output=True, text=True, check=True).stderr
     used, spilt = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     if used is None or spilt is None:
