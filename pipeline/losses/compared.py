@@ -61,19 +61,30 @@ class Tail:
         self.groups = groups
         return self.top_from_origin + self.group_sums.log()
 
-    def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
-        """e becomes the gradient: `gradient` [n, 1] of T shared out by e, and `parts` of T [n, 1] or its groups."""
+    def first_of_top(self, rows: Tensor) -> Tensor:
+        """Of these rows the first token that has the largest logit, [rows]; to be asked before `scale`."""
+        return (self.buffer[rows] == 1).int().argmax(dim=1)
+
+    def factors(self, gradient: Tensor, parts: Tensor | None) -> Tensor:
+        """By what e is multiplied in `scale`: one number a row, [n, 1], or one a row and group, [n, G]."""
         of_tail = share(gradient, self.sum)
         if parts is None or (self.group_sums is None and not parts.shape[1]):
-            self.buffer.mul_(of_tail)
+            return of_tail
+        return of_tail + share(parts, self.sum if self.group_sums is None else self.group_sums)
+
+    def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
+        """e becomes the gradient: `gradient` [n, 1] of T shared out by e, and `parts` of T [n, 1] or its groups."""
+        factors = self.factors(gradient, parts)
+        if self.groups is None or factors.shape[1] == 1:
+            self.buffer.mul_(factors)
             return
-        if self.group_sums is None or self.groups is None:
-            self.buffer.mul_(of_tail + share(parts, self.sum))
-            return
-        of_groups = of_tail + share(parts, self.group_sums)
         for start in range(0, self.buffer.shape[1], _COLUMNS):
             columns = slice(start, start + _COLUMNS)
-            self.buffer[:, columns].mul_(of_groups.index_select(1, self.groups[columns]))
+            self.buffer[:, columns].mul_(factors.index_select(1, self.groups[columns]))
+
+    def add(self, ids: Tensor, gradient: Tensor, logits: Tensor) -> None:
+        """After `scale`: `gradient` [n, 1] more at each drawn token, once a draw. ids, logits: the draws', [n, M]."""
+        self.buffer.scatter_add_(1, ids, gradient.expand(ids.shape))
 
 
 @dataclass

@@ -24,6 +24,7 @@ from logitcache.errors import TrainingFailed
 
 from .compared import Compared, Tail, times
 from .formulas import Objective, SparseTargets, cross_entropy, regularizer_mask, regularizer_values
+from .kernels.choice import are_usable, kernel_tail, num_rows, serve
 from .weights import Weigher, top_logits, weigher_of
 
 LOSS_SLICE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
@@ -111,6 +112,20 @@ class _Call:
         if part.supervised is None:
             return weights
         return torch.where(part.supervised, 1.0 if weights is None else weights, 0.0)
+
+    def kernels_serve(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a slice of logits goes through `kernels`, in this its own dtype."""
+        num_groups = 0 if self.targets is None else self.targets.num_groups
+        return serve(self.objective, num_groups) and are_usable(device, dtype)
+
+    def tail(self, buffer: Tensor) -> Tail:
+        """Of logits [n, V] that are -inf at label and kept, in the buffer of `_slice`."""
+        if buffer.stride(1) != 1 or not self.kernels_serve(buffer.device, buffer.dtype):
+            return Tail(buffer)
+        if self.targets is None or self.objective.tail != "groups":
+            return kernel_tail(buffer, None, 0)
+        groups, one_hot = self.groups()
+        return kernel_tail(buffer, groups, one_hot.shape[1])
 
     def groups(self) -> tuple[Tensor, Tensor]:
         """The group of each token, int64 [V], and the same as one-hot rows, float32 [V, G]."""
@@ -218,14 +233,19 @@ def _num_rows(call: _Call, hidden: Tensor) -> int:
     if vocab_size is None:
         with torch.set_grad_enabled(call.with_gradient):  # autocast keeps what it casts under no_grad
             vocab_size = call.head(hidden.detach()[:1]).shape[1]
-    return max(1, LOSS_SLICE_BYTES.get(hidden.device.type, LOSS_SLICE_BYTES["cuda"]) // (4 * vocab_size))
+    num_bytes, device = LOSS_SLICE_BYTES.get(hidden.device.type, LOSS_SLICE_BYTES["cuda"]), hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    if call.kernels_serve(device, dtype):  # of the head's logits, most likely
+        return num_rows(num_bytes, vocab_size, dtype)
+    return max(1, num_bytes // (4 * vocab_size))
 
 
 def _slice(call: _Call, hidden: Tensor, part: _Rows) -> _Slice:
     logits = call.logits(hidden)
     overwrites = _are_unshared(logits, call.head)
-    buffer = logits.detach().float()
-    if logits.dtype == torch.float32 and not overwrites:  # then it is no copy
+    by_kernels = logits.stride(1) == 1 and call.kernels_serve(logits.device, logits.dtype)
+    buffer = logits.detach() if by_kernels else logits.detach().float()
+    if buffer.dtype == logits.dtype and not overwrites:  # then it is no copy
         buffer = buffer.clone()
     found = _losses_and_gradient(buffer, call, part)
     if found is None:
@@ -277,7 +297,8 @@ def _plain_slice(logits: Tensor, call: _Call, part: _Rows) -> _Slice:
 def _losses_and_gradient(buffer: Tensor, call: _Call, part: _Rows) -> tuple[Tensor, Tensor] | None:
     """The sums of the slice. None where digits would be lost.
 
-    buffer: float32 [n, V], the only memory of that size: logits z, then e = exp(z - max z) of `Tail`, then d loss/d z.
+    buffer: [n, V], the only memory of that size: logits z, then e = exp(z - max z) of `Tail`, then d loss/d z; float32,
+    or the head's dtype where kernels do what is done to it. What is made of it is float32.
     """
     targets, labels, smoothing = part.targets, part.label_ids.long()[:, None], call.objective.label_smoothing
     top = top_logits(buffer, call.objective)
@@ -285,8 +306,8 @@ def _losses_and_gradient(buffer: Tensor, call: _Call, part: _Rows) -> tuple[Tens
         z_mean = buffer.sub_(buffer.amax(dim=1, keepdim=True)).mean(dim=1, keepdim=True)
     kept_ids, kept_logits = _kept(buffer, labels, targets)
     drawn_ids = None if targets is None or targets.draw_ids is None else targets.draw_ids.long()
-    drawn_logits = None if drawn_ids is None else buffer.gather(1, drawn_ids)
-    tail = Tail(buffer.scatter_(1, kept_ids, -torch.inf))
+    drawn_logits = None if drawn_ids is None else buffer.gather(1, drawn_ids).float()
+    tail = call.tail(buffer.scatter_(1, kept_ids, -torch.inf))
     if call.top1 is not None:  # also where the slice goes the plain way after this
         call.top1 += _num_largest(kept_logits, kept_ids, tail, part.supervised).to(call.top1)
     largest = torch.cat([tail.top, kept_logits[:, 1:]], dim=1).amax(dim=1, keepdim=True)
@@ -311,7 +332,7 @@ def _losses_and_gradient(buffer: Tensor, call: _Call, part: _Rows) -> tuple[Tens
             ce = (1 - smoothing) * ce + smoothing * (log_all + origin - z_mean).sum()
             buffer.sub_(smoothing / buffer.shape[1])
             kept_gradient += smoothing - smoothing / buffer.shape[1]
-        buffer.scatter_(1, kept_ids, kept_gradient)
+        buffer.scatter_(1, kept_ids, kept_gradient.to(buffer.dtype))
         return ce, torch.zeros_like(ce)
     log_rest = (log_rest - log_all).squeeze(1)
     found = Compared.of(z_kept, tail, z_drawn, log_rest, targets, call.objective, call.kl_weight, call.groups)
@@ -321,20 +342,22 @@ def _losses_and_gradient(buffer: Tensor, call: _Call, part: _Rows) -> tuple[Tens
     last = z_kept.shape[1] - first
     kept_gradient[:, first:] += found.gradient[:, :last]
     tail.scale(beyond, found.gradient[:, last:])
-    if found.drawn is not None and drawn_ids is not None:
-        buffer.scatter_add_(1, drawn_ids, found.drawn.expand(drawn_ids.shape))
+    if found.drawn is not None and drawn_ids is not None and drawn_logits is not None:
+        tail.add(drawn_ids, found.drawn, drawn_logits)
+    kept_gradient = kept_gradient.to(buffer.dtype)
     buffer.scatter_(1, kept_ids[:, 1:], kept_gradient[:, 1:])
     buffer.scatter_(1, labels, kept_gradient[:, :1])  # after what absent alternatives wrote there
     return ce, found.values.sum()
 
 
 def _kept(buffer: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[Tensor, Tensor]:
-    """Label and alternatives: their ids and their logits, [n, 1 + K]; -inf where an alternative is absent."""
+    """Label and alternatives: their ids and float32 logits, [n, 1 + K]; -inf where an alternative is absent."""
+    of_labels = buffer.gather(1, labels).float()
     if targets is None:
-        return labels, buffer.gather(1, labels)
+        return labels, of_labels
     ids = targets.alternative_ids.long()
-    alternatives = torch.where(ids != labels, buffer.gather(1, ids), -torch.inf)
-    return torch.cat([labels, ids], dim=1), torch.cat([buffer.gather(1, labels), alternatives], dim=1)
+    alternatives = torch.where(ids != labels, buffer.gather(1, ids).float(), -torch.inf)
+    return torch.cat([labels, ids], dim=1), torch.cat([of_labels, alternatives], dim=1)
 
 
 def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "Tail", supervised: Tensor | None) -> Tensor:
@@ -345,6 +368,6 @@ def _num_largest(kept_logits: Tensor, kept_ids: Tensor, tail: "Tail", supervised
     largest &= (label >= tail.top).squeeze(1)
     (tied,) = (largest & (label == tail.top).squeeze(1)).nonzero(as_tuple=True)
     if len(tied):
-        first = (tail.buffer[tied] == 1).int().argmax(dim=1)
+        first = tail.first_of_top(tied)
         largest[tied] = label_id[tied, 0] < first
     return (largest if supervised is None else largest & supervised).sum()

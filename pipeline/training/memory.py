@@ -19,6 +19,7 @@ from logitcache.adapters.registry import KINDS, NO_ADAPTER
 from logitcache.adapters.settings import AdapterSettings
 from logitcache.errors import InvalidSettings
 from logitcache.losses.fused import LOSS_SLICE_BYTES
+from logitcache.losses.kernels.choice import num_rows
 from logitcache.models.checkpointing import checkpoint_layers
 from logitcache.models.head import body_of, causal_lm_of, logits_width
 from logitcache.models.without_weights import bytes_kept, from_config
@@ -205,13 +206,17 @@ def _weight_bytes(student: nn.Module, load_in: str | None) -> int:
 
 
 def _head_bytes(causal_lm: PreTrainedModel, num_positions: int, dtype: torch.dtype, device: str) -> int:
-    """Of a slice: float32 logits, and in 16 bits those that the head made; and of all positions the hidden states that
-    the head is given and their gradient."""
+    """Of a slice: float32 logits, and in 16 bits those that the head made, or these alone of the larger slices that
+    kernels have, whichever is more; and of all positions the hidden states that the head is given and their gradient.
+    """
     vocab = logits_width(causal_lm)
-    rows = min(num_positions, max(1, LOSS_SLICE_BYTES.get(device, LOSS_SLICE_BYTES["cuda"]) // (4 * vocab)))
+    num_bytes = LOSS_SLICE_BYTES.get(device, LOSS_SLICE_BYTES["cuda"])
+    rows = min(num_positions, max(1, num_bytes // (4 * vocab)))
     width = causal_lm.get_output_embeddings().weight.shape[1]
     each = 2 if dtype in (torch.bfloat16, torch.float16) else 0
-    return int(rows * vocab * (4 + each) + 2 * num_positions * width * (each or 4))
+    by_kernels = min(num_positions, num_rows(num_bytes, vocab, dtype)) * vocab * dtype.itemsize
+    of_slice = max(rows * vocab * (4 + each), by_kernels if device == "cuda" else 0)
+    return int(of_slice + 2 * num_positions * width * (each or 4))
 
 
 def _gib(count: float) -> str:

@@ -225,6 +225,18 @@ def test_losses_import_torch_and_the_ground_floor() -> None:
         assert rooms <= PACKAGES["losses"] and not foreign & (HEAVY - {"torch"}), path
 
 
+def test_triton_is_imported_in_one_file() -> None:
+    """Which another imports where it is chosen: a machine without Triton has never heard of it."""
+    kernels = ROOT / "pipeline" / "losses" / "kernels"
+    importing = {path for path in (ROOT / "pipeline").rglob("*.py") if "triton" in imports_of(path, "losses")[2]}
+    assert importing == {kernels / "programs.py"}
+    assert not loaded_by("import logitcache.losses.fused") & {
+        "triton",
+        "logitcache.losses.kernels.tail",
+        "logitcache.losses.kernels.programs",
+    }
+
+
 def test_names_of_a_cache_are_spelt_in_its_layout_alone() -> None:
     """A name that stands in two places is changed in one of them."""
     spelt = re.compile(r"^(manifest|contents)\.json$|^token_groups\.npy$|^writer\.lock$|^/?shards/|^index-|^worker-$")

@@ -125,6 +125,21 @@ def test_a_7b_fits_at_the_defaults() -> None:
     assert whole["total_with"] < 18 * 2**30
 
 
+def test_a_slice_of_the_head_is_the_larger_of_two_ways() -> None:
+    """On a card half a GiB of float32 logits and, in 16 bits, those of the head; or, by kernels, 1,024 rows or more."""
+    vocab, width, rows = 262_144, 64, 2048
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": 4}
+    config = AutoConfig.for_model("qwen2", num_hidden_layers=1, num_key_value_heads=4, vocab_size=vocab, **sizes)
+    settings = TrainSettings(batch_size=2, batch_tokens=rows)
+    for dtype, device, of_slice in (
+        (torch.float32, "cuda", 1024 * vocab * 4),
+        (torch.bfloat16, "cuda", 512 * vocab * (4 + 2)),
+        (torch.float32, "cpu", 128 * vocab * 4),
+    ):
+        found = step_memory(config, dtype, AdapterSettings(), settings, 1024, device=device).head
+        assert found == of_slice + 2 * rows * width * dtype.itemsize
+
+
 @pytest.mark.parametrize(
     ("batch", "tokens", "length", "expected"),
     [(8, 2048, 1024, (2, 1024)), (8, 2048, 64, (8, 64)), (8, 512, 1024, (1, 1024)), (1, 2048, 64, (1, 64))],

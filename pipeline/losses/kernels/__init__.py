@@ -1,0 +1,1 @@
+"""The two passes over a slice of logits as Triton kernels: see `choice`."""
