@@ -144,7 +144,9 @@ def test_a_broken_row_is_refused_as_without_ray(
     line = [*SMALL, "--window-rows", 8]
     alone = refused(1, *precompute_line(tiny_model, data, tmp_path / "a", *line))
     assert f"{data}:21" in alone
-    assert refused(1, *precompute_line(tiny_model, data, tmp_path / "b", *line, *ON_RAY[:2])) == alone
+    on_ray = logitcache(*precompute_line(tiny_model, data, tmp_path / "b", *line, *ON_RAY[:2]))
+    # Ray may have its own word on stdout where the machine is busy
+    assert on_ray.status == 1 and on_ray.err.splitlines()[-1] == alone and "Traceback" not in on_ray.err, on_ray.err
 
 
 def test_ray_that_is_not_installed_is_named(

@@ -54,14 +54,17 @@ class KernelTail(Tail):
         self._sums_of_groups = (by_group * scale[:, :, None]).sum(dim=0)[:, :num_groups].contiguous()
 
     def first_of_top(self, rows: Tensor) -> Tensor:
+        """As `Tail`'s: here the buffer has the logits until `scale`."""
         return (self.buffer[rows] == self.top[rows]).int().argmax(dim=1)
 
     def split(self, groups: Tensor, one_hot: Tensor) -> Tensor:
+        """As `Tail`'s: the sums by group are there already, from the one pass that reads the logits."""
         assert self._token_groups is not None
         self.groups, self.group_sums = groups, self._sums_of_groups
         return self.top_from_origin + self.group_sums.log()
 
     def scale(self, gradient: Tensor, parts: Tensor | None = None) -> None:
+        """As `Tail`'s: the logits become the gradient, in their own dtype."""
         self._factors = self.factors(gradient, parts).contiguous()
         self._apply(self._factors)
 
