@@ -81,8 +81,7 @@ def capture(
     is causal by itself (`needs_mask`) does not see. Raises `NonFiniteLogits` with the sample and the position.
     """
     padded = pad_batch(batch, head_device(model))
-    mask = {"attention_mask": padded.attention_mask} if masked else {}
-    hidden = hidden_states(model, input_ids=padded.input_ids, **mask).flatten(0, 1)
+    hidden = hidden_states(model, **padded.inputs(masked)).flatten(0, 1)
     hidden = hidden.index_select(0, padded.rows)
     head = OutputHead(model)
     num_rows = rows_at_once(model, LOGITS_BYTES)

@@ -30,6 +30,11 @@ class PaddedBatch:
     #: [N], that token.
     label_ids: Tensor
 
+    def inputs(self, masked: bool) -> dict[str, Tensor]:
+        """Of a model's forward; the mask only where the model needs it."""
+        mask = {"attention_mask": self.attention_mask} if masked else {}
+        return {"input_ids": self.input_ids, **mask}
+
 
 def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedBatch:
     """Samples side by side, padded on the right with token 0, which the attention mask hides."""

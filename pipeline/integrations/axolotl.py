@@ -13,12 +13,11 @@ from typing import Any
 
 from logitcache.errors import InvalidSettings, TrainingFailed
 
-from .block import Block, read_block
+from .block import OTHER_LOSS, Block, read_block, refusal
 
 KEY = "logitcache"
 """The block of axolotl's YAML."""
 
-_OTHER_LOSS = "it makes the loss another one, which would not be used. Leave it out"
 _OWN_CE = (
     "it computes the cross-entropy, which is computed here, in slices of the head that are never [T, V] either; it "
     "would be without effect. Leave it out"
@@ -30,8 +29,8 @@ _STREAMED = (
 )
 
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("rl", "reward_model", "process_reward_model", "orpo_alpha", "kd_trainer"), _OTHER_LOSS),
-    "use_eaft": f"{_OTHER_LOSS}, or say `ce_weight: eaft` in the block",
+    **dict.fromkeys(("rl", "reward_model", "process_reward_model", "orpo_alpha", "kd_trainer"), OTHER_LOSS),
+    "use_eaft": f"{OTHER_LOSS}, or say `ce_weight: eaft` in the block",
     "trainer_cls": "a class of your own would not be used, as a plug-in's comes first. Leave it out",
     **dict.fromkeys(("cut_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"), _OWN_CE),
     **dict.fromkeys(("liger_cross_entropy", "liger_fused_linear_cross_entropy", "liger_use_token_scaling"), _OWN_CE),
@@ -51,13 +50,13 @@ def check_options(cfg: Mapping[str, Any], block: Block) -> None:
     for name, why in REFUSED.items():
         value = cfg.get(name)
         if value and not (name in _IN_ONE and value == 1):
-            raise InvalidSettings(f"training with {KEY}: {name}: {value!r:.80} is refused: {why}. Nothing was trained.")
+            raise refusal(f"{name}: {value!r:.80}", why)
     noise = cfg.get("neftune_noise_alpha")
     if noise and block.objective.kl_budget is not None:
-        raise InvalidSettings(
-            f"training with {KEY}: neftune_noise_alpha: {noise!r:.80} with kl_budget is refused: the noise on the "
-            "embeddings is in the KL that the budget is of, and the weight would follow the noise. Leave one of them "
-            "out. Nothing was trained."
+        raise refusal(
+            f"neftune_noise_alpha: {noise!r:.80} with kl_budget",
+            "the noise on the embeddings is in the KL that the budget is of, and the weight would follow the noise. "
+            "Leave one of them out",
         )
 
 

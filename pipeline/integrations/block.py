@@ -21,6 +21,9 @@ from logitcache.settings import Settings, check_known, option, settings_of
 from logitcache.training.settings import PARTS, AnchorSettings
 from logitcache.yaml_files import read_as
 
+OTHER_LOSS = "it makes the loss another one, which would not be used. Leave it out"
+"""Why most options of a framework are refused; the end of a sentence."""
+
 OBJECTIVE, RULES = PARTS["objective"], PARTS["pairing"]
 Made = TypeVar("Made", bound=Settings)
 
@@ -60,6 +63,11 @@ class Block:
         anchor = [Anchor(path, how) for path, how in self.anchors]
         said = {"objective": self.objective, "rules": self.rules, "capture": self.capture, "anchor": anchor}
         return {**self.of_cache.plain(), **said}
+
+
+def refusal(option: str, why: str) -> InvalidSettings:
+    """An option of a framework's that is refused. option: with its value, as its user writes it."""
+    return InvalidSettings(f"training with logitcache: {option} is refused: {why}. Nothing was trained.")
 
 
 def read_block(values: Any, where: str) -> Block:

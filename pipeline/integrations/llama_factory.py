@@ -13,19 +13,18 @@ from typing import Any
 
 from logitcache.errors import InvalidSettings
 
-from .block import Block, read_block
+from .block import OTHER_LOSS, Block, read_block, refusal
 
 KEY = "logitcache"
 """The block of LLaMA-Factory's YAML."""
 
-_OTHER_LOSS = "it makes the loss another one, which would not be used. Leave it out"
 _OTHER_FORWARD = "it replaces the base's forward, and the cache is of the base as transformers runs it. Leave it out"
 _OTHER_TRAINER = "it trains with another trainer, which would read nothing of the cache. Leave it out"
 
 REFUSED: dict[str, str] = {
-    "use_dft_loss": f"{_OTHER_LOSS}, and say `ce_weight: dft` in the block",
-    "use_eaft_loss": f"{_OTHER_LOSS}, and say `ce_weight: eaft` in the block",
-    "use_asft_loss": f"{_OTHER_LOSS}, and say `ce_weight: dft` and a regularizer in the block",
+    "use_dft_loss": f"{OTHER_LOSS}, and say `ce_weight: dft` in the block",
+    "use_eaft_loss": f"{OTHER_LOSS}, and say `ce_weight: eaft` in the block",
+    "use_asft_loss": f"{OTHER_LOSS}, and say `ce_weight: dft` and a regularizer in the block",
     "moe_aux_loss_coef": "the router's loss is not computed here. Leave it out",
     **dict.fromkeys(("shift_attn", "mixture_of_depths", "use_unsloth", "use_kt", "fp8"), _OTHER_FORWARD),
     "enable_liger_kernel": "it puts a loss of its own into the model's forward, which would not be used. Leave it out",
@@ -44,9 +43,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if options.get("packing") and not options.get("neat_packing"):
         refused.append(("packing", "a document would see those before it. Say `neat_packing: true`"))
     for name, why in refused:
-        raise InvalidSettings(
-            f"training with {KEY}: {name}: {options.get(name)!r:.80} is refused: {why}. Nothing was trained."
-        )
+        raise refusal(f"{name}: {options.get(name)!r:.80}", why)
 
 
 def split_block(config: Any) -> tuple[Block, dict[str, Any]]:

@@ -15,17 +15,16 @@ from typing import Any
 
 from logitcache.errors import InvalidSettings, TrainingFailed
 
-from .block import Block, read_block
+from .block import OTHER_LOSS, Block, read_block, refusal
 
 WHERE = "register"
 """What messages call the block."""
 
 _SERVED = "causal_lm"
-_OTHER_LOSS = "it makes the loss another one, which would not be used. Leave it out"
 
 REFUSED: dict[str, str] = {
-    "enable_dft_loss": f"{_OTHER_LOSS}, and say `ce_weight: dft` to register",
-    "loss_type": _OTHER_LOSS,
+    "enable_dft_loss": f"{OTHER_LOSS}, and say `ce_weight: dft` to register",
+    "loss_type": OTHER_LOSS,
     "router_aux_loss_coef": "the router's loss is not computed here. Leave it at 0",
     "enable_channel_loss": "ms-swift logs it where it makes its own loss, which is not called. Leave it out",
     "use_liger_kernel": "it puts a loss of its own into the model's forward, which would not be used. Leave it out",
@@ -55,9 +54,7 @@ def check_options(args: Any, template: Any, ce_weight: str) -> None:
     found.append(("sequence_parallel_size", size if size > 1 else None, cut))
     for name, value, why in found:
         if value:
-            raise InvalidSettings(
-                f"training with logitcache: --{name} {value!s:.80} is refused: {why}. Nothing was trained."
-            )
+            raise refusal(f"--{name} {value!s:.80}", why)
 
 
 def is_binary(template: Any) -> bool:

@@ -63,19 +63,18 @@ def cost_of(job: Job, clock: StepClock, base: PreTrainedModel) -> RunCost:
         texts.append((anchor_samples(anchor.open_cache), anchor.settings.batch, 1 / anchor.settings.every))
     if not texts:
         return RunCost(clock.step_seconds, None, None, load, own)
-    a_step, once = 0.0, 0.0
+    a_step, once, masked = 0.0, 0.0, needs_mask(base)
     for samples, size, times in texts:
-        seconds, tokens = _batch_seconds(base, samples, size)
+        seconds, tokens = _batch_seconds(base, samples, size, masked)
         a_step += times * seconds
         once += seconds / tokens * _num_tokens(samples)
     return RunCost(clock.step_seconds, a_step, once, load, own)
 
 
-def _batch_seconds(base: PreTrainedModel, samples: Sequence[Sample], size: int) -> tuple[float, float]:
+def _batch_seconds(base: PreTrainedModel, samples: Sequence[Sample], size: int, masked: bool) -> tuple[float, float]:
     """Seconds and tokens of a batch of so many samples, means over a few."""
     starts = range(0, min(len(samples), size * NUM_BATCHES), size)
     batches = [samples[start : start + size] for start in starts]
-    masked = needs_mask(base)
     seconds = [_seconds_of(base, batch, masked) for batch in batches]
     counted = seconds[1:] or seconds
     return sum(counted) / len(counted), _num_tokens(samples[: size * len(batches)]) / len(batches)
@@ -86,8 +85,7 @@ def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample], masked: bool) ->
     _wait_for(base.device)
     started = perf_counter()
     padded = pad_batch(batch, base.device)
-    mask = {"attention_mask": padded.attention_mask} if masked else {}
-    hidden = hidden_states(base, input_ids=padded.input_ids, **mask).flatten(0, 1)
+    hidden = hidden_states(base, **padded.inputs(masked)).flatten(0, 1)
     head, num_rows = OutputHead(base), rows_at_once(base, LOGITS_BYTES)
     for rows in hidden.index_select(0, padded.rows).split(num_rows):
         head(rows).float().log_softmax(dim=1)

@@ -78,6 +78,8 @@ class CachedKL(_AnyTrainer):
     """
 
     data_collator: Any
+    #: False where no batch of this trainer's needs its mask: see `CachedKLTrainer`.
+    masked: bool = True
 
     def __init__(
         self,
@@ -253,6 +255,7 @@ class CachedKL(_AnyTrainer):
                 self._tokens.settle()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         inputs = self._looked_up(inputs)
+        inputs = inputs if self.masked else opened(inputs)
         with self.accelerator.autocast():
             self._check_batch(model, inputs)
         if num_items_in_batch is None:
@@ -403,7 +406,8 @@ class CachedKL(_AnyTrainer):
         """
         kinds, saved = (BudgetCallback, TokenMetrics), dict(self.state.stateful_callbacks or {})
         own = {type(c).__name__: c.state() for c in self.callback_handler.callbacks if isinstance(c, kinds)}
-        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in own}
+        restored = {*own, *(kind.__name__ for kind in kinds)}
+        self.state.stateful_callbacks = {k: v for k, v in saved.items() if k not in restored}
         super()._load_callback_state()
         self.state.stateful_callbacks = {**own, **saved}
 
@@ -442,17 +446,6 @@ class CachedKLTrainer(CachedKL, Trainer):
             with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        """As `CachedKL`'s, without a mask where none is needed."""
-        inputs = inputs if self.masked or not model.training else opened(inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
