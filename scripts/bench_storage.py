@@ -33,8 +33,8 @@ from logitcache.storage.identity import digest
 from logitcache.storage.index import index_file
 from logitcache.storage.layout import CONTENTS, MANIFEST
 from logitcache.storage.manifest import TAIL_GROUPS, Contents, ShardEntry, to_bytes
+from logitcache.storage.packing import pack_shard
 from logitcache.storage.records import concatenate, keep_mass
-from logitcache.storage.writer import pack_shard
 
 SAMPLE_TOKENS = 512
 BATCH = 8
@@ -88,7 +88,7 @@ def size_of(
     for_groups = made if num_groups else None
     settings = manifest(store, precision, top_k, for_groups, min_mass)
     table, columns = sample_table(kept), encode(record, settings.capture)
-    _, files = pack_shard(settings, table, columns, 0.0)
+    files = pack_shard(settings, table, columns, 0.0).files
     total = sum(map(len, files.values()))
     # what is left without the rows: the sample table, and a fixed part
     alone = sum(len(data) for name, data in files.items() if name.split("/")[0] in TABLE_FILES)

@@ -97,6 +97,7 @@ def _replace_torch_cuda(num_devices: int) -> None:
         "set_device": _make_current,
         "device": _Within,
         "current_stream": lambda of=None: _Stream(),
+        "Event": _Event,
         "synchronize": lambda of=None: None,
         "empty_cache": lambda: None,
         "get_device_name": lambda of=None: properties.name,
@@ -167,6 +168,16 @@ class _Stream:
 
     def wait_stream(self, other: Any) -> None:
         """Nothing is left there either."""
+
+
+class _Event:
+    """Has come as soon as it is recorded."""
+
+    def record(self, stream: Any = None) -> None:
+        """Everything before it has finished."""
+
+    def synchronize(self) -> None:
+        """Nothing is left."""
 
 
 class _Properties:
