@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ from logitcache.storage.index import index_file
 from logitcache.storage.layout import CONTENTS, MANIFEST
 from logitcache.storage.manifest import TAIL_GROUPS, Contents, ShardEntry, to_bytes
 from logitcache.storage.packing import pack_shard
+from logitcache.storage.packing_process import PackingProcess
 from logitcache.storage.records import concatenate, keep_mass
 
 SAMPLE_TOKENS = 512
@@ -131,6 +133,13 @@ def speeds(num_rows: int) -> Iterator[Speed]:
                 "tokens/s",
                 remark=f"{len(many) * SAMPLE_TOKENS:,} tokens a shard",
             )
+            yield Speed(
+                "two processes pack, one writer commits: on two cores",
+                store,
+                processes_speed(settings, many, path.with_name(f"{store}-processes")),
+                "tokens/s",
+                remark=f"{len(many) * SAMPLE_TOKENS:,} tokens a shard",
+            )
             cache = LogitCache.open(path)
             keys = [s.token_ids for s in many]
             one = read_speed(lambda i, cache=cache, keys=keys: cache.lookup(keys[i[0]]), len(keys), 1)
@@ -187,6 +196,26 @@ def commit_speed(settings: Manifest, whole: list[CachedSample], path: Path) -> f
             seconds.append(time.perf_counter() - start)
             writer.finalize()
     return len(whole) * SAMPLE_TOKENS / min(seconds)
+
+
+def processes_speed(settings: Manifest, whole: list[CachedSample], path: Path) -> float:
+    """Tokens a second of two processes that pack, as beside a GPU, and of one writer that commits what they return."""
+    shards = [[replace(s, token_ids=_renamed(s.token_ids, 1000 * (i + 1))) for s in whole] for i in range(8)]
+    with (
+        CacheWriter(path, settings) as writer,
+        ThreadPoolExecutor(2) as pool,
+        PackingProcess(settings) as one,
+        PackingProcess(settings) as other,
+    ):
+
+        def work(process: PackingProcess, mine: list[list[CachedSample]]) -> None:
+            for shard in mine:
+                writer.commit_packed(process.pack(shard))
+
+        list(pool.map(work, (one, other), (shards[:1], shards[1:2])))  # they start
+        start = time.perf_counter()
+        list(pool.map(work, (one, other), (shards[2:5], shards[5:])))
+        return 6 * len(whole) * SAMPLE_TOKENS / (time.perf_counter() - start)
 
 
 def read_speed(read: Callable[[list[int]], object], num_samples: int, batch: int) -> float:
