@@ -25,7 +25,7 @@ from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mas
 from logitcache.losses.fused import linear_loss
 from logitcache.losses.kernels import choice
 
-PLAIN, GEMMS = "plain cross-entropy", "the two products alone"
+PLAIN, GEMMS, COPY = "plain cross-entropy", "the two products alone", "a copy of the logits"
 PYTORCH, KERNELS = "PyTorch's slices", "Triton's kernels"
 CHECKED_ROWS = 40
 """Of a slice where correctness is looked at: the last slice is a ragged one."""
@@ -174,6 +174,7 @@ def losses(run: Run) -> None:
         inputs = inputs_of(run, size, "bfloat16")
         measure_loss(run, PLAIN, size, plain_cross_entropy(inputs), inputs)
         run.measure(GEMMS, size, two_products(inputs), PLAIN)
+        run.measure(COPY, size, logits_copied(inputs), PLAIN)
         measure_peers(run, size, inputs, peers(inputs))
         for way in ways(run, torch.bfloat16):
             for method, objective in OURS.items():
@@ -207,8 +208,15 @@ def plain_cross_entropy(inputs: Inputs) -> Loss:
     return lambda hidden: F.cross_entropy((hidden @ inputs.weight.T).float(), inputs.labels)
 
 
+def logits_copied(inputs: Inputs) -> Callable[[], object]:
+    """[N, V] in bfloat16, read and written once: the card's bandwidth."""
+    source = torch.zeros(len(inputs.hidden), len(inputs.weight), dtype=inputs.weight.dtype, device=inputs.weight.device)
+    copy = torch.empty_like(source)
+    return lambda: copy.copy_(source)
+
+
 def two_products(inputs: Inputs) -> Callable[[], object]:
-    """Logits, and a gradient of theirs into hidden states, in bfloat16, with nothing in between."""
+    """Logits, and a gradient of theirs into hidden states, in bfloat16, with nothing in between: the card's rate."""
     logits = torch.empty(len(inputs.hidden), len(inputs.weight), dtype=inputs.weight.dtype, device=inputs.weight.device)
 
     def products() -> Tensor:

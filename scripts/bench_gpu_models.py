@@ -101,9 +101,8 @@ def capture_correctness(run: Run) -> None:
     """What `capture` records against log-softmax in float64 of the same hidden states: log-probabilities to the digits
     of the logits' dtype, and ids that are among the best k but for as much."""
     sizes = run.sizes.checked
-    small = Shape(
-        "checked", "qwen2", sizes.vocab_size, sizes.hidden_size, 2 * sizes.hidden_size, CHECKED_LAYERS, 2, 1, True
-    )
+    width, heads = sizes.hidden_size, max(2, sizes.hidden_size // 64)
+    small = Shape("checked", "qwen2", sizes.vocab_size, width, 2 * width, CHECKED_LAYERS, heads, 2, True)
     samples = samples_of(run, small, 2)
     for dtype in (torch.float32, torch.bfloat16):
         model = model_of(run, small, dtype)
@@ -121,10 +120,10 @@ def check_records(run: Run, shape: str, records: Sequence[Any], hidden: Tensor, 
         for name in ("label_logprobs", "alternative_ids", "alternative_logprobs", "tail_logprobs")
     }
     apart = dict.fromkeys(("label", "alternatives", "tail"), 0.0)
-    most_logit, num_outside, start = 0.0, 0, 0
+    most_logit, num_outside, start, exact = 0.0, 0, 0, weight.double().T
     for h, y in zip(hidden.split(NOISE_ROWS), labels.split(NOISE_ROWS), strict=True):
         rows, start = slice(start, start + len(h)), start + len(h)
-        logits = h.double() @ weight.double().T
+        logits = h.double() @ exact
         most_logit = max(most_logit, float(logits.abs().max()))
         allowed = 1e-4 + torch.finfo(hidden.dtype).eps * most_logit
         log_p, ids = logits.log_softmax(dim=1), column["alternative_ids"][rows].long()

@@ -9,7 +9,7 @@ from support.on_simulated_cuda import found_on_device
 
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.unavailable()), reason=simulated_cuda.unavailable() or "there")
 
-CASES = ["whole", "wrong_loss", "wrong_capture", "an_error", "without_time"]
+CASES = ["whole", "wrong_loss", "wrong_capture", "failing_kernels", "an_error", "without_time"]
 
 SECTIONS = {
     "correctness": {"loss", "gradient", "CE only", "bucket", "renormalize", "groups", "sampled"},
@@ -72,11 +72,13 @@ def test_the_numbers_that_mean_something_here_are_right(found: dict[str, Any]) -
     assert len(noise) == 2 and all(0 < value < 0.1 for value in noise.values()), noise
 
 
-@pytest.mark.parametrize(("case", "what"), [("wrong_loss", "float32"), ("wrong_capture", "")])
+@pytest.mark.parametrize(
+    ("case", "what"), [("wrong_loss", "float32"), ("wrong_capture", "float32"), ("failing_kernels", "bfloat16")]
+)
 def test_what_is_wrong_is_a_line_and_status_1(case: str, what: str, found: dict[str, Any]) -> None:
     wrong = [line for line in of(found, case)["lines"] if line["verdict"] == "wrong"]
     assert of(found, case)["status"] == 1
-    assert wrong and any(what in line["shape"] for line in wrong)
+    assert any(what in line["shape"] for line in wrong)
 
 
 def test_a_section_that_fails_is_a_line_and_the_next_goes_on(found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.losses.fused import LinearLoss
+from logitcache.losses.kernels import choice
 from logitcache.storage import BaseLogprobs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -43,7 +44,7 @@ def wrong_loss(folder: Path) -> Json:
 
 
 def wrong_capture(folder: Path) -> Json:
-    """The same of capture, which keeps one alternative that is not among the best."""
+    """The same of capture, which keeps its best alternative twice."""
     right = bench_gpu_models.capture
 
     def wrong(*args: Any, **settings: Any) -> list[BaseLogprobs]:
@@ -57,6 +58,16 @@ def wrong_capture(folder: Path) -> Json:
         return _benched(["--tiny", "--sections", "correctness of capture", "--out", str(folder / "gpu.csv")])
     finally:
         bench_gpu_models.capture = right
+
+
+def failing_kernels(folder: Path) -> Json:
+    """The same of slices, on a card where Triton's kernels are there and fail their trial."""
+    right = choice.are_there, choice.are_usable
+    choice.are_there, choice.are_usable = (lambda device: True), (lambda device, dtype: False)
+    try:
+        return _benched(["--tiny", "--sections", "slices", "--out", str(folder / "gpu.csv")])
+    finally:
+        choice.are_there, choice.are_usable = right
 
 
 def without_time(folder: Path) -> Json:
