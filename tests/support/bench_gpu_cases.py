@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from logitcache.losses.fused import LinearLoss
 from logitcache.losses.kernels import choice
 from logitcache.storage import BaseLogprobs
@@ -44,14 +46,14 @@ def wrong_loss(folder: Path) -> Json:
 
 
 def wrong_capture(folder: Path) -> Json:
-    """The same of capture, which keeps its best alternative twice."""
+    """The same of capture, which keeps its best alternative twice, and a tail that is no number."""
     right = bench_gpu_models.capture
 
     def wrong(*args: Any, **settings: Any) -> list[BaseLogprobs]:
         first, *others = right(*args, **settings)
-        ids = first.alternative_ids.copy()
-        ids[0, -1] = ids[0, 0]
-        return [replace(first, alternative_ids=ids), *others]
+        ids, tails = first.alternative_ids.copy(), first.tail_logprobs.copy()
+        ids[0, -1], tails[0] = ids[0, 0], np.nan
+        return [replace(first, alternative_ids=ids, tail_logprobs=tails), *others]
 
     bench_gpu_models.capture = wrong
     try:
