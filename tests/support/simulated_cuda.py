@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,21 @@ class _Stream:
 
 
 class _Event:
-    """Has come as soon as it is recorded."""
+    """As `torch.cuda.Event`, at the host's clock: how long the host took, which says nothing of a card."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Everything before it has finished."""
+        """Now: everything before it has finished."""
+        self._at = time.perf_counter()
 
     def synchronize(self) -> None:
         """Nothing is left."""
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Milliseconds."""
+        return (end._at - self._at) * 1000
 
 
 class _Properties:
