@@ -71,10 +71,10 @@ class Console:
             self._noted.add(event.note)  # each of Ray's shares says it
             self.note(event.note)
         elif isinstance(event, BatchHalved):
-            to = event.to
             note(
-                f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {to:,} at most, whose numbers round "
-                f"otherwise. With --batch-tokens {to} from the start a job that is killed ends with the same bytes."
+                f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most, "
+                f"whose numbers round otherwise. With --batch-tokens {event.to} from the start "
+                "a job that is killed ends with the same bytes."
             )
         elif isinstance(event, ShardFailed):
             note(f"A shard was left out: {event.why}")
