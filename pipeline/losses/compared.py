@@ -30,6 +30,9 @@ from .formulas import (
 LEAST_GROUP_SUM = 1e-30
 """Of exp(z - max): below it a group's sum has lost digits, and the slice goes the plain way."""
 
+CACHED_BYTES = 4 * 2**20
+"""Logits that are worked on together on a processor: four passes over more would each come from memory."""
+
 _COLUMNS = 16_384
 """Of a slice whose gradient is made at a time, where it differs by group."""
 
@@ -38,9 +41,9 @@ class Tail:
     """The tokens of a slice that are neither label nor kept: e = exp(z - max z), [n, V], in the buffer of z."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self.top = buffer.amax(dim=1, keepdim=True)  # the largest logit; -inf where there is no tail
-        self.buffer = buffer.sub_(torch.where(self.top == -torch.inf, 0.0, self.top)).exp_()
-        self.sum = self.buffer.sum(dim=1, keepdim=True)
+        found = [_exponentials(rows) for rows in buffer.split(_rows_together(buffer))]
+        tops, sums = zip(*found, strict=True)
+        self.buffer, self.top, self.sum = buffer, torch.cat(tops), torch.cat(sums)  # top: -inf where there is no tail
         self.top_from_origin = self.top
         self.groups: Tensor | None = None
         self.group_sums: Tensor | None = None
@@ -85,6 +88,18 @@ class Tail:
     def add(self, ids: Tensor, gradient: Tensor, logits: Tensor) -> None:
         """After `scale`: `gradient` [n, 1] more at each drawn token, once a draw. ids, logits: the draws', [n, M]."""
         self.buffer.scatter_add_(1, ids, gradient.expand(ids.shape))
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """z becomes e; the largest z and the sum of e, [n, 1]."""
+    top = logits.amax(dim=1, keepdim=True)
+    return top, logits.sub_(torch.where(top == -torch.inf, 0.0, top)).exp_().sum(dim=1, keepdim=True)
+
+
+def _rows_together(buffer: Tensor) -> int:
+    """All of a GPU's; of a processor's as many as stay in its cache from one pass to the next."""
+    size = max(1, buffer.shape[1] * buffer.element_size())
+    return max(1, CACHED_BYTES // size if buffer.device.type == "cpu" else len(buffer))
 
 
 @dataclass

@@ -21,6 +21,7 @@ from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch, NotTheBase, TrainingFailed
+from logitcache.losses.compared import Tail
 from logitcache.losses.formulas import Objective, SparseTargets, regularizer_values
 from logitcache.losses.fused import linear_loss
 from logitcache.models.head import check_head
@@ -373,3 +374,17 @@ def test_a_weight_of_0_switches_an_infinite_regulariser_off() -> None:
     objective = Objective("masked-reverse-kl", "groups")
     found = linear_loss(logits, torch.nn.Identity(), targets.label_ids, targets, objective, 0.0)
     assert found.loss == found.ce
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])
+def test_rows_that_a_processor_works_on_together_do_not_change_a_bit(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is a row, whichever others stay in the cache beside it; one without a tail too."""
+    logits = 4 * torch.randn(11, 700, generator=torch.Generator().manual_seed(0))
+    logits[5] = -torch.inf
+    whole = Tail(logits.clone())
+    monkeypatch.setattr("logitcache.losses.compared.CACHED_BYTES", together * 4 * 700)
+    parts = Tail(logits.clone())
+    for name in ("buffer", "top", "sum"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
