@@ -157,7 +157,7 @@ def liger_fused_jsd(inputs: Inputs) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     jsd = LigerFusedLinearJSD()
-    return lambda hidden: jsd(hidden, inputs.weight, inputs.teacher.hidden, inputs.weight)
+    return lambda hidden: jsd(hidden, inputs.weight, inputs.teacher.hidden, inputs.weight, inputs.labels)
 
 
 def liger_chunked_jsd(inputs: Inputs, beta: float, compiled: bool) -> Loss:
