@@ -68,17 +68,23 @@ QUICK = [replace(SHAPES["cpu"][1], name="random, tiny", vocab_size=2000, hidden_
 
 
 @torch.no_grad()
-def make_model(shape: Shape, folder: Path, job: dict[str, Any]) -> None:
+def random_model(shape: Shape, length: int, seed: int, device: str, dtype: torch.dtype) -> Any:
     """Random weights, the head scaled so that logits have a standard deviation of 4, not of nearly 0."""
     from transformers import AutoConfig, AutoModelForCausalLM  # which most children do without
 
     values = {name: value for name, value in asdict(shape).items() if name not in ("name", "kind")}
-    config = AutoConfig.for_model(shape.kind, **values, max_position_embeddings=job["length"], use_cache=False)
-    torch.manual_seed(job["seed"])
-    with torch.device(job["device"]):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"]))
+    config = AutoConfig.for_model(shape.kind, **values, max_position_embeddings=length, use_cache=False)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     head = model.get_output_embeddings().weight
     head.mul_(LOGIT_STD / (config.initializer_range * shape.hidden_size**0.5))
+    return model
+
+
+def make_model(shape: Shape, folder: Path, job: dict[str, Any]) -> None:
+    """`random_model`, in a folder."""
+    model = random_model(shape, job["length"], job["seed"], job["device"], getattr(torch, job["dtype"]))
     model.save_pretrained(folder)
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -33,8 +34,9 @@ from logitcache.storage.identity import digest
 from logitcache.storage.index import index_file
 from logitcache.storage.layout import CONTENTS, MANIFEST
 from logitcache.storage.manifest import TAIL_GROUPS, Contents, ShardEntry, to_bytes
+from logitcache.storage.packing import pack_shard
+from logitcache.storage.packing_process import PackingProcess
 from logitcache.storage.records import concatenate, keep_mass
-from logitcache.storage.writer import pack_shard
 
 SAMPLE_TOKENS = 512
 BATCH = 8
@@ -88,7 +90,7 @@ def size_of(
     for_groups = made if num_groups else None
     settings = manifest(store, precision, top_k, for_groups, min_mass)
     table, columns = sample_table(kept), encode(record, settings.capture)
-    _, files = pack_shard(settings, table, columns, 0.0)
+    files = pack_shard(settings, table, columns, 0.0).files
     total = sum(map(len, files.values()))
     # what is left without the rows: the sample table, and a fixed part
     alone = sum(len(data) for name, data in files.items() if name.split("/")[0] in TABLE_FILES)
@@ -128,6 +130,13 @@ def speeds(num_rows: int) -> Iterator[Speed]:
                 "commit: the same, and written, synced and read back",
                 store,
                 commit_speed(settings, many, path),
+                "tokens/s",
+                remark=f"{len(many) * SAMPLE_TOKENS:,} tokens a shard",
+            )
+            yield Speed(
+                "two processes pack, one writer commits: on two cores",
+                store,
+                processes_speed(settings, many, path.with_name(f"{store}-processes")),
                 "tokens/s",
                 remark=f"{len(many) * SAMPLE_TOKENS:,} tokens a shard",
             )
@@ -187,6 +196,26 @@ def commit_speed(settings: Manifest, whole: list[CachedSample], path: Path) -> f
             seconds.append(time.perf_counter() - start)
             writer.finalize()
     return len(whole) * SAMPLE_TOKENS / min(seconds)
+
+
+def processes_speed(settings: Manifest, whole: list[CachedSample], path: Path) -> float:
+    """Tokens a second of two processes that pack, as beside a GPU, and of one writer that commits what they return."""
+    shards = [[replace(s, token_ids=_renamed(s.token_ids, 1000 * (i + 1))) for s in whole] for i in range(8)]
+    with (
+        CacheWriter(path, settings) as writer,
+        ThreadPoolExecutor(2) as pool,
+        PackingProcess(settings) as one,
+        PackingProcess(settings) as other,
+    ):
+
+        def work(process: PackingProcess, mine: list[list[CachedSample]]) -> None:
+            for shard in mine:
+                writer.commit_packed(process.pack(shard))
+
+        list(pool.map(work, (one, other), (shards[:1], shards[1:2])))  # they start
+        start = time.perf_counter()
+        list(pool.map(work, (one, other), (shards[2:5], shards[5:])))
+        return 6 * len(whole) * SAMPLE_TOKENS / (time.perf_counter() - start)
 
 
 def read_speed(read: Callable[[list[int]], object], num_samples: int, batch: int) -> float:

@@ -3,6 +3,8 @@
 Owns the table docs/benchmarks/nullspace.csv, on the demo's base and the prose it was trained on. A column is the mean
 energy of a layer's inputs along the rows of A, over that along a random direction: 1 is what chance gives, eps^2 =
 1.4e-14 the rounding of float32. `held_out`: the same A on prose that neither the base nor the calibration has seen.
+`float32_off`: what products in float32 change of C, as its largest eigenvalue over eps times C's largest;
+`float32_energy`: energy of the directions found by them, by the C of float64, over that of float64's own, less 1.
 
     python scripts/table_nullspace.py                  rank 16, 256 samples of at most 256 tokens; a minute
 """
@@ -63,6 +65,19 @@ def ratios_by_layer(
             )
 
 
+def of_float32(base: Base, null: NullSpace, used: Sequence[Sample]) -> dict[tuple[str, ...], tuple[str, str]]:
+    """By the layers of an input: `float32_off` and `float32_energy`."""
+    exact = dict(input_covariances(base.model, used))
+    found, eps = {}, torch.finfo(torch.float32).eps
+    for group, covariance in input_covariances(base.model, used, products=torch.float32):
+        values = torch.linalg.eigvalsh(exact[group])
+        off = torch.linalg.matrix_norm(covariance - exact[group], 2) / (eps * values[-1])
+        least = torch.linalg.eigh(covariance).eigenvectors[:, : null.rank]
+        energy = ((exact[group] @ least) * least).sum() / values[: null.rank].sum()
+        found[group.layers] = f"{off:.2f}", f"{energy - 1:+.1e}"
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
@@ -80,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         null = compute_null_space(base, texts["calibration"], NullSpaceSettings(args.rank, args.samples, MAX_LENGTH))
     for finding in null.findings():
         print(finding)
+    in_float32 = of_float32(base, null, texts["calibration"])
     lines: list[dict[str, Any]] = []
     for name, space, ratios in ratios_by_layer(base, null, texts):
         lines.append(
@@ -91,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "null_dimension": space.null_dimension(torch.float32),
                 "energy_share": f"{space.energy_share:.2e}",
                 **{column: f"{value:.2e}" for column, value in ratios.items()},
+                **dict(zip(("float32_off", "float32_energy"), in_float32[space.group.layers], strict=True)),
             }
         )
     write_csv(lines, args.out)

@@ -82,3 +82,9 @@ class InvalidRecord(CacheError):
     """A record breaks an invariant of `BaseLogprobs`; it is neither written nor returned."""
 
     reason = "invalid-record"
+
+
+class PackingStopped(CacheError):
+    """The process that packs shards ended before it answered. Nothing of the shard was written."""
+
+    reason = "packing-stopped"

@@ -23,9 +23,10 @@ from .job_status import remove_records
 from .layout import commit_path, shard_path
 from .leftovers import remove_leftovers
 from .manifest import WRITER_FEATURES, Manifest, ShardCommit, to_bytes
+from .packing import pack_shard
 from .repack import Part, Pick, Source, pack
 from .shard import OpenShard
-from .writer import committed_units, pack_shard, publish_shard, without_tokens, write_contents
+from .writer import committed_units, publish_shard, without_tokens, write_contents
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def _open(files: Files, manifest: Manifest, commit: ShardCommit) -> OpenShard:
 
 
 def _commit(files: Files, manifest: Manifest, part: Part) -> ShardCommit:
-    commit, data = pack_shard(manifest, part.table, part.columns, part.kept_mass, part.chat_template)
-    return publish_shard(files, commit, data)
+    packed = pack_shard(manifest, part.table, part.columns, part.kept_mass, part.chat_template)
+    return publish_shard(files, packed.commit, packed.files)
 
 
 def _estimate(plan: _Plan) -> PruneReport:

@@ -16,15 +16,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Memory, corrupt
+from .backend import corrupt
 from .captured_index import Captured
 from .configs import ConfigDifferences, as_spelt
 from .data_sets import DataSet, known_data_sets, record_of, write_data_set
-from .encoding import Columns, SampleTable, encode, sample_table
+from .encoding import Columns, SampleTable
 from .errors import CorruptCache, IdentityMismatch, InvalidRecord, NotACache, UnsupportedFormat
 from .files import Files, open_files
 from .heads import check_lost_manifest, read_manifest, read_record, read_token_groups
-from .identity import digest, sample_id
+from .identity import digest
 from .index import index_file, npy_header
 from .layout import (
     CONTENTS,
@@ -45,22 +45,19 @@ from .manifest import (
     Manifest,
     ShardCommit,
     ShardEntry,
-    StoredFile,
     from_bytes,
     read_bytes,
     read_json,
     to_bytes,
 )
-from .records import BaseLogprobs, CachedSample, check_positions, check_rows, concatenate
-from .shard import BACKENDS, OpenShard, unit_id, unit_of
+from .packing import PackedShard, pack_samples, pack_shard
+from .records import CachedSample
+from .shard import OpenShard, unit_id, unit_of
 
 T = TypeVar("T")
 
 TABLES_AT_ONCE = 16
 """Sample tables that are read from an object store at once."""
-
-ROWS_AT_ONCE = 2048
-"""Rows checked and encoded together: few enough to stay in a processor's cache."""
 
 
 class CacheWriter:
@@ -173,14 +170,19 @@ class CacheWriter:
         anything is written, `CorruptCache` where a codec returns other numbers than it
         was given, `OSError` where the disk refuses the bytes or returns others.
         """
-        if not samples:
-            raise InvalidRecord(f"writing to {self.path}: expected samples for a shard, found none.")
-        parts, kept_mass = [], 0.0
-        for record in self._checked(samples):
-            parts.append(encode(record, self.manifest.capture))
-            kept_mass += float(record.kept_mass().sum())
-        columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return self.commit_columns(sample_table(samples), columns, kept_mass, chat_template)
+        return self.commit_packed(pack_samples(self.manifest, samples, chat_template))
+
+    def commit_packed(self, packed: PackedShard) -> ShardCommit:
+        """`commit` of a shard that is encoded and checked, here or in another process. Raises `OSError`."""
+        commit, unit = packed.commit, packed.commit.unit
+        if self._files.exists(commit_path(unit)):
+            return self._read_commit(unit)
+        won = self._publish(commit, packed.files)
+        if won is commit:
+            self._tables[unit] = digest(to_bytes(commit)), without_tokens(packed.table)
+        if self._captured is not None:
+            self._captured.add(unit, packed.table)
+        return won
 
     def commit_columns(
         self, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
@@ -189,13 +191,7 @@ class CacheWriter:
         unit = unit_id(self._identity, table)
         if self._files.exists(commit_path(unit)):
             return self._read_commit(unit)
-        commit, files = pack_shard(self.manifest, table, columns, kept_mass, chat_template)
-        won = self._publish(commit, files)
-        if won is commit:
-            self._tables[unit] = digest(to_bytes(commit)), without_tokens(table)
-        if self._captured is not None:
-            self._captured.add(unit, table)
-        return won
+        return self.commit_packed(pack_shard(self.manifest, table, columns, kept_mass, chat_template))
 
     def adopt(self, shard: OpenShard) -> ShardCommit:
         """Commit a shard of another cache whose identity does not differ: its files byte for byte, and its record too,
@@ -286,26 +282,6 @@ class CacheWriter:
                 raise corrupt(f"{shard.files.where}/{file.name}", f"expected {file.size} bytes, {found}")
         return checksum, shard
 
-    def _checked(self, samples: Sequence[CachedSample]) -> Iterator[BaseLogprobs]:
-        """The rows of all samples in order, a few thousand at once. Raises `InvalidRecord`."""
-        capture = self.manifest.capture
-        group: list[BaseLogprobs] = []
-        for number, sample in enumerate(samples):
-            where, record = f"sample {sample_id(sample.token_ids).hex()}", sample.logprobs
-            check_positions(record, sample.token_ids, where)
-            found = (record.num_alternatives, record.num_tail_groups, record.num_tail_samples)
-            if not len(record) or found != (capture.top_k, capture.num_tail_groups, capture.num_tail_samples):
-                expected = f"{capture.top_k} alternatives, {capture.num_tail_groups} tail groups and "
-                expected += f"{capture.num_tail_samples} draws"
-                raise InvalidRecord(f"{where}: expected one row or more of {expected}, found {len(record)} of {found}.")
-            group.append(record)
-            if sum(map(len, group)) >= ROWS_AT_ONCE or number == len(samples) - 1:
-                joined = concatenate(group)
-                check_rows(joined, self.manifest.model.vocab_size, f"the samples up to {where}")
-                _check_min_mass(joined, capture.min_mass, where)
-                yield joined
-                group = []
-
     def _publish(self, commit: ShardCommit, files: dict[str, bytes]) -> ShardCommit:
         won = publish_shard(self._files, commit, files)
         self._chat_templates.add(won.chat_template)
@@ -358,43 +334,6 @@ def write_contents(
     contents = Contents(manifest, num_samples, index, entries, data_sets)
     files.replace(CONTENTS, to_bytes(contents))
     return contents
-
-
-def _check_min_mass(record: BaseLogprobs, min_mass: float, where: str) -> None:
-    if min_mass < 1:
-        short = (record.kept_mass() < min_mass - 1e-5) & (record.alternative_logprobs[:, -1] == -np.inf)
-        if np.any(short):
-            raise InvalidRecord(f"the samples up to {where}: a row keeps less than {min_mass} of the non-target mass.")
-
-
-def pack_shard(
-    manifest: Manifest, table: SampleTable, columns: Columns, kept_mass: float, chat_template: str = ""
-) -> tuple[ShardCommit, dict[str, bytes]]:
-    """The files of a shard and its commit record, decoded again and compared. Raises `CorruptCache`."""
-    unit = unit_id(manifest.identity_digest, table)
-    files, blocks = BACKENDS[manifest.store].write(table, columns, manifest.capture)
-    commit = ShardCommit(
-        unit=unit,
-        identity=manifest.identity_digest,
-        num_samples=len(table),
-        num_positions=int(table.num_positions.sum()),
-        num_tokens=int(table.num_tokens.sum()),
-        num_tokens_cut=int(table.num_tokens_cut.sum()),
-        kept_mass=kept_mass,
-        files=tuple(StoredFile(name, len(data), digest(data)) for name, data in sorted(files.items())),
-        blocks=blocks,
-        chat_template=chat_template,
-    )
-    shard = OpenShard(Memory(f"shard {unit}", files), manifest, commit, "")
-    found = shard.table()
-    same = all(np.array_equal(getattr(found, name), getattr(table, name)) for name in vars(table))
-    for start in range(0, commit.num_positions, ROWS_AT_ONCE):
-        rows = slice(start, min(start + ROWS_AT_ONCE, commit.num_positions))
-        again = shard.reader.rows([rows])
-        same = same and all(np.array_equal(again[name], column[rows]) for name, column in columns.items())
-    if not same:
-        raise corrupt(f"shard {unit}", "the codec returns other numbers than it was given")
-    return commit, files
 
 
 def _check_manifest(manifest: Manifest) -> None:

@@ -1,8 +1,9 @@
 """Covariances of the inputs of a model's linear layers: C = sum over positions of x x^T.
 
 Owns which samples are run, which layers share an input, so that their work is done once, and how much is held at a
-time. Everything is accumulated in float64, which costs time on a GPU, since the smallest eigenvalues are what counts:
-in float32 they would be the rounding errors of the largest. Must not know what the covariances are for.
+time. Sums are float64, since the smallest eigenvalues are what counts: in float32 they would be the rounding errors of
+the largest. Products are float64 too where they are not asked for in float32, whose error is half a rounding of the
+largest eigenvalue (docs/adapters.md). Must not know what the covariances are for.
 Shapes: N positions, D width of a layer's input, r directions, B rows, T time.
 """
 
@@ -53,6 +54,7 @@ def input_covariances(
     batch_tokens: int = 8192,
     memory_bytes: int = 4 * 2**30,
     progress: Progress = lambda _: None,
+    products: torch.dtype = torch.float64,
 ) -> Iterator[tuple[InputGroup, Tensor]]:
     """C = sum of x x^T over all positions that are no padding, float64 [D, D], input by input.
 
@@ -63,7 +65,7 @@ def input_covariances(
     groups = input_groups(model, samples[0])
     batches = list(batches_by_length(samples, batch_tokens))
     for part in _passes(groups, memory_bytes):
-        found = _accumulate(model, part, batches, progress)
+        found = _accumulate(model, part, batches, progress, products)
         for group in part:
             covariance = found.pop(group)
             if not torch.isfinite(covariance).all():
@@ -110,6 +112,11 @@ def input_groups(model: PreTrainedModel, sample: Sample) -> list[InputGroup]:
     return [InputGroup(tuple(names), seen[names[0]][0].shape[-1]) for names in groups.values()]
 
 
+def num_operations(groups: Sequence[InputGroup], num_tokens: int) -> int:
+    """Multiplications and additions of all products, 2 N D^2 an input."""
+    return sum(2 * num_tokens * group.width**2 for group in groups)
+
+
 def energy_ratio(directions: Tensor, covariance: Tensor) -> float:
     """Mean energy of inputs along the rows of A, over that along a random direction: 1 for random rows.
 
@@ -125,7 +132,11 @@ class _Enough(Exception):
 
 
 def _accumulate(
-    model: PreTrainedModel, part: Sequence[InputGroup], batches: Sequence[Sequence[Sample]], progress: Progress
+    model: PreTrainedModel,
+    part: Sequence[InputGroup],
+    batches: Sequence[Sequence[Sample]],
+    progress: Progress,
+    products: torch.dtype,
 ) -> dict[InputGroup, Tensor]:
     """One pass: C of each group, float64 [D, D] on the model's device."""
     by_layer, last = {g.layers[0]: g for g in part}, part[-1].layers[0]
@@ -133,8 +144,11 @@ def _accumulate(
     mask = torch.ones(0, dtype=torch.bool)
 
     def add(name: str, x: Tensor) -> None:
-        rows = x[mask].double()
-        found[by_layer[name]].addmm_(rows.T, rows)
+        rows = x[mask].to(products)
+        if products == torch.float64:
+            found[by_layer[name]].addmm_(rows.T, rows)
+        else:
+            found[by_layer[name]] += rows.T @ rows
         if name == last:
             raise _Enough
 

@@ -33,7 +33,8 @@ from logitcache.storage.plain_text import one_line, shown
 from .covariances import InputGroup, input_covariances, input_groups, spread
 from .settings import NullSpaceSettings as NullSpaceSettings
 
-MANIFEST, TENSORS, FORMAT_VERSION = "nullspace.json", "nullspace.safetensors", 1
+MANIFEST, TENSORS, FORMAT_VERSION = "nullspace.json", "nullspace.safetensors", 2
+_PRODUCTS = {"float64": torch.float64, "float32": torch.float32}
 TIE = 1e-6
 """Relative gap of two eigenvalues at the cut below which the choice between their directions says nothing."""
 
@@ -47,6 +48,8 @@ class InputSpace:
     directions: Tensor
     #: float64 [D], of C / N, ascending.
     eigenvalues: Tensor
+    #: In which inputs were multiplied.
+    products: torch.dtype = torch.float64
 
     @property
     def rank(self) -> int:
@@ -61,10 +64,13 @@ class InputSpace:
     def noise_floor(self, dtype: torch.dtype) -> float:
         """An eigenvalue that rounding alone makes.
 
-        eps^2 * tr C / D, of inputs that are rounded to `dtype`, and D * eps * the largest, of the decomposition.
+        eps^2 * tr C / D, of inputs that are rounded to `dtype`; D * eps * the largest, of the decomposition in float64;
+        eps * the largest, of products in float32, whose error is measured as half of that (docs/adapters.md).
         """
         rounding = torch.finfo(dtype).eps ** 2 * float(self.eigenvalues.mean())
-        return rounding + self.group.width * torch.finfo(torch.float64).eps * float(self.eigenvalues[-1])
+        decomposed = self.group.width * torch.finfo(torch.float64).eps
+        multiplied = torch.finfo(torch.float32).eps if self.products == torch.float32 else 0.0
+        return rounding + (decomposed + multiplied) * float(self.eigenvalues[-1])
 
     def null_dimension(self, dtype: torch.dtype) -> int:
         """Directions at the noise floor: the dimension of the null space."""
@@ -95,7 +101,7 @@ class NullSpace:
     data: str
     num_samples: int
     num_tokens: int
-    settings: dict[str, int]
+    settings: dict[str, int | str]
 
     @property
     def directions(self) -> dict[str, Tensor]:
@@ -159,9 +165,13 @@ class NullSpace:
             if digest(data) != body["tensors"]:
                 raise ValueError(f"{TENSORS} is not what the manifest says")
             tensors = load(data)
+            products = _PRODUCTS[body["settings"]["products"]]
             spaces = tuple(
                 InputSpace(
-                    InputGroup(tuple(g["layers"]), g["width"]), tensors[f"directions.{i}"], tensors[f"eigenvalues.{i}"]
+                    InputGroup(tuple(g["layers"]), g["width"]),
+                    tensors[f"directions.{i}"],
+                    tensors[f"eigenvalues.{i}"],
+                    products,
                 )
                 for i, g in enumerate(body["inputs"])
             )
@@ -216,11 +226,12 @@ def compute_null_space(
             f"computing null spaces of rank {settings.rank}: the input of {narrow[0].layers[0]} has {narrow[0].width} "
             "dimensions. Use a lower --rank."
         )
-    found = input_covariances(base.model, used, settings.batch_tokens, settings.memory_bytes, progress)
+    products = _PRODUCTS[settings.products]
+    found = input_covariances(base.model, used, settings.batch_tokens, settings.memory_bytes, progress, products)
     for group, covariance in found:
         values, vectors = torch.linalg.eigh(covariance / num_tokens)  # ascending
         directions = vectors[:, : settings.rank].T.float().cpu().contiguous()
-        spaces.append(InputSpace(group, directions, values.cpu()))
+        spaces.append(InputSpace(group, directions, values.cpu(), products))
     return NullSpace(
         spaces=tuple(spaces),
         rank=settings.rank,
@@ -231,7 +242,7 @@ def compute_null_space(
         data=digest_json([sample_id(s.token_ids).hex() for s in used]),
         num_samples=len(used),
         num_tokens=num_tokens,
-        settings={"max_samples": settings.max_samples, "max_length": settings.max_length},
+        settings={name: getattr(settings, name) for name in ("max_samples", "max_length", "products")},
     )
 
 

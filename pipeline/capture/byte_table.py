@@ -16,15 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample
 from logitcache.errors import UnsupportedModel
+from logitcache.models.device_map import head_device
 from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, CachedSample
 from logitcache.storage.encoding import encode, sample_table
+from logitcache.storage.packing import pack_shard
 from logitcache.storage.records import concatenate, narrow
-from logitcache.storage.writer import pack_shard
 
 from .cache_spec import CacheSpec, cache_spec
 from .settings import CaptureSettings
-from .teacher import TransformersTeacher
+from .teacher import TransformersTeacher, one_hot
 from .vocab_groups import token_groups
 
 KEPT = (8, 16, 32, 64, 128, 256)
@@ -101,8 +102,9 @@ def capture_wide(base: Base, batches: Sequence[Sequence[Sample]], spec: CacheSpe
     vocab_size = base.identity.vocab_size
     top_k = max([k for k in KEPT if k < vocab_size], default=vocab_size - 1)
     partitions = _partitions(base, spec)
-    stacked = torch.from_numpy(np.stack(list(partitions.values()), axis=1)) if partitions else None
-    teacher = TransformersTeacher(base.model, top_k, stacked)
+    stacked = one_hot(torch.from_numpy(np.stack(list(partitions.values()), axis=1))) if partitions else None
+    groups = None if stacked is None else stacked.to(head_device(base.model))
+    teacher = TransformersTeacher(base.model, top_k, groups)
     samples, records = [s for b in batches for s in b], [r for b in batches for r in teacher(b)]
     ends = np.cumsum(list(partitions)).tolist()
     by_group = {
@@ -167,8 +169,8 @@ def _packed_bytes(cached: Sequence[CachedSample], spec: CacheSpec) -> tuple[int,
     """Bytes of a shard of these samples, and its positions."""
     manifest = spec.manifest
     columns = encode(concatenate([c.logprobs for c in cached]), manifest.capture)
-    commit, files = pack_shard(manifest, sample_table(cached), columns, 0.0)
-    return sum(map(len, files.values())), commit.num_positions
+    packed = pack_shard(manifest, sample_table(cached), columns, 0.0)
+    return sum(map(len, packed.files.values())), packed.commit.num_positions
 
 
 def best_within(choices: Sequence[Choice], max_bytes: float) -> Choice | None:

@@ -6,7 +6,7 @@ Shapes: B samples, T time, N positions of the batch, n of a slice, V vocabulary,
 M draws, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcache.data.batches import pad_batch
+from logitcache.data.batches import moved, pad_batch
 from logitcache.data.samples import Sample
-from logitcache.errors import NonFiniteLogits
 from logitcache.models.causal import needs_mask
 from logitcache.models.device_map import head_device
 from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
@@ -26,11 +25,15 @@ from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, sample_id
 
 from .cache_spec import CacheSpec
+from .pending import PendingRecords
 from .top_k import top_k as top_k_of
 
 CACHED_BYTES = {"cpu": 4 * 2**20, "cuda": LOGITS_BYTES["cuda"]}
 """Logits whose record is made together on a processor: larger temporaries leave its cache, and come from the system
 anew each time, which takes longer than the arithmetic (2.6 times at V = 151,936)."""
+
+LEAST_MASS = 1e-25
+"""Tail, as a share of the largest token's probability, below which float32 may lose tokens of it: it is summed anew."""
 
 
 class Teacher(Protocol):
@@ -43,27 +46,52 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class TransformersTeacher:
-    """Records by transformers: the same numerics as the student's. Arguments: those of `capture`."""
+    """Records by transformers: the same numerics as the student's. groups: one-hot, float32 [V, G], where the head is;
+    the others: those of `capture`."""
 
     model: PreTrainedModel
     top_k: int
-    token_groups: Tensor | None = None
+    groups: Tensor | None = None
     num_tail_samples: int = 0
     masked: bool = True
 
     def __call__(self, batch: Sequence[Sample]) -> list[BaseLogprobs]:
         """`capture` of one padded batch."""
-        return capture(self.model, batch, self.top_k, self.token_groups, self.num_tail_samples, self.masked)
+        return self.launch(batch).records()
+
+    @torch.inference_mode()
+    def launch(self, batch: Sequence[Sample]) -> PendingRecords:
+        """What gives the same, without waiting for a GPU."""
+        device = head_device(self.model)
+        padded = pad_batch(batch, device)
+        hidden = hidden_states(self.model, **padded.inputs(self.masked)).flatten(0, 1)
+        hidden = hidden.index_select(0, padded.rows)
+        head, num_rows = OutputHead(self.model), rows_at_once(self.model, LOGITS_BYTES)
+        uniforms = moved(torch.from_numpy(_uniforms(batch, self.num_tail_samples)), device)
+        slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)
+        num_together = rows_at_once(self.model, CACHED_BYTES)
+        parts = []
+        for h, labels, u in slices:
+            together = zip(*(c.split(num_together) for c in (head(h).float(), labels, u)), strict=True)
+            parts += [slice_record(z, y, self.top_k, self.groups, v) for z, y, v in together]
+        return PendingRecords(batch, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def launched(teacher: Teacher, batch: Sequence[Sample]) -> Callable[[], list[BaseLogprobs]]:
+    """What gives the records of a batch, which a GPU may be making still; an engine has made them."""
+    if isinstance(teacher, TransformersTeacher):
+        return teacher.launch(batch).records
+    found = teacher(batch)
+    return lambda: found
 
 
 def teacher_of(base: Base, cache_spec: CacheSpec) -> TransformersTeacher:
     """The base as the teacher of a cache."""
     kept, groups = cache_spec.manifest.capture, cache_spec.token_groups
-    split = None if groups is None else torch.from_numpy(groups.copy())
+    split = None if groups is None else one_hot(torch.from_numpy(groups.copy())).to(head_device(base.model))
     return TransformersTeacher(base.model, kept.top_k, split, kept.num_tail_samples, needs_mask(base.model))
 
 
-@torch.inference_mode()
 def capture(
     model: PreTrainedModel,
     batch: Sequence[Sample],
@@ -76,46 +104,18 @@ def capture(
 
     log p(c) = z_c - logsumexp(z) in float32 over the whole vocabulary; the tail is summed directly over the tokens that
     are neither label nor kept. token_groups: int [V], to split the tail by, or [V, n], n partitions whose groups then
-    stand side by side; num_tail_samples: draws from the tail, the
-    same for a position of a sample whenever it is captured; masked: hide the padding behind samples, which a model that
-    is causal by itself (`needs_mask`) does not see. Raises `NonFiniteLogits` with the sample and the position.
+    stand side by side; num_tail_samples: draws from the tail, the same for a position of a sample whenever it is
+    captured; masked: hide the padding behind samples, which a model that is causal by itself (`needs_mask`) does not
+    see. Raises `NonFiniteLogits` with the sample and the position.
     """
-    padded = pad_batch(batch, head_device(model))
-    hidden = hidden_states(model, **padded.inputs(masked)).flatten(0, 1)
-    hidden = hidden.index_select(0, padded.rows)
-    head = OutputHead(model)
-    num_rows = rows_at_once(model, LOGITS_BYTES)
-    split = None if token_groups is None else one_hot(token_groups.to(hidden.device))
-    uniforms = torch.from_numpy(_uniforms(batch, num_tail_samples)).to(hidden.device)
-    slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)
-    num_together = rows_at_once(model, CACHED_BYTES)
-    parts = []
-    for h, labels, u in slices:
-        together = zip(*(c.split(num_together) for c in (head(h).float(), labels, u)), strict=True)
-        parts += [slice_record(z, y, top_k, split, v) for z, y, v in together]
-    columns = {name: torch.cat([p[name] for p in parts]).cpu().numpy() for name in parts[0]}
-    for name in ("alternative_ids", "tail_sample_ids"):
-        if name in columns:
-            columns[name] = columns[name].astype(np.uint32)  # -1 becomes NO_TOKEN
-    _check_finite(columns["label_logprobs"], batch)
-    records, start = [], 0
-    for sample in batch:
-        rows = slice(start, start + len(sample.positions))
-        start = rows.stop
-        records.append(
-            BaseLogprobs(
-                positions=sample.positions,
-                label_ids=sample.token_ids[sample.positions + 1],
-                **{name: column[rows] for name, column in columns.items()},
-            )
-        )
-    return records
+    split = None if token_groups is None else one_hot(token_groups).to(head_device(model))
+    return TransformersTeacher(model, top_k, split, num_tail_samples, masked)(batch)
 
 
 def slice_record(
     logits: Tensor, labels: Tensor, top_k: int, groups: Tensor | None = None, uniforms: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The columns of `BaseLogprobs` that float32 logits [n, V] determine; logits are overwritten.
+    """The columns of `BaseLogprobs` that float32 logits [n, V] determine; the logits stay as they are.
 
     groups: one-hot, float32 [V, G]. uniforms: float64 [n, M] in [0, 1), M draws from the tail by inversion. A row with
     a logit that is not finite comes back as NaN in its log p(label).
@@ -124,10 +124,15 @@ def slice_record(
     top = logits.amax(dim=1, keepdim=True)
     finite = (logits.amin(dim=1) > -torch.inf) & (top.squeeze(1) < torch.inf)  # NaN fails both
     rest = logits - top  # first, so that the size of the logits costs no digits
-    normaliser = rest.logsumexp(dim=1, keepdim=True)
+    masses = rest.exp()
+    normaliser = masses.sum(dim=1, keepdim=True).log()
     label = (rest.gather(1, labels[:, None]) - normaliser).squeeze(1)
     kept, ids = top_k_of(rest.scatter_(1, labels[:, None], -torch.inf), k)
-    tail = rest.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - normaliser.squeeze(1)
+    rest.scatter_(1, ids, -torch.inf)
+    left = masses.scatter_(1, labels[:, None], 0.0).scatter_(1, ids, 0.0).sum(dim=1)
+    tail = left.log() - normaliser.squeeze(1)
+    if (tiny := left < LEAST_MASS).is_cuda or bool(tiny.any()):  # asking a GPU takes longer than what may be saved
+        tail = torch.where(tiny, rest.logsumexp(dim=1) - normaliser.squeeze(1), tail)
     columns = {
         "label_logprobs": label.where(finite, torch.nan),
         "alternative_ids": ids,
@@ -174,18 +179,3 @@ def _uniforms(batch: Sequence[Sample], num_draws: int) -> NDArray[np.float64]:
         stream = np.random.Generator(np.random.Philox(key=seed))
         parts.append(stream.random((len(sample.token_ids), num_draws))[sample.positions])
     return np.concatenate(parts)
-
-
-def _check_finite(label_logprobs: np.ndarray, batch: Sequence[Sample]) -> None:
-    bad = np.flatnonzero(np.isnan(label_logprobs))
-    if not len(bad):
-        return
-    row = int(bad[0])
-    for sample in batch:
-        if row < len(sample.positions):
-            raise NonFiniteLogits(
-                f"running the base on {sample.origin}, position {sample.positions[row]}: its logits are not finite "
-                f"({len(bad)} positions of this batch). Nothing of this batch was cached. "
-                "Try --dtype float32, or look at this row."
-            )
-        row -= len(sample.positions)

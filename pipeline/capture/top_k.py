@@ -2,7 +2,8 @@
 
 Owns the two stages: the maxima of small chunks of the vocabulary, then a top-k over the chunks that have the k largest
 of them, in which the k largest values must be. `topk` alone spends most of its time on values that are far from the
-best. Must not know what a logit or a record is.
+best. The values of a chunk stand V / chunk apart, so that the maxima are one pass over whole rows. Must not know what a
+logit or a record is.
 Shapes: n rows, V values a row, k kept.
 """
 
@@ -11,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-MIN_CHUNK = 32
+MIN_CHUNK = 4
 """Maxima of fewer values cost more than they save."""
 
 MOST_CANDIDATES = 1 / 4
@@ -25,23 +26,27 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     whenever the same values come.
     """
     chunk = _chunk(values.shape[1], k)
-    found = values.topk(k, dim=1) if chunk is None else _two_stages(values, k, chunk)
-    kept, places = _by_place_where_equal(*found)
-    return kept, _argmax_first(values, kept, places)
+    kept, places = values.topk(k, dim=1) if chunk is None else _two_stages(values, k, chunk)
+    equal = kept[:, 1:] == kept[:, :-1]
+    if k == 1 or equal.is_cuda or bool(equal.any()):  # asking a GPU takes longer than what may be saved
+        kept, places = _by_place_where_equal(kept, places)
+        places = _argmax_first(values, kept, places)
+    return kept, places
 
 
 def _chunk(width: int, k: int) -> int | None:
-    """Values a chunk, about sqrt(V / k), at which both stages look at as many; None where one stage is faster."""
-    chunk = max(MIN_CHUNK, 2 ** round(math.log2(width / max(k, 1)) / 2))
+    """Values a chunk, sqrt(V / k), at which both stages look at as many; None where one stage is faster."""
+    chunk = max(MIN_CHUNK, round(math.sqrt(width / max(k, 1))))
     return chunk if 0 < k * chunk <= MOST_CANDIDATES * width else None
 
 
 def _two_stages(values: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     """chunk: values of which one is the maximum; what is left behind the last whole chunk is a candidate as it is."""
-    whole = values.shape[1] // chunk * chunk
-    chunks = values[:, :whole].unflatten(1, (-1, chunk))
-    best = chunks.amax(dim=2).topk(k, dim=1, sorted=False).indices
-    places = (best[:, :, None] * chunk + torch.arange(chunk, device=values.device)).flatten(1)
+    apart = values.shape[1] // chunk
+    whole = apart * chunk
+    best = values[:, :whole].unflatten(1, (chunk, apart)).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    steps = torch.arange(0, whole, apart, device=values.device)
+    places = (steps[:, None] + best[:, None, :]).flatten(1)
     rest = torch.arange(whole, values.shape[1], device=values.device).expand(len(values), -1)
     places = torch.cat([places, rest], dim=1)
     kept, at = values.gather(1, places).topk(k, dim=1)
@@ -57,7 +62,5 @@ def _by_place_where_equal(values: Tensor, places: Tensor) -> tuple[Tensor, Tenso
 
 def _argmax_first(values: Tensor, kept: Tensor, places: Tensor) -> Tensor:
     """places, with the argmax among them where more values than k, of all [n, V], are equal to the largest."""
-    if not kept.shape[1] or not bool((open_ := kept[:, 0] == kept[:, -1]).any()):
-        return places
-    first = torch.where(open_, values.argmax(dim=1), places[:, 0])
+    first = torch.where(kept[:, 0] == kept[:, -1], values.argmax(dim=1), places[:, 0])
     return torch.cat([first[:, None], places[:, 1:]], dim=1)

@@ -26,6 +26,7 @@ from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import list_skipped, listed_beside
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
+from logitcache.models.device_map import head_device
 from logitcache.models.head import check_head, check_length
 from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
 from logitcache.models.same_base import config_differences
@@ -55,7 +56,7 @@ from .calibration import check_calibration
 from .plan import Counts, Plan, check_template, count, make_plan, without_captured
 from .settings import CaptureSettings, Engine
 from .settings import JobSpec as JobSpec
-from .shard_pipeline import ShardPipeline, failed_text
+from .shard_pipeline import PACKING_PROCESSES, ShardPipeline, failed_text
 from .teacher import Teacher, teacher_of
 from .vocab_groups import groups_for
 from .windows import Data, Rows, SampleRows, Samples
@@ -341,7 +342,10 @@ class _Worker:
         self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
-        self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told)
+        on_gpu = loaded.base is not None and head_device(loaded.base.model).type == "cuda"
+        self._pipeline = ShardPipeline(
+            writer, loaded.teacher, loaded.cache_spec, progress, self._told, PACKING_PROCESSES if on_gpu else 0
+        )
 
     def begin(self) -> None:
         """Read what is there, and say that it works on the rest."""

@@ -44,7 +44,7 @@ def nullspace(model: str, data: tuple[str, ...], out: Path, dtype: str, device: 
     settings, how = settings_from(NullSpaceSettings, values), settings_from(DataSettings, values)
     quiet_libraries()
     from logitcache.adapters import null_space as job
-    from logitcache.adapters.covariances import num_passes, spread
+    from logitcache.adapters.covariances import input_groups, num_operations, num_passes, spread
     from logitcache.data.rows import read_rows
     from logitcache.data.skipped import listed_beside
     from logitcache.models.loading import find_model, load_base, load_tokenizer, pick_device
@@ -59,6 +59,12 @@ def nullspace(model: str, data: tuple[str, ...], out: Path, dtype: str, device: 
     found = samples_for(rows, None, load_tokenizer(source), vocab_size, settings.max_length, note, how)
     used = spread(found, settings.max_samples)
     passes = num_passes(base.model, used[0], settings.memory_bytes)
+    if settings.products == "float64" and base.model.device.type == "cuda":
+        tera = num_operations(input_groups(base.model, used[0]), sum(len(s.token_ids) for s in used)) / 1e12
+        note(
+            f"Products of inputs: {tera:,.0f} TFLOP in float64, which a GPU made for games does at some 1 TFLOP/s, an "
+            "H100 at 60. --products float32 takes 1/32 to 1/64 of that time on the former (docs/adapters.md)."
+        )
     with token_bar("nullspace", passes * sum(len(s.token_ids) for s in used)) as progress:
         result = job.compute_null_space(base, used, settings, progress)
     result.save(out)

@@ -71,7 +71,11 @@ class Console:
             self._noted.add(event.note)  # each of Ray's shares says it
             self.note(event.note)
         elif isinstance(event, BatchHalved):
-            note(f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most.")
+            note(
+                f"Memory ran out on a batch of {event.tokens:,} tokens: from here on {event.to:,} at most, "
+                f"whose numbers round otherwise. With --batch-tokens {event.to} from the start "
+                "a job that is killed ends with the same bytes."
+            )
         elif isinstance(event, ShardFailed):
             note(f"A shard was left out: {event.why}")
         elif isinstance(event, Evaluated):

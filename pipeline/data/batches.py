@@ -46,7 +46,12 @@ def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> Pa
         mask[i, : len(sample.token_ids)] = 1
     rows = np.concatenate([i * length + s.positions.astype(np.int64) for i, s in enumerate(batch)])
     labels = np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
-    return PaddedBatch(*(torch.from_numpy(a).to(device) for a in (input_ids, mask, rows, labels)))
+    return PaddedBatch(*(moved(torch.from_numpy(a), torch.device(device)) for a in (input_ids, mask, rows, labels)))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of main memory on a device. CUDA takes it from pinned memory, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pad_samples(samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.data.batches import moved
 from logitcache.data.files import IGNORED
 from logitcache.data.samples import Sample
 from logitcache.data.tokenize import WEIGHTS
@@ -116,11 +117,8 @@ def on_cpu(batch: Batch) -> Batch:
 
 
 def sent(batch: Batch, device: torch.device) -> Batch:
-    """The batch, whose tensors are in main memory, on a device. CUDA takes them from pinned memory, for which the host
-    does not wait."""
-    if device.type != "cuda":
-        return {name: value.to(device) for name, value in batch.items()}
-    return {name: value.pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
+    """The batch, whose tensors are in main memory, on a device."""
+    return {name: moved(value, device) for name, value in batch.items()}
 
 
 def collated(batch: Any) -> Batch:

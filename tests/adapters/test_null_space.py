@@ -150,6 +150,28 @@ def test_a_planted_null_space_is_found(samples: list[Sample]) -> None:
         assert not s.is_tied(torch.float32)
 
 
+def test_products_in_float32_find_the_same_directions_to_a_rounding_of_the_largest(samples: list[Sample]) -> None:
+    model = make_model()
+    exact = dict(input_covariances(model, samples, batch_tokens=100))
+    for group, covariance in input_covariances(model, samples, batch_tokens=100, products=torch.float32):
+        off = torch.linalg.matrix_norm(covariance - exact[group], 2) / torch.linalg.eigvalsh(exact[group])[-1]
+        assert covariance.dtype == torch.float64 and 0 < off < torch.finfo(torch.float32).eps
+
+
+def test_a_planted_null_space_is_found_by_products_in_float32(samples: list[Sample], tmp_path: Path) -> None:
+    found = compute_null_space(planted_base(), samples, NullSpaceSettings(rank=6, products="float32"))
+    attention = [s for s in found.spaces if s.group.layers[0].endswith("q_proj")]
+    assert [s.null_dimension(torch.float32) for s in attention] == [6, 6]
+    for s in attention:
+        assert s.directions[:, 6:].abs().max() < 1e-3 and not s.is_tied(torch.float32)
+    found.save(tmp_path / "n")
+    again = NullSpace.open(tmp_path / "n")
+    assert again.settings["products"] == "float32" and all(s.products == torch.float32 for s in again.spaces)
+    assert again.findings() == found.findings() and again.checksum == found.checksum
+    exact = compute_null_space(planted_base(), samples, NullSpaceSettings(rank=6))
+    assert exact.checksum != found.checksum
+
+
 def test_a_rank_within_the_null_space_is_tied(samples: list[Sample]) -> None:
     found = compute_null_space(planted_base(), samples, NullSpaceSettings(rank=4))
     said = found.findings()

@@ -331,7 +331,7 @@ def test_tokens_under_the_id_of_another_sample_are_refused(
         return replace(table, sample_ids=table.sample_ids[::-1].copy())
 
     with monkeypatch.context() as patch:
-        patch.setattr("logitcache.storage.writer.sample_table", swapped)
+        patch.setattr("logitcache.storage.packing.sample_table", swapped)
         write_cache(tmp_path / "b", store, THREE[:1])
     source, wanted = LogitCache.open(tmp_path / "b"), wanted_of(THREE[0][:1])
     wanted = {key: np.arange(30, dtype=np.int32) for key in wanted}

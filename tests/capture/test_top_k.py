@@ -22,22 +22,25 @@ def test_values_and_places_are_those_of_sorting(width: int, k: int) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("place", [0, 31, 32, 50_239, 50_240, 50_256])
+@pytest.mark.parametrize("place", [0, 1793, 1794, 50_231, 50_232, 50_256])
 def test_the_largest_is_found_wherever_it_stands(place: int) -> None:
     """At the ends of chunks, and behind the last whole one."""
     values = torch.randn(3, 50_257)
     values[:, place] = 9.0
-    assert _chunk(50_257, 64) == 32 and top_k(values, 64)[1][:, 0].tolist() == [place] * 3
+    assert _chunk(50_257, 64) == 28 and top_k(values, 64)[1][:, 0].tolist() == [place] * 3
 
 
-def test_all_in_one_chunk_and_one_in_every_chunk() -> None:
+def test_all_in_few_chunks_and_one_in_every_chunk() -> None:
+    """32 values a chunk, 1,024 apart."""
     values = torch.full((2, 32_768), -1.0)
-    values[0, 640:704] = torch.arange(64.0)
-    values[1, ::512] = torch.arange(64.0)
-    assert _chunk(32_768, 64) == 32
-    found, places = top_k(values, 64)
-    assert torch.equal(found, torch.arange(63.0, -1.0, -1.0).expand(2, -1))
-    assert places[0].tolist() == list(range(703, 639, -1)) and places[1].tolist() == list(range(63 * 512, -1, -512))
+    few = torch.cat([torch.arange(640, 32_768, 1024), torch.arange(641, 32_768, 1024)])
+    values[0, few] = torch.arange(64.0)
+    values[1, 5:69] = torch.arange(64.0)
+    assert _chunk(32_768, 32) == 32
+    for k in (32, 64):
+        found, places = top_k(values, k)
+        assert torch.equal(found, torch.arange(63.0, 63.0 - k, -1.0).expand(2, -1))
+        assert places[0].tolist() == few.flip(0)[:k].tolist() and places[1].tolist() == list(range(68, 68 - k, -1))
 
 
 def test_ties_have_the_values_of_sorting_distinct_places_and_the_argmax_first() -> None:

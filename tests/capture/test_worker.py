@@ -34,6 +34,8 @@ from support.storage_samples import by_tokens
 from support.tiny_model import make_tokenizer, text_rows
 
 import logitcache.capture.teacher as teacher
+from logitcache.capture.pending import PendingRecords
+from logitcache.capture.teacher import TransformersTeacher
 from logitcache.data.samples import Sample
 from logitcache.storage import IncompleteCache, LogitCache, NotACache, repair
 from logitcache.storage.arrow_backend import ArrowBackend
@@ -96,14 +98,14 @@ def records_left(cache: Path) -> list[str]:
 def watch(patch: pytest.MonkeyPatch, before: Callable[[list[Sample]], None] = lambda _: None) -> Calls:
     """The batches that the base is run on from now on."""
     calls: Calls = []
-    real = teacher.capture
+    real = TransformersTeacher.launch
 
-    def watched(model: Any, batch: Any, *more: Any, **settings: Any) -> Any:
+    def watched(self: TransformersTeacher, batch: Any) -> PendingRecords:
         before(list(batch))
         calls.append(list(batch))
-        return real(model, batch, *more, **settings)
+        return real(self, batch)
 
-    patch.setattr(teacher, "capture", watched)
+    patch.setattr(TransformersTeacher, "launch", watched)
     return calls
 
 

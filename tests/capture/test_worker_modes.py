@@ -4,7 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ from support.cli_harness import done, facts, precompute, refused
 from support.quantised_base import bitsandbytes
 from support.tiny_model import text_rows
 
+from logitcache.capture.pending import PendingRecords
+from logitcache.capture.teacher import TransformersTeacher
+from logitcache.data.samples import Sample
 from logitcache.storage import CachedSample, LogitCache, sample_id
 
 SMALL = ("--batch-tokens", 128, "--shard-positions", 100, "--window-rows", 10)
@@ -56,14 +59,13 @@ def test_samples_of_another_cache_are_copied_and_the_base_runs_on_the_rest(
     precompute(tiny_model, write_rows(rows), tmp_path / "whole", *SMALL)
     precompute(tiny_model, write_rows(rows[5:15]), tmp_path / "other", "--store", "arrow")
     seen: list[int] = []
-    teacher = importlib.import_module("logitcache.capture.teacher")
-    original = teacher.capture
+    original = TransformersTeacher.launch
 
-    def counted(model: object, batch: list[object], *more: object) -> object:
+    def counted(self: TransformersTeacher, batch: Sequence[Sample]) -> PendingRecords:
         seen.append(len(batch))
-        return original(model, batch, *more)
+        return original(self, batch)
 
-    monkeypatch.setattr(teacher, "capture", counted)
+    monkeypatch.setattr(TransformersTeacher, "launch", counted)
     outcome = precompute(tiny_model, write_rows(rows), tmp_path / "c", *SMALL, "--samples-from", tmp_path / "other")
     assert sum(seen) == 14
     assert "10 were copied from" in outcome.out

@@ -71,7 +71,8 @@ def test_a_person_is_told_what_they_should_know(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.splitlines() == [
         "a note",
         "A shard was left out: a logit",
-        "Memory ran out on a batch of 8,192 tokens: from here on 4,096 at most.",
+        "Memory ran out on a batch of 8,192 tokens: from here on 4,096 at most, whose numbers round otherwise. With "
+        "--batch-tokens 4096 from the start a job that is killed ends with the same bytes.",
         "Step 7 of 90: 121 tokens/s, 1 h 7 min left, ce 1.500, kl 0.250.",
         "Step 8: new CE 1.5000.",
     ]

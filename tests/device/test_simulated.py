@@ -16,7 +16,10 @@ from support.on_simulated_cuda import found_on_device
 
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.unavailable()), reason=simulated_cuda.unavailable() or "there")
 
-CASES = ["of_the_device", "losses", "steps", "captured", "compared", "waits_of_a_step", "waits_of_sft", "sent_columns"]
+CASES = [
+    *("of_the_device", "losses", "steps", "captured", "waits_of_capture", "compared", "waits_of_a_step"),
+    *("waits_of_sft", "sent_columns"),
+]
 
 MOST_BEYOND = 3
 """Waits of a training step of ours beyond those of the trainer below, at most."""
@@ -93,6 +96,14 @@ def test_a_cache_made_on_it_is_that_of_the_cpu(found: dict[str, Any]) -> None:
     assert ids == {"positions", "label_ids", "alternative_ids", "tail_sample_ids"}
     assert all(captured[name] == 0 for name in ids)
     assert len(captured) > len(ids) and all(difference < 1e-4 for difference in captured.values())
+
+
+@pytest.mark.parametrize("name", ["bucket", "groups and draws"])
+def test_a_batch_is_captured_without_waiting_for_the_device(name: str, found: dict[str, Any]) -> None:
+    """One event is waited for, when the record is fetched."""
+    waits = of(found, "waits_of_capture")[name]
+    assert waits["launch"]["own"] == 0, waits["launch"]["lines"]
+    assert waits["records"]["count"] == 0, waits["records"]["lines"]
 
 
 def test_an_evaluation_on_it_is_that_of_the_cpu(found: dict[str, Any]) -> None:

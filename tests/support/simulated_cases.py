@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from logitcache.capture.pending import PendingRecords
 from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teacher import TransformersTeacher, one_hot
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed
@@ -167,6 +169,24 @@ def captured(folder: Path) -> Json:
     for name in (field.name for field in fields(records[0][0])):
         one, other = (np.concatenate([getattr(r, name) for r in part]).astype(np.float64) for part in records)
         found[name] = float(np.abs(np.where(one == other, 0.0, one - other)).max())  # where both are -inf
+    return found
+
+
+def waits_of_capture(_: Path) -> Json:
+    """Where the host waits while it gives the device a batch to capture, and while it fetches the record; without tail
+    groups and draws, with both."""
+    model = make_model().to(CUDA)
+    groups = one_hot(torch.arange(model.config.vocab_size) % 3).to(CUDA)
+    teachers = {
+        "bucket": TransformersTeacher(model, 8, masked=False),
+        "groups and draws": TransformersTeacher(model, 8, groups, 4, masked=False),
+    }
+    found = {}
+    for name, teacher in teachers.items():
+        teacher(make_samples()[:4])  # which allocates
+        pending: list[PendingRecords] = []
+        launching = _waits(lambda: pending.append(teacher.launch(make_samples()[4:8])))  # noqa: B023
+        found[name] = {"launch": _told(launching), "records": _told(_waits(lambda: pending.pop().records()))}  # noqa: B023
     return found
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def _replace_torch_cuda(num_devices: int) -> None:
         "set_device": _make_current,
         "device": _Within,
         "current_stream": lambda of=None: _Stream(),
+        "Event": _Event,
         "synchronize": lambda of=None: None,
         "empty_cache": lambda: None,
         "get_device_name": lambda of=None: properties.name,
@@ -167,6 +169,24 @@ class _Stream:
 
     def wait_stream(self, other: Any) -> None:
         """Nothing is left there either."""
+
+
+class _Event:
+    """As `torch.cuda.Event`, at the host's clock: how long the host took, which says nothing of a card."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        """Now: everything before it has finished."""
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing is left."""
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Milliseconds."""
+        return (end._at - self._at) * 1000
 
 
 class _Properties:

@@ -1,0 +1,126 @@
+"""The pipeline of shards: packed by processes or a thread, with a batch asked for when the next one is under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from support.tiny_model import text_rows
+
+from logitcache.capture.pending import PendingRecords
+from logitcache.capture.plan import Plan
+from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.capture.shard_pipeline import Filled, ShardPipeline
+from logitcache.capture.teacher import TransformersTeacher
+from logitcache.capture.worker import Loaded, Share, load, plans
+from logitcache.data.samples import Sample
+from logitcache.storage import BaseLogprobs, CacheWriter
+from logitcache.storage.errors import PackingStopped
+from logitcache.storage.packing_process import PackingProcess
+
+Job = tuple[Loaded, Plan]
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A base and five shards or more, of several batches each."""
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{row["text"]}"}}\n' for row in text_rows(40)))
+    settings = CaptureSettings(8, batch_tokens=64, shard_positions=100)
+    spec = JobSpec(str(tiny_model), (str(rows),), "", settings)
+    loaded = load(spec)
+    ((_, _, plan),) = plans(spec, loaded, Share())
+    assert len(plan.shards) >= 5 and all(len(shard) > 1 for shard in plan.shards[:-1])
+    return loaded, plan
+
+
+def fill(job: Job, folder: Path, num_processes: int) -> Filled:
+    loaded, plan = job
+    with loaded.cache_spec.writer(folder) as writer:
+        with ShardPipeline(writer, loaded.teacher, loaded.cache_spec, num_processes=num_processes) as pipeline:
+            for shard in plan.shards:
+                pipeline.shard(shard)
+        writer.finalize()
+    return pipeline.filled
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_shards_packed_by_processes_have_the_bytes_of_those_of_a_thread(
+    num_processes: int, job: Job, tmp_path: Path
+) -> None:
+    ours, theirs = fill(job, tmp_path / "thread", 0), fill(job, tmp_path / "processes", num_processes)
+    assert ours == theirs and ours.num_shards == len(job[1].shards)
+    assert bytes_of(tmp_path / "thread") == bytes_of(tmp_path / "processes")
+
+
+def test_a_packing_process_that_is_killed_ends_the_job_and_what_is_committed_stays(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = PackingProcess.pack, []
+
+    def killed(self: PackingProcess, *more: object) -> object:
+        calls.append(self.pid)
+        if len(calls) == 3:
+            os.kill(self.pid, signal.SIGKILL)
+        return real(self, *more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackingProcess, "pack", killed)
+        with pytest.raises(PackingStopped, match="what was committed before stays"):
+            fill(job, tmp_path / "c", 1)
+    committed = len(list((tmp_path / "c" / "shards").glob("*.json")))
+    assert committed == 2
+    fill(job, tmp_path / "c", 1)
+    fill(job, tmp_path / "whole", 0)
+    assert bytes_of(tmp_path / "c") == bytes_of(tmp_path / "whole")
+
+
+def test_no_process_is_left(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[PackingProcess] = []
+    real = PackingProcess.__init__
+
+    def noted(self: PackingProcess, *more: object) -> None:
+        started.append(self)
+        real(self, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PackingProcess, "__init__", noted)
+    fill(job, tmp_path / "c", 2)
+    assert 1 <= len(started) <= 2
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+
+def test_a_batch_is_asked_for_when_the_next_is_under_way(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a GPU works while the records before are made."""
+    done: list[str] = []
+    launch, records = TransformersTeacher.launch, PendingRecords.records
+
+    def launched(self: TransformersTeacher, batch: Sequence[Sample]) -> PendingRecords:
+        done.append("launch")
+        return launch(self, batch)
+
+    def asked(self: PendingRecords) -> list[BaseLogprobs]:
+        done.append("records")
+        return records(self)
+
+    monkeypatch.setattr(TransformersTeacher, "launch", launched)
+    monkeypatch.setattr(PendingRecords, "records", asked)
+    loaded, plan = job
+    with (
+        CacheWriter(tmp_path / "c", loaded.cache_spec.manifest) as writer,
+        ShardPipeline(writer, loaded.teacher, loaded.cache_spec) as pipeline,
+    ):
+        pipeline.shard(plan.shards[0])
+    num = len(plan.shards[0])
+    assert done == ["launch"] + ["launch", "records"] * (num - 1) + ["records"]
