@@ -168,9 +168,11 @@ def set_up(threads: int) -> None:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-threads:]))
 
 
-def run_child(script: str, job: dict[str, Any], threads: int) -> dict[str, Any] | None:
+def run_child(
+    script: str, job: dict[str, Any], threads: int, python: str | Path = sys.executable
+) -> dict[str, Any] | None:
     """What a fresh process of the script prints last, as JSON; None where memory ran out in it."""
-    line = [sys.executable, script, "--job", json.dumps(job)]
+    line = [str(python), script, "--job", json.dumps(job)]
     environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode == -9 or "OutOfMemory" in done.stderr or "not enough memory" in done.stderr:

@@ -1,16 +1,19 @@
 """Seconds and memory of the loss step alone: hidden states -> loss -> gradient into them, ours and other projects'.
 
-Owns the measurements behind docs/benchmarks/loss.csv; what the others do is in bench_loss_peers.py. The head is frozen,
-the teacher is the same head on nearby hidden states, labels are drawn from it. Every method runs in a fresh process,
-and the repeats go round the methods, so that a machine that drifts drifts for all. Peak growth is over the inputs.
-What counts are the ratios to plain CE of the same run. Errors: the largest difference from the same quantity by its
-definition in float64, of the loss and of the gradient of the mean loss, on the first 64 positions. A method whose
-tensors of [N, V] would not fit into what is free is not run, and its row says so.
+Owns the measurements behind docs/benchmarks/loss.csv and loss_peers.csv. The others are those of bench_loss_peers.py,
+as they are installed, each in the environment that scripts/make-peers made, or in this one; a row says what is missing,
+or what a project answered where it does not run. The head is frozen, the teacher is the same head on nearby hidden
+states, labels are drawn from it. Every method runs in a fresh process, and the repeats go round the methods, so that a
+machine that drifts drifts for all. Peak growth is over the inputs. What counts are the ratios to plain CE of the same
+run. Errors: the largest difference from the same quantity by its definition in float64, of the loss and of the gradient
+of the mean loss, on the first 64 positions. A method whose tensors of [N, V] would not fit into what is free is not
+run, and its row says so.
 
+    scripts/make-peers                                   the others' environments; 8 GB of disk
+    python scripts/bench_loss.py --check                 who runs here and computes what: errors alone, loss_peers.csv
     python scripts/bench_loss.py                         V = 32,000 and 151,936, N = 2,048, D = 512; needs 13 GB, or 24
     python scripts/bench_loss.py --quick                 a taste, which writes nothing
     python scripts/bench_loss.py --preset 7b             on a GPU: D = 3,584, V = 152,064, bfloat16
-    python scripts/bench_loss.py --preset 7b --compile   the same, with those peers compiled that are so by default
 """
 
 from __future__ import annotations
@@ -19,29 +22,42 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from bench_common import BENCHMARKS, LOGIT_STD, PeakMemory, provenance, run_child, set_up, timed, write_csv
-from bench_loss_peers import PEERS, Teacher, masked_kl
+from bench_common import BENCHMARKS, LOGIT_STD, provenance, run_child, set_up, write_csv
+from bench_loss_peers import PEERS
+from bench_loss_step import (
+    Inputs,
+    Loss,
+    Regularizer,
+    Teacher,
+    definition,
+    is_another_quantity,
+    load_inputs,
+    masked_kl,
+    measure_step,
+)
 from torch import Tensor, nn
 
 from logitcache.losses.formulas import Objective, SparseTargets
 from logitcache.losses.fused import linear_loss
 
-DEFAULT_OUT = BENCHMARKS / "loss.csv"
+DEFAULT_OUT, CHECK_OUT = BENCHMARKS / "loss.csv", BENCHMARKS / "loss_peers.csv"
 TOP_K, NUM_GROUPS, NUM_DRAWS = 64, 64, 32
 TEACHER_NOISE = 0.3
-CHECKED_ROWS = 64
+CHECKED_SIZE = {"vocab": [33_003], "hidden_size": 64, "tokens": 2100}
+"""More than one chunk of everybody, and the last a ragged one."""
+PEERS_SCRIPT = Path(__file__).with_name("bench_loss_peers.py")
 
 OURS = {f"logitcache {tail}": Objective(tail=tail) for tail in ("bucket", "renormalize", "groups", "sampled")}
 OURS = {"logitcache CE only": Objective(regularizer="none")} | OURS
 METHODS = [*(peer.name for peer in PEERS), *OURS]
+BY_NAME = {peer.name: peer for peer in PEERS}
 
 
 @dataclass(frozen=True)
@@ -53,28 +69,6 @@ class Size:
     vocab: int
     dtype: str
     device: str
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """hidden [N, D] and weight [V, D] in the run's dtype; labels int64 [N]; the teacher as peers and as we get it."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    teacher: Teacher
-    targets: SparseTargets
-
-    def first(self, num: int) -> Inputs:
-        """The first positions."""
-        teacher = replace(self.teacher, **_first(self.teacher, num))
-        targets = replace(self.targets, **_first(self.targets, num))
-        return Inputs(self.hidden[:num], self.weight, self.labels[:num], teacher, targets)
-
-
-def _first(table: Teacher | SparseTargets, num: int) -> dict[str, Tensor]:
-    columns = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "token_groups"}
-    return {name: column[:num] for name, column in columns.items() if column is not None}
 
 
 # Inputs
@@ -126,20 +120,13 @@ def _say(hidden: Tensor, weight: Tensor, groups: Tensor, generator: torch.Genera
     }
 
 
-def load_inputs(path: Path, device: str) -> Inputs:
-    """What was saved `asdict`, on the device."""
-    made: dict[str, Any] = torch.load(path, map_location=device)
-    return Inputs(**made | {"teacher": Teacher(**made["teacher"]), "targets": SparseTargets(**made["targets"])})
+# Ours, in the child
 
 
-# Methods
-
-
-def loss_of(method: str, inputs: Inputs, compiled: bool) -> Callable[[Tensor], Tensor]:
+def loss_of(method: str, inputs: Inputs) -> Loss:
     """hidden [N, D] -> mean CE + mean regulariser; what does not depend on the hidden states is made here."""
     if method not in OURS:
-        peer = next(peer for peer in PEERS if peer.name == method)
-        return lambda hidden: peer.loss(hidden, inputs.weight, inputs.labels, inputs.teacher, compiled)
+        return BY_NAME[method].loss_of(inputs)
     objective, head = OURS[method], nn.Linear(*inputs.weight.T.shape, bias=False, device="meta")
     head.weight = nn.Parameter(inputs.weight, requires_grad=False)
     targets = None if objective.regularizer == "none" else inputs.targets
@@ -148,53 +135,20 @@ def loss_of(method: str, inputs: Inputs, compiled: bool) -> Callable[[Tensor], T
 
 def by_definition(method: str, inputs: Inputs) -> tuple[float, Tensor]:
     """The loss and its gradient [n, D] in float64, from dense log-probabilities."""
-    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight.double()
-    log_q = (hidden @ weight.T).log_softmax(dim=1)
-    log_p = (inputs.teacher.hidden.double() @ weight.T).log_softmax(dim=1)
-    values = F.nll_loss(log_q, inputs.labels, reduction="none")
-    if method in OURS and OURS[method].regularizer != "none":
-        values = values + masked_kl(log_q, log_p, inputs.targets, OURS[method].tail)
-    for regularizer in (peer.regularizer for peer in PEERS if peer.name == method):
-        values = values if regularizer is None else values + regularizer(log_q, log_p, inputs.teacher)
-    loss = values.mean()
-    loss.backward()
-    assert hidden.grad is not None
-    return loss.item(), hidden.grad
+    if method not in OURS:
+        return BY_NAME[method].expected(inputs)
+    objective = OURS[method]
+    regularizer: Regularizer = lambda log_q, log_p, part: masked_kl(log_q, log_p, part.targets, objective.tail)  # noqa: E731
+    return definition(inputs, True, None if objective.regularizer == "none" else regularizer)
 
 
-# Measurement, in the child
-
-
-def child(job: dict[str, Any]) -> dict[str, float]:
-    """Measure one method once: {seconds, growth}, and the errors where the job asks for them."""
-    device, method, compiled = job["device"], job["method"], job["compiled"]
+def child(job: dict[str, Any]) -> dict[str, Any]:
+    """`measure_step` of one of our forms."""
     set_up(job["threads"])
-    inputs = load_inputs(Path(job["path"]), device)
-    tiny = make_inputs(Size(8, 16, 256, job["dtype"], device), 0)
-
-    def step(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden.grad = None
-        value = loss(hidden)
-        value.backward()
-        assert hidden.grad is not None
-        return value.detach(), hidden.grad
-
-    step(loss_of(method, tiny, compiled), tiny.hidden.requires_grad_())
-    loss, hidden = loss_of(method, inputs, compiled), inputs.hidden.requires_grad_()
-    for _ in range(2 if device == "cuda" or compiled else 0):  # kernels are chosen or compiled by shape
-        step(loss, hidden)
-    hidden.grad = None
-    with PeakMemory(device) as peak:
-        seconds = [timed(lambda: step(loss, hidden), device) for _ in range(job["inner"])]
-    result = {"seconds": median(seconds), "growth": peak.growth}
-    if job["check"]:
-        few = replace(inputs, hidden=hidden.detach()).first(CHECKED_ROWS)
-        value, gradient = step(loss_of(method, few, False), few.hidden.requires_grad_())
-        expected, expected_gradient = by_definition(method, replace(few, hidden=few.hidden.detach()))
-        result["loss_error"] = abs(value.item() - expected)
-        result["gradient_error"] = (gradient.double() - expected_gradient).abs().max().item()
-        result["largest_gradient"] = expected_gradient.abs().max().item()
-    return result
+    method = job["method"]
+    inputs, tiny = (load_inputs(Path(job[name]), job["device"], SparseTargets) for name in ("inputs", "tiny"))
+    found = measure_step(job, inputs, tiny, partial(loss_of, method), partial(by_definition, method))
+    return found | {"by": "logitcache"}
 
 
 # Report
@@ -206,58 +160,88 @@ def fits(method: str, size: Size) -> bool:
     if size.device == "cuda" or "MemAvailable" not in found:
         return True  # a GPU's allocator refuses by itself
     free = int(found.split("MemAvailable:")[1].split()[0]) * 1024
-    copies = next((peer.copies for peer in PEERS if peer.name == method), 1)
+    copies = 1 if method in OURS else BY_NAME[method].copies
     return copies * size.tokens * size.vocab * 4 < 0.9 * free
 
 
+def run_method(method: str, job: dict[str, Any], size: Size) -> dict[str, Any]:
+    """What its process found, or why there is nothing: {refused}."""
+    if fits(method, size):
+        script, python = __file__, Path(sys.executable)
+        if method not in OURS:
+            script, python = str(PEERS_SCRIPT), BY_NAME[method].home.python
+        found = run_child(script, job | {"method": method}, job["threads"], python)
+        if found is not None:
+            return found
+    return {"refused": "not enough memory"}
+
+
 def measure(size: Size, args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
-    """Every method at one size, the repeats going round the methods."""
-    path = folder / f"inputs{size.vocab}.pt"
-    torch.save(asdict(make_inputs(size, args.seed)), path)
+    """Every method at one size, the repeats going round the methods; who refused once is not asked again."""
+    paths = {"inputs": folder / f"inputs{size.vocab}.pt", "tiny": folder / "tiny.pt"}
+    torch.save(asdict(make_inputs(size, args.seed)), paths["inputs"])
+    torch.save(asdict(make_inputs(replace(size, tokens=8, hidden_size=16, vocab=256), 0)), paths["tiny"])
     if size.device == "cuda":
         torch.cuda.empty_cache()  # what this process keeps, its children could not have
-    job = {"path": str(path), "device": size.device, "dtype": size.dtype, "threads": args.threads, "inner": args.inner}
-    found: dict[str, list[dict[str, Any] | None]] = {method: [] for method in args.methods}
+    job = {name: str(path) for name, path in paths.items()}
+    job |= {"device": size.device, "dtype": size.dtype, "threads": args.threads, "inner": args.inner}
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
     for repeat in range(args.repeats):
-        for method in args.methods:
-            each = job | {"method": method, "compiled": args.compile, "check": repeat == 0}
-            found[method].append(run_child(__file__, each, args.threads) if fits(method, size) else None)
-            print(f"V {size.vocab:,}, repeat {repeat + 1}: {method}: {found[method][-1]}", file=sys.stderr, flush=True)
-    path.unlink()
-    base = [run for run in found.get(PEERS[0].name, []) if run]
-    quantities = {peer.name: peer.quantity for peer in PEERS} | dict.fromkeys(OURS, "CE + masked KL")
-    quantities["logitcache CE only"] = "CE"
+        for method, runs in found.items():
+            if runs and "refused" in runs[0]:
+                continue
+            runs.append(run_method(method, job | {"check": repeat == 0}, size))
+            print(f"V {size.vocab:,}, repeat {repeat + 1}: {method}: {runs[-1]}", file=sys.stderr, flush=True)
+    paths["inputs"].unlink()
+    base = [run for run in found.get(PEERS[0].name, []) if "seconds" in run]
     return [
-        {"method": method, "quantity": quantities[method]}
+        {"method": method, "by": runs[0].get("by", ""), "quantity": quantity(method)}
         | {name: str(value) for name, value in (asdict(size) | {"threads": args.threads}).items()}
-        | _columns([run for run in runs if run], base)
+        | (_times(runs, base) if args.inner else {})
+        | _errors(runs[0], size)
         for method, runs in found.items()
     ]
 
 
-def _columns(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, str]:
-    """Medians, spread, ratios to plain CE and errors; empty where a method ran out of memory."""
+def quantity(method: str) -> str:
+    """What a method computes, in words."""
+    if method not in OURS:
+        return BY_NAME[method].quantity
+    return "CE" if OURS[method].regularizer == "none" else "CE + masked KL"
+
+
+def _times(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, str]:
+    """Medians, spread and ratios to plain CE; empty where a method did not run."""
     names = ("seconds", "seconds_min", "seconds_max", "peak_growth_mib", "seconds_ratio", "memory_ratio")
-    names += ("loss_error", "gradient_error", "largest_gradient")
+    runs = [run for run in runs if "seconds" in run]
     if not runs:
-        return dict.fromkeys(names, "") | {"remark": "not enough memory"}
+        return dict.fromkeys(names, "")
     seconds, growth = [r["seconds"] for r in runs], median(r["growth"] for r in runs)
     ratios = ["", ""]
     if base:
         of = (median(r["seconds"] for r in base), median(r["growth"] for r in base))
         ratios = [f"{x / y:.3f}" if y else "" for x, y in zip((median(seconds), growth), of, strict=True)]
-    errors = [f"{runs[0][name]:.2e}" if name in runs[0] else "" for name in names[-3:]]
-    shown = [f"{median(seconds):.4g}", f"{min(seconds):.4g}", f"{max(seconds):.4g}", f"{growth:.0f}", *ratios, *errors]
-    return dict(zip(names, shown, strict=True)) | {"remark": ""}
+    shown = [f"{median(seconds):.4g}", f"{min(seconds):.4g}", f"{max(seconds):.4g}", f"{growth:.0f}", *ratios]
+    return dict(zip(names, shown, strict=True))
+
+
+def _errors(run: dict[str, Any], size: Size) -> dict[str, str]:
+    """Of the first run; remark: why there is none, or that they are another quantity's."""
+    names = ("loss_error", "gradient_error", "largest_gradient")
+    if "refused" in run:
+        return dict.fromkeys(names, "") | {"remark": run["refused"]}
+    remark = "computes another quantity" if is_another_quantity(run, size.dtype) else ""
+    return {name: f"{run[name]:.2e}" for name in names} | {"remark": remark}
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """Seconds, MiB and their ratios, by V."""
+    """Seconds, MiB, their ratios and errors where there are any, by V."""
+    columns = {"seconds": "s", "seconds_ratio": "ratio", "peak_growth_mib": "MiB", "memory_ratio": "ratio"}
+    columns |= {"loss_error": "loss err", "gradient_error": "grad err"}
     for vocab in dict.fromkeys(row["vocab"] for row in rows):
-        print(f"\n{f'V = {int(vocab):,}':36}{'s':>8}{'ratio':>8}{'MiB':>8}{'ratio':>8}{'loss err':>10}{'grad err':>10}")
+        print(f"\n{f'V = {int(vocab):,}':48}" + "".join(f"{columns[c]:>10}" for c in columns if c in rows[0]))
         for row in (row for row in rows if row["vocab"] == vocab):
-            cells = f"{row['seconds']:>8}{row['seconds_ratio']:>8}{row['peak_growth_mib']:>8}{row['memory_ratio']:>8}"
-            print(f"{row['method']:36}{cells}{row['loss_error']:>10}{row['gradient_error']:>10} {row['remark']}")
+            print(f"{row['method']:48}" + "".join(f"{row[c]:>10}" for c in columns if c in row), row["remark"])
 
 
 def main() -> None:
@@ -272,11 +256,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="processes a method")
     parser.add_argument("--inner", type=int, help="timed steps a process, of which the median counts (1; GPU: 5)")
-    parser.add_argument("--compile", action="store_true", help="compile the peers that are compiled by default")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="who runs, and the errors at all positions; no times")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; nothing is written")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="docs/benchmarks/loss.csv, or loss_peers.csv with --check")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -288,10 +272,14 @@ def main() -> None:
     }
     names = ("vocab", "hidden_size", "tokens", "dtype", "device")
     defaults = dict(zip(names, presets[args.preset], strict=True))
+    if args.check:
+        defaults |= CHECKED_SIZE
     if args.quick:
         defaults |= {"vocab": [1000], "hidden_size": 32, "tokens": 256}
     chosen = {name: getattr(args, name) or default for name, default in defaults.items()}
     args.inner = args.inner or (5 if chosen["device"] == "cuda" else 1)
+    if args.check:
+        args.inner, args.repeats = 0, 1
     set_up(args.threads)
     about = provenance(__file__, chosen["device"], ["torch", "logitcache"]) | {"seed": str(args.seed)}
     rows = []
@@ -301,7 +289,7 @@ def main() -> None:
     print_table(rows)
     print(about)
     if not args.quick:
-        write_csv([row | about for row in rows], args.out)
+        write_csv([row | about for row in rows], args.out or (CHECK_OUT if args.check else DEFAULT_OUT))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Owns the measurements behind docs/benchmarks/precompute.csv. All methods run over the same padded batches, each in a
 fresh process that has loaded its model and run one batch before; the repeats go round the methods, and what counts are
-the ratios of one round. `bare` is the body's forward, the head on slices and a float32 logsumexp, nothing kept;
-`capture` the records too (top-k, label, tail, copies), nothing written; `precompute` the whole of `work`: rows read,
+the ratios of one round. `bare` is the body's forward and the head on the supervised rows, nothing kept or made of them,
+with a mask only where capture needs one, in slices of the size that is fastest when tried beforehand; `capture` the
+records too (top-k, label, tail, copies), nothing written; `precompute` the whole of `work`: rows read,
 tokenised and planned, captured, encoded, checked, written, synced, read back, finalised. `two processes` are two
 workers of one job with as many threads each, from the moment that both are let go to the end of the last. Nobody is
 pinned within the cores that a setting has: 1 thread on 2 cores leaves one to the writer, as a GPU leaves the processor;
@@ -38,7 +39,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make_model, provenance, write_csv
+from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make_model, provenance, timed, write_csv
+from torch import Tensor
 from transformers import PreTrainedModel, logging
 
 from logitcache.capture.settings import CaptureSettings
@@ -46,7 +48,8 @@ from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents
-from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.causal import needs_mask
+from logitcache.models.head import OutputHead, hidden_states, rows_at_once
 from logitcache.models.settings import LoadSettings
 from logitcache.storage import LogitCache
 from logitcache.storage.identity import digest
@@ -57,8 +60,8 @@ BARE, CAPTURE, PRECOMPUTE, TWO = METHODS = ["bare", "capture", "precompute", "tw
 PRESETS = {"both": [DEMO, SHAPES["0.5b"][0]], "demo": [DEMO], "0.5b": SHAPES["0.5b"], "7b": SHAPES["7b"]}
 TOP_K = 64
 POLL_SECONDS = 0.001
-LOGSUMEXP_BYTES = 8 * 2**20
-"""Of logits whose logsumexp `bare` takes at once: on a processor a third of the time that larger parts take."""
+SLICE_BYTES = (16 * 2**20, 64 * 2**20, 256 * 2**20, 2**30)
+"""Of logits that `bare` tries to make at once: the fastest is of another size at another V and on another machine."""
 
 Batches = Sequence[Sequence[Sample]]
 
@@ -91,15 +94,34 @@ def write_rows(shape: Shape, path: Path, job: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def bare(model: PreTrainedModel, batches: Batches) -> None:
-    """What nobody can do without: every hidden state and every logit once, and their logsumexp."""
-    head, num_rows = OutputHead(model), rows_at_once(model, LOGITS_BYTES)
+def bare(model: PreTrainedModel, batches: Batches, masked: bool, num_rows: int) -> None:
+    """What nobody can do without: every hidden state and every logit once."""
+    head = OutputHead(model)
     for batch in batches:
-        padded = pad_batch(batch, model.device)
-        hidden = hidden_states(model, input_ids=padded.input_ids, attention_mask=padded.attention_mask)
-        for rows in hidden.flatten(0, 1).index_select(0, padded.rows).split(num_rows):
-            for part in head(rows).float().split(max(1, LOGSUMEXP_BYTES // (4 * head.vocab_size))):
-                part.logsumexp(dim=1)
+        for rows in supervised(model, batch, masked).split(num_rows):
+            head(rows)
+
+
+def supervised(model: PreTrainedModel, batch: Sequence[Sample], masked: bool) -> Tensor:
+    """Hidden states [N, D] that predict a supervised token."""
+    padded = pad_batch(batch, model.device)
+    return hidden_states(model, **padded.inputs(masked)).flatten(0, 1).index_select(0, padded.rows)
+
+
+@torch.inference_mode()
+def fastest_rows(model: PreTrainedModel, batch: Sequence[Sample], masked: bool) -> int:
+    """Rows a slice of the head with which a batch takes least; each size once to warm up, then the better of two."""
+    head, hidden = OutputHead(model), supervised(model, batch, masked)
+    device = hidden.device.type
+
+    def once(num_rows: int) -> None:
+        for rows in hidden.split(num_rows):
+            head(rows)
+
+    sizes = {min(len(hidden), rows_at_once(model, {"cuda": size})) for size in SLICE_BYTES}
+    for num_rows in sizes:
+        once(num_rows)
+    return min(sizes, key=lambda num_rows: min(timed(lambda: once(num_rows), device) for _ in range(2)))
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +170,16 @@ def method_without_cache(method: str, loaded: Loaded, batches: Batches) -> Calla
     """`bare`, or the teacher alone."""
     assert loaded.base is not None
     model = loaded.base.model
+    if method == BARE:
+        masked = needs_mask(model)  # as `teacher_of` asks it
+        num_rows = fastest_rows(model, batches[0], masked)
+        return lambda: bare(model, batches, masked, num_rows)
 
     def capture() -> None:
         for batch in batches:
             loaded.teacher(batch)
 
-    return (lambda: bare(model, batches)) if method == BARE else capture
+    return capture
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:

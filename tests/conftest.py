@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("support.backend_suite")
 SLOW = {
     "process": (
         *("capture/test_kill", "capture/test_ray", "capture/test_worker", "capture/test_worker_modes"),
-        *("models/test_tensor_parallel", "pairing/test_in_pieces", "storage/test_locks_off"),
+        *("losses/test_peers", "models/test_tensor_parallel", "pairing/test_in_pieces", "storage/test_locks_off"),
         *("training/test_fill_processes", "training/test_layouts", "training/test_normalisation"),
     ),
     "training": (
