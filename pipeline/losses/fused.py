@@ -133,7 +133,8 @@ class _Call:
             assert self.targets is not None
             assert self.targets.token_groups is not None and self.targets.tail_group_logprobs is not None
             groups = self.targets.token_groups.long()
-            one_hot = torch.zeros(len(groups), self.targets.tail_group_logprobs.shape[1], device=groups.device)
+            size = len(groups), self.targets.tail_group_logprobs.shape[1]
+            one_hot = torch.zeros(size, device=groups.device, dtype=torch.float32)  # whatever the default dtype is
             self._groups = groups, one_hot.scatter_(1, groups[:, None], 1.0)
         return self._groups
 
@@ -151,7 +152,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """loss, ce, kl; keeps the gradients of the loss."""
-        ce, kl = (torch.zeros((), device=hidden.device) for _ in range(2))
+        ce, kl = (torch.zeros((), device=hidden.device, dtype=torch.float32) for _ in range(2))
         gradients = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         by_hidden = torch.zeros_like(hidden)
         num_rows = _num_rows(call, hidden)

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataPa
 
 from logitcache.errors import UnsupportedModel
 
+from .cast_once import CastOnce
+
 PASSING_ON = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which DistributedDataParallel, DeepSpeed, torch.compile, FSDP and activation checkpointing hold what they
 wrap."""
@@ -43,7 +45,8 @@ class HeadLayer:
 
     layer: nn.Module
     logits_of: Callable[[Tensor], Tensor]
-    """[n, D] -> [n, V]: the layer's own forward, and the hooks around it that are meant for logits."""
+    """[n, D] -> [n, V]: the layer's own forward, its frozen weight cast once a call, and the hooks around it that are
+    meant for logits."""
     trained: frozenset[str]
     frozen: frozenset[str]
     untouched: bool
@@ -120,13 +123,14 @@ def replaced_forward(head: nn.Module, work: Callable[[Tensor, HeadLayer], Tensor
         around = [stack.enter_context(_without_hooks(module)) for module in chain]
         before = [hook for hooks, _ in around for hook in hooks]
         after = [hook for _, hooks in reversed(around) for hook in hooks]
-        former = layer.forward
+        former, casts = layer.forward, CastOnce()
 
         def logits_of(hidden: Tensor) -> Tensor:
             given: Any = hidden
             for hook in before:
                 given = hook(given)
-            logits: Tensor = former(given)
+            with casts:
+                logits: Tensor = former(given)
             for hook in after:
                 seen = hook((given,), logits)
                 logits = logits if seen is None else seen

@@ -334,6 +334,25 @@ def test_a_trial_that_fails_leaves_the_plain_way(how: str, monkeypatch: pytest.M
     assert try_out(DEVICE, torch.float32) and not try_out(DEVICE, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_trial_of_a_card_goes_through_several_tiles_and_parts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would show nothing of what a program carries from tile to tile. Here in those tiles too."""
+    monkeypatch.setattr(kernels, "is_interpreted", lambda: False)
+    sizes = choice._TRIAL_SHAPES["cuda"]
+    for tile in (
+        kernels.stats_tile(0, dtype),
+        kernels.stats_tile(32, dtype),
+        kernels.apply_tile(False),
+        kernels.apply_tile(True),
+    ):
+        grid = kernels._grid(torch.empty(sizes, dtype=dtype), tile)
+        assert grid.parts > 1 and grid.part >= 2 * tile.width and grid.parts * grid.part >= sizes[1]
+    monkeypatch.setitem(choice._TRIAL_SHAPES, DEVICE.type, sizes)
+    assert choice._fault(DEVICE, dtype) is None
+
+
 def test_slices_are_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((9, 40, 8), 1.0)
     monkeypatch.setattr(fused, "LOSS_SLICE_BYTES", {"cpu": 4 * 40 * 3, "cuda": 4 * 40 * 3})

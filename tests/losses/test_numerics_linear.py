@@ -306,6 +306,25 @@ def call(module: nn.Module, hidden: Tensor, case: Case, form: Sequence[Any] = ("
     return linear_loss(hidden, module, case.targets.label_ids, case.targets, chosen, WEIGHT, trained(module))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@forms
+def test_whatever_the_default_dtype_is(form: Any, default: torch.dtype) -> None:
+    """Of the process, which some set to the dtype that they train in."""
+    case = make_case((13, 50, 8), 1.0)
+    head, chosen = ExactHead(case), objective(form, tokens_per_loss_chunk=3)
+    arguments = (head.hidden, head.linear, case.targets.label_ids, case.targets, chosen, WEIGHT)
+    expected = linear_loss(*arguments)
+    (gradient,) = torch.autograd.grad(expected.loss, head.hidden)
+    torch.set_default_dtype(default)
+    try:
+        found = linear_loss(*arguments)
+        (same_gradient,) = torch.autograd.grad(found.loss, head.hidden)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip((*found, same_gradient), (*expected, gradient), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # dtypes among it
+
+
 def test_gradients_accumulate_and_scale() -> None:
     """Over two calls, in one backward or two, scaled from above, and through what made the hidden states."""
     module, hidden, case = make_head("trained", (13, 50, 8), 1.0)

@@ -25,7 +25,9 @@ _LEAST_CAPABILITY = (8, 0)
 _LEAST_ROWS, _MOST_ROWS, _ROWS_A_TILE = 1024, 4096, 128
 """Of a slice: enough for the product that makes its gradient, and a multiple of what such a product has at a time."""
 
-_TRIAL_ROWS, _TRIAL_VOCAB, _TRIAL_GROUPS = 40, 1003, 20
+_TRIAL_SHAPES, _TRIAL_GROUPS = {"cpu": (40, 1003), "cuda": (200, 17_003)}, 20
+"""Rows and columns by the kind of device: such that each program goes through several tiles, and a row has several."""
+
 _TRIAL_TOLERANCE = 1e-4
 """Of sums and gradient, beside the rounding of the dtype: far above that of a right kernel, far below what is wrong."""
 
@@ -83,13 +85,15 @@ def kernel_tail(buffer: Tensor, groups: Tensor | None, num_groups: int) -> Tail:
 @torch.no_grad()
 def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """What a small slice shows to be wrong, without groups and with them; None: nothing."""
-    numbers = torch.arange(_TRIAL_ROWS * _TRIAL_VOCAB, device=device).view(_TRIAL_ROWS, _TRIAL_VOCAB)
+    rows, vocab = _TRIAL_SHAPES[device.type]
+    numbers = torch.arange(rows * vocab, device=device, dtype=torch.float32).view(rows, vocab)
     z = (12 * (numbers * 0.7391).sin()).to(dtype)
     z[:, 5::7] = -torch.inf
-    groups = torch.arange(_TRIAL_VOCAB, device=device) * 7 % _TRIAL_GROUPS
+    groups = torch.arange(vocab, device=device) * 7 % _TRIAL_GROUPS
     one_hot = torch.nn.functional.one_hot(groups, _TRIAL_GROUPS).float()
-    factor = 0.5 + (torch.arange(_TRIAL_ROWS, device=device)[:, None] * 0.37).cos()
-    parts = (torch.arange(_TRIAL_ROWS * _TRIAL_GROUPS, device=device) * 0.61).sin().view(_TRIAL_ROWS, _TRIAL_GROUPS)
+    # of one sign: where two cancel, a right kernel's rounding would be as large as a fault
+    factor = 1.5 + (numbers[:, :1] * 0.37).cos()
+    parts = 1.5 + (numbers[:, :_TRIAL_GROUPS] * 0.61).sin()
     rounding, least = _TRIAL_TOLERANCE + 2 * torch.finfo(dtype).eps, max(torch.finfo(dtype).tiny, 1e-9)
     for by_group in (False, True):
         found = []

@@ -78,8 +78,8 @@ class KernelTail(Tail):
         z = self.buffer
         tile = stats_tile(num_groups, z.dtype)
         grid = _grid(z, tile)
-        tops, sums = (torch.empty(grid.parts, len(z), device=z.device) for _ in range(2))
-        by_group = torch.empty(grid.parts, len(z), num_groups, device=z.device)
+        shapes = (grid.parts, len(z)), (grid.parts, len(z)), (grid.parts, len(z), num_groups)
+        tops, sums, by_group = (torch.empty(s, device=z.device, dtype=torch.float32) for s in shapes)
         groups = z if self._token_groups is None else self._token_groups
         sizes = len(z), z.shape[1], grid.part, z.stride(0)
         with torch.cuda.device_of(z):
