@@ -38,7 +38,7 @@ from logitcache.demo.text import code_documents
 from logitcache.losses.formulas import Objective
 from logitcache.models.causal import needs_mask
 from logitcache.models.checkpointing import checkpoint_layers
-from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import OutputHead, head_rows, hidden_states
 from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.pairing.targets import Batch, sent
 from logitcache.pairing.view import CacheView
@@ -349,7 +349,7 @@ def jobs(
 @torch.inference_mode()
 def bare(model: Any, batches: Sequence[Sequence[Sample]], masked: bool) -> None:
     """Hidden states, and the head on the supervised ones in slices; nothing is made of the logits."""
-    head, num_rows = OutputHead(model), rows_at_once(model, LOGITS_BYTES)
+    head, num_rows = OutputHead(model), head_rows(model)
     for batch in batches:
         padded = pad_batch(batch, model.device)
         hidden = hidden_states(model, **padded.inputs(masked)).flatten(0, 1)

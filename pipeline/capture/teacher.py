@@ -20,7 +20,7 @@ from logitcache.data.batches import moved, pad_batch
 from logitcache.data.samples import Sample
 from logitcache.models.causal import needs_mask
 from logitcache.models.device_map import head_device
-from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import LOGITS_BYTES, OutputHead, head_rows, hidden_states, rows_at_once
 from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, sample_id
 
@@ -66,7 +66,7 @@ class TransformersTeacher:
         padded = pad_batch(batch, device)
         hidden = hidden_states(self.model, **padded.inputs(self.masked)).flatten(0, 1)
         hidden = hidden.index_select(0, padded.rows)
-        head, num_rows = OutputHead(self.model), rows_at_once(self.model, LOGITS_BYTES)
+        head, num_rows = OutputHead(self.model), head_rows(self.model)
         uniforms = moved(torch.from_numpy(_uniforms(batch, self.num_tail_samples)), device)
         slices = zip(*(column.split(num_rows) for column in (hidden, padded.label_ids, uniforms)), strict=True)
         num_together = rows_at_once(self.model, CACHED_BYTES)

@@ -31,11 +31,11 @@ from logitcache.events import OnMessage, Progress
 from logitcache.losses.formulas import Objective, SparseTargets, base_outcomes, cross_entropy, regularizer_values
 from logitcache.models.device_map import DeviceMap, head_device, offloaded_parts
 from logitcache.models.head import (
-    LOGITS_BYTES,
     OutputHead,
     causal_lm_of,
     check_length,
     evaluation_mode,
+    head_rows,
     hidden_states,
     logits_width,
     rows_at_once,
@@ -289,7 +289,7 @@ def _live_values(models: Sequence[nn.Module], batch: PaddedBatch) -> Values:
     """
     hidden = [_hidden_of(m, batch.rows, input_ids=batch.input_ids, attention_mask=batch.attention_mask) for m in models]
     heads = [OutputHead(causal_lm_of(m)) for m in models]
-    num_rows = rows_at_once(causal_lm_of(models[0]), LOGITS_BYTES)
+    num_rows = head_rows(causal_lm_of(models[0]))
     parts = []
     for labels, *rows in zip(batch.label_ids.split(num_rows), *(h.split(num_rows) for h in hidden), strict=True):
         logprobs = [head(h).to(labels.device).float().log_softmax(dim=1) for head, h in zip(heads, rows, strict=True)]

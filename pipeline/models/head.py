@@ -25,9 +25,12 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
-"""Size of one slice of float32 logits that are read and dropped, by the kind of device; a few are alive at a time. A
-GPU reads the head's whole weight from its memory for every slice."""
+LOGITS_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Size of one slice of float32 logits that are read and dropped, by the kind of device; a few are alive at a time. The
+head's whole weight is read from memory for every slice."""
+
+HEAD_ROWS = 512
+"""Rows of such a slice on a processor at most: of more the product is no faster, and their logits leave its cache."""
 
 
 class OutputHead:
@@ -153,6 +156,12 @@ def rows_at_once(model: PreTrainedModel, num_bytes: Mapping[str, int]) -> int:
     """How many rows of float32 logits fit into num_bytes, by the kind of device that the head is on; 1 at least."""
     size = num_bytes.get(head_device(model).type, num_bytes["cuda"])
     return max(1, size // (4 * logits_width(model)))
+
+
+def head_rows(model: PreTrainedModel) -> int:
+    """Rows of one slice of logits that are read and dropped."""
+    num_rows = rows_at_once(model, LOGITS_BYTES)
+    return min(num_rows, HEAD_ROWS) if head_device(model).type == "cpu" else num_rows
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:

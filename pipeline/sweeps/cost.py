@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
 from logitcache.models.causal import needs_mask
-from logitcache.models.head import LOGITS_BYTES, OutputHead, hidden_states, rows_at_once
+from logitcache.models.head import OutputHead, head_rows, hidden_states
 from logitcache.pairing.anchors import anchor_samples
 from logitcache.training.job import Job
 
@@ -86,7 +86,7 @@ def _seconds_of(base: PreTrainedModel, batch: Sequence[Sample], masked: bool) ->
     started = perf_counter()
     padded = pad_batch(batch, base.device)
     hidden = hidden_states(base, **padded.inputs(masked)).flatten(0, 1)
-    head, num_rows = OutputHead(base), rows_at_once(base, LOGITS_BYTES)
+    head, num_rows = OutputHead(base), head_rows(base)
     for rows in hidden.index_select(0, padded.rows).split(num_rows):
         head(rows).float().log_softmax(dim=1)
     _wait_for(base.device)

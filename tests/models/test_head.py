@@ -11,7 +11,15 @@ from support.tiny_model import make_model
 from logitcache.capture.teacher import capture
 from logitcache.data.samples import Sample
 from logitcache.errors import NonFiniteLogits, UnsupportedModel
-from logitcache.models.head import LOGITS_BYTES, OutputHead, check_head, hidden_states, rows_at_once
+from logitcache.models.head import (
+    HEAD_ROWS,
+    LOGITS_BYTES,
+    OutputHead,
+    check_head,
+    head_rows,
+    hidden_states,
+    rows_at_once,
+)
 from logitcache.storage.records import check_positions, check_rows
 
 
@@ -122,11 +130,16 @@ def test_capture_does_not_depend_on_dropout_or_padding() -> None:
 
 
 def test_a_gpu_takes_larger_slices() -> None:
-    """A head's weight is read once a slice: at V = 151,936 a GiB is 1,766 rows, 64 MiB are 110."""
+    """A head's weight is read once a slice: at V = 151,936 a GiB is 1,766 rows."""
     with torch.device("meta"):
         model = make_model()
     wide = torch.nn.Linear(32, 151_936, device="meta")
     model.set_output_embeddings(wide)
-    assert rows_at_once(model, {"cpu": 2**26, "cuda": 2**30}) == 1766  # whatever is no processor
+    assert rows_at_once(model, {"cpu": 2**26, "cuda": 2**30}) == head_rows(model) == 1766  # whatever is no processor
+
+
+def test_a_processor_takes_rows_that_stay_in_its_cache_where_they_may() -> None:
     model = make_model()
-    assert rows_at_once(model, LOGITS_BYTES) == 64 * 2**20 // (4 * 260)
+    assert head_rows(model) == HEAD_ROWS < LOGITS_BYTES["cpu"] // (4 * 260)
+    model.set_output_embeddings(torch.nn.Linear(32, 200_000))
+    assert head_rows(model) == 256 * 2**20 // (4 * 200_000) < HEAD_ROWS
