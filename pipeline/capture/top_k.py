@@ -24,7 +24,7 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of floats [n, V], descending, and their places, int64; equal ones by ascending place.
 
     So the first is the argmax. Which others of several equal to the k-th value are kept is not said; it is the same
-    whenever the same values come.
+    whenever the same values come, on one kind of processor.
     """
     chunk = _chunk(values.shape[1], k)
     places = _largest(values, k) if chunk is None else _two_stages(values, k, chunk)
