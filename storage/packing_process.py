@@ -1,8 +1,9 @@
 """Shards packed in a process of its own: what feeds a GPU does not wait for an interpreter that is encoding.
 
-Owns both ends of that process, and what goes between them through its standard input and output: frames of a header in
-JSON and of arrays as they lie in memory. Nothing is pickled. The process only computes: who asked writes to the disk,
-so it may die at any moment. Must not know where the bytes go.
+Owns both ends of that process, and what goes between them through its standard input and a pipe of their own, since
+anything may print on standard output: frames of a header in JSON and of arrays as they lie in memory. Nothing is
+pickled. The process only computes: who asked writes to the disk, so it may die at any moment, and is killed where a
+frame was left unfinished, since the next one would be read as the rest of it. Must not know where the bytes go.
 """
 
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from .records import BaseLogprobs, CachedSample
 _LENGTH = struct.Struct("<Q")
 _REFUSALS = {error.__name__: error for error in (CorruptCache, InvalidRecord)}
 _BUFFER = 2**20
-_SERVE = "from logitcache.storage.packing_process import serve; serve()"
+_SERVE = "import sys; sys.path[:] = sys.argv[2:]; from logitcache.storage.packing_process import serve; serve()"
+"""Arguments: the descriptor that answers go to, and where to import from: what this interpreter imports, not what lies
+in the folder that it works in."""
 LEAVING_SECONDS = 5.0
 """How long a process that was told that nothing more comes is waited for."""
 
@@ -36,17 +40,28 @@ class PackingProcess:
     """A process that packs shards of one cache, one at a time. Use as a context manager, from one thread at a time."""
 
     def __init__(self, manifest: Manifest) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=_BUFFER,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._to, self._from = self._process.stdin, self._process.stdout
-        self._send({"manifest": to_bytes(manifest).decode()}, ())
+        answers, theirs = os.pipe()
+        self._from = os.fdopen(answers, "rb", _BUFFER)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _SERVE, str(theirs), *_IMPORT_PATHS],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                bufsize=_BUFFER,
+                pass_fds=(theirs,),
+            )
+        except BaseException:
+            self._from.close()
+            raise
+        finally:
+            os.close(theirs)
+        assert self._process.stdin is not None
+        self._to = self._process.stdin
+        try:
+            self._send({"manifest": to_bytes(manifest).decode()}, ())
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -66,19 +81,20 @@ class PackingProcess:
             "chat_template": chat_template,
             "num_tokens": [len(sample.token_ids) for sample in samples],
             "num_positions": [len(sample.logprobs) for sample in samples],
-            "num_tokens_cut": [sample.num_tokens_cut for sample in samples],
+            "num_tokens_cut": [int(sample.num_tokens_cut) for sample in samples],
             "columns": [[name, parts[0].dtype.str, parts[0].shape[1:]] for name, parts in arrays.items()],
         }
-        self._send(header, (part for parts in arrays.values() for part in parts))
-        if (answer := _received(self._from)) is None:
-            raise self._stopped()
+        try:
+            answer, data = self._answered(header, (part for parts in arrays.values() for part in parts))
+        except BaseException:
+            self._process.kill()
+            raise
         if "refusal" in answer:
             raise _REFUSALS[answer["refusal"]](*answer["arguments"])
         commit = from_bytes(ShardCommit, answer["commit"].encode(), "the commit of a packed shard")
-        files = {file.name: self._from.read(file.size) for file in commit.files}
-        if any(len(files[file.name]) != file.size for file in commit.files):
-            raise self._stopped()
-        return PackedShard(commit, files, sample_table(samples))
+        return PackedShard(
+            commit, {file.name: d for file, d in zip(commit.files, data, strict=True)}, sample_table(samples)
+        )
 
     def close(self) -> None:
         """Let the process end, which it does by itself where this one was killed."""
@@ -90,6 +106,18 @@ class PackingProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _answered(self, header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> tuple[dict[str, Any], list[bytes]]:
+        """The header of the answer to a frame, and what follows it."""
+        if self._process.poll() is not None:
+            raise self._stopped()
+        self._send(header, arrays)
+        if (answer := _received(self._from)) is None:
+            raise self._stopped()
+        data = [self._from.read(size) for size in answer["sizes"]]
+        if list(map(len, data)) != answer["sizes"]:
+            raise self._stopped()
+        return answer, data
 
     def _send(self, header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:
         try:
@@ -107,6 +135,18 @@ class PackingProcess:
         )
 
 
+def _absolute(paths: Sequence[str]) -> list[str]:
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # relative to a folder that is gone: nothing is imported from there either
+            found.append(str(Path(path).absolute()))
+    return found
+
+
+_IMPORT_PATHS = _absolute(sys.path)
+"""What this was imported from, before anybody goes to another folder."""
+
+
 def _arrays(samples: Sequence[CachedSample]) -> dict[str, list[NDArray[Any]]]:
     """What a frame carries, by name, of each sample. Raises `InvalidRecord` where it could not be told apart again."""
     if not samples:
@@ -118,9 +158,10 @@ def _arrays(samples: Sequence[CachedSample]) -> dict[str, list[NDArray[Any]]]:
         lengths = [len(s.token_ids if name == "token_ids" else s.logprobs) for s in samples]
         shapes = [(part.dtype, part.shape) for part in parts]
         expected = [(parts[0].dtype, (length, *parts[0].shape[1:])) for length in lengths]
-        if shapes != expected or any(column.keys() != columns[0].keys() for column in columns):
+        objects = parts[0].dtype.hasobject  # addresses, which mean nothing to another process
+        if objects or shapes != expected or any(column.keys() != columns[0].keys() for column in columns):
             raise InvalidRecord(
-                f"packing a shard: expected records of the same columns, found {name} of different ones."
+                f"packing a shard: expected records of the same columns of numbers, found {name} of others."
             )
     return found
 
@@ -129,8 +170,7 @@ def serve() -> None:
     """The process: pack what comes, until nothing more does."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # of who asks; it may still want the shard in work
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", _BUFFER)
-    os.dup2(2, 1)  # what a library prints is no answer
+    source, sink = sys.stdin.buffer, os.fdopen(int(sys.argv[1]), "wb", _BUFFER)
     first = _received(source)
     if first is None:
         return
@@ -144,12 +184,12 @@ def _answer(sink: IO[bytes], manifest: Manifest, samples: Sequence[CachedSample]
     try:
         packed = pack_samples(manifest, samples, chat_template)
     except CorruptCache as error:
-        _write(sink, {"refusal": "CorruptCache", "arguments": [str(error), error.fact]}, ())
+        _write(sink, {"refusal": "CorruptCache", "arguments": [str(error), error.fact], "sizes": []}, ())
     except InvalidRecord as error:
-        _write(sink, {"refusal": "InvalidRecord", "arguments": [str(error)]}, ())
+        _write(sink, {"refusal": "InvalidRecord", "arguments": [str(error)], "sizes": []}, ())
     else:
-        files = (packed.files[file.name] for file in packed.commit.files)
-        _write(sink, {"commit": to_bytes(packed.commit).decode()}, (np.frombuffer(data, np.uint8) for data in files))
+        files = [np.frombuffer(packed.files[file.name], np.uint8) for file in packed.commit.files]
+        _write(sink, {"commit": to_bytes(packed.commit).decode(), "sizes": list(map(len, files))}, files)
 
 
 def _samples(source: IO[bytes], header: dict[str, Any]) -> list[CachedSample] | None:
