@@ -7,6 +7,7 @@ nobody, and pack two shards at once. Must not know which shards there are, or wh
 """
 
 import gc
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -74,10 +75,11 @@ class ShardPipeline:
         self._writer, self._teacher, self._cache_spec = writer, teacher, cache_spec
         self._progress, self._on_event = progress, on_event
         self._most_tokens: int | None = None
-        self._at_once = max(1, num_processes)
+        self._num_processes = num_processes if sys.executable else 0  # an interpreter within a program starts no other
+        self._at_once = max(1, self._num_processes)
         self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="logitcache-writer")
         self._writing: deque[Future[ShardCommit]] = deque()
-        self._num_processes = num_processes
+        self._is_left = False
         self._packers: SimpleQueue[PackingProcess] = SimpleQueue()  # of those that pack nothing now
 
     def __enter__(self) -> "ShardPipeline":
@@ -87,20 +89,29 @@ class ShardPipeline:
         if error is None:
             try:
                 self.settle()
-            finally:
-                self._end()
-        elif isinstance(error, Exception):  # of one shard: those before it may still be whole
-            self._end()
-        else:  # asked to stop, by a key or a signal: soon
-            wait(self._writing, LEAVING_SECONDS)
+            except BaseException as late:
+                self._leave(late)
+                raise
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self._is_left = True
+        try:
+            if error is None or isinstance(error, Exception):  # of one shard: those before it may still be whole
+                self._pool.shutdown()
+            else:  # asked to stop, by a key or a signal: soon
+                wait(self._writing, LEAVING_SECONDS)
+        finally:
             if not all(shard.done() for shard in self._writing):
                 self._writer.abandon()
             self._pool.shutdown(wait=False, cancel_futures=True)
+            self._close_idle()
 
-    def _end(self) -> None:
-        self._pool.shutdown()
-        while not self._packers.empty():
-            self._packers.get().close()
+    def _close_idle(self) -> None:
+        """End the processes that pack nothing; one that does is ended by its thread, after it."""
+        with suppress(Empty):
+            while True:
+                self._packers.get_nowait().close()
 
     def shard(self, batches: Sequence[Sequence[Sample]]) -> None:
         """Capture a shard, and have it written while the next one is captured. Left out where a logit is not finite."""
@@ -126,7 +137,9 @@ class ShardPipeline:
     def _settle_but(self, num: int) -> None:
         """Wait until so many are being written, the last ones."""
         while len(self._writing) > num:
-            self._settled(self._writing.popleft().result())
+            commit = self._writing[0].result()  # still among them where this is interrupted
+            self._writing.popleft()
+            self._settled(commit)
 
     def _settled(self, commit: ShardCommit) -> None:
         self.filled.num_samples += commit.num_samples
@@ -180,8 +193,12 @@ class ShardPipeline:
         packer = self._packer()
         try:
             packed = packer.pack(samples, template)
-        finally:
-            self._packers.put(packer)
+        except BaseException:
+            packer.close()
+            raise
+        self._packers.put(packer)
+        if self._is_left:
+            self._close_idle()
         return self._writer.commit_packed(packed)
 
     def _packer(self) -> PackingProcess:
