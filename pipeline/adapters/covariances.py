@@ -148,7 +148,8 @@ def _accumulate(
         if products == torch.float64:
             found[by_layer[name]].addmm_(rows.T, rows)
         else:
-            found[by_layer[name]] += rows.T @ rows
+            with torch.autocast(rows.device.type, enabled=False):  # it would multiply in half precision
+                found[by_layer[name]] += rows.T @ rows
         if name == last:
             raise _Enough
 

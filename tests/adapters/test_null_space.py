@@ -158,6 +158,16 @@ def test_products_in_float32_find_the_same_directions_to_a_rounding_of_the_large
         assert covariance.dtype == torch.float64 and 0 < off < torch.finfo(torch.float32).eps
 
 
+def test_products_in_float32_are_of_float32_under_autocast_too(samples: list[Sample]) -> None:
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):  # of the forward, in both
+        exact = dict(input_covariances(model, samples, batch_tokens=100))
+        found = dict(input_covariances(model, samples, batch_tokens=100, products=torch.float32))
+    for group, covariance in found.items():
+        off = torch.linalg.matrix_norm(covariance - exact[group], 2) / torch.linalg.eigvalsh(exact[group])[-1]
+        assert off < torch.finfo(torch.float32).eps
+
+
 def test_a_planted_null_space_is_found_by_products_in_float32(samples: list[Sample], tmp_path: Path) -> None:
     found = compute_null_space(planted_base(), samples, NullSpaceSettings(rank=6, products="float32"))
     attention = [s for s in found.spaces if s.group.layers[0].endswith("q_proj")]
