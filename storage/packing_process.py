@@ -101,6 +101,9 @@ class PackingProcess:
         with suppress(BrokenPipeError):
             self._to.close()
         self._from.close()
+        self._end()
+
+    def _end(self) -> None:
         try:
             self._process.wait(LEAVING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -126,8 +129,7 @@ class PackingProcess:
             raise self._stopped() from None
 
     def _stopped(self) -> PackingStopped:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LEAVING_SECONDS)
+        self._end()
         return PackingStopped(
             f"packing a shard: expected an answer of process {self._process.pid}, found that it ended with status "
             f"{self._process.returncode}. The shard was not written; what was committed before stays. Call again; "

@@ -125,7 +125,7 @@ def test_what_lies_in_the_folder_of_who_asked_is_not_imported(tmp_path: Path, un
 
 
 def test_a_relative_place_to_import_from_is_that_of_who_asked(tmp_path: Path, unit: str) -> None:
-    relative = "import os, sys\nsys.path[:] = [os.path.relpath(path) for path in sys.path]\n"
+    relative = "import os, sys\nsys.path[:] = [os.path.relpath(path) for path in sys.path if path]\n"
     run = unit_from(relative + PACKS, tmp_path, absolute())
     assert run.stdout.split() == [unit], run.stderr
 
