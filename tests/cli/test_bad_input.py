@@ -36,7 +36,7 @@ from support.cli_harness import (
 )
 from support.tiny_model import make_model, make_tokenizer, text_rows
 
-import logitcache.capture.teacher as teacher_module
+from logitcache.capture.teacher import TransformersTeacher
 from logitcache.cli import run
 from logitcache.storage import lesser_systems, local_files
 from logitcache.storage.arrow_backend import ArrowBackend
@@ -753,7 +753,7 @@ def test_ctrl_c_in_the_middle_of_precompute_is_130_and_goes_on(
     call: int, tmp_path: Path, tiny_model: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_at(patch, teacher_module, "capture", call, KeyboardInterrupt())
+        fail_at(patch, TransformersTeacher, "launch", call, KeyboardInterrupt())
         message = refused(130, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
     assert "interrupted" in message and "run the same command again" in message
     refused(5, "inspect", tmp_path / "c")
@@ -772,7 +772,7 @@ def test_memory_that_runs_out_is_1_and_the_rerun_completes(
     error: Exception, tmp_path: Path, tiny_model: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_at(patch, teacher_module, "capture", 3, error)
+        fail_at(patch, TransformersTeacher, "launch", 3, error)
         message = refused(1, *precompute_line(tiny_model, data, tmp_path / "c", *SHARDS))
     assert "memory ran out" in message and "--batch-tokens" in message
     assert_goes_on(tmp_path / "c", cache, tiny_model, data, at_least=1)
@@ -781,6 +781,6 @@ def test_memory_that_runs_out_is_1_and_the_rerun_completes(
 def test_a_defect_of_the_program_keeps_its_traceback(
     tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at(monkeypatch, teacher_module, "capture", 1, RuntimeError("a defect"))
+    fail_at(monkeypatch, TransformersTeacher, "launch", 1, RuntimeError("a defect"))
     with pytest.raises(RuntimeError, match="a defect"):
         run([str(a) for a in precompute_line(tiny_model, data, tmp_path / "c")])
