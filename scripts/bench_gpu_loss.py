@@ -7,15 +7,14 @@ Shapes: N positions, D hidden, V vocabulary, K alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bench_gpu_run import ABSENT, WRONG, LossSize, Run, is_simulated, said
-from bench_loss import OURS, TOP_K, Inputs, Size, by_definition, make_inputs
+from bench_loss import BY_NAME, OURS, TOP_K, Inputs, Size, by_definition, make_inputs
+from peer_losses import plain_cross_entropy
 from torch import Tensor, nn
 
 from logitcache.capture.teacher import slice_record
@@ -27,6 +26,13 @@ from logitcache.losses.kernels import choice
 
 PLAIN, GEMMS, COPY = "plain cross-entropy", "the two products alone", "a copy of the logits"
 PYTORCH, KERNELS = "PyTorch's slices", "Triton's kernels"
+PEERS = (
+    *("torch linear_cross_entropy, options by default", "Liger fused linear CE", "cut-cross-entropy"),
+    "TRL chunked divergence, beta 0",
+)
+COMPILED_PEERS = ("Liger chunked JSD + CE, beta 0",)
+"""Of `bench_loss_peers`, by their names there: what is compiled takes long before it begins."""
+
 CHECKED_ROWS = 40
 """Of a slice where correctness is looked at: the last slice is a ragged one."""
 
@@ -175,21 +181,23 @@ def losses(run: Run) -> None:
         measure_loss(run, PLAIN, size, plain_cross_entropy(inputs), inputs)
         run.measure(GEMMS, size, two_products(inputs), PLAIN)
         run.measure(COPY, size, logits_copied(inputs), PLAIN)
-        measure_peers(run, size, inputs, peers(inputs))
+        measure_peers(run, size, inputs, PEERS)
         for way in ways(run, torch.bfloat16):
             for method, objective in OURS.items():
                 with slices_by(way):
                     measure_loss(run, f"{method}, {way}", size, loss_of(inputs, objective), inputs)
         if size == run.sizes.losses[0]:
-            measure_peers(run, size, inputs, compiled_peers(inputs))
+            if not is_simulated():  # for which nothing is compiled
+                measure_loss(run, f"{PLAIN}, compiled", size, torch.compile(plain_cross_entropy(inputs)), inputs)
+            measure_peers(run, size, inputs, COMPILED_PEERS)
         del inputs
 
 
-def measure_peers(run: Run, size: LossSize, inputs: Inputs, named: Iterator[tuple[str, Callable[[], Loss]]]) -> None:
-    """Those that import."""
-    for name, make in named:
+def measure_peers(run: Run, size: LossSize, inputs: Inputs, names: Sequence[str]) -> None:
+    """Of `bench_loss_peers.PEERS`, those that import here."""
+    for name in names:
         try:
-            loss = make()
+            loss = BY_NAME[name].loss_of(inputs)
         except (ImportError, AttributeError) as error:
             run.say(name, size, verdict=ABSENT, remark=said(error))
             continue
@@ -201,11 +209,6 @@ def measure_loss(run: Run, name: str, size: LossSize, loss: Loss, inputs: Inputs
     step = step_of(loss, inputs)
     if run.measure(name, size, step, PLAIN) is not None:
         run.say(f"{name}: value", size, value=float(step()[0]), unit="nats a position")
-
-
-def plain_cross_entropy(inputs: Inputs) -> Loss:
-    """What transformers' models do with labels: all logits, float32, cross-entropy."""
-    return lambda hidden: F.cross_entropy((hidden @ inputs.weight.T).float(), inputs.labels)
 
 
 def logits_copied(inputs: Inputs) -> Callable[[], object]:
@@ -224,62 +227,6 @@ def two_products(inputs: Inputs) -> Callable[[], object]:
         return logits @ inputs.weight
 
     return products
-
-
-def peers(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Loss]]]:
-    """Name, and what imports the project and gives its loss with its defaults. Cross-entropy alone unless it says more;
-    a live teacher is hidden states of its own and the same head."""
-    weight, labels, teacher = inputs.weight, inputs.labels, inputs.teacher.hidden
-
-    def of_torch() -> Loss:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return lambda hidden: F.linear_cross_entropy(hidden, weight, labels, options=options)
-
-    def liger() -> Loss:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        made = LigerFusedLinearCrossEntropyLoss()
-        return lambda hidden: made(weight, hidden, labels)
-
-    def cut() -> Loss:
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda hidden: linear_cross_entropy(hidden, weight, labels)
-
-    def trl() -> Loss:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as Divergence
-
-        def mean(hidden: Tensor) -> Tensor:
-            sides: list[Any] = [hidden, weight, None, teacher, weight, None]
-            each: Tensor = Divergence.apply(*sides, 0.0, 1.0, 1.0, None, 1.0, None)[0]
-            return each.mean()
-
-        return mean
-
-    yield "torch linear_cross_entropy", of_torch
-    yield "Liger fused linear CE", liger
-    yield "cut-cross-entropy", cut
-    yield "TRL chunked divergence, beta 0 (full KL, live teacher, no CE)", trl
-
-
-def compiled_peers(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Loss]]]:
-    """The same of what torch compiles."""
-    weight, labels, teacher = inputs.weight, inputs.labels, inputs.teacher.hidden
-
-    def compiled() -> Loss:
-        if is_simulated():
-            raise ImportError("nothing is compiled for a simulated device")
-        made: Loss = torch.compile(plain_cross_entropy(inputs))
-        return made
-
-    def liger_jsd() -> Loss:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        made = LigerFusedLinearJSDLoss(beta=0.0, weight_hard_loss=1.0, weight_soft_loss=1.0)
-        return lambda hidden: made(hidden, weight, teacher, weight, labels)
-
-    yield "plain cross-entropy, compiled", compiled
-    yield "Liger fused linear JSD, beta 0 (CE + full KL, live teacher)", liger_jsd
 
 
 # Slices

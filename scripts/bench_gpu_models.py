@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import Shape, demo_base, random_model
+from bench_common import Shape, demo_base, random_model, timed
 from bench_gpu_run import Run, is_simulated
 from bench_loss import TOP_K
+from bench_precompute import bare, fastest_rows
 from bench_step import RANK, TAIL_GROUPS, masked_kl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,7 +39,7 @@ from logitcache.demo.text import code_documents
 from logitcache.losses.formulas import Objective
 from logitcache.models.causal import needs_mask
 from logitcache.models.checkpointing import checkpoint_layers
-from logitcache.models.head import OutputHead, head_rows, hidden_states
+from logitcache.models.head import hidden_states
 from logitcache.models.loading import Base, Source, load_base, load_tokenizer
 from logitcache.pairing.targets import Batch, sent
 from logitcache.pairing.view import CacheView
@@ -326,7 +327,8 @@ def capture_speed(run: Run) -> None:
     teacher = TransformersTeacher(base.model, TOP_K, masked=needs_mask(base.model))
     label, num_tokens = f"{shape.name}, {len(samples)} x {run.sizes.length}", sum(len(s.token_ids) for s in samples)
     for name, work in jobs(base, samples, settings, batches, teacher):
-        found = timed_once(work)
+        torch.cuda.synchronize()
+        found = timed(work, "cuda")
         run.time(name, label, [found], BARE, value=num_tokens / found, unit="tokens a second")
 
 
@@ -338,31 +340,9 @@ def jobs(
     teacher: TransformersTeacher,
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is timed once each, after a batch that warms up."""
-    bare(base.model, batches[:1], teacher.masked)
+    num_rows = fastest_rows(base.model, batches[0], teacher.masked)
     teacher(batches[0])
-    yield BARE, lambda: bare(base.model, batches, teacher.masked)
+    yield BARE, lambda: bare(base.model, batches, teacher.masked, num_rows)
     yield "capture, nothing written", lambda: [teacher(batch) for batch in batches]
     with tempfile.TemporaryDirectory() as folder:
         yield "precompute, the whole job", lambda: precompute(base, samples, Path(folder) / "cache", settings)
-
-
-@torch.inference_mode()
-def bare(model: Any, batches: Sequence[Sequence[Sample]], masked: bool) -> None:
-    """Hidden states, and the head on the supervised ones in slices; nothing is made of the logits."""
-    head, num_rows = OutputHead(model), head_rows(model)
-    for batch in batches:
-        padded = pad_batch(batch, model.device)
-        hidden = hidden_states(model, **padded.inputs(masked)).flatten(0, 1)
-        for rows in hidden.index_select(0, padded.rows).split(num_rows):
-            head(rows)
-
-
-def timed_once(work: Callable[[], object]) -> float:
-    """Seconds by the card's events; what the host does after its last launch counts too."""
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1000

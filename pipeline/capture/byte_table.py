@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample
 from logitcache.errors import UnsupportedModel
-from logitcache.models.device_map import head_device
 from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, CachedSample
 from logitcache.storage.encoding import encode, sample_table
@@ -102,8 +101,8 @@ def capture_wide(base: Base, batches: Sequence[Sequence[Sample]], spec: CacheSpe
     vocab_size = base.identity.vocab_size
     top_k = max([k for k in KEPT if k < vocab_size], default=vocab_size - 1)
     partitions = _partitions(base, spec)
-    stacked = one_hot(torch.from_numpy(np.stack(list(partitions.values()), axis=1))) if partitions else None
-    groups = None if stacked is None else stacked.to(head_device(base.model))
+    stacked = torch.from_numpy(np.stack(list(partitions.values()), axis=1)) if partitions else None
+    groups = None if stacked is None else one_hot(stacked, base.model)
     teacher = TransformersTeacher(base.model, top_k, groups)
     samples, records = [s for b in batches for s in b], [r for b in batches for r in teacher(b)]
     ends = np.cumsum(list(partitions)).tolist()

@@ -119,9 +119,9 @@ class ShardPipeline:
         running: list[_Launched] = []
         try:
             for batch in batches:
-                launched = self._launched(batch)
+                under_way = self._launched(batch)
                 captured += self._arrived(running)  # of the batch before, while a GPU is at this one
-                running = launched
+                running = under_way
             captured += self._arrived(running)
         except NonFiniteLogits as error:
             self.filled.failures += (str(error),)

@@ -88,7 +88,7 @@ def launched(teacher: Teacher, batch: Sequence[Sample]) -> Callable[[], list[Bas
 def teacher_of(base: Base, cache_spec: CacheSpec) -> TransformersTeacher:
     """The base as the teacher of a cache."""
     kept, groups = cache_spec.manifest.capture, cache_spec.token_groups
-    split = None if groups is None else one_hot(torch.from_numpy(groups.copy())).to(head_device(base.model))
+    split = None if groups is None else one_hot(torch.from_numpy(groups.copy()), base.model)
     return TransformersTeacher(base.model, kept.top_k, split, kept.num_tail_samples, needs_mask(base.model))
 
 
@@ -108,7 +108,7 @@ def capture(
     captured; masked: hide the padding behind samples, which a model that is causal by itself (`needs_mask`) does not
     see. Raises `NonFiniteLogits` with the sample and the position.
     """
-    split = None if token_groups is None else one_hot(token_groups).to(head_device(model))
+    split = None if token_groups is None else one_hot(token_groups, model)
     return TransformersTeacher(model, top_k, split, num_tail_samples, masked)(batch)
 
 
@@ -156,10 +156,12 @@ def slice_record(
     return columns
 
 
-def one_hot(groups: Tensor) -> Tensor:
-    """float32 [V, G] of the group of each token, [V]; of n partitions, [V, n], with the groups of all side by side."""
+def one_hot(groups: Tensor, model: PreTrainedModel) -> Tensor:
+    """float32 [V, G], where the model's head is, of the group of each token, [V]; of n partitions, [V, n], with the
+    groups of all side by side."""
     partitions = groups.long().reshape(len(groups), -1).unbind(dim=1)
-    return torch.cat([torch.nn.functional.one_hot(partition) for partition in partitions], dim=1).float()
+    rows = torch.cat([torch.nn.functional.one_hot(partition) for partition in partitions], dim=1).float()
+    return rows.to(head_device(model))
 
 
 def _draw(masses: Tensor, uniforms: Tensor) -> Tensor:

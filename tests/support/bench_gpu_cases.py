@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -38,11 +39,8 @@ def wrong_loss(folder: Path) -> Json:
         made = right(*args)
         return made._replace(loss=1.001 * made.loss)
 
-    bench_gpu_loss.linear_loss = wrong
-    try:
+    with patch.object(bench_gpu_loss, "linear_loss", wrong):
         return _benched(["--tiny", "--sections", "correctness", "--out", str(folder / "gpu.csv")])
-    finally:
-        bench_gpu_loss.linear_loss = right
 
 
 def wrong_capture(folder: Path) -> Json:
@@ -55,21 +53,15 @@ def wrong_capture(folder: Path) -> Json:
         ids[0, -1], tails[0] = ids[0, 0], np.nan
         return [replace(first, alternative_ids=ids, tail_logprobs=tails), *others]
 
-    bench_gpu_models.capture = wrong
-    try:
+    with patch.object(bench_gpu_models, "capture", wrong):
         return _benched(["--tiny", "--sections", "correctness of capture", "--out", str(folder / "gpu.csv")])
-    finally:
-        bench_gpu_models.capture = right
 
 
 def failing_kernels(folder: Path) -> Json:
     """The same of slices, on a card where Triton's kernels are there and fail their trial."""
-    right = choice.are_there, choice.are_usable
-    choice.are_there, choice.are_usable = (lambda device: True), (lambda device, dtype: False)
-    try:
+    failing = {"are_there": lambda device: True, "are_usable": lambda device, dtype: False}
+    with patch.multiple(choice, **failing):
         return _benched(["--tiny", "--sections", "slices", "--out", str(folder / "gpu.csv")])
-    finally:
-        choice.are_there, choice.are_usable = right
 
 
 def without_time(folder: Path) -> Json:
@@ -79,16 +71,8 @@ def without_time(folder: Path) -> Json:
 
 def an_error(folder: Path) -> Json:
     """The same of two sections, the first of which raises."""
-    right = bench_gpu_loss.inputs_of
-
-    def raising(*_: Any) -> Any:
-        raise RuntimeError("no inputs\nat all")
-
-    bench_gpu_loss.inputs_of = raising
-    try:
+    with patch.object(bench_gpu_loss, "inputs_of", side_effect=RuntimeError("no inputs\nat all")):
         return _benched(["--tiny", "--sections", "slices", "noise", "--out", str(folder / "gpu.csv")])
-    finally:
-        bench_gpu_loss.inputs_of = right
 
 
 def _benched(arguments: list[str]) -> Json:

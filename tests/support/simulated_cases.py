@@ -176,7 +176,7 @@ def waits_of_capture(_: Path) -> Json:
     """Where the host waits while it gives the device a batch to capture, and while it fetches the record; without tail
     groups and draws, with both."""
     model = make_model().to(CUDA)
-    groups = one_hot(torch.arange(model.config.vocab_size) % 3).to(CUDA)
+    groups = one_hot(torch.arange(model.config.vocab_size) % 3, model)
     teachers = {
         "bucket": TransformersTeacher(model, 8, masked=False),
         "groups and draws": TransformersTeacher(model, 8, groups, 4, masked=False),
