@@ -1,37 +1,26 @@
 """Shards packed in a process of its own: what feeds a GPU does not wait for an interpreter that is encoding.
 
-Owns both ends of that process, and what goes between them through its standard input and a pipe of their own, since
-anything may print on standard output: frames of a header in JSON and of arrays as they lie in memory. Nothing is
-pickled. The process only computes: who asked writes to the disk, so it may die at any moment, and is killed where a
-frame was left unfinished, since the next one would be read as the rest of it. Must not know where the bytes go.
+Owns both ends of that process (`child_process`), and what goes between them. It only computes: who asked writes to the
+disk, so it may die at any moment, and is killed where a frame was left unfinished. Must not know where the bytes go.
 """
 
-import json
-import os
 import signal
-import struct
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .child_process import ends_of_child, read_array, read_header, start_child, write_frame
 from .encoding import sample_table
 from .errors import CorruptCache, InvalidRecord, PackingStopped
 from .manifest import Manifest, ShardCommit, from_bytes, to_bytes
 from .packing import PackedShard, pack_samples
 from .records import BaseLogprobs, CachedSample
 
-_LENGTH = struct.Struct("<Q")
 _REFUSALS = {error.__name__: error for error in (CorruptCache, InvalidRecord)}
-_BUFFER = 2**20
-_SERVE = "import sys; sys.path[:] = sys.argv[2:]; from logitcache.storage.packing_process import serve; serve()"
-"""Arguments: the descriptor that answers go to, and where to import from: what this interpreter imports, not what lies
-in the folder that it works in."""
 LEAVING_SECONDS = 5.0
 """How long a process that was told that nothing more comes is waited for."""
 
@@ -40,23 +29,8 @@ class PackingProcess:
     """A process that packs shards of one cache, one at a time. Use as a context manager, from one thread at a time."""
 
     def __init__(self, manifest: Manifest) -> None:
-        answers, theirs = os.pipe()
-        self._from = os.fdopen(answers, "rb", _BUFFER)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVE, str(theirs), *_IMPORT_PATHS],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                bufsize=_BUFFER,
-                pass_fds=(theirs,),
-            )
-        except BaseException:
-            self._from.close()
-            raise
-        finally:
-            os.close(theirs)
-        assert self._process.stdin is not None
-        self._to = self._process.stdin
+        child = start_child(__name__, "serve")
+        self._process, self._to, self._from = child.process, child.to, child.answers
         try:
             self._send({"manifest": to_bytes(manifest).decode()}, ())
         except BaseException:
@@ -115,7 +89,7 @@ class PackingProcess:
         if self._process.poll() is not None:
             raise self._stopped()
         self._send(header, arrays)
-        if (answer := _received(self._from)) is None:
+        if (answer := read_header(self._from)) is None:
             raise self._stopped()
         data = [self._from.read(size) for size in answer["sizes"]]
         if list(map(len, data)) != answer["sizes"]:
@@ -124,7 +98,7 @@ class PackingProcess:
 
     def _send(self, header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:
         try:
-            _write(self._to, header, arrays)
+            write_frame(self._to, header, arrays)
         except BrokenPipeError:
             raise self._stopped() from None
 
@@ -135,18 +109,6 @@ class PackingProcess:
             f"{self._process.returncode}. The shard was not written; what was committed before stays. Call again; "
             "where memory ran out, use a smaller --shard-positions."
         )
-
-
-def _absolute(paths: Sequence[str]) -> list[str]:
-    found = []
-    for path in paths:
-        with suppress(FileNotFoundError):  # relative to a folder that is gone: nothing is imported from there either
-            found.append(str(Path(path).absolute()))
-    return found
-
-
-_IMPORT_PATHS = _absolute(sys.path)
-"""What this was imported from, before anybody goes to another folder."""
 
 
 def _arrays(samples: Sequence[CachedSample]) -> dict[str, list[NDArray[Any]]]:
@@ -172,13 +134,13 @@ def serve() -> None:
     """The process: pack what comes, until nothing more does."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # of who asks; it may still want the shard in work
-    source, sink = sys.stdin.buffer, os.fdopen(int(sys.argv[1]), "wb", _BUFFER)
-    first = _received(source)
+    source, sink = ends_of_child()
+    first = read_header(source)
     if first is None:
         return
     manifest = from_bytes(Manifest, first["manifest"].encode(), "the manifest of a cache that is written")
     with suppress(BrokenPipeError):  # who asked is gone
-        while (header := _received(source)) is not None and (samples := _samples(source, header)) is not None:
+        while (header := read_header(source)) is not None and (samples := _samples(source, header)) is not None:
             _answer(sink, manifest, samples, header["chat_template"])
 
 
@@ -186,12 +148,12 @@ def _answer(sink: IO[bytes], manifest: Manifest, samples: Sequence[CachedSample]
     try:
         packed = pack_samples(manifest, samples, chat_template)
     except CorruptCache as error:
-        _write(sink, {"refusal": "CorruptCache", "arguments": [str(error), error.fact], "sizes": []}, ())
+        write_frame(sink, {"refusal": "CorruptCache", "arguments": [str(error), error.fact], "sizes": []}, ())
     except InvalidRecord as error:
-        _write(sink, {"refusal": "InvalidRecord", "arguments": [str(error)], "sizes": []}, ())
+        write_frame(sink, {"refusal": "InvalidRecord", "arguments": [str(error)], "sizes": []}, ())
     else:
         files = [np.frombuffer(packed.files[file.name], np.uint8) for file in packed.commit.files]
-        _write(sink, {"commit": to_bytes(packed.commit).decode(), "sizes": list(map(len, files))}, files)
+        write_frame(sink, {"commit": to_bytes(packed.commit).decode(), "sizes": list(map(len, files))}, files)
 
 
 def _samples(source: IO[bytes], header: dict[str, Any]) -> list[CachedSample] | None:
@@ -200,9 +162,9 @@ def _samples(source: IO[bytes], header: dict[str, Any]) -> list[CachedSample] | 
     columns: dict[str, NDArray[Any]] = {}
     for name, dtype, shape in header["columns"]:
         rows = sum(num_tokens if name == "token_ids" else num_positions)
-        columns[name] = np.empty((rows, *shape), dtype=dtype)
-        if not _fill(source, columns[name].reshape(-1).view(np.uint8).data):
+        if (column := read_array(source, dtype, (rows, *shape))) is None:
             return None
+        columns[name] = column
     tokens = np.split(columns.pop("token_ids"), np.cumsum(num_tokens)[:-1]) if columns else []
     ends = np.cumsum(num_positions, dtype=np.int64)
     found = []
@@ -211,30 +173,3 @@ def _samples(source: IO[bytes], header: dict[str, Any]) -> list[CachedSample] | 
         record = BaseLogprobs(**{name: column[rows] for name, column in columns.items()})
         found.append(CachedSample(tokens[number], record, header["num_tokens_cut"][number]))
     return found
-
-
-def _write(sink: IO[bytes], header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:
-    data = json.dumps(header).encode()
-    sink.write(_LENGTH.pack(len(data)) + data)
-    for array in arrays:
-        sink.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    sink.flush()
-
-
-def _received(source: IO[bytes]) -> dict[str, Any] | None:
-    """The next header; None where nothing more comes, or not all of it."""
-    length = source.read(_LENGTH.size)
-    if len(length) < _LENGTH.size:
-        return None
-    (size,) = _LENGTH.unpack(length)
-    data = source.read(size)
-    return json.loads(data) if len(data) == size else None
-
-
-def _fill(source: IO[bytes], wanted: memoryview) -> bool:
-    at = 0
-    while at < len(wanted):
-        if not (num := source.readinto(wanted[at:])):  # type: ignore[attr-defined]
-            return False
-        at += num
-    return True

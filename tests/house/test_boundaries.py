@@ -60,7 +60,8 @@ STORAGE_ROOMS = {
         *("heads", "data_sets", "errors", "files", "identity", "layout", "leftovers", "manifest", "plain_text"),
     },
     "packing": {"backend", "encoding", "errors", "identity", "manifest", "records", "shard"},
-    "packing_process": {"encoding", "errors", "manifest", "packing", "records"},
+    "child_process": set(),
+    "packing_process": {"child_process", "encoding", "errors", "manifest", "packing", "records"},
     "writer": {
         *("backend", "heads", "captured_index", "configs", "data_sets", "encoding", "errors", "files", "identity"),
         *("index", "layout", "manifest", "packing", "records", "shard"),

@@ -30,7 +30,7 @@ def interrupted(where: str, monkeypatch: pytest.MonkeyPatch, process: PackingPro
 
     def raising(*given: Any) -> Any:
         calls.append(given)
-        if where == "_write":  # a header, and of the arrays only the first
+        if where == "write_frame":  # a header, and of the arrays only the first
             real(*given[:2], [next(iter(given[2]))])
         raise KeyboardInterrupt
 
@@ -41,7 +41,7 @@ def interrupted(where: str, monkeypatch: pytest.MonkeyPatch, process: PackingPro
     assert calls
 
 
-@pytest.mark.parametrize("where", ["_write", "_received"])
+@pytest.mark.parametrize("where", ["write_frame", "read_header"])
 def test_after_a_frame_that_was_interrupted_nothing_is_taken_for_the_answer_of_the_next(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
