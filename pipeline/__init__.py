@@ -31,6 +31,7 @@ _HOMES = {
     "CaptureSettings": "capture.settings",
     "CorruptCache": "storage",
     "DataSettings": "data.settings",
+    "EngineSettings": "capture.settings",
     "EvalSettings": "training.settings",
     "FolderInUse": "errors",
     "HeldOut": "evaluation.held_out",
@@ -43,10 +44,12 @@ _HOMES = {
     "LogitCache": "storage",
     "NotTheBase": "errors",
     "Objective": "losses.objective",
+    "OwnEngine": "capture.loaded",
     "PairingRules": "pairing.settings",
     "PenaltySettings": "training.settings",
     "PipelineError": "errors",
     "PositionNotCaptured": "storage",
+    "Sample": "data.samples",
     "SampleNotCached": "storage",
     "TrainSettings": "training.settings",
     "TrainerSettings": "training.trainer_settings",
@@ -55,7 +58,10 @@ _HOMES = {
     "UnsupportedModel": "errors",
     "answers": "evaluation.answers",
     "evaluate": "evaluation.compare",
+    "load_head": "models.checkpoint_head",
     "precompute": "capture.worker",
+    "records_from_hidden": "capture.records",
+    "records_from_logits": "capture.records",
     "sample_id": "storage",
     "sweep": "sweeps.run",
     "train": "training.run",
@@ -66,8 +72,13 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .adapters.settings import AdapterSettings as AdapterSettings
+    from .capture.loaded import OwnEngine as OwnEngine
+    from .capture.records import records_from_hidden as records_from_hidden
+    from .capture.records import records_from_logits as records_from_logits
     from .capture.settings import CaptureSettings as CaptureSettings
+    from .capture.settings import EngineSettings as EngineSettings
     from .capture.worker import precompute as precompute
+    from .data.samples import Sample as Sample
     from .data.settings import DataSettings as DataSettings
     from .errors import FolderInUse as FolderInUse
     from .errors import InputNotFound as InputNotFound
@@ -83,6 +94,7 @@ if TYPE_CHECKING:
     from .evaluation.held_out import HeldOut as HeldOut
     from .evaluation.settings import AnswerSettings as AnswerSettings
     from .losses.objective import Objective as Objective
+    from .models.checkpoint_head import load_head as load_head
     from .models.settings import LoadSettings as LoadSettings
     from .pairing.settings import PairingRules as PairingRules
     from .pairing.view import CacheView as CacheView

@@ -17,7 +17,7 @@ from bench_loss import BY_NAME, OURS, TOP_K, Inputs, Size, by_definition, make_i
 from peer_losses import plain_cross_entropy
 from torch import Tensor, nn
 
-from logitcache.capture.teacher import slice_record
+from logitcache.capture.records import slice_record
 from logitcache.capture.top_k import top_k
 from logitcache.losses import fused
 from logitcache.losses.formulas import Objective, cross_entropy, regularizer_mask, regularizer_values

@@ -43,8 +43,9 @@ from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make
 from torch import Tensor
 from transformers import PreTrainedModel, logging
 
+from logitcache.capture.loaded import Loaded, load
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.worker import JobSpec, Loaded, Share, load, plans, work
+from logitcache.capture.worker import JobSpec, Share, plans, work
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
 from logitcache.demo.text import code_documents

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from bench_common import BENCHMARKS, provenance, write_csv
 
-from logitcache.capture.teacher import CACHED_BYTES
+from logitcache.capture.records import CACHED_BYTES
 from logitcache.capture.top_k import top_k
 
 OUT = BENCHMARKS / "top_k.csv"

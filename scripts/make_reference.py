@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
-from logitcache.capture.settings import AgainstSettings, CaptureSettings, JobSpec, VllmSettings
+from logitcache.capture.settings import AgainstSettings, CaptureSettings, EngineSettings, JobSpec
 from logitcache.cli import cli
 from logitcache.cli.help_page import heading_of
 from logitcache.data.settings import DataSettings
@@ -34,7 +34,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
 CLASSES: tuple[type[Settings], ...] = (
     *(Objective, PenaltySettings, AnchorSettings, AdapterSettings, TrainSettings, TrainerSettings, EvalSettings),
     *(PairingRules, LoadSettings, RunSettings, DataSettings),
-    *(CaptureSettings, JobSpec, VllmSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
+    *(CaptureSettings, JobSpec, EngineSettings, AgainstSettings, NullSpaceSettings, AnswerSettings, ScaleSettings),
     *(ProbeSettings, CurveSettings, CacheSettings),
 )
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,6 @@ class CaptureIdentity:
     group_steps_per_nat: int = 0
     #: M, draws from the tail that a row keeps (0: none).
     num_tail_samples: int = 0
-    #: The tail is 1 minus the rest of the row, from an engine that returns nothing else of it, and not a sum of its
-    #: own.
-    tail_from_remainder: bool = False
 
 
 def differing(
@@ -148,14 +145,24 @@ def tensor_digests(folder: Path) -> dict[str, str]:
 def fingerprint_of(digests: Mapping[str, str]) -> str:
     """Fingerprint of tensors: names and content, not the sharding. An output head that is the input embedding stored
     again is left out, as where it is tied to it; the config says which it is."""
-    again = {name for name in digests if _HEAD.fullmatch(name)} - set(own_heads(digests))
+    again = set(head_names(digests)) - set(own_heads(digests))
     return digest_json(sorted([name, found] for name, found in digests.items() if name not in again))
 
 
 def own_heads(digests: Mapping[str, str]) -> list[str]:
     """The names of stored output heads with other values than any input embedding beside them."""
-    embeddings = {found for name, found in digests.items() if _EMBEDDING.fullmatch(name)}
-    return [name for name, found in digests.items() if _HEAD.fullmatch(name) and found not in embeddings]
+    embeddings = {digests[name] for name in embedding_names(digests)}
+    return [name for name in head_names(digests) if digests[name] not in embeddings]
+
+
+def head_names(names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's tensors that are an output head."""
+    return [name for name in names if _HEAD.fullmatch(name)]
+
+
+def embedding_names(names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's tensors that are an input embedding of tokens."""
+    return [name for name in names if _EMBEDDING.fullmatch(name)]
 
 
 def weight_files(folder: Path) -> list[Path]:

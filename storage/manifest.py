@@ -24,9 +24,8 @@ from .plain_text import one_line, shown
 FORMAT_VERSION = 2
 TAIL_GROUPS = "tail-groups"
 TAIL_SAMPLES = "tail-samples"
-TAIL_FROM_REMAINDER = "tail-from-remainder"
 QUANTIZED_BASE = "quantized-base"
-READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, TAIL_FROM_REMAINDER, QUANTIZED_BASE})
+READER_FEATURES = frozenset({TAIL_GROUPS, TAIL_SAMPLES, QUANTIZED_BASE})
 WRITER_FEATURES: frozenset[str] = frozenset()
 STORES = ("zarr", "arrow")
 MAX_SHARDS = 180_000
@@ -41,7 +40,7 @@ MAX_ERROR = 0.5
 """Nats; more than a precision promises where a cache was converted twice."""
 
 _LATER_FIELDS: dict[type, dict[str, Any]] = {
-    CaptureIdentity: {"num_tail_samples": 0, "tail_from_remainder": False},
+    CaptureIdentity: {"num_tail_samples": 0},
     ModelIdentity: {"quantization": ""},
 }
 """Fields that came with a feature, and what they are without it: then they are not in the JSON."""
@@ -303,7 +302,6 @@ def features_of(capture: CaptureIdentity, model: ModelIdentity | None = None) ->
     held = {
         TAIL_GROUPS: capture.num_tail_groups > 0,
         TAIL_SAMPLES: capture.num_tail_samples > 0,
-        TAIL_FROM_REMAINDER: capture.tail_from_remainder,
         QUANTIZED_BASE: model is not None and bool(model.quantization),
     }
     return tuple(name for name, is_there in held.items() if is_there)
@@ -321,8 +319,6 @@ def _check_bounds(value: object) -> None:
             raise ValueError(f"reader_features: expected {TAIL_GROUPS!r} exactly where there are tail groups")
         if (value.capture.num_tail_samples > 0) != (TAIL_SAMPLES in value.reader_features):
             raise ValueError(f"reader_features: expected {TAIL_SAMPLES!r} exactly where there are draws from the tail")
-        if value.capture.tail_from_remainder != (TAIL_FROM_REMAINDER in value.reader_features):
-            raise ValueError(f"reader_features: expected {TAIL_FROM_REMAINDER!r} exactly where the capture says so")
         if bool(value.model.quantization) != (QUANTIZED_BASE in value.reader_features):
             raise ValueError(f"reader_features: expected {QUANTIZED_BASE!r} exactly where the base was quantised")
         check_config_text(value.model.config)
@@ -378,8 +374,6 @@ def _check_capture(capture: CaptureIdentity, vocab_size: int) -> None:
             f"capture.num_tail_samples: expected 1 to {MAX_TAIL_SAMPLES}, or no such field, "
             f"found {shown(capture.num_tail_samples)}"
         )
-    if capture.tail_from_remainder and (capture.num_tail_groups or capture.num_tail_samples):
-        raise ValueError("capture.tail_from_remainder: expected neither groups of such a tail nor draws from it")
 
 
 def _check_commit(commit: ShardCommit) -> None:

@@ -45,8 +45,7 @@ def check_against(held: HeldRecords, base: Base, batch_tokens: int) -> ModelChec
     pairs = zip([*cached, *cached], [*beside, *alone], strict=True)
     of_cache = [differences(c, _rounded(r, capture)) for c, r in pairs]
     of_model = [differences(a, b) for a, b in zip(beside, alone, strict=True)]
-    with_tail = not capture.tail_from_remainder
-    nats, noise = _values(of_cache, with_tail), _values(of_model, with_tail)
+    nats, noise = _values(of_cache), _values(of_model)
     precision = PRECISIONS[capture.precision]
     step = 0.0 if precision is None else 2 * capture.max_error
     return ModelCheck(
@@ -84,7 +83,7 @@ def _rounded(record: BaseLogprobs, capture: CaptureIdentity) -> BaseLogprobs:
     return record
 
 
-def _values(parts: Sequence[RecordDifferences], with_tail: bool) -> NDArray[np.float64]:
-    """All differences. with_tail: not where the tail is what an engine's float32 left of 1, and of no other digits."""
-    found = [values for p in parts for values in (p.label, p.alternatives, *([p.tail] if with_tail else []))]
+def _values(parts: Sequence[RecordDifferences]) -> NDArray[np.float64]:
+    """All differences."""
+    found = [values for p in parts for values in (p.label, p.alternatives, p.tail)]
     return np.minimum(np.concatenate(found), MOST_NATS)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcache.data.samples import Sample
 from logitcache.errors import UnsupportedModel
+from logitcache.models.device_map import head_device
 from logitcache.models.loading import Base
 from logitcache.storage import BaseLogprobs, CachedSample
 from logitcache.storage.encoding import encode, sample_table
@@ -23,8 +24,9 @@ from logitcache.storage.packing import pack_shard
 from logitcache.storage.records import concatenate, narrow
 
 from .cache_spec import CacheSpec, cache_spec
+from .records import one_hot
 from .settings import CaptureSettings
-from .teacher import TransformersTeacher, one_hot
+from .teacher import TransformersTeacher
 from .vocab_groups import token_groups
 
 KEPT = (8, 16, 32, 64, 128, 256)
@@ -102,7 +104,7 @@ def capture_wide(base: Base, batches: Sequence[Sequence[Sample]], spec: CacheSpe
     top_k = max([k for k in KEPT if k < vocab_size], default=vocab_size - 1)
     partitions = _partitions(base, spec)
     stacked = torch.from_numpy(np.stack(list(partitions.values()), axis=1)) if partitions else None
-    groups = None if stacked is None else one_hot(stacked, base.model)
+    groups = None if stacked is None else one_hot(stacked, head_device(base.model))
     teacher = TransformersTeacher(base.model, top_k, groups)
     samples, records = [s for b in batches for s in b], [r for b in batches for r in teacher(b)]
     ends = np.cumsum(list(partitions)).tolist()

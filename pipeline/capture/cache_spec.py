@@ -75,12 +75,12 @@ def cache_spec(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: CaptureSettings,
     token_groups: NDArray[np.uint8] | None = None,
-    engine: str = "",
+    engine: tuple[str, str] | None = None,
 ) -> CacheSpec:
     """What a cache of this base with these settings holds.
 
-    token_groups: as `vocab_groups.groups_for` gives them. engine: named where it is not transformers; its tail is 1
-    minus the rest. Raises `InvalidSettings` for more alternatives or groups than the base has tokens.
+    token_groups: as `vocab_groups.groups_for` gives them. engine: name and version of what ran the base, where that is
+    not transformers. Raises `InvalidSettings` for more alternatives or groups than the base has tokens.
     """
     settings.check_vocabulary(identity.vocab_size)
     precision = PRECISIONS[settings.precision]
@@ -98,10 +98,9 @@ def cache_spec(
             tail_partition="" if token_groups is None else digest(token_groups.tobytes()),
             group_steps_per_nat=0 if token_groups is None else round(1 / settings.tail_group_step),
             num_tail_samples=settings.tail_samples,
-            tail_from_remainder=bool(engine),
         ),
         model_name=one_line(model_name, MAX_TEXT),
-        created_with={name: version(name) for name in [*PACKAGES, *([engine] if engine else [])]},
+        created_with={**{name: version(name) for name in PACKAGES}, **dict([engine] if engine else [])},
     )
     manifest = replace(manifest, reader_features=features_of(manifest.capture, manifest.model))
     return CacheSpec(manifest, token_groups)

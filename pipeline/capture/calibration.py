@@ -23,13 +23,17 @@ from .teacher import Teacher
 
 MIN_POSITIONS = 1000
 
+LEAST_TAIL = 1e-4
+"""Probability of a tail below which its logarithm is not compared: less of it moves no gradient, and float32 keeps few
+digits of it."""
+
 ADVICE = "Nothing was cached. Run `logitcache calibrate` again."
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What two engines may differ by, in nats: the largest and the mean difference of a log-probability, of labels and
-    of alternatives alike, and the mean KL."""
+    """What two engines may differ by, in nats: the largest and the mean difference of a log-probability, of labels,
+    alternatives and tails alike, and the mean KL."""
 
     max_nats: float
     mean_nats: float
@@ -42,16 +46,18 @@ BOUNDS = {
     "bfloat16": Bounds(1.0, 0.08, 5e-3),
 }
 """By the coarser dtype of the two. What transformers differs by from itself on three models, in another attention or
-against float32 (docs/log.md), at most: float32 2e-5, 2e-6 and 1e-12; float16 .07, .006 and 1.2e-5; bfloat16 .5, .05 and
-7e-4. Another model of random weights: 5, 1.2 and .06; a tenth of noise on every weight: 1.8, .28 and .04. All KLs are
-at most what the check of step 0 lets pass where a cache was run otherwise (`step_zero.KL_RUN_OTHERWISE_NATS`)."""
+against float32 (docs/log.md), at most: float32 2e-5, 2e-6 and 1e-12; float16 .07, .006 and 1.2e-5; bfloat16 .75,
+.051 and 1.2e-3. Another model of random weights: 5, 1.2 and .06; a tenth of noise on every weight: 1.8, .28 and .04.
+All KLs are at most what the check of step 0 lets pass where a cache was run otherwise
+(`step_zero.KL_RUN_OTHERWISE_NATS`)."""
 
 
 @dataclass(frozen=True)
 class Differences:
     """What was found over `num_positions`: differences of log p(label); of the log-probabilities of the alternatives
-    that both keep (by token id); of p(tail); the mean share of alternatives that both keep; and KL(reference || engine)
-    over the outcomes that both tell apart: the label, those alternatives, everything else."""
+    that both keep (by token id); of log p(tail), where it is `LEAST_TAIL` or more; the mean share of alternatives that
+    both keep; and KL(reference || engine) over the outcomes that both tell apart: the label, those alternatives,
+    everything else."""
 
     num_samples: int
     num_positions: int
@@ -59,7 +65,8 @@ class Differences:
     mean_label_nats: float
     max_alternative_nats: float
     mean_alternative_nats: float
-    max_tail_mass: float
+    max_tail_nats: float
+    mean_tail_nats: float
     mean_overlap: float
     max_kl_nats: float
     mean_kl_nats: float
@@ -67,11 +74,13 @@ class Differences:
 
 @dataclass(frozen=True)
 class Run:
-    """How a model was run: the engine, its version, and what the model is with it."""
+    """How a model was run: the engine, its version, what the model is with it."""
 
     engine: str
     version: str
     model: ModelIdentity
+    #: What the engine was told beside.
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,8 @@ def compare(reference: Sequence[BaseLogprobs], engine: Sequence[BaseLogprobs]) -
     parts = [differences(a, b) for a, b in zip(reference, engine, strict=True)]
     label, alternative = np.concatenate([p.label for p in parts]), np.concatenate([p.alternatives for p in parts])
     kl = np.concatenate([p.kl for p in parts])
+    counted = [record.tail_logprobs >= np.log(LEAST_TAIL) for record in reference]
+    tail = np.concatenate([p.tail[rows] for p, rows in zip(parts, counted, strict=True)])
     return Differences(
         num_samples=len(parts),
         num_positions=len(label),
@@ -158,7 +169,8 @@ def compare(reference: Sequence[BaseLogprobs], engine: Sequence[BaseLogprobs]) -
         mean_label_nats=float(label.mean()),
         max_alternative_nats=float(alternative.max(initial=0)),
         mean_alternative_nats=float(alternative.mean()) if len(alternative) else 0.0,
-        max_tail_mass=float(np.concatenate([p.tail_mass for p in parts]).max()),
+        max_tail_nats=float(tail.max(initial=0)),
+        mean_tail_nats=float(tail.mean()) if len(tail) else 0.0,
         mean_overlap=float(np.concatenate([p.overlap for p in parts]).mean()),
         max_kl_nats=float(kl.max()),
         mean_kl_nats=float(kl.mean()),
@@ -184,6 +196,8 @@ def check_bounds(calibration: Calibration) -> None:
             ("mean difference of log p(label)", found.mean_label_nats, bounds.mean_nats),
             ("max difference of alternatives", found.max_alternative_nats, bounds.max_nats),
             ("mean difference of alternatives", found.mean_alternative_nats, bounds.mean_nats),
+            ("max difference of log p(tail)", found.max_tail_nats, bounds.max_nats),
+            ("mean difference of log p(tail)", found.mean_tail_nats, bounds.mean_nats),
             ("mean KL", found.mean_kl_nats, bounds.mean_kl_nats),
         )
         if not value <= bound
@@ -212,7 +226,10 @@ def read_calibration(path: Path) -> Calibration:
     try:
         body = CheckedJson.of(path, ADVICE).only(_names(Calibration))
         parts = {name: body.part(name).only(_names(Run)) for name in ("engine", "reference")}
-        runs = {n: Run(p.text("engine"), p.text("version"), _identity(p.part("model"))) for n, p in parts.items()}
+        runs = {
+            n: Run(p.text("engine"), p.text("version"), _identity(p.part("model")), tuple(p.texts("arguments")))
+            for n, p in parts.items()
+        }
         found = body.part("found").only(_names(Differences))
         counts = {n: found.whole(n) for n in ("num_samples", "num_positions")}
         others = {f.name: found.number(f.name) for f in fields(Differences) if f.name not in counts}
@@ -225,16 +242,20 @@ def read_calibration(path: Path) -> Calibration:
         raise NotCalibrated(str(error)) from error
 
 
-def check_calibration(path: Path, engine: str, version: str, identity: ModelIdentity) -> Calibration:
-    """The calibration in a file, if it is of this engine, this version, and this very model as the engine runs it.
+def check_calibration(path: Path, run: Run) -> Calibration:
+    """The calibration in a file, if it is of this engine, this version, told the same, and this very model as the
+    engine runs it.
 
-    identity: with the engine's dtype and attention. The bounds are those of today. Raises `NotCalibrated`.
+    run: the model with the engine's dtype and attention. The bounds are those of today. Raises `NotCalibrated`.
     """
     calibration = read_calibration(path)
-    run = calibration.engine
-    stated, wanted = {"engine": run.engine, "version": run.version}, {"engine": engine, "version": version}
+    identity = run.model
+    stated, wanted = (
+        {"engine": of.engine, "version": of.version, "what it is told": ", ".join(of.arguments)}
+        for of in (calibration.engine, run)
+    )
     differs = differing(stated, wanted, "there", "here")
-    differs += [f"model.{said}" for said in base_differences(asdict(run.model), identity)]
+    differs += [f"model.{said}" for said in base_differences(asdict(calibration.engine.model), identity)]
     differs += [f"reference {said}" for said in base_differences(base_of(calibration.reference.model), identity)]
     if differs:
         raise NotCalibrated(

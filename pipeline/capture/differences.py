@@ -23,8 +23,6 @@ class RecordDifferences:
     alternatives: NDArray[np.float64]
     #: float64 [P], of log p(tail); 0 where neither has one, infinite where one has.
     tail: NDArray[np.float64]
-    #: float64 [P], of p(tail).
-    tail_mass: NDArray[np.float64]
     #: float64 [P], the share of the kept alternatives that both keep.
     overlap: NDArray[np.float64]
     #: float64 [P], KL(first || second) over what both tell apart: the label, those alternatives, everything else.
@@ -54,7 +52,6 @@ def differences(a: BaseLogprobs, b: BaseLogprobs) -> RecordDifferences:
         label=_apart(label_a, label_b),
         alternatives=alternatives,
         tail=_apart(tail_a, tail_b),
-        tail_mass=np.abs(np.exp(tail_a) - np.exp(tail_b)),
         overlap=overlap,
         kl=_kl(*outcomes),
     )

@@ -16,10 +16,11 @@ from logitcache.storage import CachedSample, LogitCache
 
 from .base_distance import Distance, distance
 from .byte_table import Choice, bytes_per_position, capture_wide, choices_of
+from .loaded import Loaded
 from .plan import Counts, count
 from .settings import JobSpec
 from .teacher import TransformersTeacher
-from .worker import Loaded, Share, check_num_shards, plans
+from .worker import Share, check_num_shards, plans
 
 SAMPLE_POSITIONS, SAMPLES = 2048, 256
 """Positions that are captured to know what one takes, and samples at most."""

@@ -121,19 +121,23 @@ class CaptureSettings(Settings):
 
 
 @dataclass(frozen=True)
-class VllmSettings(Settings):
-    """How vLLM runs the base; from Python only."""
+class EngineSettings(Settings):
+    """How vLLM runs the base."""
 
-    gpu_memory: float = option(
-        0.8,
-        "Share of the GPU's memory that vLLM may take; the rest is for the logits of prompts, which it does not reckon "
-        "with.",
-        above=0,
-        at_most=1,
-        on_line=False,
+    heading: ClassVar[str] = WORKERS
+
+    arguments: tuple[str, ...] | None = option(
+        None,
+        "An argument of vLLM's own, as gpu_memory_utilization=0.7; again for more.",
+        flag="engine_arg",
+        metavar="NAME=VALUE",
     )
-    batch_tokens: int = option(8192, "Tokens of one of its forwards.", at_least=1, on_line=False)
     num_gpus: int = option(1, "GPUs that hold one copy of the model.", at_least=1, on_line=False)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The arguments, in an order that says nothing."""
+        return tuple(sorted(self.arguments or ()))
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,17 @@ class JobSpec(Settings):
     loading: LoadSettings = field(default_factory=LoadSettings)
     #: How the rows are found, read and rendered.
     how: DataSettings = field(default_factory=DataSettings)
+    #: How vLLM runs it, where that is the engine.
+    running: EngineSettings = field(default_factory=EngineSettings)
     window_rows: int = option(
         16_384, "Rows that are held, sorted by length and cut into shards together.", at_least=1, heading=CUT
     )
     engine: Engine = option(
         "transformers",
-        "What runs the base: transformers; vLLM (with --calibration); transformers in Ray's workers.",
+        "What runs the base: transformers; vLLM (with --calibration); or either, the same way, in Ray's workers.",
         heading=WORKERS,
     )
-    calibration: str = option(
-        "", "What `logitcache calibrate` wrote; for --engine vllm.", metavar="FILE", heading=WORKERS
-    )
+    calibration: str = option("", "What `logitcache calibrate` wrote of vLLM.", metavar="FILE", heading=WORKERS)
     data_name: str = option(
         "",
         "Name of the data set in the cache; the same name again replaces what was there.  [default: --data as given]",
@@ -180,10 +184,12 @@ class JobSpec(Settings):
     def check_together(self) -> None:
         """Raise `InvalidSettings` for what the engine does not have."""
         if (self.engine == "vllm") != bool(self.calibration):
-            raise InvalidSettings("--engine vllm and --calibration go together: run `logitcache calibrate` first.")
+            raise InvalidSettings("vLLM and --calibration go together: run `logitcache calibrate` first.")
         held = self.loading
         if self.engine == "vllm" and (held.load_in or held.device_map or held.tensor_parallel):
-            raise InvalidSettings("--load-in, --device-map and --tensor-parallel are of transformers, not of vLLM.")
+            raise InvalidSettings("--load-in and --device-map are of transformers, not of vLLM.")
+        if self.engine != "vllm" and self.running != EngineSettings():
+            raise InvalidSettings("--engine-arg is for vLLM. Leave it out.")
 
 
 @dataclass(frozen=True)

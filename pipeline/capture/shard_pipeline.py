@@ -19,14 +19,14 @@ from types import TracebackType
 import torch
 
 from logitcache.data.samples import Sample
-from logitcache.errors import NonFiniteLogits, is_out_of_memory
+from logitcache.errors import EngineFailed, NonFiniteLogits, is_out_of_memory
 from logitcache.events import BatchHalved, OnEvent, Progress, ShardCommitted, ShardFailed
 from logitcache.storage import BaseLogprobs, CacheWriter, sample_id
 from logitcache.storage.manifest import ShardCommit
 from logitcache.storage.packing_process import PackingProcess
 
 from .cache_spec import CacheSpec
-from .teacher import Teacher, launched
+from .teacher import LaunchingTeacher, Teacher, launched
 
 _Launched = tuple[Sequence[Sample], Callable[[], list[BaseLogprobs]]]
 """Samples that a base runs on, and what gives their records when they are there."""
@@ -74,6 +74,7 @@ class ShardPipeline:
         self.filled = Filled()
         self._writer, self._teacher, self._cache_spec = writer, teacher, cache_spec
         self._progress, self._on_event = progress, on_event
+        self._num_ahead = teacher.num_ahead if isinstance(teacher, LaunchingTeacher) else 1
         self._most_tokens: int | None = None
         self._num_processes = num_processes if sys.executable else 0  # an interpreter within a program starts no other
         self._at_once = max(1, self._num_processes)
@@ -116,13 +117,14 @@ class ShardPipeline:
     def shard(self, batches: Sequence[Sequence[Sample]]) -> None:
         """Capture a shard, and have it written while the next one is captured. Left out where a logit is not finite."""
         captured: list[tuple[Sample, BaseLogprobs]] = []
-        running: list[_Launched] = []
+        running: deque[list[_Launched]] = deque()
         try:
             for batch in batches:
-                under_way = self._launched(batch)
-                captured += self._arrived(running)  # of the batch before, while a GPU is at this one
-                running = under_way
-            captured += self._arrived(running)
+                running.append(self._launched(batch))
+                if len(running) > self._num_ahead:
+                    captured += self._arrived(running.popleft())  # while the teacher is at the next one
+            for parts in running:
+                captured += self._arrived(parts)
         except NonFiniteLogits as error:
             self.filled.failures += (str(error),)
             self._on_event(ShardFailed(str(error)))
@@ -165,6 +167,8 @@ class ShardPipeline:
                 continue
             try:
                 found.append((part, launched(self._teacher, part)))
+            except EngineFailed:  # which is of the engine, not of this batch
+                raise
             except Exception as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise

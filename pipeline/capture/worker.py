@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import gcd
@@ -19,19 +19,16 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.capture.engines.vllm import check_tail, start_vllm, vllm_identity, vllm_version
 from logitcache.data.places import Named, are_names, names_of
 from logitcache.data.samples import Sample, SampleSet, check_samples_left, distinct
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import list_skipped, listed_beside
 from logitcache.errors import InvalidData, InvalidSettings, NonFiniteLogits
 from logitcache.events import DataNoted, Event, OnEvent, Progress, ShardCommitted, ShardFailed, WindowPlanned
-from logitcache.models.device_map import head_device
-from logitcache.models.head import check_head, check_length
-from logitcache.models.loading import Base, Source, find_model, load_as, load_tokenizer
+from logitcache.models.head import check_length
+from logitcache.models.loading import Base
 from logitcache.models.same_base import config_differences
 from logitcache.models.settings import LoadSettings
-from logitcache.models.tensor_parallel import Leading, agreed, follow, is_divided, leads
 from logitcache.storage import CacheWriter, CorruptCache, LogitCache, check_same_capture, copy_samples, sample_id
 from logitcache.storage.captured_index import Captured
 from logitcache.storage.data_sets import Runs, joined, runs_of
@@ -51,17 +48,12 @@ from logitcache.storage.job_status import (
 )
 from logitcache.storage.manifest import MAX_SHARDS
 
-from .cache_spec import CacheSpec, cache_spec
-from .calibration import check_calibration
+from .loaded import TRANSFORMERS, Loaded, OwnEngine, load, one_worker
 from .plan import Counts, Plan, check_template, count, make_plan, without_captured
-from .settings import CaptureSettings, Engine
+from .settings import CaptureSettings, Engine, EngineSettings
 from .settings import JobSpec as JobSpec
 from .shard_pipeline import PACKING_PROCESSES, ShardPipeline, failed_text
-from .teacher import Teacher, teacher_of
-from .vocab_groups import groups_for
-from .windows import Data, Rows, SampleRows, Samples
-
-TRANSFORMERS, VLLM = "transformers", "vllm"
+from .windows import Data, Rows, Samples
 
 IN_MEMORY = "samples in memory"
 """The name of data that have none."""
@@ -89,18 +81,6 @@ class Share:
     def has_window(self, window: int) -> bool:
         """Whether some unit of a window may be this worker's."""
         return (self.index - window * WORKERS_A_WINDOW) % self.num < WORKERS_A_WINDOW
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a worker loads once, for any number of shares."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    cache_spec: CacheSpec
-    teacher: Teacher
-    base: Base | None
-    #: The data, where they are in memory; None: the job names them.
-    samples: SampleRows | None = None
 
 
 @dataclass(frozen=True)
@@ -138,14 +118,16 @@ def precompute(
     how: DataSettings | None = None,
     data_name: str = "",
     samples_from: str | Path = "",
-    engine: Engine = "transformers",
+    engine: Engine | OwnEngine = "transformers",
+    running: EngineSettings | None = None,
     calibration: str | Path = "",
     progress: Progress = lambda _: None,
     on_event: OnEvent = lambda _: None,
 ) -> JobReport:
     """Run a base once over data, and store its top-k log-probabilities in the cache at `cache`, which is then finished.
 
-    model: folder or hub id, or a base that is loaded, for which loading and engine are settled. data: file, folder, URL
+    model: folder or hub id, or a base that is loaded, for which loading and engine are settled. engine: what runs it, a
+    name or one of your own; running, calibration: of vllm. data: file, folder, URL
     or hub id, several of them, or samples in memory. tokenizer: None is the one beside the model, if there is one.
     how: which rows of the data, and what of a chat is learnt. The others: as of `JobSpec`. Called again, it goes on
     where it stopped; a finished cache gains what it lacks. Which samples the data have, and at which positions, is kept
@@ -155,7 +137,7 @@ def precompute(
     empty. Raises what loading, the data, the teacher and `CacheWriter` raise, `InvalidSettings` for settings that
     contradict each other.
     """
-    base = model if isinstance(model, Base) else None
+    base, own = model if isinstance(model, Base) else None, engine if isinstance(engine, OwnEngine) else None
     if base is not None and (loading is not None or engine != TRANSFORMERS):
         raise InvalidSettings("loading, engine: the base is loaded already. Leave them out.")
     names = names_of(data) if are_names(data) else (IN_MEMORY,)
@@ -168,57 +150,16 @@ def precompute(
         loading or LoadSettings(),
         how or DataSettings(),
         window_rows=window_rows,
-        engine=engine,
+        engine=TRANSFORMERS if isinstance(engine, OwnEngine) else engine,
+        running=running or EngineSettings(),
         calibration=str(calibration),
         data_name=data_name,
         samples_from=str(samples_from),
     )
-    with one_worker(load(spec, tokenizer, base)) as loaded:
+    with one_worker(load(spec, tokenizer, base, own)) as loaded:
         if loaded is None:
             return JobReport(Counts())
         return work(spec, replace(loaded, samples=samples), progress=progress, on_event=on_event)
-
-
-def load(spec: JobSpec, tokenizer: PreTrainedTokenizerBase | None = None, base: Base | None = None) -> Loaded:
-    """The base and all that goes with it. tokenizer, base: None are the ones that the job names.
-
-    Raises what loading raises, and `NotCalibrated`.
-    """
-    source = find_model(spec.model) if base is None else base.source
-    tokenizer = tokenizer or load_tokenizer(source)
-    if spec.engine == VLLM:
-        return _load_vllm(spec, source, tokenizer)
-    base = load_as(source, spec.loading) if base is None else base
-    check_head(base.model)
-    groups = agreed(groups_for(base, spec.settings, spec.cache))
-    kept = cache_spec(source.name, base.identity, tokenizer, spec.settings, groups)
-    return Loaded(tokenizer, kept, teacher_of(base, kept), base)
-
-
-@contextmanager
-def one_worker(loaded: Loaded) -> Iterator[Loaded | None]:
-    """With a model that is divided over processes: what the leader works with, and None, after all of the work, on the
-    others, which follow its forwards. Otherwise what was loaded."""
-    if not is_divided():
-        yield loaded
-    elif not leads():
-        follow(loaded.teacher)
-        yield None
-    else:
-        leading = Leading(loaded.teacher)
-        try:
-            yield replace(loaded, teacher=leading)
-        finally:
-            leading.release()
-
-
-def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
-    check_tail(spec.settings.tail_groups, spec.settings.tail_samples)
-    identity = vllm_identity(source, spec.loading.dtype)
-    check_calibration(Path(spec.calibration), VLLM, vllm_version(), identity)
-    kept = cache_spec(source.name, identity, tokenizer, spec.settings, engine=VLLM)
-    teacher = start_vllm(source, identity, kept.manifest.capture.top_k, spec.settings.max_length)
-    return Loaded(tokenizer, kept, teacher, None)
 
 
 Planned = tuple[int, SampleSet, Plan]
@@ -342,10 +283,8 @@ class _Worker:
         self._noted: set[str] = set()
         self._started, self._windows_done = time.time(), 0
         self._num_windows = -1 if num_windows is None else sum(map(share.has_window, range(num_windows)))
-        on_gpu = loaded.base is not None and head_device(loaded.base.model).type == "cuda"
-        self._pipeline = ShardPipeline(
-            writer, loaded.teacher, loaded.cache_spec, progress, self._told, PACKING_PROCESSES if on_gpu else 0
-        )
+        num_packing = PACKING_PROCESSES if loaded.is_on_gpu else 0
+        self._pipeline = ShardPipeline(writer, loaded.teacher, loaded.cache_spec, progress, self._told, num_packing)
 
     def begin(self) -> None:
         """Read what is there, and say that it works on the rest."""

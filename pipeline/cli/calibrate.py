@@ -1,11 +1,13 @@
 """`logitcache calibrate`: is another engine close enough to transformers to make a cache with?"""
 
+import gc
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from logitcache.capture.settings import EngineSettings
 from logitcache.data.settings import DataSettings
 
 from .common import (
@@ -13,21 +15,20 @@ from .common import (
     batch_options,
     config_option,
     data_option,
+    device_map_option,
     model_option,
     note,
     quiet_libraries,
     runtime_options,
     say,
+    tensor_parallel_option,
 )
 from .help_page import heading, verb
-from .options import Whole, check_has_rows, options_of, settings_from
+from .options import Whole, check_has_rows, options_of, settings_from, was_given
 
 if TYPE_CHECKING:
-    from logitcache.capture.calibration import Calibration, HeldRecords, Run
-    from logitcache.capture.teacher import Teacher
+    from logitcache.capture.calibration import Calibration, HeldRecords
     from logitcache.data.samples import Sample
-    from logitcache.models.loading import Source
-    from logitcache.storage import ModelIdentity
 
 
 @verb(
@@ -71,7 +72,11 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=Whole(min=1), default=64, show_default=True, help="Alternatives to keep a position.")
 @options_of(DataSettings)
 @batch_options
+@heading("Engine and workers")
+@options_of(EngineSettings)
+@tensor_parallel_option
 @runtime_options
+@device_map_option
 @heading("Model, data and output")
 @click.option(
     "--out",
@@ -94,6 +99,8 @@ def calibrate(
     batch_tokens: int,
     dtype: str,
     device: str,
+    device_map: str | None,
+    tensor_parallel: int | None,
     out: Path,
     **values: Any,
 ) -> None:
@@ -103,7 +110,15 @@ def calibrate(
     if (data is None) == (cache is None):
         raise click.UsageError("give either --data, to run an engine on, or --cache, to compare what it holds.")
     if data is None:
-        check_has_rows(click.get_current_context(), "--data")
+        ctx = click.get_current_context()
+        check_has_rows(ctx, "--data")
+        for name in ("engine", "engine_arg", "engine_attention", "engine_dtype", "tensor_parallel"):
+            if was_given(ctx, name):
+                flag = "--" + name.replace("_", "-")
+                raise click.UsageError(f"{flag} is of an engine that runs: give --data, or leave it out with --cache.")
+    running = settings_from(EngineSettings, values, num_gpus=tensor_parallel or 1)
+    if engine != "vllm" and running != EngineSettings():
+        raise click.UsageError("--engine-arg and --tensor-parallel are for --engine vllm.")
     if engine == "vllm" and engine_attention:
         raise click.UsageError("--engine-attention is of --engine transformers; vLLM chooses its own.")
     if not out.parent.is_dir():
@@ -113,7 +128,15 @@ def calibrate(
     import torch
 
     from logitcache.capture import calibration as job
-    from logitcache.capture.engines.vllm import vllm_version
+    from logitcache.capture.engines.vllm import (
+        headed,
+        run_of,
+        start_vllm,
+        vllm_identity,
+        vllm_teacher,
+        vllm_version,
+    )
+    from logitcache.capture.engines.vllm_told import engine_device
     from logitcache.capture.settings import CaptureSettings
     from logitcache.capture.teacher import TransformersTeacher
     from logitcache.data.skipped import listed_beside
@@ -126,7 +149,7 @@ def calibrate(
     source, where = find_model(model), pick_device(device)
     tokenizer = load_tokenizer(source)
     held = None if cache is None else _held(cache, num_positions)
-    base = load_base(source, dtype, where)
+    base = load_base(source, dtype, where, device_map=device_map)
     if held is not None:
         check_identity(held.cache, base, tokenizer)
         chosen, top_k = held.samples, held.cache.manifest.capture.top_k
@@ -140,13 +163,21 @@ def calibrate(
     reference = job.Run("transformers", version("transformers"), base.identity)
     expected = job.records_of(TransformersTeacher(base.model, top_k), chosen, batch_tokens)
     del base
+    gc.collect()  # accelerate's hooks hold a model in a cycle
     torch.cuda.empty_cache()  # vLLM is a process of its own, and needs the memory
     if held is not None:
         run, records, rounding = held.run, held.records, held.cache.manifest.capture.max_error
+    elif engine == "vllm":
+        identity = vllm_identity(source, engine_dtype or reference.model.dtype)
+        beside = engine_device(device, running.num_gpus)
+        run, rounding = run_of(vllm_version(), identity, running, max_length, beside), 0.0
+        head = headed(source, identity, beside, max_length)
+        with start_vllm(source, identity, running, max_length, batch_tokens, beside) as process:
+            records = job.records_of(vllm_teacher(process, head, top_k), chosen, batch_tokens)
     else:
-        started = _start(source, reference.model, engine, engine_dtype, engine_attention, top_k, max_length, where)
-        run, rounding = started[0], 0.0
-        records = job.records_of(started[1], chosen, batch_tokens)
+        other = load_base(source, engine_dtype or reference.model.dtype, where, attention=engine_attention)
+        run, rounding = job.Run(engine, version("transformers"), other.identity), 0.0
+        records = job.records_of(TransformersTeacher(other.model, top_k), chosen, batch_tokens)
     calibration = job.Calibration(run, reference, top_k, job.compare(expected, records), rounding)
     for line in _lines(calibration):
         say(line)
@@ -174,30 +205,6 @@ def _chosen(
     return choose(samples, num_positions, ", ".join(data))
 
 
-def _start(
-    source: "Source",
-    reference: "ModelIdentity",
-    engine: str,
-    dtype: str | None,
-    attention: str | None,
-    top_k: int,
-    max_length: int,
-    device: Any,
-) -> "tuple[Run, Teacher]":
-    """The engine, running, and what says so of it."""
-    from logitcache.capture.calibration import Run
-    from logitcache.capture.engines.vllm import start_vllm, vllm_identity, vllm_version
-    from logitcache.capture.teacher import TransformersTeacher
-    from logitcache.models.loading import load_base
-
-    if engine == "vllm":
-        release = vllm_version()
-        identity = vllm_identity(source, dtype or reference.dtype)
-        return Run(engine, release, identity), start_vllm(source, identity, top_k, max_length)
-    base = load_base(source, dtype or reference.dtype, device, attention=attention)
-    return Run(engine, version("transformers"), base.identity), TransformersTeacher(base.model, top_k)
-
-
 def _lines(calibration: "Calibration") -> list[str]:
     from logitcache.capture.calibration import MIN_OVERLAP, bounds_of
 
@@ -217,6 +224,7 @@ def _lines(calibration: "Calibration") -> list[str]:
         f"   {bounds.max_nats:g}, {bounds.mean_nats:g}",
         f"  KL(reference || engine)     {found.max_kl_nats:11.3g}{found.mean_kl_nats:11.3g}"
         f"   mean {bounds.mean_kl_nats:g}",
-        f"  mass of the tail            {found.max_tail_mass:11.3g}",
+        f"  log p(tail), nats           {found.max_tail_nats:11.3g}{found.mean_tail_nats:11.3g}"
+        f"   {bounds.max_nats:g}, {bounds.mean_nats:g}",
         f"  alternatives both keep      {'':11}{found.mean_overlap:11.4f}   at least {MIN_OVERLAP:g}",
     ]

@@ -109,6 +109,18 @@ def device_map_option(function: F) -> F:
     return _loading("device_map")(function)
 
 
+def tensor_parallel_option(function: F) -> F:
+    """--tensor-parallel N."""
+    option: Callable[[F], F] = click.option(
+        "--tensor-parallel",
+        type=Whole(min=2),
+        metavar="N",
+        help="Divide every layer of the model over N GPUs, which vLLM starts itself, or over all of torchrun's N "
+        "processes, which then are one worker.",
+    )
+    return option(function)
+
+
 def log_json_option(function: F) -> F:
     """--log-json, which `terminal.Console` is given."""
     return click.option("--log-json", is_flag=True, help="Say what happens in lines of JSON on stderr.")(function)

@@ -67,7 +67,6 @@ def _identity_lines(path: str, facts: dict[str, Any]) -> list[str]:
         kept = f"the fewest alternatives with {100 * capture['min_mass']:g} % of the non-target mass, {kept} at most"
     groups = f", tail in {capture['num_tail_groups']} groups" if capture["num_tail_groups"] else ""
     groups += f", {capture['num_tail_samples']} draws from the tail" if capture["num_tail_samples"] else ""
-    groups += ", tail as 1 minus the rest" if capture["tail_from_remainder"] else ""
     of_groups = f", tail groups within {facts['max_group_error']:.4g}" if facts["max_group_error"] else ""
     quantized = f" with {model['quantization']} weights" if model["quantization"] else ""
     quantized += " and TF32" if model["tf32"] else ""

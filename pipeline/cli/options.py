@@ -121,11 +121,12 @@ def options_of(
 
 
 def settings_from(owner: type[S], values: Mapping[str, Any], **parts: Any) -> S:
-    """Settings of what the command line was given; parts: those that are settings themselves.
+    """Settings of what the command line was given; parts: those that are settings themselves. A flag that may be
+    repeated is an empty tuple where it was not given.
 
     Raises `click.UsageError` with what `InvalidSettings` says.
     """
-    chosen = {s.name: values[s.key] for s in line_settings(owner) if values.get(s.key) is not None}
+    chosen = {s.name: values[s.key] for s in line_settings(owner) if values.get(s.key) not in (None, ())}
     with as_usage():
         return owner(**chosen, **parts)
 

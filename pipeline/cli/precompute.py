@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logitcache.capture.settings import CaptureSettings, JobSpec
+from logitcache.capture.settings import CaptureSettings, EngineSettings, JobSpec
 from logitcache.data.settings import DataSettings
 from logitcache.events import Finished
 from logitcache.models.settings import LoadSettings
 
-from .common import CachePath, config_option, human_bytes, log_json_option, quiet_libraries, say
+from .common import CachePath, config_option, human_bytes, log_json_option, quiet_libraries, say, tensor_parallel_option
 from .help_page import heading, verb
 from .options import ByteSize, Number, Whole, options_of, settings_from
 from .terminal import Console, terminated_softly
@@ -45,10 +45,9 @@ if TYPE_CHECKING:
         "[default: as stored]"
     },
 )
+@options_of(EngineSettings)
 @heading("Engine and workers")
-@click.option(
-    "--tensor-parallel", is_flag=True, help="torchrun's processes hold one model together, and are one worker."
-)
+@tensor_parallel_option
 @heading("Other")
 @log_json_option
 @heading("Plan")
@@ -75,7 +74,7 @@ def precompute(
     num_workers: int | None,
     shard_index: int | None,
     num_shards: int | None,
-    tensor_parallel: bool,
+    tensor_parallel: int | None,
     log_json: bool,
     plan: bool,
     tokens_per_second: float | None,
@@ -92,25 +91,26 @@ def precompute(
     Many workers: --shard-index and --num-shards in a job array; torchrun --nproc-per-node N -m logitcache
     precompute ...; or --engine ray (docs/how-to/scale.md).
     """
-    engine = values["engine"]
+    engine, runs = values["engine"], _runs(values)
     if num_workers is not None and engine != "ray":
         raise click.UsageError("--num-workers is for --engine ray; elsewhere: --shard-index and --num-shards.")
     for_plan = (tokens_per_second, cost_per_hour, plan_bytes, probe_cache)
     if not plan and for_plan != (None,) * 4:
         raise click.UsageError("--tokens-per-second, --cost-per-hour, --plan-bytes and --probe-cache are for --plan.")
-    if (engine == "vllm" or tensor_parallel) and (plan_bytes is not None or probe_cache is not None):
-        raise click.UsageError(f"{_ONE_PROCESS} --plan-bytes and --probe-cache need that: plan with --device-map auto.")
-    if tensor_parallel and engine == "ray":
-        raise click.UsageError("--tensor-parallel goes with torchrun alone, without --engine ray.")
-    if tensor_parallel and (shard_index is not None or num_shards is not None):
-        raise click.UsageError("--tensor-parallel makes one worker of all processes: leave --shard-index out.")
-    spec = _spec(values, tensor_parallel)
-    index, num = (0, 1) if tensor_parallel else _share(shard_index, num_shards, engine)
+    if (runs == "vllm" or tensor_parallel) and (plan_bytes is not None or probe_cache is not None):
+        raise click.UsageError(
+            f"{_ONE_PROCESS} --plan-bytes and --probe-cache need that: plan with --engine transformers, and "
+            "--device-map auto where it is large."
+        )
+    together = _are_together(tensor_parallel, runs, engine, shard_index is not None or num_shards is not None)
+    spec = _spec(values, tensor_parallel, together)
+    index, num = (0, 1) if together else _share(shard_index, num_shards, engine)
     console = Console(log_json, speaks=index == 0 or shard_index is not None)
     for doubt in spec.doubts():
         console.note(doubt)
     quiet_libraries()
-    from logitcache.capture.worker import Share, load, one_worker, work
+    from logitcache.capture.loaded import load, one_worker
+    from logitcache.capture.worker import Share, work
 
     share = Share(index, num)
     if plan:
@@ -143,7 +143,7 @@ def _plan(
     probe_cache: str | None,
 ) -> None:
     from logitcache.capture.estimate import estimate
-    from logitcache.capture.worker import load, one_worker
+    from logitcache.capture.loaded import load, one_worker
     from logitcache.pairing.identity_checks import check_identity
     from logitcache.storage import LogitCache
 
@@ -159,13 +159,36 @@ def _plan(
         say(line)
 
 
-def _spec(values: dict[str, Any], tensor_parallel: bool) -> JobSpec:
-    """The job that the flags ask for; Ray's workers run transformers."""
-    loading = settings_from(LoadSettings, values, tensor_parallel=tensor_parallel)
-    ray = values["engine"] == "ray"
-    job = {**values, "engine": "transformers"} if ray else values
+def _runs(values: dict[str, Any]) -> str:
+    """What runs the base."""
+    by_ray = "vllm" if values.get("calibration") else "transformers"
+    return by_ray if values["engine"] == "ray" else str(values["engine"])
+
+
+def _are_together(tensor_parallel: int | None, runs: str, engine: str, has_shares: bool) -> bool:
+    """Whether torchrun's processes hold one model together, and are one worker."""
+    if tensor_parallel is None or runs == "vllm":
+        return False
+    if engine == "ray":
+        raise click.UsageError(
+            "--tensor-parallel goes with torchrun or vLLM; Ray's workers run that with --calibration."
+        )
+    if has_shares:
+        raise click.UsageError("--tensor-parallel makes one worker of all processes: leave --shard-index out.")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("1", str(tensor_parallel)):  # one: said with how to start more, when the model is loaded
+        raise click.UsageError(f"--tensor-parallel {tensor_parallel}: torchrun started {world} processes.")
+    return True
+
+
+def _spec(values: dict[str, Any], tensor_parallel: int | None, together: bool) -> JobSpec:
+    """The job that the flags ask for; Ray's workers run vLLM where there is a calibration, else transformers."""
+    loading = settings_from(LoadSettings, values, tensor_parallel=together)
+    num_gpus = 1 if together else tensor_parallel or 1
+    running = settings_from(EngineSettings, values, num_gpus=num_gpus)
+    job = {**values, "engine": _runs(values)}
     settings, how = settings_from(CaptureSettings, values), settings_from(DataSettings, values)
-    return settings_from(JobSpec, job, settings=settings, loading=loading, how=how)
+    return settings_from(JobSpec, job, settings=settings, loading=loading, how=how, running=running)
 
 
 def _share(shard_index: int | None, num_shards: int | None, engine: str) -> tuple[int, int]:

@@ -206,7 +206,6 @@ def _table(cache: LogitCache, name: str) -> list[str]:
 
 def _tail(capture: CaptureIdentity) -> str:
     parts = ["one mass"]
-    parts += ["taken as 1 minus the rest"] if capture.tail_from_remainder else []
     parts += [f"split into {capture.num_tail_groups} groups of the vocabulary"] if capture.num_tail_groups else []
     parts += [f"{capture.num_tail_samples} draws from it"] if capture.num_tail_samples else []
     return ", ".join(parts)

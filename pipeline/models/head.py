@@ -154,14 +154,23 @@ def logits_width(model: PreTrainedModel) -> int:
 
 def rows_at_once(model: PreTrainedModel, num_bytes: Mapping[str, int]) -> int:
     """How many rows of float32 logits fit into num_bytes, by the kind of device that the head is on; 1 at least."""
-    size = num_bytes.get(head_device(model).type, num_bytes["cuda"])
-    return max(1, size // (4 * logits_width(model)))
+    return rows_of(num_bytes, logits_width(model), head_device(model))
 
 
 def head_rows(model: PreTrainedModel) -> int:
     """Rows of one slice of logits that are read and dropped."""
-    num_rows = rows_at_once(model, LOGITS_BYTES)
-    return min(num_rows, HEAD_ROWS) if head_device(model).type == "cpu" else num_rows
+    return slice_rows(logits_width(model), head_device(model))
+
+
+def rows_of(num_bytes: Mapping[str, int], vocab_size: int, device: torch.device) -> int:
+    """`rows_at_once` of logits that are so wide, on a device."""
+    return max(1, num_bytes.get(device.type, num_bytes["cuda"]) // (4 * vocab_size))
+
+
+def slice_rows(vocab_size: int, device: torch.device) -> int:
+    """`head_rows` of logits that are so wide, on a device."""
+    num_rows = rows_of(LOGITS_BYTES, vocab_size, device)
+    return min(num_rows, HEAD_ROWS) if device.type == "cpu" else num_rows
 
 
 def check_head(causal_lm: PreTrainedModel) -> None:

@@ -106,7 +106,7 @@ def _check_weights_name(name: str, folder: Path) -> None:
 def read_shape(name: str, dtype: str, revision: str | None = None) -> tuple[Any, torch.dtype]:
     """transformers' configuration of a model, and the number format that its weights would have in memory; they are
     neither read nor downloaded. dtype: as of `load_base`; revision: as of `find_model`."""
-    config = _config(Source(name, _folder_of(name, ["config.json"], revision)))
+    config = config_of(Source(name, _folder_of(name, ["config.json"], revision)))
     stated = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     return config, stated if isinstance(stated, torch.dtype) else torch.float32
 
@@ -155,7 +155,7 @@ def load_base(
         if device_map is not None:
             how = stack.enter_context(spreading(device_map, source.name))
         elif tensor_parallel:
-            how = dividing(_config(source).get_text_config(), source.name)
+            how = dividing(config_of(source).get_text_config(), source.name)
         if load_in is not None:
             quantising = {} if stated else _quantising(source, dtype, load_in)
             how = {"device_map": {"": str(device)}, **how, **quantising}
@@ -199,7 +199,7 @@ def identity_of(source: Source, model: PreTrainedModel, held: str = "") -> Model
 
 def checkpoint_format(source: Source) -> str:
     """`quantization.stated_format` of the checkpoint."""
-    return stated_format(_config(source), source.folder, source.name)
+    return stated_format(config_of(source), source.folder, source.name)
 
 
 def load_as_stated(source: Source, stated: ModelIdentity, device: torch.device) -> Base:
@@ -235,7 +235,7 @@ def checkpoint_identity(source: Source, dtype: str, attention: str) -> ModelIden
             f"reading model {source.name!r}: {first_line(error)}. "
             f"Check that the checkpoint in {source.folder} is complete."
         ) from error
-    config = _config(source)
+    config = config_of(source)
     _check_tied(digests, config, source)
     stated = config.dtype if dtype == "auto" else getattr(torch, dtype)
     if not isinstance(stated, torch.dtype):
@@ -374,12 +374,13 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase | None) -> TokenizerId
 
 def _quantising(source: Source, dtype: str, load_in: str) -> dict[str, Any]:
     """What `from_pretrained` is told; 4-bit weights are multiplied in the dtype of the others."""
-    found = getattr(_config(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    found = getattr(config_of(source), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     wanted = found if isinstance(found, torch.dtype) else torch.float32
     return {"quantization_config": quantization(load_in, wanted, source.name)}
 
 
-def _config(source: Source) -> Any:
+def config_of(source: Source) -> Any:
+    """transformers' configuration of a checkpoint. Raises `UnsupportedModel`."""
     try:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds

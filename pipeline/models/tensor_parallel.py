@@ -30,7 +30,7 @@ def dividing(config: Any, name: str) -> dict[str, Any]:
     if size < 2:
         raise InputNotFound(
             f"loading model {name!r} over processes: expected two or more, found this one. Start them with "
-            "torchrun --nproc-per-node N -m logitcache precompute --tensor-parallel ..."
+            "torchrun --nproc-per-node N -m logitcache precompute --tensor-parallel N ..."
         )
     for heads in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, heads, None)

@@ -75,11 +75,6 @@ DIFFERS_FROM_ITSELF = frozenset({"8bit"})
 """Formats whose own noise counts in float32 too: LLM.int8() casts inputs to float16 and rounds them to a grid, and
 another batch is another result: .0002 to .0005 nats (4 bits: 3e-8)."""
 
-KL_TOLERANCE_REMAINDER_NATS = 0.01
-"""Comes to it for a cache whose tail is 1 minus the rest: wrong by 1e-6 of probability, a hundredth of what is compared
-where 1 - p(label) is 1e-4, the least that counts by default. With 1 - p(label) spread evenly
-in the logarithm from 1e-4 to 1: KL 1e-4 where the tail is a hundredth of that, .007 where it is 1e-4 (docs/log.md)."""
-
 
 @dataclass(frozen=True)
 class StepZero:
@@ -273,7 +268,7 @@ def tolerance_of(probe: Probe, model: nn.Module, own_noise_nats: float | None) -
         asked = probe.rules.max_start_kl
         names = formats - {""}
         return max(MAX_START_KL_NATS.get(n, MAX_START_KL_OTHERS_NATS) for n in names) if asked is None else asked
-    stored = kept.max_error**2 / 3 + (KL_TOLERANCE_REMAINDER_NATS if kept.tail_from_remainder else 0.0)
+    stored = kept.max_error**2 / 3
     if own_noise_nats is not None:
         return KL_FLOAT32_NATS + TIMES_OWN_NOISE * own_noise_nats + stored
     is_exact = _is_float32(probe.cache, model) and not formats & DIFFERS_FROM_ITSELF

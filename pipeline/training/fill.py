@@ -23,13 +23,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logitcache.capture.cache_spec import cache_spec, settings_of
+from logitcache.capture.loaded import Loaded
 from logitcache.capture.settings import CaptureSettings as CaptureSettings
 from logitcache.capture.settings import JobSpec
 from logitcache.capture.teacher import teacher_of
 from logitcache.capture.vocab_groups import groups_for
 from logitcache.capture.windows import SampleRows
 from logitcache.capture.worker import JobReport as JobReport
-from logitcache.capture.worker import Loaded, Share, work
+from logitcache.capture.worker import Share, work
 from logitcache.data.samples import Sample, distinct
 from logitcache.errors import InvalidSettings, TrainingFailed
 from logitcache.losses.formulas import Objective

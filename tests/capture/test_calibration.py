@@ -2,16 +2,16 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.cli_harness import done, edit_sealed, logitcache, precompute, refused, snapshot
-from support.like_vllm import LikeLLM, like_vllm
+from support.hidden_engine import in_place_of_vllm
 from support.tiny_model import text_rows
 
 from logitcache.capture.calibration import (
@@ -69,7 +69,10 @@ def test_differences_by_hand() -> None:
     assert found.max_label_nats == pytest.approx(np.log(0.5 / 0.4))
     assert found.max_alternative_nats == found.mean_alternative_nats == pytest.approx(np.log(2))
     assert (found.mean_overlap, found.num_positions, found.num_samples) == (0.5, 1, 1)
-    assert found.max_tail_mass == pytest.approx(0, abs=1e-7)
+    assert found.max_tail_nats == found.mean_tail_nats == 0
+    assert compare([a], [record(0.5, {3: 0.2, 5: 0.1}, 0.1)]).max_tail_nats == pytest.approx(np.log(2))
+    least = record(0.5, {3: 0.5}, 0.5e-4)
+    assert compare([least], [record(0.5, {3: 0.5}, 1e-4)]).max_tail_nats == 0
     expected = 0.5 * np.log(0.5 / 0.4) + 0.2 * np.log(0.2 / 0.1) + 0.3 * np.log(0.3 / 0.5)
     assert found.mean_kl_nats == pytest.approx(expected, rel=1e-5)
 
@@ -112,6 +115,8 @@ def calibration(dtype: str = "float32", rounding: float = 0.0, **found: float) -
         ("mean_label_nats", "mean_nats"),
         ("max_alternative_nats", "max_nats"),
         ("mean_alternative_nats", "mean_nats"),
+        ("max_tail_nats", "max_nats"),
+        ("mean_tail_nats", "mean_nats"),
         ("mean_kl_nats", "mean_kl_nats"),
     ],
 )
@@ -196,22 +201,22 @@ def _fails(*arguments: object) -> str:
 def test_vllm_passes_and_a_noisy_one_does_not(
     tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a class that looks like vLLM's (tests/support/like_vllm.py)."""
-    monkeypatch.setitem(sys.modules, "vllm", like_vllm())
+    """By an engine in its place (tests/support/hidden_engine.py)."""
+    in_place_of_vllm(monkeypatch)
     out = tmp_path / "c.json"
     outcome = done(*line(tiny_model, out, "--data", data, "--max-length", 100))
-    assert outcome.out.startswith("vllm 0.33.0, float32, vllm attention\nagainst transformers ")
+    assert outcome.out.startswith("vllm 0.32.0, float32, vllm attention\nagainst transformers ")
     found = read_calibration(out)
     assert 0 < found.found.max_label_nats < 1e-4 and found.found.mean_overlap == 1
-    assert found.found.max_tail_mass < 4e-6
+    assert found.found.max_tail_nats < 1e-5 and found.found.mean_kl_nats < 1e-10
     before = snapshot(tmp_path)
-    monkeypatch.setattr(LikeLLM, "noise", 0.02)
+    in_place_of_vllm(monkeypatch, "noise 0.05")
     assert "max difference of log p(label)" in _fails(*line(tiny_model, out, "--data", data, "--max-length", 100))
     assert snapshot(tmp_path) == before
 
 
-def test_vllm_where_it_is_not(tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="it is here")
+def test_vllm_where_it_is_not(tmp_path: Path, tiny_model: Path, data: Path) -> None:
     assert install_line("vllm") in refused(2, *line(tiny_model, tmp_path / "c.json", "--data", data))
 
 
@@ -233,6 +238,9 @@ def test_a_cache_of_another_model_is_refused(tmp_path: Path, tiny_model: Path, o
     ("arguments", "said"),
     [
         ([], "give either --data"),
+        (["--cache", "C", "--engine-dtype", "bfloat16"], "--engine-dtype is of an engine that runs"),
+        (["--cache", "C", "--tensor-parallel", 2], "--tensor-parallel is of an engine that runs"),
+        (["--data", "D", "--engine", "transformers", "--engine-arg", "a=1"], "are for --engine vllm"),
         (["--data", "D", "--cache", "C"], "give either --data"),
         (["--data", "D", "--engine-attention", "eager"], "vLLM chooses its own"),
         (["--data", "D", "--num-positions", 999], "999 is not in the range"),
@@ -252,14 +260,14 @@ def test_commands_of_the_page_run(
     tmp_path: Path, tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "vllm", like_vllm())
+    in_place_of_vllm(monkeypatch)
     (tmp_path / "base").symlink_to(tiny_model)
     (tmp_path / "train.jsonl").symlink_to(data)
     page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "engines.md").read_text(encoding="utf-8")
     lines = [text for text in page.splitlines() if text.startswith("logitcache ")]
-    assert len(lines) == 5
-    for text in lines:  # vLLM needs room for one token more than 255 of the tiny model's 256
-        done(*shlex.split(text)[1:], *(["--max-length", 100] if "vllm" in text else []))
+    assert len(lines) == 6
+    for text in lines:
+        done(*shlex.split(text)[1:])
     bounds = [f"| {dtype} | {_short(b.max_nats)} | {_short(b.mean_nats)} |" for dtype, b in BOUNDS.items()]
     assert all(row in page for row in bounds)
 
@@ -280,19 +288,20 @@ def written(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, data: Pa
 
 def test_calibration_is_of_one_engine_version_and_model(written: Path) -> None:
     run = read_calibration(written).engine
-    assert check_calibration(written, run.engine, run.version, run.model).engine == run
-    others: list[tuple[str, str, ModelIdentity]] = [
-        ("vllm", run.version, run.model),
-        (run.engine, "0", run.model),
+    assert check_calibration(written, run).engine == run
+    others = [
+        replace(run, engine="vllm"),
+        replace(run, version="0"),
+        replace(run, arguments=("kv_cache_dtype=fp8",)),
         *(
-            (run.engine, run.version, replace(run.model, **{name: value}))  # type: ignore[arg-type]
+            replace(run, model=replace(run.model, **{name: value}))  # type: ignore[arg-type]
             for name, value in (("weights", "x"), ("config", "x"), ("vocab_size", 5), ("dtype", "float16"))
         ),
-        (run.engine, run.version, replace(run.model, attention="vllm")),
+        replace(run, model=replace(run.model, attention="vllm")),
     ]
     for other in others:
         with pytest.raises(NotCalibrated, match=r"there, .* here"):
-            check_calibration(written, *other)
+            check_calibration(written, other)
 
 
 def test_writing_overwrites_nothing_else_and_follows_no_link(written: Path, tmp_path: Path) -> None:
@@ -329,7 +338,7 @@ def test_damaged_calibration_is_refused(written: Path, tmp_path: Path, name: str
     path.write_bytes(written.read_bytes())
     edit_sealed(path, lambda body: change(body) and None)
     with pytest.raises(NotCalibrated) as caught:
-        check_calibration(path, run.engine, run.version, run.model)
+        check_calibration(path, run)
     assert said in str(caught.value)
 
 

@@ -301,19 +301,24 @@ def test_a_lost_record_of_a_worker_does_not_leave_the_cache_open(
 
 def test_a_core_is_left_for_ray() -> None:
     divide = ray_engine.divide
-    assert divide({"CPU": 2.0}, "auto", 2) == ray_engine.Actors(2, 0.5, 0, 1)
-    assert divide({"CPU": 2.0}, "auto", None) == ray_engine.Actors(1, 1.0, 0, 1)
-    assert divide({"CPU": 1.0}, "auto", None) == ray_engine.Actors(1, 0.5, 0, 1)
-    assert divide({"CPU": 17.0}, "auto", None) == ray_engine.Actors(16, 1.0, 0, 1)
-    assert divide({"CPU": 17.0}, "auto", 4) == ray_engine.Actors(4, 1.0, 0, 4)
-    assert divide({"CPU": 64.0, "GPU": 8.0}, "auto", None) == ray_engine.Actors(8, 1.0, 1, 7)
-    assert divide({"CPU": 64.0, "GPU": 8.0}, "cpu", None).num_gpus == 0
+    assert divide([{"CPU": 2.0}], "auto", 2) == ray_engine.Actors(2, 0.5, 0, 1)
+    assert divide([{"CPU": 2.0}], "auto", None) == ray_engine.Actors(1, 1.0, 0, 1)
+    assert divide([{"CPU": 1.0}], "auto", None) == ray_engine.Actors(1, 0.5, 0, 1)
+    assert divide([{"CPU": 17.0}], "auto", None) == ray_engine.Actors(16, 1.0, 0, 1)
+    assert divide([{"CPU": 17.0}], "auto", 4) == ray_engine.Actors(4, 1.0, 0, 4)
+    assert divide([{"CPU": 64.0, "GPU": 8.0}], "auto", None) == ray_engine.Actors(8, 1.0, 1, 7)
+    assert divide([{"CPU": 64.0, "GPU": 8.0}], "cpu", None).num_gpus == 0
+    nodes = [{"CPU": 32.0, "GPU": 9.0}, {"CPU": 32.0, "GPU": 3.0}]  # a copy stands on one machine
+    assert divide(nodes, "auto", None, 4) == ray_engine.Actors(2, 1.0, 4, 31)
+    assert divide([{"CPU": 2.0}], "cpu", None, 4).num_gpus == 0
+    with pytest.raises(InputNotFound, match="over 4 GPUs"):
+        divide([{"CPU": 64.0, "GPU": 3.0}, {"GPU": 3.0}], "auto", None, 4)
     for cpus in (1, 2, 3, 7, 64):
         for num in (1, 2, 5, 100):
-            found = divide({"CPU": cpus}, "auto", num)
+            found = divide([{"CPU": cpus}], "auto", num)
             assert found.num_cpus > 0 and found.num * found.num_cpus <= max(cpus - 1, cpus / 2, num / 100)
     with pytest.raises(InputNotFound, match="no GPU"):
-        divide({"CPU": 4.0}, "cuda", None)
+        divide([{"CPU": 4.0}], "cuda", None)
 
 
 def test_every_unit_is_one_share_s_and_shares_are_bounded() -> None:

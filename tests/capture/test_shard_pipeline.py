@@ -15,12 +15,13 @@ import pytest
 from support.tiny_model import text_rows
 
 from logitcache.capture import shard_pipeline
+from logitcache.capture.loaded import Loaded, load
 from logitcache.capture.pending import PendingRecords
 from logitcache.capture.plan import Plan
 from logitcache.capture.settings import CaptureSettings, JobSpec
 from logitcache.capture.shard_pipeline import Filled, ShardPipeline
 from logitcache.capture.teacher import TransformersTeacher
-from logitcache.capture.worker import Loaded, Share, load, plans
+from logitcache.capture.worker import Share, plans
 from logitcache.data.samples import Sample
 from logitcache.storage import BaseLogprobs, CacheWriter
 from logitcache.storage.errors import PackingStopped

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitcache.capture.teacher import LEAST_MASS, slice_record
+from logitcache.capture.records import LEAST_MASS, slice_record
 
 
 def from_definition(logits: Tensor, labels: Tensor, k: int) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from support.cli_harness import (
 from support.storage_samples import by_tokens
 from support.tiny_model import make_tokenizer, text_rows
 
-import logitcache.capture.teacher as teacher
+import logitcache.capture.records as records
 from logitcache.capture.pending import PendingRecords
 from logitcache.capture.teacher import TransformersTeacher
 from logitcache.data.samples import Sample
@@ -556,7 +556,7 @@ def test_a_sample_that_does_not_fit_alone_is_1(
 
 def spoil(patch: pytest.MonkeyPatch, bad: str) -> None:
     """A logit of samples that begin with this text is not finite, at position 2."""
-    real = teacher.slice_record
+    real = records.slice_record
     wanted = make_tokenizer()(bad)["input_ids"]
     rows: list[int] = []
 
@@ -573,7 +573,7 @@ def spoil(patch: pytest.MonkeyPatch, bad: str) -> None:
         return real(logits, *more)
 
     watch(patch, find)
-    patch.setattr(teacher, "slice_record", spoiled)
+    patch.setattr(records, "slice_record", spoiled)
 
 
 @pytest.mark.parametrize("num", [1, 2])

@@ -32,7 +32,7 @@ def test_two_processes_that_hold_one_model_are_one_worker(
     precompute(tiny_model, data, tmp_path / "whole", *SMALL, "--precision", "exact", "--top-k", 16)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line += ["-m", "logitcache", "precompute", "--model", tiny_model, "--data", data]
-    line += ["--cache", tmp_path / "divided", *SMALL, "--precision", "exact", "--top-k", 16, "--tensor-parallel"]
+    line += ["--cache", tmp_path / "divided", *SMALL, "--precision", "exact", "--top-k", 16, "--tensor-parallel", 2]
     ended = subprocess.run(
         [str(argument) for argument in line],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -90,7 +90,18 @@ def test_a_cache_of_other_settings_gives_no_samples(
 
 @pytest.mark.parametrize("flags", [["--shard-index", 0, "--num-shards", 2], ["--num-shards", 2]])
 def test_processes_that_hold_one_model_have_no_shares(flags: list[object], tmp_path: Path) -> None:
-    line = ["precompute", "--model", "m", "--data", "d.jsonl", "--cache", tmp_path / "c", "--tensor-parallel", *flags]
+    line = [
+        "precompute",
+        "--model",
+        "m",
+        "--data",
+        "d.jsonl",
+        "--cache",
+        tmp_path / "c",
+        "--tensor-parallel",
+        2,
+        *flags,
+    ]
     assert "leave --shard-index out" in refused(2, *line)
 
 

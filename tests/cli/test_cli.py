@@ -50,14 +50,14 @@ OF_DATA += ["--supervise"]
 RUNTIME = ["--config", "--device", "--dtype"]
 FLAGS: dict[str, list[str]] = {
     "calibrate": [
-        *("--batch-tokens", "--cache", "--data", "--engine", "--engine-attention", "--engine-dtype"),
-        *("--max-length", "--model", "--num-positions", "--out", "--top-k"),
+        *("--batch-tokens", "--cache", "--data", "--device-map", "--engine", "--engine-arg", "--engine-attention"),
+        *("--engine-dtype", "--max-length", "--model", "--num-positions", "--out", "--tensor-parallel", "--top-k"),
         *OF_DATA,
         *RUNTIME,
     ],
     "precompute": [
         *("--batch-tokens", "--cache", "--calibration", "--cost-per-hour", "--data"),
-        *("--device-map", "--engine", "--load-in", "--log-json", "--max-length"),
+        *("--device-map", "--engine", "--engine-arg", "--load-in", "--log-json", "--max-length"),
         *("--min-mass", "--model", "--num-shards", "--num-workers", "--plan", "--plan-bytes"),
         *("--precision", "--probe-cache", "--samples-from", "--shard-index", "--shard-positions", "--store"),
         *("--tail-groups", "--tail-samples", "--tensor-parallel", "--tokens-per-second"),

@@ -89,7 +89,7 @@ def test_a_probe_that_cannot_be_read_or_is_of_another_base_is_refused(
         (["--plan", "--plan-bytes", "0"], "is no size"),
         (["--plan", "--plan-bytes", "nan"], "is no size"),
         (["--plan", "--plan-bytes", ""], "is no size"),
-        (["--plan", "--tensor-parallel", "--plan-bytes", "1G"], "in one process"),
+        (["--plan", "--tensor-parallel", 2, "--plan-bytes", "1G"], "in one process"),
         (["--plan", "--engine", "vllm", "--calibration", "f", "--probe-cache", "p"], "in one process"),
     ],
 )

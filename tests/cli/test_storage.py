@@ -110,7 +110,6 @@ def test_inspect_as_text_and_as_json(cache: Path, tiny_model: Path) -> None:
         "tail_partition": "",
         "group_steps_per_nat": 0,
         "num_tail_samples": 0,
-        "tail_from_remainder": False,
     }
     assert contents["num_samples"] == 12 and contents["num_tokens"] == contents["num_positions"] + 12
     assert contents["num_tokens_cut"] == 0 and contents["num_shards"] == len(commits(cache)) > 1

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import DatasetCard
 from support import stub_hub
 from support.cli_harness import copy_of, done, edit_json, precompute, refused, shard_folders, text_data
-from support.storage_samples import SHARDS, make_manifest, make_shards, write_cache
+from support.storage_samples import SHARDS, make_manifest, make_shards, uneven_shards, write_cache
 from support.stub_hub import Hub
 
 from logitcache.hub.dataset_card import UNKNOWN, Licence, make_card, public_name
@@ -60,17 +60,16 @@ def test_the_card_says_what_the_cache_is(cache: Path, hub: Hub) -> None:
 
 
 def test_the_card_says_how_the_base_was_held_and_what_its_tail_is(tmp_path: Path) -> None:
-    shards = make_shards(3, [[9, 5]])
     plain = make_manifest("arrow")
-    capture = replace(plain.capture, tail_from_remainder=True)
+    capture = replace(plain.capture, num_tail_samples=4)
     model = replace(plain.model, quantization="4bit")
     special = replace(plain, model=model, capture=capture, reader_features=features_of(capture, model))
-    for name, manifest, held, tail in (
-        ("plain", plain, "", "one mass"),
-        ("special", special, " on 4bit weights", "one mass, taken as 1 minus the rest"),
+    for name, manifest, num_draws, held, tail in (
+        ("plain", plain, 0, "", "one mass"),
+        ("special", special, 4, " on 4bit weights", "one mass, 4 draws from it"),
     ):
         with CacheWriter(tmp_path / name, manifest) as writer:
-            writer.commit(shards[0])
+            writer.commit(uneven_shards(3, None, num_draws)[2])
             writer.finalize()
         card = make_card(LogitCache.open(tmp_path / name), REPO, "base", Licence(), Licence())
         assert f"run in {plain.model.dtype}{held} with " in card and f"| tail | {tail} |" in card

@@ -9,7 +9,7 @@ import torch
 from support import oracles
 from torch import Tensor
 
-from logitcache.capture.teacher import slice_record
+from logitcache.capture.records import slice_record
 from logitcache.losses.formulas import (
     Objective,
     SparseTargets,

@@ -10,8 +10,9 @@ from support.cli_harness import done, precompute, refused, text_data, train_line
 from support.tiny_model import make_model
 from support.tiny_runs import V, make_base, make_samples
 
+from logitcache.capture.records import slice_record
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teacher import capture, slice_record
+from logitcache.capture.teacher import capture
 from logitcache.capture.vocab_groups import token_groups
 from logitcache.capture.worker import precompute as fill
 from logitcache.data.samples import Sample

@@ -1,7 +1,6 @@
 """Checkpoints that are quantised in their files: one identity whichever engine runs them, and what is refused."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cli_harness import cache_bytes, done, facts, precompute_line, refused, text_data, train_line
-from support.like_vllm import LikeLLM, like_vllm
+from support.hidden_engine import HELD, in_place_of_vllm
 from support.quantised_base import bitsandbytes
 from support.tiny_model import make_model, make_tokenizer, text_rows
 from support.tiny_runs import make_samples
@@ -24,16 +23,16 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from logitcache.adapters.attach import AdapterSettings, attach
-from logitcache.capture import cache_spec as cache_spec_module
 from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.calibration import read_calibration
-from logitcache.capture.engines.vllm import start_vllm, vllm_identity
-from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.engines.process import EngineProcess
+from logitcache.capture.engines.vllm import headed, start_vllm, vllm_identity, vllm_teacher
+from logitcache.capture.settings import CaptureSettings, EngineSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models import quantization
-from logitcache.models.loading import Base, find_model, load_base
+from logitcache.models.loading import Base, Source, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, format_of, held_in
 from logitcache.pairing.identity_checks import PairingRules, check_identity
 from logitcache.pairing.targets import samples_of
@@ -65,8 +64,7 @@ def gptq(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", like_vllm())
-    monkeypatch.setattr(cache_spec_module, "version", lambda name: "0.33.0" if name == "vllm" else version(name))
+    in_place_of_vllm(monkeypatch)
 
 
 def save(folder: Path, **config: Any) -> Path:
@@ -101,12 +99,16 @@ def load(folder: Path, dtype: str = "auto", load_in: str | None = None) -> Base:
     return load_base(find_model(str(folder)), dtype, CPU, load_in)
 
 
+def started(source: Source, identity: ModelIdentity) -> EngineProcess:
+    return start_vllm(source, identity, EngineSettings(), 64, 512, CPU)
+
+
 def assert_one_identity(folder: Path, quantization: str, dtype: str = "auto") -> ModelIdentity:
     """By transformers, which has loaded the model, and by vLLM, which has not: equal in all but the attention."""
     loaded, told = load(folder, dtype).identity, vllm_identity(find_model(str(folder)), dtype)
     assert told == replace(loaded, attention="vllm")
     assert told.quantization == quantization
-    cache_spec("m", told, None, CaptureSettings(top_k=64), engine="numcodecs")  # a name that the format takes
+    cache_spec("m", told, None, CaptureSettings(top_k=64), engine=("vllm", "0"))
     return told
 
 
@@ -190,9 +192,9 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
     """In a loop, which knows the model and not its files: only the format tells the two apart."""
     source = find_model(str(packed["4bit"]))
     identity = vllm_identity(source, "auto")
-    manifest = cache_spec("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine="numcodecs").manifest
-    teacher = start_vllm(source, identity, 259, 64)
-    records = teacher(SAMPLES)
+    manifest = cache_spec("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine=("vllm", "0")).manifest
+    with started(source, identity) as process:
+        records = vllm_teacher(process, headed(source, identity, CPU, 64), 259)(SAMPLES)
     with CacheWriter(tmp_path / "c", manifest) as writer:
         writer.commit([CachedSample(s.token_ids, r) for s, r in zip(SAMPLES, records, strict=True)])
         writer.finalize()
@@ -357,18 +359,9 @@ def test_packed_rows_of_broken_blocks_are_refused_on_a_cpu(tmp_path: Path) -> No
 def test_vllm_that_holds_them_otherwise_is_refused(
     how: str, held: str | None, packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = LikeLLM.__init__
-
-    def otherwise(self: LikeLLM, **told: Any) -> None:
-        start(self, **told)
-        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(quantization=held))
-
     source = find_model(str(packed[how]))
     identity = vllm_identity(source, "auto")
-    start_vllm(source, identity, 8, 64)
-    monkeypatch.setattr(LikeLLM, "__init__", otherwise)
+    started(source, identity).close()
+    monkeypatch.setenv(HELD, held or "none")
     with pytest.raises(EngineFailed, match=f"holds {held or 'unquantised'} ones"):
-        start_vllm(source, identity, 8, 64)
-    monkeypatch.setattr(LikeLLM, "__init__", lambda self, **_: None)
-    with pytest.raises(EngineFailed, match="asking vLLM how it holds"):
-        start_vllm(source, identity, 8, 64)
+        started(source, identity)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.adapters.settings import AdapterSettings, NullSpaceSettings
-from logitcache.capture.settings import CaptureSettings, JobSpec, VllmSettings
+from logitcache.capture.settings import CaptureSettings, EngineSettings, JobSpec
 from logitcache.cli import cli, run
 from logitcache.cli.options import options_of, settings_from
 from logitcache.data.settings import DataSettings
@@ -31,7 +31,7 @@ from logitcache.yaml_files import load_yaml
 
 CLASSES: tuple[type[Settings], ...] = (
     *(TrainSettings, PenaltySettings, AdapterSettings, Objective, PairingRules, LoadSettings, CaptureSettings),
-    *(AnchorSettings, NullSpaceSettings, ProbeSettings, VllmSettings, JobSpec, RunSettings),
+    *(AnchorSettings, NullSpaceSettings, ProbeSettings, EngineSettings, JobSpec, RunSettings),
     *(AnswerSettings, ScaleSettings, CurveSettings),
 )
 GIVEN: dict[type[Settings], dict[str, Any]] = {JobSpec: {"model": "m", "data": "d", "cache": "c"}}

@@ -94,7 +94,6 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
         [{}],
         ["tail-groups"],
         ["tail-samples"],
-        ["tail-from-remainder"],
         ["quantized-base"],
     ],
     ("manifest", ("writer_features",)): [None, 5, [[]], [{}], [5, "x"]],
@@ -104,7 +103,6 @@ HOSTILE: dict[tuple[str, tuple[str | int, ...]], list[object]] = {
     ("manifest", ("capture", "num_tail_groups")): [-1, 1, 2, 257, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "group_steps_per_nat")): [-1, 1, 2, 4, 10**30, *WRONG_TYPES],
     ("manifest", ("capture", "num_tail_samples")): [0, -1, 1, 4096, 4097, 10**30, *WRONG_TYPES],
-    ("manifest", ("capture", "tail_from_remainder")): [False, True, 0, 1, None, "true", []],
     ("manifest", ("capture", "tail_partition")): ["0" * 32, None, 5, []],
     ("manifest", ("format_version",)): [2.0],
 }

@@ -96,7 +96,6 @@ def other_identities(store: str) -> dict[str, Manifest]:
         "capture.tail_partition": make_manifest(store, token_groups=GROUPS),
         "capture.group_steps_per_nat": make_manifest(store, token_groups=GROUPS, group_steps=4),
         "capture.num_tail_samples": make_manifest(store, num_draws=4),
-        "capture.tail_from_remainder": make_manifest(store, tail_from_remainder=True),
     }
 
 

@@ -316,7 +316,6 @@ NO_MANIFEST: dict[str, list[Any]] = {
     "capture.num_tail_groups": [0, 1, 257],
     "capture.tail_partition": ["", "x"],
     "capture.group_steps_per_nat": [0, 2, 5, True],
-    "capture.tail_from_remainder": [True, False],
     "model_name": NO_STRINGS,
     "created_with": [{" a": "b"}, {"a": "b  c"}, {"a": 1}, {f"a{i}": "" for i in range(33)}],
 }

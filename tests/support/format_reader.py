@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 DROPS_PER_NAT = {"fine": 32, "compact": 16}
 LEAST_MAX_ERROR = {"exact": 0.0, "fine": 1 / 64, "compact": 1 / 32}
-FEATURES = {"tail-groups", "tail-samples", "tail-from-remainder", "quantized-base"}
+FEATURES = {"tail-groups", "tail-samples", "quantized-base"}
 ABSENT = 65535
 ABOVE_ZERO = 1e-6  # rounding of what was captured
 INDEX = np.dtype(
@@ -59,7 +59,6 @@ CAPTURE = {
     "group_steps_per_nat": (range(2), range(4, 5)),
 }
 DRAWS = {"num_tail_samples": range(1, 4097)}
-REMAINDER = {"tail_from_remainder": bool}
 MODEL = {
     "weights": DIGEST,
     "config": str,
@@ -75,7 +74,7 @@ MANIFEST = {
     "store": re.compile("zarr|arrow"),
     "model": (MODEL, MODEL | {"quantization": METHOD}),
     "tokenizer": ({"fingerprint": DIGEST}, None),
-    "capture": (CAPTURE, CAPTURE | DRAWS, CAPTURE | REMAINDER),
+    "capture": (CAPTURE, CAPTURE | DRAWS),
     "model_name": str,
     "created_with": dict,
 }
@@ -255,7 +254,6 @@ def check_features(body: dict[str, Any]) -> None:
     fields = {
         "tail-groups": body["capture"]["num_tail_groups"] > 0,
         "tail-samples": "num_tail_samples" in body["capture"],
-        "tail-from-remainder": "tail_from_remainder" in body["capture"],
         "quantized-base": "quantization" in body["model"],
     }
     for feature, is_there in fields.items():
@@ -282,8 +280,6 @@ def check_capture(capture: dict[str, Any], vocab: int) -> None:
     require(least <= capture["max_error"] <= (0.5 if least else 0), "max_error")
     require((capture["tail_partition"] == "") == (groups == 0), "tail_partition")
     require((capture["group_steps_per_nat"] == 0) == (groups == 0), "group_steps_per_nat")
-    remainder = capture.get("tail_from_remainder")
-    require(remainder is None or (remainder and groups == 0), "tail_from_remainder")
 
 
 def check_for_people(text: Any, what: str) -> None:

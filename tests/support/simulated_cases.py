@@ -23,8 +23,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from logitcache.capture.pending import PendingRecords
+from logitcache.capture.records import one_hot
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teacher import TransformersTeacher, one_hot
+from logitcache.capture.teacher import TransformersTeacher
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import TrainingFailed
@@ -176,7 +177,7 @@ def waits_of_capture(_: Path) -> Json:
     """Where the host waits while it gives the device a batch to capture, and while it fetches the record; without tail
     groups and draws, with both."""
     model = make_model().to(CUDA)
-    groups = one_hot(torch.arange(model.config.vocab_size) % 3, model)
+    groups = one_hot(torch.arange(model.config.vocab_size) % 3, torch.device(CUDA))
     teachers = {
         "bucket": TransformersTeacher(model, 8, masked=False),
         "groups and draws": TransformersTeacher(model, 8, groups, 4, masked=False),

@@ -58,12 +58,10 @@ def make_manifest(
     min_mass: float = 1.0,
     token_groups: NDArray[np.uint8] | None = None,
     num_draws: int = 0,
-    tail_from_remainder: bool = False,
     group_steps: int = 1,
 ) -> Manifest:
     """token_groups: uint8 [V], the tail group of each token; what its largest number says is how many there are."""
     features = {"tail-groups": token_groups is not None, "tail-samples": num_draws > 0}
-    features["tail-from-remainder"] = tail_from_remainder
     return Manifest(
         store=store,
         model=ModelIdentity("a" * 32, '{"model_type":"test"}', vocab_size, "bfloat16", "sdpa"),
@@ -78,7 +76,6 @@ def make_manifest(
             tail_partition="" if token_groups is None else blake(token_groups.tobytes()),
             group_steps_per_nat=0 if token_groups is None else group_steps,
             num_tail_samples=num_draws,
-            tail_from_remainder=tail_from_remainder,
         ),
         model_name="tests/model",
         created_with={"logitcache": "0"},

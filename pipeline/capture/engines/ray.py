@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from logitcache.capture.loaded import Loaded, load
 from logitcache.capture.plan import Counts
 from logitcache.capture.shard_pipeline import failed_text
-from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Loaded, Share, load, work
+from logitcache.capture.worker import WORKERS_A_WINDOW, JobReport, JobSpec, Share, work
 from logitcache.data.samples import check_samples_left
 from logitcache.data.settings import DataSettings
 from logitcache.data.skipped import listed_beside
@@ -88,7 +89,8 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> Job
     spec = absolute(spec)
     before = _status(spec.cache)
     with _cluster(ray):
-        actors = divide(ray.cluster_resources(), spec.loading.device, num_workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        actors = divide(nodes, spec.loading.device, num_workers, spec.running.num_gpus)
         on_event(RayStarted(actors.num, actors.num_shares, len(ray.nodes())))
         outcomes = _collect(ray, spec, actors, on_event)
     report = _sum([o.report for o in outcomes if o.report is not None], actors.num_shares)
@@ -101,17 +103,25 @@ def run_on_ray(spec: JobSpec, num_workers: int | None, on_event: OnEvent) -> Job
     return _with_commits(report, before, _status(spec.cache))
 
 
-def divide(resources: dict[str, float], device: str, num_workers: int | None) -> Actors:
-    """Actors for a cluster with these resources (`ray.cluster_resources()`), so that a core stays free for Ray.
+def divide(nodes: Sequence[dict[str, float]], device: str, num_workers: int | None, gpus_each: int = 1) -> Actors:
+    """Actors for a cluster of machines with these resources (`ray.nodes()`), so that a core stays free for Ray.
 
-    Raises `InputNotFound` where the device is cuda and the cluster has no GPU.
+    gpus_each: that hold one copy of the model, all of one machine. Raises `InputNotFound` where no machine has so many,
+    and a GPU is asked for.
     """
-    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0.0))
-    if device == "cuda" and not gpus:
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = [int(node.get("GPU", 0.0)) for node in nodes]
+    copies = sum(num // gpus_each for num in gpus)
+    if device == "cuda" and not any(gpus):
         raise InputNotFound("choosing device 'cuda': Ray's cluster has no GPU. Use --device cpu, or add machines.")
+    if device != "cpu" and gpus_each > 1 and not copies:
+        raise InputNotFound(
+            f"dividing a model over {gpus_each} GPUs (--tensor-parallel): the machines of Ray's cluster have "
+            f"{max(gpus, default=0)} at most. Divide it over fewer, or add machines."
+        )
     free = max(cpus - 1, cpus / 2)
-    num_gpus = int(device != "cpu" and gpus > 0)
-    num = num_workers or (gpus if num_gpus else max(1, int(free)))
+    num_gpus = gpus_each if device != "cpu" and any(gpus) else 0
+    num = num_workers or (copies if num_gpus else max(1, int(free)))
     num_cpus = min(1.0, max(0.01, math.floor(100 * free / num) / 100))
     return Actors(num, num_cpus, num_gpus, max(1, int(free // num)))
 
