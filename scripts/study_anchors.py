@@ -278,7 +278,8 @@ PROBES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A cell, means over its seeds: learning in nats a token, KL to the base by probe, all beside plain training."""
+    """A cell, means over its seeds: learning in nats a token, KL to the base by probe, all beside plain training
+    with the same seeds."""
 
     name: str
     domain: str
@@ -297,17 +298,21 @@ class Row:
 
 
 def rows_of(lines: list[dict[str, Any]]) -> list[Row]:
-    """One a cell, in the order in which they were run."""
+    """One a cell, in the order in which cells were written down."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         grouped.setdefault(line["name"].rpartition("-s")[0], []).append(line)
-    rows: dict[str, Row] = {}
-    for name, runs in grouped.items():
-        kl = {probe: mean(run["measured"][probe]["kl"] for run in runs) for probe in PROBES}
-        changed = mean(sum(run["measured"][probe]["first_changed"] for probe in ("same", "code")) for run in runs)
-        domain, learnt = runs[0]["domain"], mean(run["learnt"] for run in runs)
-        rows[name] = Row(name, domain, len(runs), learnt, kl, changed, rows.get(f"{domain}-none"))
-    return list(rows.values())
+    names = dict.fromkeys(cell.name.rpartition("-s")[0] for cell in cells())
+    return [_row(name, grouped[name], grouped) for name in names if name in grouped]
+
+
+def _row(name: str, runs: list[dict[str, Any]], grouped: dict[str, list[dict[str, Any]]]) -> Row:
+    kl = {probe: mean(run["measured"][probe]["kl"] for run in runs) for probe in PROBES}
+    changed = mean(sum(run["measured"][probe]["first_changed"] for probe in ("same", "code")) for run in runs)
+    domain, seeds = runs[0]["domain"], {run["seed"] for run in runs}
+    plain = [run for run in grouped.get(f"{domain}-none", []) if run["seed"] in seeds]
+    beside = _row("", plain, {}) if len(plain) == len(runs) and name != f"{domain}-none" else None
+    return Row(name, domain, len(runs), mean(run["learnt"] for run in runs), kl, changed, beside)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -324,14 +329,47 @@ def print_table(rows: list[Row]) -> None:
         print(f"| {' | '.join(line)} |")
 
 
+ANCHORS = {
+    "greedy": "anchors",
+    "long": "long answers",
+    "sampled": "sampled answers",
+    "few-kinds": "two kinds, long",
+    "prose": "prose",
+}
+"""Sets of anchors, as the picture calls them."""
+
+
+def called(cell: Cell) -> str:
+    """A cell of the far domain in words."""
+    kind = {"none": "plain", "masked-kl": "masked KL", "full-kl": "full KL"}[cell.regularizer]
+    kind += "" if cell.weight == 1.0 else f" {cell.weight:g}"
+    kind += "" if cell.lr == 1e-3 else f", lr {cell.lr:g}"
+    if not cell.anchors:
+        return kind
+    held = ANCHORS.get(cell.anchors) or f"{cell.anchors.partition('-')[2]} anchors"
+    weight = "" if cell.anchor_weight == 4.0 else f", weight {cell.anchor_weight:g}"
+    return f"{kind} + {held}{weight}" + ("" if cell.every == 1 else f", every {cell.every} steps")
+
+
+def _is_right_of(other: Row, row: Row) -> bool:
+    """Whether a point stands where the words beside another would."""
+    return 0 < other.learnt - row.learnt < 0.1 and 0.95 < other.kl["code"] / row.kl["code"] < 1.05
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """Learning against the KL on the kind of prompts that no anchor has, every cell of the far domain by its name."""
+    words = {cell.name.rpartition("-s")[0]: called(cell) for cell in cells()}
     figure = Figure(figsize=(9.0, 6.0), dpi=130, layout="constrained")
     axes: Any = figure.subplots()
-    for row in (row for row in rows if row.domain == "far"):
-        anchored, masked = "-w" in row.name, "kl" in row.name
+    shown = [row for row in rows if row.domain == "far"]
+    for row in shown:
+        anchored, masked = "+" in words[row.name], "kl" in row.name
         axes.scatter(row.learnt, row.kl["code"], marker="^" if anchored else "o", color="C1" if masked else "C0")
-        axes.annotate(row.name.removeprefix("far-"), (row.learnt, row.kl["code"]), fontsize=7, ha="center", va="bottom")
+        has_room = not any(_is_right_of(other, row) for other in shown)
+        beside = {"ha": "left", "xytext": (6, 0)} if has_room else {"ha": "right", "xytext": (-6, 0)}
+        at = {"xy": (row.learnt, row.kl["code"]), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axes.annotate(words[row.name], **at, **beside)
+    axes.set_xlim(0.5, 0.95)
     axes.set_xlabel("learning: fall of cross-entropy on new text, nats a token (right is better)")
     axes.set_ylabel("drift: KL(base || adapted) on answers of the kind left out, nats a token")
     axes.set_yscale("log")
