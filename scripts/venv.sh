@@ -1,4 +1,4 @@
-# Sourced by scripts/demo, test, test-lowest, test-kernels, check-integration, make-peers and nightly: a virtual environment with
+# Sourced by scripts/demo, test, test-lowest, test-kernels, test-vllm, check-integration, make-peers and nightly: a virtual environment with
 # logitcache in it, from a fresh machine with Python 3.11 to 3.13. Sets $venv: .venv, or the folder that venv_name says. Pip is quiet unless
 # it fails; a second run only reinstalls logitcache itself.
 
