@@ -44,12 +44,23 @@ def teacher(process: EngineProcess, model: Path, *kept: Any) -> Any:
     return vllm_teacher(process, headed(source, vllm_identity(source, "float32"), CPU, 64), *kept)
 
 
-def is_there(pid: int) -> bool:
-    """Whether a process runs; one that only waits for its parent to look does not."""
+def state_of(pid: int) -> str:
+    """As the system says it: Z only waits for its parent to look, T is stopped; "" where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
-        return False
+        return ""
+
+
+def is_there(pid: int) -> bool:
+    return state_of(pid) not in ("", "Z")
+
+
+def stop(pid: int) -> None:
+    """Until then one of its threads may read on."""
+    os.kill(pid, signal.SIGSTOP)
+    while state_of(pid) != "T":
+        time.sleep(0.01)
 
 
 def assert_gone(*pids: int, seconds: float = 10.0) -> None:
@@ -129,7 +140,7 @@ def test_one_that_is_stopped_is_ended(tiny_model: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(process_module, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(process_module, "LEAVING_SECONDS", 0.5)
     with started(tiny_model) as process:
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process.pid)
         with pytest.raises(EngineFailed, match="has answered nothing for"):
             teacher(process, tiny_model, 8)(SAMPLES)
     assert_gone(process.pid, seconds=0)
@@ -144,7 +155,7 @@ def test_more_than_the_pipe_holds_is_asked_of_one_that_is_stopped(
     (long,) = make_samples(1)
     long = replace(long, token_ids=np.zeros(500_000, np.uint32))
     with started(tiny_model) as process:
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process.pid)
         with pytest.raises(EngineFailed, match="has answered nothing for"):
             process.ask([long])
     assert_gone(process.pid, seconds=0)

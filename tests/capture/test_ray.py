@@ -166,11 +166,8 @@ class Here:
     def is_initialized(self) -> bool:
         return True
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 4.0}
-
-    def nodes(self) -> list[object]:
-        return [self]
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 4.0}}]
 
 
 @pytest.fixture

@@ -178,6 +178,7 @@ DEFAULTS = {
         "max-length": "1024",
         "batch-tokens": "8192",
         "out": "calibration.json",
+        "device-map": "one device",
         "dtype": "auto",
         "device": "auto",
     },
