@@ -29,7 +29,7 @@ import torch
 from bench_common import BENCHMARKS, provenance, read_csv, run_child, write_csv
 
 from logitcache.capture.calibration import Calibration, Run, compare, records_of, write_calibration
-from logitcache.capture.engines.vllm import headed, run_of, start_vllm, vllm_identity, vllm_teacher, vllm_version
+from logitcache.capture.engines.vllm import vllm_base, vllm_teacher
 from logitcache.capture.loaded import load
 from logitcache.capture.settings import CaptureSettings, EngineSettings, JobSpec
 from logitcache.capture.teacher import TransformersTeacher
@@ -61,13 +61,12 @@ def apart(base: Path, data: Path, dtype: str) -> Iterator[tuple[str, float, str]
     rows = read_rows(str(data))
     samples = make_samples(rows, load_tokenizer(source), LENGTH, held.identity.vocab_size).samples[:NUM_COMPARED]
     expected = records_of(TransformersTeacher(held.model, TOP_K), samples, BATCH_TOKENS)
-    identity = vllm_identity(source, dtype)
-    with start_vllm(source, identity, EAGER, LENGTH, BATCH_TOKENS, CPU) as process:
-        records = records_of(vllm_teacher(process, headed(source, identity, CPU, LENGTH), TOP_K), samples, BATCH_TOKENS)
+    vllm = vllm_base(source, dtype, "cpu", EAGER, LENGTH, BATCH_TOKENS)
+    with vllm.start() as process:
+        records = records_of(vllm_teacher(process, vllm.head(), TOP_K), samples, BATCH_TOKENS)
     found = compare(expected, records)
-    run = run_of(vllm_version(), identity, EAGER, LENGTH, CPU)
     reference = Run("transformers", version("transformers"), held.identity)
-    write_calibration(data.with_name(f"{dtype}.json"), Calibration(run, reference, TOP_K, found))
+    write_calibration(data.with_name(f"{dtype}.json"), Calibration(vllm.run, reference, TOP_K, found))
     yield "positions", found.num_positions, ""
     yield "mean KL", found.mean_kl_nats, "nats"
     yield "log p(label), largest difference", found.max_label_nats, "nats"

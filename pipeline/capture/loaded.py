@@ -11,16 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from logitcache.capture.engines.vllm import (
-    VllmTeacher,
-    headed,
-    run_of,
-    start_vllm,
-    vllm_identity,
-    vllm_teacher,
-    vllm_version,
-)
-from logitcache.capture.engines.vllm_told import engine_device
+from logitcache.capture.engines.vllm import VllmTeacher, vllm_base, vllm_teacher
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidSettings
 from logitcache.models.device_map import head_device
@@ -137,13 +128,13 @@ def one_worker(loaded: Loaded) -> Iterator[Loaded | None]:
 
 
 def _load_vllm(spec: JobSpec, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
-    identity, release, settings = vllm_identity(source, spec.loading.dtype), vllm_version(), spec.settings
-    device = engine_device(spec.loading.device, spec.running.num_gpus)
-    check_calibration(Path(spec.calibration), run_of(release, identity, spec.running, settings.max_length, device))
-    head = headed(source, identity, device, settings.max_length)
-    groups = groups_for(Base(source, head, identity), settings, spec.cache)
-    kept = cache_spec(source.name, identity, tokenizer, settings, groups, engine=(VLLM, release))
-    process = start_vllm(source, identity, spec.running, settings.max_length, settings.batch_tokens, device)
+    settings, held = spec.settings, spec.loading
+    vllm = vllm_base(source, held.dtype, held.device, spec.running, settings.max_length, settings.batch_tokens)
+    check_calibration(Path(spec.calibration), vllm.run)
+    head = vllm.head()
+    groups = groups_for(Base(source, head, vllm.identity), settings, spec.cache)
+    kept = cache_spec(source.name, vllm.identity, tokenizer, settings, groups, engine=(VLLM, vllm.release))
+    process = vllm.start()
     try:
         teacher = vllm_teacher(process, head, settings.top_k, groups, settings.tail_samples)
     except BaseException:

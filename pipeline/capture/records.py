@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.data.batches import moved
+from logitcache.data.batches import label_ids, moved
 from logitcache.data.samples import Sample
 from logitcache.errors import InvalidBatch
 from logitcache.models.head import LOGITS_BYTES, rows_of, slice_rows
@@ -70,7 +70,7 @@ def records_from_hidden(
     hidden: [N, D] in the model's dtype, where the head is. head: [n, D] -> logits [n, V] with whatever the model does
     to them; `load_head` has that of a checkpoint.
     """
-    labels = np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
+    labels = label_ids(batch)
     if hidden.dim() != 2 or len(hidden) != len(labels):
         raise InvalidBatch(
             f"recording {len(batch)} samples: expected [{len(labels)}, ...], a row for each of their supervised "

@@ -128,15 +128,7 @@ def calibrate(
     import torch
 
     from logitcache.capture import calibration as job
-    from logitcache.capture.engines.vllm import (
-        headed,
-        run_of,
-        start_vllm,
-        vllm_identity,
-        vllm_teacher,
-        vllm_version,
-    )
-    from logitcache.capture.engines.vllm_told import engine_device
+    from logitcache.capture.engines.vllm import vllm_base, vllm_teacher, vllm_version
     from logitcache.capture.settings import CaptureSettings
     from logitcache.capture.teacher import TransformersTeacher
     from logitcache.data.skipped import listed_beside
@@ -168,11 +160,9 @@ def calibrate(
     if held is not None:
         run, records, rounding = held.run, held.records, held.cache.manifest.capture.max_error
     elif engine == "vllm":
-        identity = vllm_identity(source, engine_dtype or reference.model.dtype)
-        beside = engine_device(device, running.num_gpus)
-        run, rounding = run_of(vllm_version(), identity, running, max_length, beside), 0.0
-        head = headed(source, identity, beside, max_length)
-        with start_vllm(source, identity, running, max_length, batch_tokens, beside) as process:
+        vllm = vllm_base(source, engine_dtype or reference.model.dtype, device, running, max_length, batch_tokens)
+        run, rounding, head = vllm.run, 0.0, vllm.head()
+        with vllm.start() as process:
             records = job.records_of(vllm_teacher(process, head, top_k), chosen, batch_tokens)
     else:
         other = load_base(source, engine_dtype or reference.model.dtype, where, attention=engine_attention)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.storage import sample_id
@@ -45,8 +46,13 @@ def pad_batch(batch: Sequence[Sample], device: torch.device | str = "cpu") -> Pa
         input_ids[i, : len(sample.token_ids)] = sample.token_ids
         mask[i, : len(sample.token_ids)] = 1
     rows = np.concatenate([i * length + s.positions.astype(np.int64) for i, s in enumerate(batch)])
-    labels = np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
-    return PaddedBatch(*(moved(torch.from_numpy(a), torch.device(device)) for a in (input_ids, mask, rows, labels)))
+    arrays = (input_ids, mask, rows, label_ids(batch))
+    return PaddedBatch(*(moved(torch.from_numpy(a), torch.device(device)) for a in arrays))
+
+
+def label_ids(batch: Sequence[Sample]) -> NDArray[np.int64]:
+    """The token after each supervised position, [N], of the samples one after the other."""
+    return np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from support.tiny_runs import make_samples
 from logitcache.capture.engines import process as process_module
 from logitcache.capture.engines.process import EngineProcess
 from logitcache.capture.engines.serving import reason_of
-from logitcache.capture.engines.vllm import _check_files, headed, start_vllm, vllm_identity, vllm_teacher
+from logitcache.capture.engines.vllm import VllmBase, vllm_identity, vllm_teacher
 from logitcache.capture.engines.vllm_told import arguments_of, engine_device, engine_environment, visible_devices
 from logitcache.capture.settings import EngineSettings
 from logitcache.capture.teacher import capture
@@ -34,14 +34,17 @@ CPU = torch.device("cpu")
 SAMPLES = make_samples(11)
 
 
-def started(model: Path) -> EngineProcess:
+def base_of(model: Path, max_length: int = 64) -> VllmBase:
     source = find_model(str(model))
-    return start_vllm(source, vllm_identity(source, "float32"), EngineSettings(), 64, 512, CPU)
+    return VllmBase(source, vllm_identity(source, "float32"), "0.32.0", EngineSettings(), max_length, 512, CPU)
+
+
+def started(model: Path) -> EngineProcess:
+    return base_of(model).start()
 
 
 def teacher(process: EngineProcess, model: Path, *kept: Any) -> Any:
-    source = find_model(str(model))
-    return vllm_teacher(process, headed(source, vllm_identity(source, "float32"), CPU, 64), *kept)
+    return vllm_teacher(process, base_of(model).head(), *kept)
 
 
 def state_of(pid: int) -> str:
@@ -286,14 +289,13 @@ def test_weights_beside_those_that_are_fingerprinted_are_refused(tmp_path: Path,
     shutil.copytree(tiny_model, tmp_path / "m")
     shutil.copy(tiny_model / "model.safetensors", tmp_path / "m" / "consolidated.safetensors")
     with pytest.raises(EngineFailed, match=r"found consolidated\.safetensors beside it"):
-        _check_files(find_model(str(tmp_path / "m")))
+        started(tmp_path / "m")
 
 
 def test_frequencies_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
     make_model(rope_parameters=rope).save_pretrained(tmp_path / "m")
-    source = find_model(str(tmp_path / "m"))
-    identity = vllm_identity(source, "float32")
-    headed(source, identity, CPU, 64)
+    base_of(tmp_path / "m").head()
+    longer = base_of(tmp_path / "m", 65)
     with pytest.raises(UnsupportedModel, match="Use --max-length 64"):
-        headed(source, identity, CPU, 65)
+        longer.head()

@@ -26,12 +26,13 @@ from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.cache_spec import cache_spec
 from logitcache.capture.calibration import read_calibration
 from logitcache.capture.engines.process import EngineProcess
-from logitcache.capture.engines.vllm import headed, start_vllm, vllm_identity, vllm_teacher
+from logitcache.capture.engines.vllm import VllmBase, vllm_identity, vllm_teacher
 from logitcache.capture.settings import CaptureSettings, EngineSettings
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_samples
 from logitcache.errors import EngineFailed, UnsupportedModel
 from logitcache.models import quantization
+from logitcache.models.checkpoint_head import headed_model
 from logitcache.models.loading import Base, Source, find_model, load_base
 from logitcache.models.quantization import LOAD_IN, format_of, held_in
 from logitcache.pairing.identity_checks import PairingRules, check_identity
@@ -100,7 +101,7 @@ def load(folder: Path, dtype: str = "auto", load_in: str | None = None) -> Base:
 
 
 def started(source: Source, identity: ModelIdentity) -> EngineProcess:
-    return start_vllm(source, identity, EngineSettings(), 64, 512, CPU)
+    return VllmBase(source, identity, "0.32.0", EngineSettings(), 64, 512, CPU).start()
 
 
 def assert_one_identity(folder: Path, quantization: str, dtype: str = "auto") -> ModelIdentity:
@@ -194,7 +195,7 @@ def test_unquantised_weights_are_refused_by_a_cache_that_vllm_made_of_packed_one
     identity = vllm_identity(source, "auto")
     manifest = cache_spec("m", identity, None, CaptureSettings(top_k=259, max_length=64), engine=("vllm", "0")).manifest
     with started(source, identity) as process:
-        records = vllm_teacher(process, headed(source, identity, CPU, 64), 259)(SAMPLES)
+        records = vllm_teacher(process, headed_model(source, identity.dtype, CPU), 259)(SAMPLES)
     with CacheWriter(tmp_path / "c", manifest) as writer:
         writer.commit([CachedSample(s.token_ids, r) for s, r in zip(SAMPLES, records, strict=True)])
         writer.finalize()

@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,4 @@ def in_place_of_vllm(patch: pytest.MonkeyPatch, fault: str = "") -> None:
     """Whoever starts vLLM has this, of version 0.32.0."""
     patch.setattr(vllm, "PROCESS", (__name__, "main"))
     patch.setattr(vllm, "vllm_version", lambda: "0.32.0")
-    patch.setattr("logitcache.capture.loaded.vllm_version", lambda: "0.32.0")
     patch.setenv(FAULT, fault)
-
-
-@contextmanager
-def replaced(fault: str = "") -> Iterator[pytest.MonkeyPatch]:
-    """Within, `in_place_of_vllm`."""
-    with pytest.MonkeyPatch.context() as patch:
-        in_place_of_vllm(patch, fault)
-        yield patch

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from logitcache.capture.calibration import Run
 from logitcache.capture.pending import PendingRecords
 from logitcache.capture.records import Kept, one_hot, record_hidden
 from logitcache.capture.settings import EngineSettings
-from logitcache.data.batches import moved
+from logitcache.data.batches import label_ids, moved
 from logitcache.data.samples import Sample
 from logitcache.errors import EngineFailed, InputNotFound, UnsupportedModel, install_line, release_of
 from logitcache.models.checkpoint_head import headed_model
@@ -32,7 +33,7 @@ from logitcache.storage import BaseLogprobs, ModelIdentity
 from logitcache.storage.identity import weight_files
 
 from .process import Command, EngineProcess
-from .vllm_told import arguments_of, engine_environment, visible_devices
+from .vllm_told import arguments_of, engine_device, engine_environment, visible_devices
 
 ATTENTION = "vllm"
 """`model.attention` of what this engine captures: never continued by another one."""
@@ -66,8 +67,7 @@ class VllmTeacher:
     def record(self, batch: Sequence[Sample], hidden: Tensor) -> PendingRecords:
         """Of hidden states [N, D] in main memory."""
         device = head_device(self.model)
-        labels = np.concatenate([s.token_ids[s.positions + 1] for s in batch]).astype(np.int64)
-        rows, wanted = moved(hidden.to(self.model.dtype), device), moved(torch.from_numpy(labels), device)
+        rows, wanted = moved(hidden.to(self.model.dtype), device), moved(torch.from_numpy(label_ids(batch)), device)
         return record_hidden(rows, wanted, OutputHead(self.model), logits_width(self.model), batch, self.kept)
 
     def close(self) -> None:
@@ -104,42 +104,82 @@ def vllm_version() -> str:
     )
 
 
-def start_vllm(
-    source: Source,
-    identity: ModelIdentity,
-    settings: EngineSettings,
-    max_length: int,
-    batch_tokens: int,
-    device: torch.device,
-) -> EngineProcess:
-    """vLLM with this model, which takes samples of at most max_length tokens.
+@dataclass(frozen=True)
+class VllmBase:
+    """A checkpoint as vLLM runs it: all that a calibration compares, and all that its process is told."""
 
-    device: of `engine_device`. Raises `InputNotFound` where vLLM or so many GPUs are not there, `InvalidSettings` for
-    an argument that is set otherwise, `EngineFailed` where it does not start or would run other weights.
-    """
-    release = vllm_version()
-    _check_files(source)
-    start = {
-        "folder": str(source.folder),
-        "dtype": identity.dtype,
-        "max_length": max_length,
-        "batch_tokens": batch_tokens,
-        "num_gpus": settings.num_gpus,
-        "arguments": arguments_of(settings.given),
-    }
-    environment = engine_environment(os.environ, visible_devices(settings.num_gpus, device))
-    process = EngineProcess(Command("vLLM", *PROCESS, start, environment))
-    try:
-        _check_held(process.facts["quantization"], source, identity)
-        if release_of(process.facts["version"]) != release_of(release):
+    source: Source
+    identity: ModelIdentity
+    #: Of vLLM.
+    release: str
+    settings: EngineSettings
+    #: Tokens of the longest sample.
+    max_length: int
+    #: Tokens of a forward.
+    batch_tokens: int
+    #: Where records are made: the first of the GPUs that vLLM has, or the CPU.
+    device: torch.device
+
+    @property
+    def run(self) -> Run:
+        """As a calibration and a cache compare it: what it is told that its numbers may depend on comes with it."""
+        gpus = f"tensor_parallel_size={self.settings.num_gpus}"
+        told = (f"device={self.device.type}", f"max_model_len={self.max_length}", gpus)
+        return Run("vllm", self.release, self.identity, (*told, *self.settings.given))
+
+    def head(self) -> PreTrainedModel:
+        """The head that goes with it, on the device.
+
+        Raises `UnsupportedModel` where the model's frequencies depend on the longest sample (vLLM chooses them once for
+        all), or where the head makes other logits than the identity says.
+        """
+        model = headed_model(self.source, self.identity.dtype, self.device)
+        check_length(model, self.max_length)
+        if logits_width(model) != self.identity.vocab_size:
+            raise UnsupportedModel(
+                f"running {self.source.name!r} with vLLM: expected {self.identity.vocab_size} logits by its "
+                f"config.json, found a head of {logits_width(model)}. Nothing was run. Use --engine transformers."
+            )
+        return model
+
+    def start(self) -> EngineProcess:
+        """It, running. Raises `InputNotFound` where so many GPUs are not there, `InvalidSettings` for an argument that
+        is set otherwise, `EngineFailed` where it does not start or would run other weights."""
+        _check_files(self.source)
+        start = {
+            "folder": str(self.source.folder),
+            "dtype": self.identity.dtype,
+            "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
+            "num_gpus": self.settings.num_gpus,
+            "arguments": arguments_of(self.settings.given),
+        }
+        environment = engine_environment(os.environ, visible_devices(self.settings.num_gpus, self.device))
+        process = EngineProcess(Command("vLLM", *PROCESS, start, environment))
+        try:
+            self._check(process.facts)
+        except BaseException:
+            process.close()
+            raise
+        return process
+
+    def _check(self, facts: dict[str, Any]) -> None:
+        """Raise `EngineFailed` where what runs is not what the cache will say."""
+        _check_held(facts["quantization"], self.source, self.identity)
+        if release_of(facts["version"]) != release_of(self.release):
             raise EngineFailed(
-                f"starting vLLM: expected version {release} as installed, found that {process.facts['version']} runs. "
+                f"starting vLLM: expected version {self.release} as installed, found that {facts['version']} runs. "
                 "The cache would not say what made it. Nothing was run. Install one version."
             )
-    except BaseException:
-        process.close()
-        raise
-    return process
+
+
+def vllm_base(
+    source: Source, dtype: str, device: str, settings: EngineSettings, max_length: int, batch_tokens: int
+) -> VllmBase:
+    """A checkpoint as vLLM will run it here. dtype: as of `vllm_identity`; device: as of `pick_device`. Raises
+    `InputNotFound` where there is no vLLM, and what reading the checkpoint raises."""
+    release, where = vllm_version(), engine_device(device, settings.num_gpus)
+    return VllmBase(source, vllm_identity(source, dtype), release, settings, max_length, batch_tokens, where)
 
 
 def vllm_teacher(
@@ -149,34 +189,10 @@ def vllm_teacher(
     token_groups: NDArray[np.uint8] | None = None,
     num_tail_samples: int = 0,
 ) -> VllmTeacher:
-    """A running vLLM as a teacher. model: of `headed_model`; the others: what is kept."""
+    """A running vLLM as a teacher. model: of `VllmBase.head`; the others: what is kept."""
     device = head_device(model)
     groups = None if token_groups is None else one_hot(torch.from_numpy(token_groups.copy()), device)
     return VllmTeacher(process, model, Kept(top_k, groups, num_tail_samples))
-
-
-def headed(source: Source, identity: ModelIdentity, device: torch.device, max_length: int) -> PreTrainedModel:
-    """The head that goes with a vLLM of this identity, which runs samples of at most max_length tokens.
-
-    Raises `UnsupportedModel` where its frequencies depend on that length (vLLM chooses them once for all samples), or
-    where the head makes other logits than the identity says.
-    """
-    model = headed_model(source, identity.dtype, device)
-    check_length(model, max_length)
-    if logits_width(model) != identity.vocab_size:
-        raise UnsupportedModel(
-            f"running {source.name!r} with vLLM: expected {identity.vocab_size} logits by its config.json, found a "
-            f"head of {logits_width(model)}. Nothing was run. Use --engine transformers."
-        )
-    return model
-
-
-def run_of(
-    release: str, identity: ModelIdentity, settings: EngineSettings, max_length: int, device: torch.device
-) -> Run:
-    """vLLM as a calibration and a cache compare it: what it is told that its numbers may depend on comes with it."""
-    told = (f"device={device.type}", f"max_model_len={max_length}", f"tensor_parallel_size={settings.num_gpus}")
-    return Run("vllm", release, identity, (*told, *settings.given))
 
 
 def _check_files(source: Source) -> None:
