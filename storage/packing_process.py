@@ -70,6 +70,10 @@ class PackingProcess:
             commit, {file.name: d for file, d in zip(commit.files, data, strict=True)}, sample_table(samples)
         )
 
+    def kill(self) -> None:
+        """End it now: a shard that is waited for is refused with `PackingStopped`."""
+        self._process.kill()
+
     def close(self) -> None:
         """Let the process end, which it does by itself where this one was killed."""
         with suppress(BrokenPipeError):

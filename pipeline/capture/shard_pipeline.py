@@ -82,6 +82,7 @@ class ShardPipeline:
         self._writing: deque[Future[ShardCommit]] = deque()
         self._is_left = False
         self._packers: SimpleQueue[PackingProcess] = SimpleQueue()  # of those that pack nothing now
+        self._started: list[PackingProcess] = []
 
     def __enter__(self) -> "ShardPipeline":
         return self
@@ -105,6 +106,8 @@ class ShardPipeline:
         finally:
             if not all(shard.done() for shard in self._writing):
                 self._writer.abandon()
+                for packer in self._started:  # one that does not answer holds its thread, which this process waits for
+                    packer.kill()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._close_idle()
 
@@ -209,4 +212,6 @@ class ShardPipeline:
         """One that packs nothing now; a process starts when it is first needed."""
         with suppress(Empty):
             return self._packers.get_nowait()
-        return PackingProcess(self._writer.manifest)  # no more than threads of the pool
+        packer = PackingProcess(self._writer.manifest)  # no more than threads of the pool
+        self._started.append(packer)
+        return packer

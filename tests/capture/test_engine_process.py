@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.hidden_engine import in_place_of_vllm
+from support.processes import assert_gone, is_there, stop
 from support.tiny_model import make_model
 from support.tiny_runs import make_samples
 
@@ -45,32 +44,6 @@ def started(model: Path) -> EngineProcess:
 
 def teacher(process: EngineProcess, model: Path, *kept: Any) -> Any:
     return vllm_teacher(process, base_of(model).head(), *kept)
-
-
-def state_of(pid: int) -> str:
-    """As the system says it: Z only waits for its parent to look, T is stopped; "" where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
-
-
-def is_there(pid: int) -> bool:
-    return state_of(pid) not in ("", "Z")
-
-
-def stop(pid: int) -> None:
-    """Until then one of its threads may read on."""
-    os.kill(pid, signal.SIGSTOP)
-    while state_of(pid) != "T":
-        time.sleep(0.01)
-
-
-def assert_gone(*pids: int, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(is_there, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def assert_same(found: BaseLogprobs, expected: BaseLogprobs) -> None:

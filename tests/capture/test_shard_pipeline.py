@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import pytest
+from support.processes import stop
 from support.tiny_model import text_rows
 
 from logitcache.capture import shard_pipeline
@@ -231,3 +232,28 @@ def test_a_batch_is_asked_for_when_the_next_is_under_way(
         pipeline.shard(plan.shards[0])
     num = len(plan.shards[0])
     assert done == ["launch"] + ["launch", "records"] * (num - 1) + ["records"]
+
+
+def test_a_process_that_does_not_answer_holds_up_nobody_who_was_asked_to_stop(
+    job: Job, tmp_path: Path, started: list[PackingProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is waited for at the end of the interpreter."""
+    monkeypatch.setattr(shard_pipeline, "LEAVING_SECONDS", 0.5)
+    loaded, plan = job
+    pipelines: list[ShardPipeline] = []
+
+    def filled(writer: CacheWriter) -> None:
+        with ShardPipeline(writer, loaded.teacher, loaded.cache_spec, num_processes=1) as pipeline:
+            pipelines.append(pipeline)
+            pipeline.shard(plan.shards[0])
+            pipeline.settle()
+            stop(started[0].pid)
+            pipeline.shard(plan.shards[1])
+            raise KeyboardInterrupt
+
+    with loaded.cache_spec.writer(tmp_path / "c") as writer, pytest.raises(KeyboardInterrupt):
+        filled(writer)
+    (shard,) = pipelines[0]._writing
+    with pytest.raises(PackingStopped, match="status -9"):
+        shard.result(60)
+    assert len(list((tmp_path / "c" / "shards").glob("*.json"))) == 1 and has_ended(started[0])

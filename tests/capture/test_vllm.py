@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from capture.test_engine_process import assert_gone
 from support.cli_harness import commits, done, facts, refused, train_line
+from support.processes import assert_gone
 from support.tiny_model import make_model, make_tokenizer, text_rows
 
 from logitcache.capture.calibration import compare, read_calibration
