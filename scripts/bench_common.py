@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 MIB = 2**20
 LOGIT_STD = 4.0
+OUT_OF_MEMORY = ("OutOfMemory", "not enough memory", "can't allocate memory", "bad_alloc")
+"""What says so: torch on a GPU, on a CPU of either kind, and C++."""
 Line = dict[str, str]
 """A row of a CSV."""
 
@@ -168,18 +170,44 @@ def set_up(threads: int) -> None:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[-threads:]))
 
 
+class ChildFailed(RuntimeError):
+    """A process of a script ended without an answer; said: why, on one line. The message has all that it printed."""
+
+    def __init__(self, method: str, said: str, stderr: str) -> None:
+        super().__init__(f"{method} in a process of its own: {said}\n{stderr}")
+        self.said = said
+
+
+def ran_out(text: str) -> bool:
+    """Whether an error speaks of memory that could not be had."""
+    return any(words in text for words in OUT_OF_MEMORY)
+
+
 def run_child(
-    script: str, job: dict[str, Any], threads: int, python: str | Path = sys.executable
+    script: str,
+    job: dict[str, Any],
+    threads: int,
+    python: str | Path = sys.executable,
+    longest: float | None = None,
 ) -> dict[str, Any] | None:
-    """What a fresh process of the script prints last, as JSON; None where memory ran out in it."""
+    """What a fresh process of the script prints last, as JSON; None where memory ran out in it. longest: seconds after
+    which it is ended. `ChildFailed` where it gives no answer."""
     line = [str(python), script, "--job", json.dumps(job)]
     environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    if done.returncode == -9 or "OutOfMemory" in done.stderr or "not enough memory" in done.stderr:
+    method = str(job.get("method"))
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=longest)
+    except subprocess.TimeoutExpired as error:
+        raise ChildFailed(method, f"no answer in {error.timeout:.0f} s", str(error.stderr)) from error
+    if done.returncode and (done.returncode == -9 or ran_out(done.stderr)):
         return None
+    last = (done.stderr.strip().splitlines() or [""])[-1]
     if done.returncode:
-        raise RuntimeError(f"{job.get('method')} in a process of its own ended with {done.returncode}:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        raise ChildFailed(method, f"ended with {done.returncode}: {last}", done.stderr)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise ChildFailed(method, f"ended without an answer: {last}", done.stderr) from error
     return found
 
 
@@ -191,15 +219,30 @@ def provenance(script: str, device: str, packages: Sequence[str]) -> dict[str, s
         machine = f"{found[1].strip() if found else machine}, {os.cpu_count()} cores"
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}; {machine}"
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--short"], capture_output=True, text=True).stdout.strip()
+    versions = [f"python {platform.python_version()}", *(version_of(package) for package in packages)]
+    changed = " with changes" if git("status", "--short") else ""
     return {
         "machine": machine,
-        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
-        "commit": (commit or "unknown") + (" with changes" if changed else ""),
+        "versions": ", ".join(versions),
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed,
         "command": shlex.join(["python", f"scripts/{Path(script).name}", *sys.argv[1:]]),
     }
+
+
+def version_of(package: str) -> str:
+    """Its name and version; on a path alone, without having been installed, it has none."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def git(*arguments: str) -> str:
+    """What git says of the checkout; nothing where there is no git, or no checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 # CSVs

@@ -6,9 +6,9 @@ and says so, what fails says with which error, and the others go on. Times are t
 do not count; what counts are ratios of one section. Models have random weights, tokens are random: nothing is
 downloaded.
 
-    python scripts/bench_gpu.py                                            on a card of 80 GiB, an H100 or H200
-    python scripts/bench_gpu.py --minutes 3 --sections correctness loss    some of it
-    python scripts/bench_gpu.py --tiny                                     a taste; written only where --out says
+    python scripts/bench_gpu.py                                     on a card of 80 GiB, an H100 or H200
+    python scripts/bench_gpu.py --sections correctness --out F      some of it
+    python scripts/bench_gpu.py --tiny                              a taste; written only where --out says
 
 Exit status 1 where something is wrong: a loss, a gradient, kernels, a record of capture, or a check that failed to run.
 The tests run --tiny on the simulated device, where times mean nothing and the column `device` says so.
@@ -62,14 +62,13 @@ SECTIONS = (
 
 def go_through(section: Section, run: Run, tiny: bool) -> bool:
     """The section's lines; whether it must count as wrong. tiny: it needs next to nothing."""
-    run.section = section.name
-    left, free = run.seconds_left(), free_gib()
-    if not tiny and (left < section.seconds or free < section.gib):
-        wants = f"wants about {section.seconds:.0f} s and {section.gib:.0f} GiB"
-        run.say("", verdict=SKIPPED, remark=f"{wants}, found {max(left, 0):.0f} s and {free:.0f} GiB")
-        return False
-    began = time.monotonic()
+    run.section, began = section.name, time.monotonic()
     try:
+        left, free = run.seconds_left(), free_gib()
+        if not tiny and (left < section.seconds or free < section.gib):
+            wants = f"wants about {section.seconds:.0f} s and {section.gib:.0f} GiB"
+            run.say("", verdict=SKIPPED, remark=f"{wants}, found {max(left, 0):.0f} s and {free:.0f} GiB")
+            return False
         section.work(run)
     except Exception as error:  # whatever it is: the line has it, and the next section is another matter
         traceback.print_exc()
@@ -83,13 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Go through the sections; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [section.name for section in SECTIONS]
-    parser.add_argument("--minutes", type=float, default=10.0, help="after which nothing more begins")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in which what begins must end, imports not counted")
     parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="SECTION", help="; ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written unless --out is given")
     parser.add_argument("--out", type=Path, help=f"default: {DEFAULT_OUT.relative_to(BENCHMARKS.parents[1])}")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
+    if args.sections != names and args.out is None and not args.tiny:
+        parser.error(f"expected --out: {DEFAULT_OUT} is of all sections, and would be written over")
     if not torch.cuda.is_available():
         parser.exit(
             2, "bench_gpu: expected a CUDA card, found none. Nothing was measured. Run it on a machine with one.\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers import default_data_collator
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.plan import make_plan
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teacher import TransformersTeacher, capture
+from logitcache.capture.teacher import TransformersTeacher, capture, launched
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
@@ -51,6 +52,8 @@ PLAIN, CACHED, GROUPS = "plain cross-entropy", "cached, bucket", "cached, groups
 LIVE, SECOND = "live base, adapter disabled", "live base, second model"
 BARE = "bare forward"
 LOADER_WORKERS = 2
+LONGEST_WAIT = 60.0
+"""Seconds, for a batch of theirs."""
 NOISE_ROWS = 64
 """Of logits that are compared at a time, in float64."""
 
@@ -287,6 +290,7 @@ def loader(run: Run) -> None:
         student = student_of(run, base_of(run, shape), samples, Path(folder))
         collator, features = student.view.collator(default_data_collator), features_of(samples)
         device = torch.device("cuda", torch.cuda.current_device())
+        collator(features[:size])  # opens the shards
         began = time.perf_counter()
         made = [collator(features[i : i + size]) for i in range(0, len(features), size)]
         seconds = (time.perf_counter() - began) / num_steps
@@ -295,7 +299,10 @@ def loader(run: Run) -> None:
         loaders: dict[str, Any] = {"batches that are ready": ready}
         for workers in (0, LOADER_WORKERS):
             name = f"looked up by {workers} workers" if workers else "looked up in the process"
-            loaders[name] = DataLoader(features, size, collate_fn=collator, num_workers=workers, pin_memory=True)
+            longest = LONGEST_WAIT if workers else 0
+            loaders[name] = DataLoader(
+                features, size, collate_fn=collator, num_workers=workers, pin_memory=True, timeout=longest
+            )
         for name, batches in loaders.items():
             found = epoch_seconds(student, batches, device)
             speed = {"value": num_positions / found, "unit": "positions a second"}
@@ -343,6 +350,17 @@ def jobs(
     num_rows = fastest_rows(base.model, batches[0], teacher.masked)
     teacher(batches[0])
     yield BARE, lambda: bare(base.model, batches, teacher.masked, num_rows)
-    yield "capture, nothing written", lambda: [teacher(batch) for batch in batches]
+    yield "capture, nothing written", lambda: captured(teacher, batches)
     with tempfile.TemporaryDirectory() as folder:
         yield "precompute, the whole job", lambda: precompute(base, samples, Path(folder) / "cache", settings)
+
+
+def captured(teacher: TransformersTeacher, batches: Sequence[Sequence[Sample]]) -> None:
+    """As the job does it: a batch is launched before the records of the one before are fetched."""
+    running: deque[Callable[[], object]] = deque()
+    for batch in batches:
+        running.append(launched(teacher, batch))
+        if len(running) > teacher.num_ahead:
+            running.popleft()()
+    for fetched in running:
+        fetched()

@@ -22,6 +22,9 @@ from bench_common import QUICK, SHAPES, PeakMemory, Shape, timed
 WARM_UP_CALLS = 3
 """Before the timed ones: kernels are chosen, compiled and cached."""
 
+HOST_BOUND = 0.9
+"""Of a call's time by the card's events, that the host needs to launch it: from there on they show the host."""
+
 LEAST_SECONDS = 30.0
 """Left of a run, for another measurement to begin: with the imports before it, the whole stays within its minutes."""
 
@@ -75,7 +78,7 @@ FULL = Sizes(
     batch_size=4,
     length=1024,
     loader_steps=20,
-    capture_samples=512,
+    capture_samples=2048,
     repeats=8,
 )
 TINY = Sizes(
@@ -109,6 +112,20 @@ def free_gib() -> float:
 def said(error: BaseException) -> str:
     """An error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def launched_and_done(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until the host has launched a call, and those that it took by the card's events."""
+    launched = 0.0
+
+    def launch() -> None:
+        nonlocal launched
+        began = time.perf_counter()
+        work()
+        launched = time.perf_counter() - began
+
+    done = timed(launch, "cuda")
+    return launched, done
 
 
 @dataclass
@@ -147,12 +164,12 @@ class Run:
         print("  ".join(cell for cell in line.values() if cell), flush=True)
 
     def measure(
-        self, what: str, shape: object, work: Callable[[], object], against: str = "", repeats: int | None = None
+        self, what: str, shape: object, work: Callable[[], object], against: str = "", remark: str = ""
     ) -> float | None:
         """Median seconds of a call by the card's events, after calls that do not count; None where there are none.
 
         against: another measurement of this section and shape, for the ratio. Memory is the peak over what is held
-        before.
+        before. remark: beside what the line itself has to say, that the host was too slow for the card.
         """
         if self.seconds_left() < LEAST_SECONDS:
             self.say(what, shape, verdict=SKIPPED, remark="no time is left")
@@ -162,15 +179,19 @@ class Run:
                 work()
             torch.cuda.synchronize()
             with PeakMemory("cuda") as peak:
-                found = [timed(work, "cuda") for _ in range(repeats or self.sizes.repeats)]
+                found = [launched_and_done(work) for _ in range(self.sizes.repeats)]
         except Exception as error:  # of a peer, of memory, of a compiler: the next measurement is made all the same
             self.say(what, shape, verdict=FAILED, remark=said(error))
             return None
         finally:
             gc.collect()
             torch.cuda.empty_cache()
-        self.time(what, shape, found, against, peak_growth_mib=float(peak.growth))
-        return median(found)
+        seconds = [done for _, done in found]
+        is_host_bound = median(launched for launched, _ in found) >= HOST_BOUND * median(seconds)
+        remarks = [remark, "bound by the host" if is_host_bound else ""]
+        cells = {"peak_growth_mib": float(peak.growth), "remark": "; ".join(filter(None, remarks))}
+        self.time(what, shape, seconds, against, **cells)
+        return median(seconds)
 
     def time(self, what: str, shape: object, found: list[float], against: str = "", **cells: Any) -> None:
         """A line of seconds that were measured; against: as of `measure`."""

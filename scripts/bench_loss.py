@@ -13,7 +13,7 @@ run, and its row says so.
     python scripts/bench_loss.py --check                 who runs here and computes what: errors alone, loss_peers.csv
     python scripts/bench_loss.py                         V = 32,000 and 151,936, N = 2,048, D = 512; needs 13 GB, or 24
     python scripts/bench_loss.py --quick                 a taste, which writes nothing
-    python scripts/bench_loss.py --preset 7b             on a GPU: D = 3,584, V = 152,064, bfloat16
+    python scripts/bench_loss.py --preset 7b --out F     on a GPU: D = 3,584, V = 152,064, bfloat16
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_common import BENCHMARKS, LOGIT_STD, provenance, run_child, set_up, write_csv
-from bench_loss_peers import PEERS
+from bench_common import BENCHMARKS, LOGIT_STD, ChildFailed, provenance, run_child, set_up, write_csv
+from bench_loss_peers import MOST_SAID, PEERS
 from bench_loss_step import (
     Inputs,
     Loss,
@@ -50,8 +50,11 @@ from logitcache.losses.fused import linear_loss
 DEFAULT_OUT, CHECK_OUT = BENCHMARKS / "loss.csv", BENCHMARKS / "loss_peers.csv"
 TOP_K, NUM_GROUPS, NUM_DRAWS = 64, 64, 32
 TEACHER_NOISE = 0.3
-CHECKED_SIZE = {"vocab": [33_003], "hidden_size": 64, "tokens": 2100}
-"""More than one chunk of everybody, and the last a ragged one."""
+CHECKED_SIZE = {"vocab": [33_003], "hidden_size": 64, "tokens": 2101}
+"""More than one chunk of everybody who has chunks, and the last a ragged one."""
+LONGEST = 1800.0
+"""Seconds of a process, compiling too, after which its row says that it did not answer."""
+NO_MEMORY = "not enough memory"
 PEERS_SCRIPT = Path(__file__).with_name("bench_loss_peers.py")
 
 OURS = {f"logitcache {tail}": Objective(tail=tail) for tail in ("bucket", "renormalize", "groups", "sampled")}
@@ -154,30 +157,35 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
 # Report
 
 
-def fits(method: str, size: Size) -> bool:
-    """Whether the tensors of [N, V] that a method keeps fit into what is free, so that nobody else is killed for it."""
+def shortage(method: str, size: Size) -> str:
+    """Where the tensors of [N, V] that a method keeps do not fit into what is free, so that nobody else is killed for
+    it: what it needs."""
     found = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     if size.device == "cuda" or "MemAvailable" not in found:
-        return True  # a GPU's allocator refuses by itself
+        return ""  # a GPU's allocator refuses by itself
     free = int(found.split("MemAvailable:")[1].split()[0]) * 1024
-    copies = 1 if method in OURS else BY_NAME[method].copies
-    return copies * size.tokens * size.vocab * 4 < 0.9 * free
+    needs = (1 if method in OURS else BY_NAME[method].copies) * size.tokens * size.vocab * 4
+    return "" if needs < 0.9 * free else f"{NO_MEMORY}: about {needs / 1e9:.1f} GB, free {free / 1e9:.1f}"
 
 
 def run_method(method: str, job: dict[str, Any], size: Size) -> dict[str, Any]:
-    """What its process found, or why there is nothing: {refused}."""
-    if fits(method, size):
-        script, python = __file__, Path(sys.executable)
-        if method not in OURS:
-            script, python = str(PEERS_SCRIPT), BY_NAME[method].home.python
-        found = run_child(script, job | {"method": method}, job["threads"], python)
-        if found is not None:
-            return found
-    return {"refused": "not enough memory"}
+    """What its process found, or {refused}: why there is nothing. Whatever it is, the others keep their rows."""
+    if missing := shortage(method, size):
+        return {"refused": missing}
+    script, python = __file__, Path(sys.executable)
+    if method not in OURS:
+        script, python = str(PEERS_SCRIPT), BY_NAME[method].home.python
+    try:
+        found = run_child(script, job | {"method": method}, job["threads"], python, LONGEST)
+    except ChildFailed as error:
+        print(error, file=sys.stderr)
+        return {"refused": error.said[:MOST_SAID]}
+    return {"refused": NO_MEMORY} if found is None else found
 
 
 def measure(size: Size, args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
-    """Every method at one size, the repeats going round the methods; who refused once is not asked again."""
+    """Every method at one size, the repeats going round the methods; who refused once, but for want of memory, is not
+    asked again."""
     paths = {"inputs": folder / f"inputs{size.vocab}.pt", "tiny": folder / "tiny.pt"}
     torch.save(asdict(make_inputs(size, args.seed)), paths["inputs"])
     torch.save(asdict(make_inputs(replace(size, tokens=8, hidden_size=16, vocab=256), 0)), paths["tiny"])
@@ -188,17 +196,18 @@ def measure(size: Size, args: argparse.Namespace, folder: Path) -> list[dict[str
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
     for repeat in range(args.repeats):
         for method, runs in found.items():
-            if runs and "refused" in runs[0]:
+            if runs and not runs[-1].get("refused", NO_MEMORY).startswith(NO_MEMORY):
                 continue
-            runs.append(run_method(method, job | {"check": repeat == 0}, size))
+            is_checked = any("loss_error" in run for run in runs)
+            runs.append(run_method(method, job | {"check": not is_checked}, size))
             print(f"V {size.vocab:,}, repeat {repeat + 1}: {method}: {runs[-1]}", file=sys.stderr, flush=True)
     paths["inputs"].unlink()
     base = [run for run in found.get(PEERS[0].name, []) if "seconds" in run]
     return [
-        {"method": method, "by": runs[0].get("by", ""), "quantity": quantity(method)}
+        {"method": method, "by": runs[-1].get("by", ""), "quantity": quantity(method)}
         | {name: str(value) for name, value in (asdict(size) | {"threads": args.threads}).items()}
         | (_times(runs, base) if args.inner else {})
-        | _errors(runs[0], size)
+        | _errors(next((run for run in runs if "loss_error" in run), runs[-1]), size)
         for method, runs in found.items()
     ]
 
@@ -226,7 +235,7 @@ def _times(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, 
 
 
 def _errors(run: dict[str, Any], size: Size) -> dict[str, str]:
-    """Of the first run; remark: why there is none, or that they are another quantity's."""
+    """Of a run; remark: why there are none, or that they are another quantity's."""
     names = ("loss_error", "gradient_error", "largest_gradient")
     if "refused" in run:
         return dict.fromkeys(names, "") | {"remark": run["refused"]}
@@ -277,19 +286,24 @@ def main() -> None:
     if args.quick:
         defaults |= {"vocab": [1000], "hidden_size": 32, "tokens": 256}
     chosen = {name: getattr(args, name) or default for name, default in defaults.items()}
+    out = args.out or (CHECK_OUT if args.check else DEFAULT_OUT)
+    if not args.quick and args.out is None and (chosen != defaults or args.preset != "cpu" or args.methods != METHODS):
+        parser.error(f"expected --out: {out} is of all methods at the default sizes, and would be written over")
     args.inner = args.inner or (5 if chosen["device"] == "cuda" else 1)
     if args.check:
         args.inner, args.repeats = 0, 1
     set_up(args.threads)
     about = provenance(__file__, chosen["device"], ["torch", "logitcache"]) | {"seed": str(args.seed)}
-    rows = []
+    rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         for vocab in chosen.pop("vocab"):
-            rows += measure(Size(vocab=vocab, **chosen), args, Path(folder))
+            rows += [row | about for row in measure(Size(vocab=vocab, **chosen), args, Path(folder))]
+            if not args.quick:
+                write_csv(rows, out)  # of the sizes so far: the next takes long
     print_table(rows)
     print(about)
-    if not args.quick:
-        write_csv([row | about for row in rows], args.out or (CHECK_OUT if args.check else DEFAULT_OUT))
+    if failed := [row["method"] for row in rows if row["method"] in OURS and row["remark"]]:
+        sys.exit(f"ours that did not run, or computed something else: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import peer_losses as of
 import torch
-from bench_common import ROOT, set_up
+from bench_common import ROOT, ran_out, set_up, version_of
 from bench_loss_step import QUANTITIES, Inputs, Loss, definition, load_inputs, measure_step
 
 MOST_SAID = 160
@@ -44,14 +43,7 @@ class Home:
         """The versions that this process would import, or who wrote it."""
         if not self.packages:
             return f"written {self.written}"
-        return ", ".join(_version(name) for name in dict.fromkeys((*self.packages, "torch")))
-
-
-def _version(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"{name} not installed"
+        return ", ".join(version_of(name) for name in dict.fromkeys((*self.packages, "torch")))
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,8 @@ PEERS = (
     Peer("Liger fused linear CE", of.liger_fused_linear, "CE", 1, LIGER),
     Peer("cut-cross-entropy", of.cut_cross_entropy, "CE", 1, CUT),
     Peer("cut-cross-entropy, impl=torch_compile", _COMPILED_CUT, "CE", 3, CUT, compiles=True),
-    Peer("TRL fused LM head", of.trl_fused_head, "CE", 2, TRL),
+    Peer("TRL fused LM head", partial(of.trl_fused_head, outputs=("log_probs",)), "CE", 2, TRL),
+    Peer("TRL fused LM head, as SFTTrainer", of.trl_fused_head, "CE", 2, TRL),
     Peer("axolotl chunked CE", of.axolotl_chunked, "CE", 3, AXOLOTL, compiles=True),
     Peer("unsloth fused CE", of.unsloth_fused, "CE", 2, UNSLOTH),
     Peer("CE + KL, live full logits", of.live_full_kl, "CE + full KL", 8, HERE),
@@ -148,7 +141,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     try:
         return by | measure_step(job, inputs, tiny, peer.loss_of, peer.expected, peer.compiles)
     except Exception as error:  # without a package, a compiler or a GPU, each project raises what it likes
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or ran_out(str(error)):
             raise
         return by | {"refused": said(error)}
 

@@ -184,14 +184,19 @@ def measure_step(
     by_definition: Callable[[Inputs], tuple[float, Tensor]],
     compiles: bool = False,
 ) -> dict[str, Any]:
-    """{seconds, growth} where the job has timed steps, and the errors where it asks for them.
+    """The errors where the job asks for them, and {seconds, growth} where it has timed steps.
 
-    The tiny step finds out whether the method runs at all, and starts what a process starts once; compiled code is then
-    forgotten, or the next would be made for any shape and not for its own.
+    The tiny step finds out whether the method runs at all, and starts what a process starts once. Errors come before
+    time, or a method that fails there would lose it; of timed steps they are those of the first positions. Compiled
+    code is forgotten in between, or the next would be made for any shape and not for its own.
     """
     take_step(loss_of(tiny), tiny.hidden.requires_grad_())
     torch.compiler.reset()
     result: dict[str, Any] = {}
+    if job["check"]:
+        checked = inputs.first(CHECKED_ROWS) if job["inner"] else inputs
+        result |= errors(checked, loss_of(checked), by_definition(checked))
+        torch.compiler.reset()
     if job["inner"]:
         loss, hidden = loss_of(inputs), inputs.hidden.requires_grad_()
         for _ in range(2 if job["device"] == "cuda" else int(compiles)):  # kernels are chosen or compiled by shape
@@ -200,8 +205,7 @@ def measure_step(
         with PeakMemory(job["device"]) as peak:
             seconds = [timed(lambda: take_step(loss, hidden), job["device"]) for _ in range(job["inner"])]
         result |= {"seconds": median(seconds), "growth": peak.growth}
-        inputs = replace(inputs, hidden=hidden.detach()).first(CHECKED_ROWS)
-    return result | (errors(inputs, loss_of(inputs), by_definition(inputs)) if job["check"] else {})
+    return result
 
 
 def errors(inputs: Inputs, loss: Loss, expected: tuple[float, Tensor]) -> dict[str, float]:

@@ -54,11 +54,9 @@ def live_full_kl(inputs: Inputs) -> Loss:
 # TRL
 
 
-def trl_fused_head(inputs: Inputs) -> Loss:
-    """What `add_fused_lm_head` calls in SFTTrainer's forward, with the outputs that SFTTrainer asks for."""
+def trl_fused_head(inputs: Inputs, outputs: tuple[str, ...] = ("log_probs", "entropy", "is_top1")) -> Loss:
+    """What the forward of `add_fused_lm_head` calls; outputs: as SFTTrainer asks for, which logs the other two."""
     from trl.trainer import utils
-
-    outputs = ("log_probs", "entropy", "is_top1")
 
     def loss(hidden: Tensor) -> Tensor:
         each = utils._ChunkedLogProbFunction.apply(

@@ -9,7 +9,7 @@ from support.on_simulated_cuda import found_on_device
 
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.unavailable()), reason=simulated_cuda.unavailable() or "there")
 
-CASES = ["whole", "wrong_loss", "wrong_capture", "failing_kernels", "an_error", "without_time"]
+CASES = ["whole", "wrong_loss", "wrong_capture", "failing_kernels", "failing_peer", "an_error", "without_time"]
 
 SECTIONS = {
     "correctness": {"loss", "gradient", "CE only", "bucket", "renormalize", "groups", "sampled"},
@@ -90,6 +90,13 @@ def test_a_section_that_fails_is_a_line_and_the_next_goes_on(found: dict[str, An
     (failed,) = [line for line in lines if line["verdict"] == "failed"]
     assert failed["section"] == "slices" and failed["remark"] == "RuntimeError: no inputs at all"
     assert sum(line["section"] == "noise" for line in lines) > 3 and of(found, "an_error")["status"] == 0
+
+
+def test_another_project_s_error_costs_no_line_of_ours(found: dict[str, Any]) -> None:
+    lines = of(found, "failing_peer")["lines"]
+    assert "RuntimeError: no driver" in {line["remark"] for line in lines if line["verdict"] == "failed"}
+    ours = [line for line in lines if line["what"].startswith("logitcache") and line["seconds"]]
+    assert len(ours) == 5 and all(line["ratio_to"] == "plain cross-entropy" for line in ours)
 
 
 def test_without_time_every_section_is_skipped_with_what_it_needs(found: dict[str, Any]) -> None:

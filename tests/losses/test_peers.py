@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+FOUND = {"seconds": 2.0, "growth": 1.0, "loss_error": 0.0, "gradient_error": 0.0, "largest_gradient": 1.0, "loss": 1.0}
+"""What a process answers."""
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 ALWAYS = {
     *("plain CE", "CE + KL, live full logits", "DistillKit sparse KL + CE", "bare slices of 128"),
     *(f"TRL chunked divergence, beta {beta}" for beta in ("0", "0.5")),
     *(f"TRL generalized_jsd_loss, beta {beta}" for beta in ("0", "0.5")),
-    "TRL fused LM head",
+    *("TRL fused LM head", "TRL fused LM head, as SFTTrainer"),
 }
 """What TRL gives, and what is written here; the others are in environments of their own."""
 if hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -119,6 +121,73 @@ def test_who_is_not_there_is_a_row_that_says_so(
     assert found["by"].startswith("nobody-has-this not installed, torch ")
     assert peers.child(job | {"method": "bare slices of 128"})["by"] == "written here"
     assert home.python.exists()
+
+
+def test_a_process_that_gives_no_answer_costs_no_other_its_row(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment whose making failed has an interpreter, and nothing to import."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    plain, *_ = bench.PEERS
+    half_made = replace(plain, name="half made", home=replace(plain.home, venv=str(tmp_path / "venv")))
+    monkeypatch.setitem(bench.BY_NAME, "half made", half_made)
+    args = Namespace(methods=["half made", "plain CE"], seed=0, threads=1, inner=1, repeats=2)
+    half, whole = bench.measure(bench.Size(64, 16, 300, "float32", "cpu"), args, tmp_path)
+    assert half["remark"] == "ended with 1: ModuleNotFoundError: No module named 'torch'"
+    assert whole["remark"] == "" and whole["seconds"]
+
+
+def test_memory_that_was_short_is_asked_for_again(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [{"refused": f"{bench.NO_MEMORY}: about 2 GB, free 1"}, FOUND, FOUND]
+    asked = []
+
+    def run_method(_method: str, job: dict[str, Any], _size: Any) -> dict[str, Any]:
+        asked.append(job["check"])
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(bench, "run_method", run_method)
+    args = Namespace(methods=["plain CE"], seed=0, threads=1, inner=1, repeats=3)
+    (row,) = bench.measure(bench.Size(8, 16, 300, "float32", "cpu"), args, tmp_path)
+    assert asked == [True, True, False] and row["remark"] == "" and row["seconds"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import sys; sys.exit('no such thing')", "ended with 1: no such thing"),
+        ("print('no JSON')", "ended without an answer: "),
+        ("import time; time.sleep(600)", "no answer in 1 s"),
+    ],
+)
+def test_a_child_without_an_answer_says_why(script: str, said: str, bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "child.py"
+    path.write_text(script)
+    with pytest.raises(bench.ChildFailed) as caught:
+        bench.run_child(str(path), {"method": "m"}, 1, longest=1.0 if "sleep" in script else None)
+    assert caught.value.said == said
+
+
+def test_only_a_child_that_failed_can_have_run_out_of_memory(bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "child.py"
+    path.write_text("import sys; print('not enough memory for a cache, made it smaller', file=sys.stderr); print('{}')")
+    assert bench.run_child(str(path), {"method": "m"}, 1) == {}
+    path.write_text('raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")')
+    assert bench.run_child(str(path), {"method": "m"}, 1) is None
+
+
+def test_a_table_of_all_is_not_written_over_by_a_part(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in (["--methods", "plain CE"], ["--preset", "7b"], ["--tokens", "64"]):
+        monkeypatch.setattr("sys.argv", ["bench_loss.py", *part])
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert "expected --out" in capsys.readouterr().err
 
 
 def test_a_run_asks_each_in_a_process_of_its_own(bench: ModuleType, tmp_path: Path) -> None:

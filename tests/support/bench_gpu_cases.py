@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 
@@ -62,6 +62,14 @@ def failing_kernels(folder: Path) -> Json:
     failing = {"are_there": lambda device: True, "are_usable": lambda device, dtype: False}
     with patch.multiple(choice, **failing):
         return _benched(["--tiny", "--sections", "slices", "--out", str(folder / "gpu.csv")])
+
+
+def failing_peer(folder: Path) -> Json:
+    """The same of losses, where another project's raises before it is measured."""
+    name, *_ = bench_gpu_loss.PEERS
+    failing = replace(bench_gpu_loss.BY_NAME[name], loss_of=Mock(side_effect=RuntimeError("no driver")))
+    with patch.dict(bench_gpu_loss.BY_NAME, {name: failing}):
+        return _benched(["--tiny", "--sections", "loss", "--out", str(folder / "gpu.csv")])
 
 
 def without_time(folder: Path) -> Json:
