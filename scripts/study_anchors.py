@@ -26,6 +26,7 @@ import torch
 from bench_common import ROOT
 from filelock import FileLock
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from logitcache import Anchor, AnchorSettings, LogitCache, Objective, TrainSettings, precompute, train
 from logitcache.adapters.settings import AdapterSettings
@@ -351,9 +352,26 @@ def called(cell: Cell) -> str:
     return f"{kind} + {held}{weight}" + ("" if cell.every == 1 else f", every {cell.every} steps")
 
 
-def _is_right_of(other: Row, row: Row) -> bool:
-    """Whether a point stands where the words beside another would."""
-    return 0 < other.learnt - row.learnt < 0.1 and 0.95 < other.kl["code"] / row.kl["code"] < 1.05
+SIDES = (
+    *((6, 0, "left", "center"), (-6, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")),
+    *((-6, 4, "right", "bottom"), (6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top")),
+)
+"""Of a point where its words may stand: how far from it, in points, and which end of them is there."""
+
+
+def write_beside(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """The words of each point at the first side where they hide no point and no other words, or at the last."""
+    axes.figure.draw_without_rendering()  # or nothing knows its place
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(list(points.values()))]
+    for words, point in points.items():
+        for side in SIDES:
+            *apart, ha, va = side
+            text = axes.annotate(words, point, apart, textcoords="offset points", fontsize=8, ha=ha, va=va)
+            box = text.get_window_extent()
+            if side is SIDES[-1] or not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -365,15 +383,12 @@ def draw(rows: list[Row], path: Path) -> None:
     for row in shown:
         anchored, masked = "+" in words[row.name], "kl" in row.name
         axes.scatter(row.learnt, row.kl["code"], marker="^" if anchored else "o", color="C1" if masked else "C0")
-        has_room = not any(_is_right_of(other, row) for other in shown)
-        beside = {"ha": "left", "xytext": (6, 0)} if has_room else {"ha": "right", "xytext": (-6, 0)}
-        at = {"xy": (row.learnt, row.kl["code"]), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(words[row.name], **at, **beside)
     axes.set_xlim(0.5, 0.95)
     axes.set_xlabel("learning: fall of cross-entropy on new text, nats a token (right is better)")
     axes.set_ylabel("drift: KL(base || adapted) on answers of the kind left out, nats a token")
     axes.set_yscale("log")
     axes.set_title("Anchors (triangles) and a KL on the new text (orange)", fontsize=11)
+    write_beside(axes, {words[row.name]: (row.learnt, row.kl["code"]) for row in shown})
     figure.savefig(path)
 
 
