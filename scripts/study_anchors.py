@@ -355,6 +355,7 @@ def called(cell: Cell) -> str:
 SIDES = (
     *((6, 0, "left", "center"), (-6, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")),
     *((-6, 4, "right", "bottom"), (6, 4, "left", "bottom"), (-6, -4, "right", "top"), (6, -4, "left", "top")),
+    *((6, -8, "left", "top"), (6, 8, "left", "bottom")),
 )
 """Of a point where its words may stand: how far from it, in points, and which end of them is there."""
 
