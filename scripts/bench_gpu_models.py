@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from bench_common import Shape, demo_base, random_model, timed
 from bench_gpu_run import Run, is_simulated
 from bench_loss import TOP_K
-from bench_precompute import bare, fastest_rows
+from bench_precompute import bare, captured, fastest_rows
 from bench_step import RANK, TAIL_GROUPS, masked_kl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,7 +31,7 @@ from transformers import default_data_collator
 from logitcache.adapters.attach import AdapterSettings, attach
 from logitcache.capture.plan import make_plan
 from logitcache.capture.settings import CaptureSettings
-from logitcache.capture.teacher import TransformersTeacher, capture, launched
+from logitcache.capture.teacher import TransformersTeacher, capture
 from logitcache.capture.worker import precompute
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
@@ -353,14 +352,3 @@ def jobs(
     yield "capture, nothing written", lambda: captured(teacher, batches)
     with tempfile.TemporaryDirectory() as folder:
         yield "precompute, the whole job", lambda: precompute(base, samples, Path(folder) / "cache", settings)
-
-
-def captured(teacher: TransformersTeacher, batches: Sequence[Sequence[Sample]]) -> None:
-    """As the job does it: a batch is launched before the records of the one before are fetched."""
-    running: deque[Callable[[], object]] = deque()
-    for batch in batches:
-        running.append(launched(teacher, batch))
-        if len(running) > teacher.num_ahead:
-            running.popleft()()
-    for fetched in running:
-        fetched()

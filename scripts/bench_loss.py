@@ -204,10 +204,10 @@ def measure(size: Size, args: argparse.Namespace, folder: Path) -> list[dict[str
     paths["inputs"].unlink()
     base = [run for run in found.get(PEERS[0].name, []) if "seconds" in run]
     return [
-        {"method": method, "by": runs[-1].get("by", ""), "quantity": quantity(method)}
+        {"method": method, "by": next((run["by"] for run in runs if "by" in run), ""), "quantity": quantity(method)}
         | {name: str(value) for name, value in (asdict(size) | {"threads": args.threads}).items()}
         | (_times(runs, base) if args.inner else {})
-        | _errors(next((run for run in runs if "loss_error" in run), runs[-1]), size)
+        | _errors(runs, size)
         for method, runs in found.items()
     ]
 
@@ -234,13 +234,14 @@ def _times(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, 
     return dict(zip(names, shown, strict=True))
 
 
-def _errors(run: dict[str, Any], size: Size) -> dict[str, str]:
-    """Of a run; remark: why there are none, or that they are another quantity's."""
+def _errors(runs: list[dict[str, Any]], size: Size) -> dict[str, str]:
+    """Of the run that was checked; remark: that they are another quantity's, and why the last run gave nothing."""
     names = ("loss_error", "gradient_error", "largest_gradient")
-    if "refused" in run:
-        return dict.fromkeys(names, "") | {"remark": run["refused"]}
-    remark = "computes another quantity" if is_another_quantity(run, size.dtype) else ""
-    return {name: f"{run[name]:.2e}" for name in names} | {"remark": remark}
+    refused, checked = runs[-1].get("refused", ""), next((run for run in runs if "loss_error" in run), None)
+    if checked is None:
+        return dict.fromkeys(names, "") | {"remark": refused}
+    remarks = ["computes another quantity" if is_another_quantity(checked, size.dtype) else "", refused]
+    return {name: f"{checked[name]:.2e}" for name in names} | {"remark": "; ".join(filter(None, remarks))}
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -45,6 +46,7 @@ from transformers import PreTrainedModel, logging
 
 from logitcache.capture.loaded import Loaded, load
 from logitcache.capture.settings import CaptureSettings
+from logitcache.capture.teacher import TransformersTeacher, launched
 from logitcache.capture.worker import JobSpec, Share, plans, work
 from logitcache.data.batches import pad_batch
 from logitcache.data.samples import Sample
@@ -176,11 +178,18 @@ def method_without_cache(method: str, loaded: Loaded, batches: Batches) -> Calla
         num_rows = fastest_rows(model, batches[0], masked)
         return lambda: bare(model, batches, masked, num_rows)
 
-    def capture() -> None:
-        for batch in batches:
-            loaded.teacher(batch)
+    return lambda: captured(loaded.teacher, batches)
 
-    return capture
+
+def captured(teacher: TransformersTeacher, batches: Batches) -> None:
+    """As the job does it: a batch is launched before the records of the one before are fetched."""
+    running: deque[Callable[[], object]] = deque()
+    for batch in batches:
+        running.append(launched(teacher, batch))
+        if len(running) > teacher.num_ahead:
+            running.popleft()()
+    for fetched in running:
+        fetched()
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:

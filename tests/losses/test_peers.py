@@ -156,6 +156,16 @@ def test_memory_that_was_short_is_asked_for_again(
     assert asked == [True, True, False] and row["remark"] == "" and row["seconds"] == "2"
 
 
+def test_a_repeat_that_failed_is_said_beside_what_the_first_one_found(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([FOUND | {"by": "somebody 1.0"}, {"refused": "ended with -11: "}])
+    monkeypatch.setattr(bench, "run_method", lambda *_: next(answers))
+    args = Namespace(methods=["plain CE"], seed=0, threads=1, inner=1, repeats=3)
+    (row,) = bench.measure(bench.Size(8, 16, 300, "float32", "cpu"), args, tmp_path)
+    assert row["remark"] == "ended with -11: " and row["by"] == "somebody 1.0" and row["seconds"] == "2"
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
