@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from bench_common import BENCHMARKS, MIB, PeakMemory, provenance, resident_mib, run_child, set_up, write_csv
+from bench_common import BENCHMARKS, MIB, PeakMemory, out_of, provenance, resident_mib, run_child, set_up, write_csv
 
 from logitcache.storage.captured_index import DTYPE, Captured, fingerprint64
 from logitcache.storage.encoding import SampleTable
@@ -166,12 +166,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="windows of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="100,000 samples; nothing is written")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/captured.csv")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         print(json.dumps((finalised if args.job["method"] == "index" else child)(args.job)))
         return
+    out = out_of(parser, args, DEFAULT_OUT, taste=args.quick)
     about = provenance(__file__, "cpu", ["numpy", "logitcache"])
     rows = []
     for num_samples in (100_000,) if args.quick else args.sizes:
@@ -193,9 +194,9 @@ def main() -> None:
         shown = {name: f"{value:.4g}" for name, value in found.items()}
         print(f"{num_samples:,} samples: {shown}", flush=True)
         rows.append({"num_samples": str(num_samples), "block": str(args.block), **shown, **about})
-    if not args.quick:
+    if out:
         every = max(rows, key=len)
-        write_csv([dict.fromkeys(every, "") | row for row in rows], args.out)
+        write_csv([dict.fromkeys(every, "") | row for row in rows], out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ itself, and must not import `logitcache`: scripts that measure others do not loa
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import gc
@@ -198,7 +199,8 @@ def run_child(
     try:
         done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=longest)
     except subprocess.TimeoutExpired as error:
-        raise ChildFailed(method, f"no answer in {error.timeout:.0f} s", str(error.stderr)) from error
+        printed = (error.stderr or b"").decode(errors="replace")  # bytes, even where text was asked for
+        raise ChildFailed(method, f"no answer in {error.timeout:.0f} s", printed) from error
     if done.returncode and (done.returncode == -9 or ran_out(done.stderr)):
         return None
     last = (done.stderr.strip().splitlines() or [""])[-1]
@@ -246,6 +248,25 @@ def git(*arguments: str) -> str:
 
 
 # CSVs
+
+
+def out_of(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    default: Path,
+    free: Sequence[str] = (),
+    taste: bool = False,
+) -> Path | None:
+    """Where a script writes: --out, or the committed table; nowhere, None, for a taste of it. That table is of the
+    options as they are by default: one that was turned, and is not among the `free`, which change nothing that the
+    table is of, wants --out, or a part would be written over the whole."""
+    if args.out is not None or taste:
+        return args.out
+    turned = [name for name, value in vars(args).items() if name not in free and value != parser.get_default(name)]
+    if turned:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in turned)
+        parser.error(f"expected --out beside {options}: {default} is of the defaults, and would be written over")
+    return default
 
 
 def read_csv(path: Path) -> list[Line]:

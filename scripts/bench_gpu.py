@@ -27,7 +27,7 @@ from pathlib import Path
 import bench_gpu_loss as of_loss
 import bench_gpu_models as of_models
 import torch
-from bench_common import BENCHMARKS, provenance
+from bench_common import BENCHMARKS, out_of, provenance
 from bench_gpu_run import FAILED, FULL, SKIPPED, TINY, Run, free_gib, said
 from transformers import logging
 
@@ -89,8 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"default: {DEFAULT_OUT.relative_to(BENCHMARKS.parents[1])}")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
-    if args.sections != names and args.out is None and not args.tiny:
-        parser.error(f"expected --out: {DEFAULT_OUT} is of all sections, and would be written over")
+    path = out_of(parser, args, DEFAULT_OUT, ["minutes"], args.tiny)
     if not torch.cuda.is_available():
         parser.exit(
             2, "bench_gpu: expected a CUDA card, found none. Nothing was measured. Run it on a machine with one.\n"
@@ -98,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     about = provenance(__file__, "cuda", PACKAGES) | {"seed": str(args.seed)}
-    path = args.out or (None if args.tiny else DEFAULT_OUT)
     run = Run(TINY if args.tiny else FULL, args.seed, deadline, about, path)
     chosen = [section for section in SECTIONS if section.name in args.sections]
     failed = [section.name for section in chosen if go_through(section, run, args.tiny)]

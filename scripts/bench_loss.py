@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_common import BENCHMARKS, LOGIT_STD, ChildFailed, provenance, run_child, set_up, write_csv
+from bench_common import BENCHMARKS, LOGIT_STD, ChildFailed, out_of, provenance, run_child, set_up, write_csv
 from bench_loss_peers import MOST_SAID, PEERS
 from bench_loss_step import (
     Inputs,
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="processes a method")
+    parser.add_argument("--repeats", type=int, default=2, help="processes a method")
     parser.add_argument("--inner", type=int, help="timed steps a process, of which the median counts (1; GPU: 5)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0)
@@ -276,6 +276,7 @@ def main() -> None:
     if args.job:
         print(json.dumps(child(args.job)))
         return
+    out = out_of(parser, args, CHECK_OUT if args.check else DEFAULT_OUT, ["check"], args.quick)
     presets = {
         "cpu": ([32_000, 151_936], 512, 2048, "float32", "cpu"),
         "7b": ([152_064], 3584, 4096, "bfloat16", "cuda"),
@@ -287,9 +288,6 @@ def main() -> None:
     if args.quick:
         defaults |= {"vocab": [1000], "hidden_size": 32, "tokens": 256}
     chosen = {name: getattr(args, name) or default for name, default in defaults.items()}
-    out = args.out or (CHECK_OUT if args.check else DEFAULT_OUT)
-    if not args.quick and args.out is None and (chosen != defaults or args.preset != "cpu" or args.methods != METHODS):
-        parser.error(f"expected --out: {out} is of all methods at the default sizes, and would be written over")
     args.inner = args.inner or (5 if chosen["device"] == "cuda" else 1)
     if args.check:
         args.inner, args.repeats = 0, 1
@@ -299,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for vocab in chosen.pop("vocab"):
             rows += [row | about for row in measure(Size(vocab=vocab, **chosen), args, Path(folder))]
-            if not args.quick:
+            if out:
                 write_csv(rows, out)  # of the sizes so far: the next takes long
     print_table(rows)
     print(about)

@@ -16,6 +16,7 @@ from bench_common import (
     Shape,
     high_water_mark_mib,
     make_model,
+    out_of,
     provenance,
     reset_high_water_mark,
     resident_mib,
@@ -37,12 +38,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/monitor.csv")
     parser.add_argument("--job")
     args = parser.parse_args()
     if args.job:
         print(json.dumps(child(json.loads(args.job))))
         return
+    out = out_of(parser, args, OUT)
     with tempfile.TemporaryDirectory() as folder:
         job = {name: getattr(args, name) for name in ("length", "batch_size", "steps", "samples", "seed", "threads")}
         with torch.no_grad():
@@ -58,7 +60,7 @@ def main() -> None:
             ratio = {f"{name}_ratio": round(found[name] / against[name], 4) for name in ("peak_mib", "growth_mib")}
             lines.append({"model": SHAPE.name, **found, **ratio, **provenance(__file__, "cpu", PACKAGES)})
             print(lines[-1], flush=True)
-    write_csv(lines, args.out)
+    write_csv(lines, out)
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ tokens; `head_share` is the head's part of the multiplications.
     python scripts/bench_precompute.py                      both models; 6 GB of memory, 2.5 GB of disk
     python scripts/bench_precompute.py --quick              a taste, which writes nothing
     python scripts/bench_precompute.py --preset 7b --device cuda --dtype bfloat16 --settings 1/2 --length 1024 \\
-        --tokens 1000000 --batch-tokens 8192 --shard-positions 32768
+        --tokens 1000000 --batch-tokens 8192 --shard-positions 32768 --out F
 """
 
 from __future__ import annotations
@@ -40,7 +40,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import BENCHMARKS, DEMO, QUICK, SHAPES, Shape, demo_base, make_model, provenance, timed, write_csv
+from bench_common import (
+    BENCHMARKS,
+    DEMO,
+    QUICK,
+    SHAPES,
+    Shape,
+    demo_base,
+    make_model,
+    out_of,
+    provenance,
+    timed,
+    write_csv,
+)
 from torch import Tensor
 from transformers import PreTrainedModel, logging
 
@@ -323,7 +335,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the random model; 24 by default, as Qwen2.5-0.5B")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--settings", type=threads_on_cores, nargs="+", default=[(1, 2), (2, 2)], metavar="T/C")
+    parser.add_argument("--settings", type=threads_on_cores, nargs="+", default=[(1, 2)], metavar="T/C")
     parser.add_argument("--length", type=int, default=256, help="most tokens a sample")
     parser.add_argument("--tokens", type=int, default=4096, help="of the random model")
     parser.add_argument("--batch-tokens", type=int, default=512)
@@ -334,11 +346,11 @@ def main() -> None:
     parser.add_argument("--store", choices=["zarr", "arrow"], default="zarr")
     parser.add_argument("--tail-groups", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="small data and a tiny random model; nothing is written")
     parser.add_argument("--work", type=Path, help="where the model and the caches go for the time")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/precompute.csv")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -346,6 +358,7 @@ def main() -> None:
     if args.job:
         print(json.dumps(child(args.job)))
         return
+    out = out_of(parser, args, DEFAULT_OUT, ["work"], args.quick)
     shapes = PRESETS[args.preset]
     if args.quick:
         shapes, args.repeats, args.demo_tokens, args.demo_shard_positions = [DEMO, QUICK[0]], 1, 8192, 1024
@@ -366,8 +379,8 @@ def main() -> None:
     for line in rows:
         print("  ".join(f"{name} {value}" for name, value in line.items() if value), flush=True)
     print(about)
-    if not args.quick:
-        write_csv([line | about | {"seed": str(args.seed)} for line in rows], args.out)
+    if out:
+        write_csv([line | about | {"seed": str(args.seed)} for line in rows], out)
 
 
 if __name__ == "__main__":

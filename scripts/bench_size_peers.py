@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench_common import BENCHMARKS, Line, write_csv
+from bench_common import BENCHMARKS, Line, out_of, write_csv
 from numpy.typing import NDArray
 from synthetic_teacher import VOCABULARY_SIZE, Rows, rows
 
@@ -336,8 +336,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bytes a token of the layouts of other projects.")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/size_peers.csv")
     args = parser.parse_args()
+    out = out_of(parser, args, DEFAULT_OUT)
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     datasets.disable_progress_bars()
@@ -345,7 +346,7 @@ def main() -> None:
     measured.sort(key=lambda row: row.layout)  # stable: k ascends within a layout
     print_table(measured)
     print(f"{args.rows} rows, seed {args.seed}; torch {torch.__version__}, numpy {np.__version__}, one thread, warm")
-    write_csv([line_of(row) for row in measured], args.out)
+    write_csv([line_of(row) for row in measured], out)
 
 
 if __name__ == "__main__":

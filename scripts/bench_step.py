@@ -11,8 +11,8 @@ head is a larger part of it than of a real model (see the columns body and head)
 
     python scripts/bench_step.py                      both models, one core
     python scripts/bench_step.py --quick              a taste, which writes nothing
-    python scripts/bench_step.py --preset 7b          on a GPU: shape of Qwen2.5-7B, bfloat16, random weights
-    python scripts/bench_step.py --preset 0.5b --batch-size 8 --length 1024
+    python scripts/bench_step.py --preset 7b --out F  on a GPU: shape of Qwen2.5-7B, bfloat16, random weights
+    python scripts/bench_step.py --preset 0.5b --batch-size 8 --length 1024 --out F
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from bench_common import (
     Shape,
     demo_base,
     make_model,
+    out_of,
     provenance,
     run_child,
     set_up,
@@ -342,12 +343,12 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(SHAPES), default="cpu", help="models; all but cpu want a GPU")
-    parser.add_argument("--only", default="", help="models whose name begins so; nothing is written")
+    parser.add_argument("--only", default="", help="models whose name begins so")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: as the preset wants")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the preset wants")
     parser.add_argument("--hidden-size", type=int, help="of the random model of preset cpu")
     parser.add_argument("--layers", type=int, help="likewise")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="tokens a row; at most 512 for the demo's base")
     parser.add_argument("--steps", type=int, default=8, help=f"of which the first {LEFT_OUT_STEPS} do not count")
     parser.add_argument("--repeats", type=int, default=2, help="processes a method")
@@ -357,13 +358,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny random model; nothing is written")
     parser.add_argument("--work", type=Path, help="where models and caches go for the time (15 GB for 7b)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/step.csv")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         logging.set_verbosity_error()
         print(json.dumps((prepare if args.job["method"] == "prepare" else train)(args.job)))
         return
+    out = out_of(parser, args, DEFAULT_OUT, ["work"], args.quick)
     on_gpu = args.preset != "cpu"
     args.device = args.device or ("cuda" if on_gpu else "cpu")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -383,8 +385,8 @@ def main() -> None:
         share = f"{float(row['lookup_share']):.2%}" if row["lookup_share"] else ""
         print(f"{row['model'] + ': ' + row['method']:48}{cells}{row['step_growth_mib']:>8}{share:>9} {row['remark']}")
     print(about)
-    if not (args.quick or args.only):
-        write_csv([row | about | {"seed": str(args.seed)} for row in rows], args.out)
+    if out:
+        write_csv([row | about | {"seed": str(args.seed)} for row in rows], out)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from logitcache.storage.records import concatenate, keep_mass
 CORES = sorted(os.sched_getaffinity(0))[-2:]
 """The others have one of them."""
 
+NUM_ROWS = 8192
 SAMPLE_TOKENS = 512
 BATCH = 8
 SIZES = [(8, 0), (32, 0), (64, 0), (128, 0), (16, 64), (8, 64)]
@@ -302,7 +303,6 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=["all", "size", "speed"], default="all")
-    parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -311,13 +311,13 @@ def main() -> None:
         return
     if args.part != "speed":
         lines = []
-        for line in sizes(args.rows):
+        for line in sizes(NUM_ROWS):
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
             lines.append(line)
         write_csv(lines, BENCHMARKS / "storage_size.csv")
     if args.part != "size":
         table = []
-        for speed in [*opening(), *speeds(args.rows)]:
+        for speed in [*opening(), *speeds(NUM_ROWS)]:
             ratio = f"{speed.against_axolotl:.1f}" if speed.against_axolotl else ""
             value = f"{speed.value:.0f}" if speed.value >= 1000 else f"{speed.value:.3g}"
             print(f"{speed.what:55} {speed.store:45} {value:>9} {speed.unit:9} {ratio:>6} {speed.remark}", flush=True)

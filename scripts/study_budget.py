@@ -14,7 +14,7 @@ from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
-from bench_common import BENCHMARKS, demo_base, write_csv
+from bench_common import BENCHMARKS, demo_base, out_of, write_csv
 from study_demo import REFERENCE, Demo
 from transformers.utils import logging
 
@@ -72,8 +72,9 @@ def main() -> None:
     parser.add_argument("--of", choices=("new", "prior"), nargs="+", default=("new", "prior"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=DemoSettings().max_steps)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/budget.csv")
     args = parser.parse_args()
+    table = out_of(parser, args, OUT)
     logging.disable_progress_bar()
     lines = []
     with tempfile.TemporaryDirectory() as folder, as_file(demo_base()) as base_folder:
@@ -98,7 +99,7 @@ def main() -> None:
                 }
             )
             print(lines[-1], found if budget.of == "prior" else "", flush=True)
-    write_csv(lines, args.out)
+    write_csv(lines, table)
 
 
 if __name__ == "__main__":

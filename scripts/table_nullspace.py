@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import BENCHMARKS, demo_base, write_csv
+from bench_common import BENCHMARKS, demo_base, out_of, write_csv
 from torch import Tensor
 from transformers.utils import logging
 
@@ -82,8 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/nullspace.csv")
     args = parser.parse_args(arguments)
+    out = out_of(parser, args, OUT)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     with as_file(demo_base()) as folder:
@@ -110,8 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
                 **dict(zip(("float32_off", "float32_energy"), in_float32[space.group.layers], strict=True)),
             }
         )
-    write_csv(lines, args.out)
-    print(f"{len(lines)} layers: {args.out}")
+    write_csv(lines, out)
+    print(f"{len(lines)} layers: {out}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import fsspec
 import numpy as np
-from bench_common import BENCHMARKS, provenance, write_csv
+from bench_common import BENCHMARKS, out_of, provenance, write_csv
 from bench_storage import TABLE_FILES, manifest
 from fsspec.implementations.memory import MemoryFileSystem
 from synthetic_teacher import rows, samples
@@ -141,8 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="of the synthetic teacher, tiled")
     parser.add_argument("--shard-positions", type=int, nargs="+", default=[32_768, 131_072, 1_048_576])
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, help="default: docs/benchmarks/scaling.csv")
     args = parser.parse_args()
+    out = out_of(parser, args, DEFAULT_OUT)
     about = provenance(__file__, "cpu", ["numpy", "zarr", "pcodec", "pyarrow", "fsspec", "logitcache"])
     made = samples(rows(args.rows, TOP_K, seed=0), SAMPLE_POSITIONS)
     entry = entry_bytes()
@@ -155,7 +156,7 @@ def main() -> None:
             shown = {name: f"{value:.4g}" if value % 1 else f"{value:.0f}" for name, value in found.items()}
             print(f"{store}, {positions:,} positions a shard: {shown}", flush=True)
             lines.append({"store": store, "shard_positions": str(positions), **shown, **about})
-    write_csv(lines, args.out)
+    write_csv(lines, out)
 
 
 if __name__ == "__main__":

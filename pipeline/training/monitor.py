@@ -20,9 +20,10 @@ from transformers.trainer_callback import ExportableState
 
 from logitcache.errors import TrainingFailed
 
+from .callbacks import BudgetCallback
 from .kl_controller import EVERY_EVALUATION, Gains
 from .settings import BudgetOf, EvalSettings
-from .trainer import BudgetCallback, CachedKLTrainer
+from .trainer import CachedKLTrainer
 
 WEIGHTS = "weights.safetensors"
 """What is trained, in the folder of the best evaluation."""

@@ -9,13 +9,12 @@ accumulated batch, over all processes, so that 16 x 1, 4 x 4 and two processes g
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 
 from logitcache.adapters.adalora import Orthogonality
 from logitcache.errors import TrainingFailed
@@ -34,8 +33,8 @@ from logitcache.pairing.view import AnyCache, CacheView, objective_of
 
 from .anchors import Anchor, AnchorLoss, Anchors, anchors_of, named_means
 from .batch_loss import batch_loss
+from .callbacks import BudgetCallback, FirstStepCheck, MeterReset
 from .fill import CaptureSettings, Filling, JobReport
-from .kl_controller import EVERY_STEP, BudgetedWeight, Gains
 from .micro_batches import PARTS, MicroBatches, parts_of
 from .normalisation import FirstStep, already_normalised, num_replicas, over_processes
 from .own_loss import probe_own_loss
@@ -134,8 +133,8 @@ class CachedKL(_AnyTrainer):
         self._tokens = TokenMetrics(self) if logs_tokens(type(self), CachedKL) else None
         self._make_meters(self.args.device)
         self.kl_weight = self.kl_objective.weight
-        self.add_callback(_MeterReset(self))
-        self.add_callback(_FirstStepCheck(self))
+        self.add_callback(MeterReset(self))
+        self.add_callback(FirstStepCheck(self))
         if self._tokens is not None:
             self.add_callback(self._tokens)
         if self.step_budget is not None:
@@ -159,7 +158,7 @@ class CachedKL(_AnyTrainer):
         self._term_meters = {name: torch.zeros((), device=device) for name in ("penalty", "orthogonality")}
         self.reset_meters()
         self._step_counts = torch.ones((), dtype=torch.int64, device=device)
-        self._first_step = FirstStep(device, 2 + len(self.anchors))
+        self.first_step = FirstStep(device, 2 + len(self.anchors))
 
     def _fill(self, filling: Filling) -> None:
         """Give the cache what it lacks of the training data."""
@@ -223,7 +222,7 @@ class CachedKL(_AnyTrainer):
         self._metered_anchors += self.anchors.due(self.state.global_step) * bool(batches)
         self._step_meter.zero_()
         self._anchor_step_meter.zero_()
-        self._first_step.begin(self.state.global_step + 1)
+        self.first_step.begin(self.state.global_step + 1)
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for part in parts:
             counts += count_positions(part, self.kl_objective).to(device)
@@ -233,12 +232,12 @@ class CachedKL(_AnyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's own, but what `compute_loss` returns is not divided by the number of micro-batches."""
-        watched = self._first_step.watching(self) if self._first_step.pending else nullcontext()
+        watched = self.first_step.watching(self) if self.first_step.pending else nullcontext()
         with already_normalised(self), watched:
             loss: Tensor = super().training_step(*args, **kwargs)
         self._micro_batch += 1
-        if self._first_step.pending:
-            self._first_step.add_returned(loss)
+        if self.first_step.pending:
+            self.first_step.add_returned(loss)
         return loss
 
     def compute_loss(
@@ -280,9 +279,9 @@ class CachedKL(_AnyTrainer):
             self._term_meters[name] += part.detach()
             others = others + term.weight * part
         loss = loss + others
-        if self._first_step.pending:
+        if self.first_step.pending:
             counts = [*count_positions(inputs, self.kl_objective), *anchors.counted]
-            self._first_step.add_terms([found.ce, found.kl, *anchors.sums], counts, others, loss)
+            self.first_step.add_terms([found.ce, found.kl, *anchors.sums], counts, others, loss)
         return (loss, {"ce": means[0], "kl": means[1]}) if return_outputs else loss
 
     def _looked_up(self, batch: Batch) -> Batch:
@@ -307,7 +306,7 @@ class CachedKL(_AnyTrainer):
             self._check_split = False
             check_head_inside(model)
             probe_own_loss(model)
-        if self._first_step.pending:
+        if self.first_step.pending:
             check_parts(model)
         if self._check_layout is not None:
             self._check_layout(model, inputs)
@@ -343,6 +342,13 @@ class CachedKL(_AnyTrainer):
         if self.orthogonality is not None:
             yield "orthogonality", self.orthogonality
 
+    def begin_run(self, goes_on: bool) -> None:
+        """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters; one that goes on is not
+        where the base is."""
+        self.reset_meters()
+        if goes_on:
+            self._check_start = self._check_anchors = False
+
     def reset_meters(self) -> None:
         """What is logged next is of steps after this."""
         self._meter.zero_()
@@ -363,7 +369,7 @@ class CachedKL(_AnyTrainer):
     def check_first_step(self) -> None:
         """Raise `TrainingFailed` where the run's first step is not that of all its positions: see `FirstStep`."""
         logged = torch.cat([self._step_meter, self._anchor_step_meter])
-        self._first_step.check(self, logged, [1.0, self.kl_weight, *self.anchors.weights])
+        self.first_step.check(self, logged, [1.0, self.kl_weight, *self.anchors.weights])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ce, kl, kl_weight and other terms to the logs of training; stops a run whose loss is not finite."""
@@ -455,76 +461,3 @@ class CachedKLTrainer(CachedKL, Trainer):
             self.args.warmup_steps = 0
         scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
         return scheduler
-
-
-class _MeterReset(TrainerCallback):
-    """Nothing of an earlier run, or of a try that ran out of memory, stays in the meters; one that goes on is not where
-    the base is."""
-
-    def __init__(self, trainer: CachedKL) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.reset_meters()
-        if state.global_step:
-            self._trainer._check_start = self._trainer._check_anchors = False
-
-
-class _FirstStepCheck(TrainerCallback):
-    """Holds the first step of every run, and of every try of it, against its own positions before it is made; says so
-    where steps are made and logged in which none counts."""
-
-    def __init__(self, trainer: CachedKL) -> None:
-        self._trainer = trainer
-        self._told = False  # that nothing counts
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._first_step.pending, self._told = True, not state.is_world_process_zero
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.check_first_step()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._trainer._first_step.pending and "ce" in (logs or {}) and not self._told:
-            self._told = True
-            logger.warning(
-                "CachedKL: up to step %d the cross-entropy counted at no token: nothing of the data was learnt. Look "
-                "at the labels and at ce_weight=%r, which may drop them all.",
-                state.global_step,
-                self._trainer.kl_objective.ce_weight,
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.check_first_step()  # in a loop of one's own that does not say when it is about to make the step
-
-
-class BudgetCallback(TrainerCallback, ExportableState):
-    """Sets the trainer's weight after every step; its state is saved with checkpoints and restored from them."""
-
-    gains: ClassVar[Gains] = EVERY_STEP
-
-    def __init__(self, trainer: CachedKL) -> None:
-        objective = trainer.kl_objective
-        assert objective.kl_budget is not None
-        self._trainer = trainer
-        self._weight = BudgetedWeight(objective.kl_budget, objective.weight, self.gains)
-
-    def state(self) -> dict[str, Any]:
-        """What trainer_state.json keeps."""
-        return {"args": {}, "attributes": {k: v for k, v in vars(self._weight).items() if k != "gains"}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step and isinstance(saved, dict):
-            kept = {**saved["attributes"], "kl_budget": self._weight.kl_budget}
-            self._weight = BudgetedWeight(**kept, gains=self.gains)
-        self._trainer.kl_weight = self._weight.weight
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step_kl = self._trainer.step_kl()
-        if step_kl is not None:
-            self.found(step_kl)
-
-    def found(self, kl_nats: float) -> None:
-        """Move the weight, after a KL of this."""
-        self._trainer.kl_weight = self._weight.update(kl_nats)

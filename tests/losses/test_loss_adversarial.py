@@ -28,9 +28,10 @@ from logitcache.models.head import check_head
 from logitcache.pairing.step_zero import Probe, probe_step_zero
 from logitcache.pairing.targets import CachedCollator, count_positions, with_targets
 from logitcache.storage import LogitCache
+from logitcache.training.callbacks import BudgetCallback
 from logitcache.training.custom_loop import CachedLoss
 from logitcache.training.kl_controller import BudgetedWeight
-from logitcache.training.trainer import BudgetCallback, CachedKLTrainer
+from logitcache.training.trainer import CachedKLTrainer
 
 Cached = tuple[list[Sample], LogitCache]
 

@@ -190,16 +190,6 @@ def test_only_a_child_that_failed_can_have_run_out_of_memory(bench: ModuleType, 
     assert bench.run_child(str(path), {"method": "m"}, 1) is None
 
 
-def test_a_table_of_all_is_not_written_over_by_a_part(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for part in (["--methods", "plain CE"], ["--preset", "7b"], ["--tokens", "64"]):
-        monkeypatch.setattr("sys.argv", ["bench_loss.py", *part])
-        with pytest.raises(SystemExit):
-            bench.main()
-        assert "expected --out" in capsys.readouterr().err
-
-
 def test_a_run_asks_each_in_a_process_of_its_own(bench: ModuleType, tmp_path: Path) -> None:
     """One of ours, one written here, and Triton's, which says itself that there is no GPU or that it is not there."""
     methods = ["plain CE", "Liger fused linear CE", "logitcache bucket"]
