@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,8 +180,9 @@ def main() -> None:
         job = {"num_samples": num_samples, "block": args.block, "repeats": args.repeats, "seed": args.seed}
         found = run_child(__file__, job | {"method": "captured"}, 1)
         if found is None:
-            print(f"{num_samples:,} samples: not enough memory", flush=True)
-            continue
+            sys.exit(
+                f"{num_samples:,} samples: not enough memory. Nothing was written. Use smaller --sizes, with --out."
+            )
         found["peak_bytes_a_sample"] = found["peak_growth_mib"] * MIB / num_samples
         indexed = None
         if available_bytes() > INDEX_BYTES_A_SAMPLE * num_samples:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -260,13 +260,29 @@ def out_of(
     """Where a script writes: --out, or the committed table; nowhere, None, for a taste of it. That table is of the
     options as they are by default: one that was turned, and is not among the `free`, which change nothing that the
     table is of, wants --out, or a part would be written over the whole."""
-    if args.out is not None or taste:
-        return args.out
-    turned = [name for name, value in vars(args).items() if name not in free and value != parser.get_default(name)]
+    if taste:
+        if args.out is not None:
+            parser.error(f"expected no --out for a taste, which writes nothing, found {args.out}")
+        return None
+    if args.out is not None:
+        return Path(args.out)
+
+    def as_given(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
+    by_default = {name: as_given(parser.get_default(name)) for name in vars(args)}
+    turned = [name for name, value in vars(args).items() if name not in free and as_given(value) != by_default[name]]
     if turned:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in turned)
         parser.error(f"expected --out beside {options}: {default} is of the defaults, and would be written over")
     return default
+
+
+def check_models(parser: argparse.ArgumentParser, out: Path, models: Collection[str]) -> None:
+    """End the script where the table that is there has models that it would be written without."""
+    lost = {row["model"] for row in read_csv(out)} - set(models)
+    if lost:
+        parser.error(f"expected --model for {', '.join(sorted(lost))} or another --out: {out} would lose their rows")
 
 
 def read_csv(path: Path) -> list[Line]:

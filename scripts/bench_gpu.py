@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"default: {DEFAULT_OUT.relative_to(BENCHMARKS.parents[1])}")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
-    path = out_of(parser, args, DEFAULT_OUT, ["minutes"], args.tiny)
+    path = args.out if args.tiny else out_of(parser, args, DEFAULT_OUT)
     if not torch.cuda.is_available():
         parser.exit(
             2, "bench_gpu: expected a CUDA card, found none. Nothing was measured. Run it on a machine with one.\n"

@@ -27,7 +27,7 @@ from statistics import mean, median
 from time import perf_counter
 
 import torch
-from bench_common import BENCHMARKS, Line, demo_base, provenance, read_csv, set_up, write_csv
+from bench_common import BENCHMARKS, Line, check_models, demo_base, provenance, read_csv, set_up, write_csv
 from peft import PeftModel
 from study_demo import bytes_a_position
 from study_tails import Form, Kept, Probe, measures
@@ -262,7 +262,9 @@ def main() -> None:
     if args.from_gguf:
         unpack(*args.from_gguf, torch.float32)
         return
+    given = {name: Path(folder) for name, folder in (model.split("=", 1) for model in args.model)}
     if not args.table:
+        check_models(parser, args.out, ["demo base", *given])
         set_up(threads=1)
         about = provenance(__file__, "cpu", ["torch", "transformers", "peft", "logitcache"]) | {"alone": args.alone}
         rows = []
@@ -270,8 +272,7 @@ def main() -> None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_data(work / "data", DemoSettings(max_steps=4, num_held_out=16))
             models = {"demo base": stack.enter_context(as_file(demo_base()))}
-            models |= {name: Path(folder) for name, folder in (given.split("=", 1) for given in args.model)}
-            for name, folder in models.items():
+            for name, folder in (models | given).items():
                 started = perf_counter()
                 rows += measure(prepare(name, Source(name, folder), work / "data", work / name))
                 print(f"{name}: {perf_counter() - started:.0f} s", flush=True)

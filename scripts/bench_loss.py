@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_common import BENCHMARKS, LOGIT_STD, ChildFailed, out_of, provenance, run_child, set_up, write_csv
+from bench_common import BENCHMARKS, LOGIT_STD, ROOT, ChildFailed, out_of, provenance, run_child, set_up, write_csv
 from bench_loss_peers import MOST_SAID, PEERS
 from bench_loss_step import (
     Inputs,
@@ -277,6 +277,9 @@ def main() -> None:
         print(json.dumps(child(args.job)))
         return
     out = out_of(parser, args, CHECK_OUT if args.check else DEFAULT_OUT, ["check"], args.quick)
+    asked = {BY_NAME[method].home.venv for method in args.methods if method not in OURS} - {""}
+    if out and args.out is None and asked and not any((ROOT / venv).is_dir() for venv in asked):
+        parser.error(f"expected the others' environments for {out}, found none. Run scripts/make-peers, or give --out")
     presets = {
         "cpu": ([32_000, 151_936], 512, 2048, "float32", "cpu"),
         "7b": ([152_064], 3584, 4096, "bfloat16", "cuda"),
@@ -298,7 +301,9 @@ def main() -> None:
         for vocab in chosen.pop("vocab"):
             rows += [row | about for row in measure(Size(vocab=vocab, **chosen), args, Path(folder))]
             if out:
-                write_csv(rows, out)  # of the sizes so far: the next takes long
+                write_csv(rows, out.with_name(f"{out.name}.part"))  # of the sizes so far: the next takes long
+    if out:
+        out.with_name(f"{out.name}.part").replace(out)
     print_table(rows)
     print(about)
     if failed := [row["method"] for row in rows if row["method"] in OURS and row["remark"]]:

@@ -374,6 +374,8 @@ def main() -> None:
     shapes = QUICK if args.quick else SHAPES[args.preset]
     shapes = [shape if shape == DEMO else replace(shape, **changed) for shape in shapes]
     shapes = [shape for shape in shapes if shape.name.startswith(args.only)]
+    if not shapes:
+        parser.error(f"--only {args.only}: expected the beginning of a model's name, found none of them")
     about = provenance(__file__, args.device, ["torch", "transformers", "peft", "accelerate", "logitcache"])
     rows = []
     for shape in shapes:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import BENCHMARKS, Line, demo_base, provenance, read_csv, set_up, write_csv
+from bench_common import BENCHMARKS, Line, check_models, demo_base, provenance, read_csv, set_up, write_csv
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -222,7 +222,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    given = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.model)}
     if not args.table:
+        check_models(parser, args.out, ["demo base", *given])
         set_up(threads=1)
         about = provenance(__file__, "cpu", ["torch", "transformers", "peft", "bitsandbytes", "logitcache"])
         rows = []
@@ -230,8 +232,7 @@ def main() -> None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_data(work / "data", DemoSettings(max_steps=4, num_held_out=16))
             models = {"demo base": stack.enter_context(as_file(demo_base()))}
-            models |= {name: Path(folder) for name, _, folder in (given.partition("=") for given in args.model)}
-            for number, (name, folder) in enumerate(models.items()):
+            for number, (name, folder) in enumerate((models | given).items()):
                 (work / str(number)).mkdir()
                 bench = Bench(name, folder, work / "data", work / str(number))
                 for case in cases(bench.config):

@@ -28,7 +28,7 @@ from statistics import mean
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_common import BENCHMARKS, Line, demo_base, read_csv, write_csv
+from bench_common import BENCHMARKS, Line, demo_base, out_of, read_csv, write_csv
 from numpy.typing import NDArray
 from peft import PeftModel
 from study_demo import PLAIN, REFERENCE, Arm, Demo, Given, Material, arguments, bytes_a_position, start
@@ -239,9 +239,9 @@ def measures(probes: Sequence[Probe], form: Form, cache: LogitCache) -> dict[str
     return row
 
 
-def fidelity(args: argparse.Namespace) -> None:
+def fidelity(args: argparse.Namespace, out: Path) -> None:
     """Measure every form on every model, write the table and print it."""
-    started, out = time.perf_counter(), args.out or BENCHMARKS / "tails.csv"
+    started = time.perf_counter()
     if not args.table:
         with as_file(demo_base()) as folder, tempfile.TemporaryDirectory() as scratch:
             given, measured = material(args, folder, args.steps), list(planned_forms() if args.model else forms())
@@ -327,7 +327,9 @@ def main() -> None:
     args = start(parser)
     if (args.model is None) != (args.data is None) or (args.model and not (args.out or args.table)):
         parser.error("--model, --data and --out go together")
-    fidelity(args)
+    out = out_of(parser, args, BENCHMARKS / "tails.csv", ["work", "threads", "table"])
+    assert out is not None
+    fidelity(args, out)
 
 
 if __name__ == "__main__":
