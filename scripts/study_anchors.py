@@ -22,13 +22,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from bench_common import ROOT
 from filelock import FileLock
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from logitcache import Anchor, AnchorSettings, LogitCache, Objective, TrainSettings, precompute, train
+from logitcache import (
+    Anchor,
+    AnchorSettings,
+    CacheWriter,
+    LogitCache,
+    Objective,
+    PairingRules,
+    TrainSettings,
+    precompute,
+    train,
+)
 from logitcache.adapters.settings import AdapterSettings
 from logitcache.capture.settings import CaptureSettings
 from logitcache.data.rows import read_rows
@@ -43,9 +54,16 @@ from logitcache.evaluation.prompts import Prompt, everyday_prompts
 from logitcache.evaluation.settings import AnswerSettings
 from logitcache.models.loading import find_model, load_base, load_tokenizer
 from logitcache.models.settings import LoadSettings
+from logitcache.storage import BaseLogprobs
+from logitcache.storage.manifest import features_of
+from logitcache.storage.records import NO_TOKEN
 
 OUT = ROOT / "docs" / "study" / "anchors.jsonl"
 LENGTH, MAX_CHARS, NUM_HELD_OUT = 256, 640, 64
+REPLAY = "replay"
+"""What the name of a set of anchors begins with that are learnt, by cross-entropy, and not compared."""
+MOST_CE = 3.0
+"""Cross-entropy of the base's own answers above which a replay is of something else."""
 ANSWER_TOKENS, LONG_ANSWER_TOKENS = 64, 220
 FEW = ("facts", "lists")
 """Kinds of the anchors that are of a few kinds only: the tests have eight others beside."""
@@ -77,7 +95,8 @@ class Cell:
 
 def cells() -> list[Cell]:
     """Each seed whole before the next: the six objectives, plain at a lower learning rate (the honest competitor), then
-    what is varied beside plain + anchor, then the near domain."""
+    what is varied beside plain + anchor, then the near domain. Those of replay were added when the others had been
+    looked at, and before any of them was run."""
     held = Cell(anchors="greedy")
     plain, masked, full = Cell(), Cell(regularizer="masked-kl"), Cell(regularizer="full-kl")
     found = [plain, masked, full, *(replace(cell, anchors="greedy") for cell in (plain, masked, full))]
@@ -89,6 +108,7 @@ def cells() -> list[Cell]:
     found += [replace(held, every=every) for every in (2, 4)]
     found += [replace(held, regularizer="masked-kl", weight=0.3)]
     found += [replace(cell, domain="near") for cell in (plain, masked, held, replace(held, regularizer="masked-kl"))]
+    found += [replace(held, anchors="replay", anchor_weight=weight) for weight in (4.0, 1.0)]
     return [replace(cell, seed=seed) for seed in (0, 1) for cell in found]
 
 
@@ -152,6 +172,9 @@ class Study:
     def anchor_set(self, name: str) -> Path:
         """The cache of a set of anchors. Of 92,000 new tokens, 9 prompts are about .5 %, 18 1 %, 50 3 %, long 10 %."""
         prompts = [prompt for prompt in everyday_prompts() if prompt.part == "anchor"]
+        if name.startswith(REPLAY):
+            of = name.removeprefix(REPLAY).lstrip("-") or "greedy"
+            return self.kept(f"anchors-{name}", lambda path: self.replayed(path, of))
         if name == "prose":
             rows = self.kept("prose.jsonl", lambda path: _write(path, cut(split(prose_documents())[0]), 14))
         elif name == "sampled":
@@ -165,6 +188,17 @@ class Study:
             num = int(name.partition("-")[2] or len(prompts))
             rows = self.answered(name, spread(prompts, num), ANSWER_TOKENS)
         return self.cache(f"anchors-{name}", rows)
+
+    def replayed(self, path: Path, of: str) -> None:
+        """The answers of another set, by a base that is certain of each token: the KL to it is the cross-entropy."""
+        cache = LogitCache.open(self.anchor_set(of))
+        (template,) = cache.chat_templates()
+        kept = cache.manifest
+        other = replace(kept.model, quantization="4bit")  # not the base that is trained: what lies between is measured
+        manifest = replace(kept, model=other, reader_features=features_of(kept.capture, other))
+        with CacheWriter(path, manifest) as writer:
+            writer.commit([replace(sample, logprobs=certain(sample.logprobs)) for sample in cache.samples()], template)
+            writer.finalize([cache.data_set(entry) for entry in cache.data_sets])
 
     def sample(self, path: Path, prompts: list[Prompt]) -> None:
         """Answers drawn from the base at temperature 1, instead of its most probable tokens."""
@@ -208,10 +242,13 @@ class Study:
         objective = Objective(cell.regularizer, weight=1.0 if plain else cell.weight)  # type: ignore[arg-type]
         out = self.work / "runs" / cell.name
         job = TrainSettings(lr=cell.lr, batch_size=self.batch_size, max_steps=self.steps, seed=cell.seed)
+        is_replay = cell.anchors.startswith(REPLAY)  # the KL before step 1 is a cross-entropy
+        rules = PairingRules(other_precision=True, max_start_kl=MOST_CE) if is_replay else PairingRules()
         report = train(
             *(str(self.base), None, cache, out, AdapterSettings(rank=16), objective, job),
             resume=True,
             anchors=anchors,
+            pairing=rules,
         )
         adapted = load_adapter(load_base(find_model(str(self.base)), "auto", torch.device("cpu")).model, str(out))
         measured = {}
@@ -231,6 +268,14 @@ class Study:
             **{"anchor_share": round(share, 4), "measured": measured, "france": said, "final": final},
             "seconds": report.seconds,
         }
+
+
+def certain(said: BaseLogprobs) -> BaseLogprobs:
+    """A record in which every label has probability 1."""
+    labels = {"label_ids": said.label_ids, "label_logprobs": np.zeros_like(said.label_logprobs)}
+    others = {name: column for name, column in said.columns().items() if name not in ("positions", *labels)}
+    none = {name: np.full_like(column, NO_TOKEN if "_ids" in name else -np.inf) for name, column in others.items()}
+    return replace(said, **labels, **none)
 
 
 def _samples(study: Study, cell: Cell) -> list[Sample]:
@@ -336,6 +381,7 @@ ANCHORS = {
     "sampled": "sampled answers",
     "few-kinds": "two kinds, long",
     "prose": "prose",
+    "replay": "replay",
 }
 """Sets of anchors, as the picture calls them."""
 
@@ -382,13 +428,13 @@ def draw(rows: list[Row], path: Path) -> None:
     axes: Any = figure.subplots()
     shown = [row for row in rows if row.domain == "far"]
     for row in shown:
-        anchored, masked = "+" in words[row.name], "kl" in row.name
-        axes.scatter(row.learnt, row.kl["code"], marker="^" if anchored else "o", color="C1" if masked else "C0")
+        marker = "s" if REPLAY in row.name else "^" if "+" in words[row.name] else "o"
+        axes.scatter(row.learnt, row.kl["code"], marker=marker, color="C1" if "kl" in row.name else "C0")
     axes.set_xlim(0.5, 0.95)
     axes.set_xlabel("learning: fall of cross-entropy on new text, nats a token (right is better)")
     axes.set_ylabel("drift: KL(base || adapted) on answers of the kind left out, nats a token")
     axes.set_yscale("log")
-    axes.set_title("Anchors (triangles) and a KL on the new text (orange)", fontsize=11)
+    axes.set_title("Anchors (triangles), their answers learnt (squares) and a KL on the new text (orange)", fontsize=11)
     write_beside(axes, {words[row.name]: (row.learnt, row.kl["code"]) for row in shown})
     figure.savefig(path)
 
