@@ -96,7 +96,7 @@ class Cell:
 def cells() -> list[Cell]:
     """Each seed whole before the next: the six objectives, plain at a lower learning rate (the honest competitor), then
     what is varied beside plain + anchor, then the near domain. Those of replay were added when the others had been
-    looked at, and before any of them was run."""
+    looked at, and before any of them was run; that of sampled answers when greedy ones had been, one seed of it."""
     held = Cell(anchors="greedy")
     plain, masked, full = Cell(), Cell(regularizer="masked-kl"), Cell(regularizer="full-kl")
     found = [plain, masked, full, *(replace(cell, anchors="greedy") for cell in (plain, masked, full))]
@@ -109,7 +109,8 @@ def cells() -> list[Cell]:
     found += [replace(held, regularizer="masked-kl", weight=0.3)]
     found += [replace(cell, domain="near") for cell in (plain, masked, held, replace(held, regularizer="masked-kl"))]
     found += [replace(held, anchors="replay", anchor_weight=weight) for weight in (4.0, 1.0)]
-    return [replace(cell, seed=seed) for seed in (0, 1) for cell in found]
+    both = [replace(cell, seed=seed) for seed in (0, 1) for cell in found]
+    return [*both, replace(held, anchors="replay-sampled", anchor_weight=1.0)]
 
 
 class Study:
@@ -382,6 +383,7 @@ ANCHORS = {
     "few-kinds": "two kinds, long",
     "prose": "prose",
     "replay": "replay",
+    "replay-sampled": "replay of samples",
 }
 """Sets of anchors, as the picture calls them."""
 
