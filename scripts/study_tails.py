@@ -325,8 +325,8 @@ def main() -> None:
     parser.add_argument("--model", metavar="NAME=FOLDER", help="instead of the demo's base; with --data and --out")
     parser.add_argument("--data", type=Path, help="rows that are new to --model; the last fifth is held out")
     args = start(parser)
-    if (args.model is None) != (args.data is None) or (args.model and not (args.out or args.table)):
-        parser.error("--model, --data and --out go together")
+    if (args.model is None) != (args.data is None):
+        parser.error("--model and --data go together")
     out = out_of(parser, args, BENCHMARKS / "tails.csv", ["work", "threads", "table"])
     assert out is not None
     fidelity(args, out)
